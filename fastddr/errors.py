@@ -1,0 +1,23 @@
+"""What a user can get wrong: one clear sentence that says what, where and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+#: Exit code of every command for a mistake of the user's.
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one sentence: what is wrong, where, and what to do.
+
+    The command line prints it without a traceback and exits with `EXIT_USER_ERROR`.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."

@@ -1,0 +1,242 @@
+"""The contract that all loaders keep: what a batch is, what is asked for, and how an epoch is walked.
+
+A loader is told everything by a `Task` and adds nothing to it: ids, windows, mirrors and colours come from
+`fastddr.sampling`, so that all loaders give the same pixels. It keeps Accelerate's contract for data loaders
+(`DataLoaderStateMixin`) and does not go through `accelerator.prepare`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.state import GradientState
+from jaxtyping import Bool, Float, Int
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastddr import sampling
+from fastddr.config import AugmentConfig
+from fastddr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is given, on the device."""
+
+    image: Float[Tensor, "b 3 h w"]
+    """Normalised, channels_last; float32, or the autocast dtype on a GPU."""
+    grade: Int[Tensor, " b"]
+    id: Int[Tensor, " b"]
+    """Row of the manifest."""
+    valid: Bool[Tensor, " b"]
+    """False for padding at the tail of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What one rank needs in one epoch, cut into m micro batches of b photographs."""
+
+    id: Int[np.ndarray, "m b"]
+    valid: Bool[np.ndarray, "m b"]
+    affine: Float[np.ndarray, "m b 2 3"]
+    """Canvas to image, in pixels."""
+    colour: Float[np.ndarray, "m b 3 4"]
+    """(R, G, B, 1) in 0-255 to normalised values."""
+    source_width: Int[np.ndarray, "m b"]
+    """Of the upright photograph, in pixels."""
+    source_height: Int[np.ndarray, "m b"]
+    canvas_width: Int[np.ndarray, "m b"]
+    canvas_height: Int[np.ndarray, "m b"]
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which photographs to load, how they are seen, and which part of them falls to this rank."""
+
+    files: Sequence[str]
+    """File of each id."""
+    grades: Int[np.ndarray, " n"]
+    widths: Int[np.ndarray, " n"]
+    heights: Int[np.ndarray, " n"]
+    ids: Int[np.ndarray, " k"]
+    """The photographs to load."""
+    train: bool
+    """Shuffled, augmented, without the last partial batch; else in order, plain, padded at the tail."""
+    image_size: int
+    canvas: int
+    augment: AugmentConfig
+    seed: int
+    batch_size: int
+    """The global batch."""
+    accumulation: int = 1
+    """Micro batches that make one rank's part of a global batch."""
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    threads: int = 1
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.train and len(self.ids) < self.batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} is larger than the {len(self.ids)} training photographs, so there "
+                "would be no step; lower it."
+            )
+        short = int(np.minimum(self.widths[self.ids], self.heights[self.ids]).min())
+        if short < 1:
+            raise UserError(f"a photograph of {short} pixels a side cannot be loaded.")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Photographs in a batch of this rank."""
+        return self.batch_size // (self.world * self.accumulation)
+
+    @property
+    def steps(self) -> int:
+        """Global batches in an epoch."""
+        return len(self.ids) // self.batch_size if self.train else -(-len(self.ids) // self.batch_size)
+
+    @cached_property
+    def only_crops(self) -> bool:
+        """Whether every map is a window of the canvas, perhaps mirrored."""
+        return not self.train or sampling.only_crops(self.augment)
+
+    @cached_property
+    def only_normalises(self) -> bool:
+        """Whether the colour map is the same for all photographs."""
+        return not self.train or sampling.only_normalises(self.augment)
+
+    @cached_property
+    def canvas_is_source(self) -> bool:
+        """Whether every photograph already has the size of its canvas, so that none is scaled."""
+        return bool((np.minimum(self.widths[self.ids], self.heights[self.ids]) == self.canvas).all())
+
+    def requests(self, epoch: int) -> Requests:
+        """Everything that this rank loads in an epoch. A pure function of the task and the epoch."""
+        ids = sampling.order(self.ids, self.seed, epoch) if self.train else self.ids
+        id_, valid = sampling.schedule(
+            ids, self.batch_size, rank=self.rank, world=self.world, accumulation=self.accumulation, pad=not self.train
+        )
+        flat = id_.reshape(-1)
+        width, height = self.widths[flat], self.heights[flat]
+        canvas_width, canvas_height = sampling.canvas_size(width, height, self.canvas)
+        if self.train:
+            rows = sampling.numbers(len(self.files), self.seed, epoch)[flat]
+            maps = sampling.training_maps(rows, canvas_width, canvas_height, self.image_size, self.augment)
+        else:
+            maps = sampling.evaluation_maps(canvas_width, canvas_height, self.image_size, self.augment)
+        shape = id_.shape
+        return Requests(
+            id=id_,
+            valid=valid,
+            affine=maps.affine.reshape(*shape, 2, 3),
+            colour=maps.colour.reshape(*shape, 3, 4),
+            source_width=width.reshape(shape),
+            source_height=height.reshape(shape),
+            canvas_width=canvas_width.reshape(shape),
+            canvas_height=canvas_height.reshape(shape),
+        )
+
+
+class Loader(DataLoaderStateMixin, ABC):
+    """Batches of one rank, epoch by epoch.
+
+    `len(loader)` is the number of micro batches in an epoch. Leaving an epoch early, beginning another before
+    one has ended (the older then raises `RuntimeError` at its next batch) and `close()` are safe at any time.
+    """
+
+    name = ""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        # What Accelerate reads: the photographs, the global batch and whether its last, partial one is dropped.
+        self.gradient_state = GradientState()
+        self.dataset: Sequence[int] = task.ids.tolist()
+        self.total_batch_size = task.batch_size
+        self._drop_last = task.train
+        self._running: Generator[Tensor, None, None] | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self.task.steps * self.task.accumulation
+
+    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from an optimizer step of it onwards.
+
+        Raises:
+            UserError: a photograph that cannot be decoded, by name.
+        """
+        if self._closed:
+            raise RuntimeError(f"the {self.name} loader is closed")
+        self._stop()
+        return self._walk(epoch, start_step * self.task.accumulation)
+
+    def close(self) -> None:
+        """Let go of threads, processes and buffers. Safe to call again."""
+        self._stop()
+        self._closed = True
+
+    @abstractmethod
+    def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
+        """Yields the images of the micro batches from `start` on: (b, h, w, 3) normalised, on the device."""
+
+    def _walk(self, epoch: int, start: int) -> Iterator[Batch]:
+        requests = self.task.requests(epoch)
+        images = self._running = self._images(requests, start)
+        self.begin()
+        try:
+            for k in range(start, len(requests)):
+                image = next(images)
+                self.end_of_dataloader = k == len(requests) - 1
+                yield self._batch(image, requests, k)
+                if self._running is not images:
+                    raise RuntimeError(f"a newer epoch of this {self.name} loader has begun, or it was closed")
+        finally:
+            if self._running is images:
+                self._stop()
+
+    def _batch(self, image: Tensor, requests: Requests, k: int) -> Batch:
+        device = self.task.device
+
+        def sent(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+        return Batch(
+            image=image.permute(0, 3, 1, 2).to(device=device, dtype=self.task.dtype, non_blocking=True),
+            grade=sent(self.task.grades[requests.id[k]]),
+            id=sent(requests.id[k]),
+            valid=sent(requests.valid[k]),
+        )
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            images, self._running = self._running, None
+            self.end()
+            images.close()
+
+
+def name_unreadable(files: Sequence[str]) -> str | None:
+    """The first of these files that PIL cannot decode, with its reason; None if it can decode them all."""
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{file} ({' '.join(str(error).split())})"
+    return None
+
+
+def open_upright(file: str) -> Image.Image:
+    """A photograph as upright RGB."""
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,0 +1,135 @@
+"""The report's way: PIL in the workers of a `torch.utils.data.DataLoader`. The baseline, and for machines without DALI."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastddr import sampling
+from fastddr.errors import UserError
+from fastddr.loaders.base import Loader, Requests, Task, name_unreadable, open_upright
+
+
+class _Item(NamedTuple):
+    """All that a worker needs to know about one photograph."""
+
+    file: str
+    affine: Float[np.ndarray, "2 3"]
+    colour: Float[np.ndarray, "3 4"]
+    canvas_width: int
+    canvas_height: int
+
+
+class _Photographs(Dataset[Tensor]):
+    """Indexed by an `_Item` instead of a number: what to do is worked out beforehand, in the main process."""
+
+    def __init__(self, image_size: int, only_crops: bool) -> None:
+        self.image_size = image_size
+        self.only_crops = only_crops
+
+    def __getitem__(self, item: _Item) -> Tensor:
+        return torch.from_numpy(render(item, self.image_size, self.only_crops))
+
+
+class _Batches(Sampler[list[_Item]]):
+    """Micro batches of items; set anew for every epoch."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.requests: Requests | None = None
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[_Item]]:
+        requests = self.requests
+        assert requests is not None
+        for k in range(self.start, len(requests)):
+            yield [
+                _Item(self.files[id_], affine, colour, int(width), int(height))
+                for id_, affine, colour, width, height in zip(
+                    requests.id[k],
+                    requests.affine[k],
+                    requests.colour[k],
+                    requests.canvas_width[k],
+                    requests.canvas_height[k],
+                    strict=True,
+                )
+            ]
+
+
+def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3"]:
+    """One photograph through its maps, by PIL: to the canvas (antialiased), warped (bilinear), coloured.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    try:
+        photograph = open_upright(item.file)
+    except (OSError, SyntaxError, ValueError):
+        bad = name_unreadable([item.file]) or item.file
+        raise UserError(f"{bad}: this photograph cannot be decoded; replace it or take it out of the set.") from None
+    canvas = (item.canvas_width, item.canvas_height)
+    crops = sampling.as_crops(item.affine[None], size) if only_crops else None
+    if crops is not None:
+        x, y = int(crops.x[0]), int(crops.y[0])
+        if photograph.size == canvas:
+            window = photograph.crop((x, y, x + size, y + size))
+        else:
+            # Only the window is resampled, from where it lies in the photograph; PIL's filter reads past the box.
+            scale_x, scale_y = photograph.width / canvas[0], photograph.height / canvas[1]
+            box = (x * scale_x, y * scale_y, (x + size) * scale_x, (y + size) * scale_y)
+            box = (box[0], box[1], min(box[2], photograph.width), min(box[3], photograph.height))
+            window = photograph.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        if crops.hflip[0]:
+            window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if crops.vflip[0]:
+            window = window.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    else:
+        if photograph.size != canvas:
+            photograph = photograph.resize(canvas, Image.Resampling.BILINEAR)
+        linear = np.linalg.inv(item.affine[:, :2])
+        inverse = np.concatenate([linear, -linear @ item.affine[:, 2:]], axis=1)
+        window = photograph.transform(
+            (size, size), Image.Transform.AFFINE, tuple(inverse.ravel()), Image.Resampling.BILINEAR
+        )
+    pixels = np.asarray(window, dtype=np.float32)
+    if only_crops and not np.count_nonzero(item.colour[:, :3] - np.diag(np.diag(item.colour))):
+        return pixels * np.diag(item.colour) + item.colour[:, 3]
+    return pixels @ item.colour[:, :3].T + item.colour[:, 3]
+
+
+class VisionLoader(Loader):
+    """PIL and worker processes. `threads` is the number of workers; 0 decodes in the main process."""
+
+    name = "torchvision"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._batches = _Batches()
+        self._loader = DataLoader(
+            _Photographs(task.image_size, task.only_crops),
+            batch_sampler=self._batches,
+            num_workers=task.threads,
+            persistent_workers=task.threads > 0,
+            prefetch_factor=task.prefetch if task.threads > 0 else None,
+            pin_memory=task.device.type == "cuda",
+            # Its own generator: the loader would otherwise draw from the global one, and change the run.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
+        self._batches.files = list(self.task.files)
+        self._batches.requests, self._batches.start = requests, start
+        yield from self._loader
+
+    def close(self) -> None:
+        """Ends the workers."""
+        super().close()
+        # The only public way to end persistent workers is to drop the loader.
+        self.__dict__.pop("_loader", None)

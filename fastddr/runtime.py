@@ -1,0 +1,173 @@
+"""Device, precision, threads, seed and ranks: chosen once, in code, and printed with the reason."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
+from fastddr.config import Config
+from fastddr.errors import UserError
+
+#: From Linux's <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run runs and how it is cut: what `auto` became, and why."""
+
+    accelerator: Accelerator
+    device: torch.device
+    precision: str
+    threads: int
+    rank: int
+    world: int
+    micro_batch_size: int
+    accumulation: int
+    decisions: tuple[str, ...]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """What a batch's images are: the autocast dtype on a GPU, float32 on a CPU."""
+        return DTYPES[self.precision] if self.device.type == "cuda" else torch.float32
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_of_rank() -> int:
+    """Cores that fall to one rank of this machine, at least one."""
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def choose_precision(asked: str, launched: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """The precision, and the reason for it.
+
+    Args:
+        asked: the `precision` of the configuration.
+        launched: what `accelerate launch` was told (`ACCELERATE_MIXED_PRECISION`), "no" or "" if nothing.
+        capability: compute capability of the card, None on a CPU.
+
+    Raises:
+        UserError: a precision that nothing here can train in.
+    """
+    if launched in ("fp16", "bf16"):
+        chosen, reason = launched, "accelerate launch asked for it"
+    elif launched not in ("", "no"):
+        raise UserError(
+            f"accelerate launch --mixed_precision {launched}: fastddr trains in fp16, bf16 or fp32; launch with "
+            "`no` and it chooses itself."
+        )
+    elif asked != "auto":
+        chosen, reason = asked, "--precision asked for it"
+    elif capability is None:
+        chosen, reason = "fp32", "no GPU; on a CPU half precision is slower than float32"
+    elif capability >= (8, 0):
+        chosen, reason = "bf16", f"the card has it (compute capability {capability[0]}.{capability[1]})"
+    else:
+        chosen, reason = "fp16", f"the card has no fast bf16 (compute capability {capability[0]}.{capability[1]})"
+    if chosen == "fp16" and capability is None:
+        raise UserError("precision fp16 needs a GPU; on a CPU use --precision fp32 or bf16.")
+    return chosen, reason
+
+
+def divide_batch(global_batch: int, micro: int | str, world: int) -> tuple[int, int]:
+    """(photographs a rank holds at once, how many such make a step) for a global batch.
+
+    Raises:
+        UserError: the global batch is not a whole number of micro batches on every rank.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"batch_size {global_batch} (the global batch) cannot be divided by {world} ranks; "
+            f"the nearest that can is {max(1, round(global_batch / world)) * world}."
+        )
+    per_rank = global_batch // world
+    if micro == "auto":
+        return per_rank, 1
+    if per_rank % int(micro):
+        raise UserError(
+            f"batch_size {global_batch} on {world} rank(s) is {per_rank} photographs a rank, which "
+            f"micro_batch_size {micro} does not divide; choose a divisor of {per_rank}."
+        )
+    return int(micro), per_rank // int(micro)
+
+
+def die_with_parent() -> None:
+    """Let SIGTERM reach this process when its launcher dies: `accelerate launch` of one process forwards none."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def start(config: Config) -> Runtime:
+    """Choose device, precision and threads, join the other ranks, and seed.
+
+    Raises:
+        UserError: a precision or a batch that this machine cannot do.
+    """
+    die_with_parent()
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    decisions = [
+        f"device {'cpu' if on_cpu else 'cuda'}: "
+        + ("PyTorch sees no GPU" if not torch.cuda.is_available() else "asked for" if on_cpu else "a GPU is there")
+    ]
+    state = PartialState(cpu=on_cpu)
+    capability = None if on_cpu else torch.cuda.get_device_capability(state.device)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    precision, reason = choose_precision(config.precision, launched, capability)
+    decisions.append(f"precision {precision}: {reason}")
+    micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)
+    decisions.append(
+        f"batch {config.batch_size} = {micro} at once × {accumulation} accumulated × {state.num_processes} rank(s)"
+    )
+    threads = config.threads or cores_of_rank()
+    # accelerate launch sets OMP_NUM_THREADS=1 on a CPU, which halves the speed; this overrides it.
+    torch.set_num_threads(threads)
+    decisions.append(f"threads {threads}: {'asked for' if config.threads else 'the cores of this rank'}")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif not on_cpu:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_steps=accumulation,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    # Every rank the same seed: the weights start equal, and what differs by rank is drawn from (seed, epoch, id).
+    torch.manual_seed(config.seed)
+    return Runtime(
+        accelerator=accelerator,
+        device=accelerator.device,
+        precision=precision,
+        threads=threads,
+        rank=state.process_index,
+        world=state.num_processes,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        decisions=tuple(decisions),
+    )

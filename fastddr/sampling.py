@@ -1,0 +1,200 @@
+"""Who comes when, and seen how: order, windows and colours as pure functions of (seed, epoch, id).
+
+Nothing here has state. A counter-based generator (Philox; Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011) gives each epoch an order and each photograph one row of random numbers, so a run can start at
+any step, on any number of ranks, and see the same photographs in the same windows.
+
+Geometry is in continuous pixel coordinates: pixel i covers [i, i + 1). An *affine* map (2×3) takes canvas
+coordinates to image coordinates, a *colour* map (3×4) takes (R, G, B, 1) in 0-255 to normalised values. The
+canvas is the photograph, upright, scaled so that its short side has a given length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from fastddr.config import AugmentConfig
+
+#: Random numbers a photograph has in an epoch. Fixed columns: a new use takes a spare one, and no other moves.
+_COLUMNS = 12
+_X, _Y, _HFLIP, _VFLIP, _ANGLE, _SCALE, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(10)
+#: Streams of the generator that must not share numbers.
+_ORDER, _PHOTOGRAPH = 0, 1
+
+#: Weights of R, G, B in luma (ITU-R BT.601), the grey that saturation and hue turn about.
+_LUMA = np.array([0.299, 0.587, 0.114])
+#: RGB to YIQ (NTSC), in which a hue is an angle.
+_YIQ = np.array([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The two maps of each of n photographs."""
+
+    affine: Float[np.ndarray, "n 2 3"]
+    colour: Float[np.ndarray, "n 3 4"]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Affine maps that are a window of the canvas, perhaps mirrored: `x`, `y` its upper left corner."""
+
+    x: Int[np.ndarray, " n"]
+    y: Int[np.ndarray, " n"]
+    hflip: Bool[np.ndarray, " n"]
+    vflip: Bool[np.ndarray, " n"]
+
+
+def _generator(seed: int, stream: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, epoch, 0]))
+
+
+def order(ids: Int[np.ndarray, " n"], seed: int, epoch: int) -> Int[np.ndarray, " n"]:
+    """The ids in the order of this epoch."""
+    return _generator(seed, _ORDER, epoch).permutation(ids)
+
+
+def numbers(count: int, seed: int, epoch: int) -> Float[np.ndarray, "count 12"]:
+    """Row i: the uniform numbers in [0, 1) of photograph i in this epoch, whatever `count` is."""
+    return _generator(seed, _PHOTOGRAPH, epoch).random((count, _COLUMNS))
+
+
+def canvas_size(
+    width: Int[np.ndarray, " n"], height: Int[np.ndarray, " n"], canvas: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Width and height of the canvas of photographs of these sizes: the short side is `canvas` long."""
+    short = np.minimum(width, height).astype(np.float64)
+    # Half-way cases round up, not to even, so that a photograph and its transpose get transposed canvases.
+    scaled_width = np.floor(width * canvas / short + 0.5).astype(np.int64)
+    scaled_height = np.floor(height * canvas / short + 0.5).astype(np.int64)
+    return scaled_width, scaled_height
+
+
+def schedule(
+    ids: Int[np.ndarray, " n"], batch_size: int, *, rank: int = 0, world: int = 1, accumulation: int = 1, pad: bool
+) -> tuple[Int[np.ndarray, "m b"], Bool[np.ndarray, "m b"]]:
+    """One rank's micro batches of ids, with a mask of the valid ones.
+
+    Each global batch of `batch_size` ids is cut contiguously by rank, and a rank's part into `accumulation`
+    micro batches; so the global batches are the same on any number of ranks. The last, partial global batch
+    is dropped, or with `pad` filled up at its tail with the last id, marked not valid.
+    """
+    steps = -(-len(ids) // batch_size) if pad else len(ids) // batch_size
+    size = steps * batch_size
+    valid = np.arange(size) < len(ids)
+    if size > len(ids):
+        ids = np.concatenate([ids, np.full(size - len(ids), ids[-1] if len(ids) else 0)])
+
+    def cut(values: np.ndarray) -> np.ndarray:
+        micro = batch_size // (world * accumulation)
+        return values[:size].reshape(steps, world, accumulation, micro)[:, rank].reshape(-1, micro)
+
+    return cut(ids), cut(valid)
+
+
+def training_maps(
+    rows: Float[np.ndarray, "n 12"],
+    canvas_width: Int[np.ndarray, " n"],
+    canvas_height: Int[np.ndarray, " n"],
+    image_size: int,
+    augment: AugmentConfig,
+) -> Maps:
+    """The augmented maps of n photographs, from their random numbers and the sizes of their canvases.
+
+    A random window is turned and scaled about its middle, and mirrored; where nothing turns or scales, it
+    lies on whole pixels. What falls outside the canvas is black.
+    """
+    x = np.floor(rows[:, _X] * (canvas_width - image_size + 1))
+    y = np.floor(rows[:, _Y] * (canvas_height - image_size + 1))
+    mirror_x = np.where(augment.hflip & (rows[:, _HFLIP] < 0.5), -1.0, 1.0)
+    mirror_y = np.where(augment.vflip & (rows[:, _VFLIP] < 0.5), -1.0, 1.0)
+    angle = np.deg2rad(augment.rotate) * (2 * rows[:, _ANGLE] - 1)
+    low, high = augment.scale
+    scale = low + (high - low) * rows[:, _SCALE]
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    linear = np.empty((len(rows), 2, 2))
+    linear[:, 0, 0], linear[:, 0, 1] = mirror_x * cos, -mirror_x * sin
+    linear[:, 1, 0], linear[:, 1, 1] = mirror_y * sin, mirror_y * cos
+    return Maps(_about_middle(linear, x, y, image_size), _colour(rows, augment))
+
+
+def evaluation_maps(
+    canvas_width: Int[np.ndarray, " n"],
+    canvas_height: Int[np.ndarray, " n"],
+    image_size: int,
+    augment: AugmentConfig,
+) -> Maps:
+    """The middle window of each canvas, normalised and nothing else."""
+    x = (canvas_width - image_size) // 2
+    y = (canvas_height - image_size) // 2
+    linear = np.broadcast_to(np.eye(2), (len(canvas_width), 2, 2))
+    colour = np.broadcast_to(_normalisation(augment), (len(canvas_width), 3, 4))
+    return Maps(_about_middle(linear, x, y, image_size), colour.astype(np.float32))
+
+
+def as_crops(affine: Float[np.ndarray, "n 2 3"], image_size: int) -> Crops | None:
+    """The maps as windows, or None where one of them turns, scales or lies between pixels."""
+    diagonal = affine[:, [0, 1], [0, 1]]
+    if not (np.abs(diagonal) == 1).all() or affine[:, [0, 1], [1, 0]].any():
+        return None
+    flipped = diagonal < 0
+    corner = np.where(flipped, affine[:, :, 2] - image_size, -affine[:, :, 2])
+    if (corner != np.floor(corner)).any():
+        return None
+    whole = corner.astype(np.int64)
+    return Crops(x=whole[:, 0], y=whole[:, 1], hflip=flipped[:, 0], vflip=flipped[:, 1])
+
+
+def only_crops(augment: AugmentConfig) -> bool:
+    """Whether every map of this policy is a window, perhaps mirrored (`as_crops` never gives None)."""
+    return augment.rotate == 0 and augment.scale == (1.0, 1.0)
+
+
+def only_normalises(augment: AugmentConfig) -> bool:
+    """Whether the colour map of this policy is the same for all photographs: the normalisation."""
+    return not (augment.brightness or augment.contrast or augment.saturation or augment.hue)
+
+
+def _about_middle(
+    linear: Float[np.ndarray, "n 2 2"], x: np.ndarray, y: np.ndarray, image_size: int
+) -> Float[np.ndarray, "n 2 3"]:
+    """The map with this linear part that takes the middle of the window at (x, y) to the image's middle."""
+    half = image_size / 2
+    middle = np.stack([x + half, y + half], axis=1)
+    offset = half - np.einsum("nij,nj->ni", linear, middle)
+    return np.concatenate([linear, offset[:, :, None]], axis=2)
+
+
+def _normalisation(augment: AugmentConfig) -> Float[np.ndarray, "3 4"]:
+    mean, std = np.array(augment.mean), np.array(augment.std)
+    return np.concatenate([np.diag(1 / (255 * std)), (-mean / std)[:, None]], axis=1)
+
+
+def _colour(rows: Float[np.ndarray, "n 12"], augment: AugmentConfig) -> Float[np.ndarray, "n 3 4"]:
+    """Hue, saturation, contrast, brightness and normalisation, in this order, folded into one map."""
+    if only_normalises(augment):
+        return np.broadcast_to(_normalisation(augment).astype(np.float32), (len(rows), 3, 4))
+
+    def factor(column: int, width: float) -> Float[np.ndarray, " n 1 1"]:
+        return (1 + width * (2 * rows[:, column] - 1))[:, None, None]
+
+    turn = 2 * np.pi * augment.hue * (2 * rows[:, _HUE] - 1)
+    rotation = np.zeros((len(rows), 3, 3))
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = np.cos(turn)
+    rotation[:, 2, 1] = np.sin(turn)
+    rotation[:, 1, 2] = -rotation[:, 2, 1]
+    linear = np.linalg.inv(_YIQ) @ rotation @ _YIQ
+    grey = np.broadcast_to(_LUMA, (3, 3))
+    saturation = factor(_SATURATION, augment.saturation)
+    linear = (saturation * np.eye(3) + (1 - saturation) * grey) @ linear
+    contrast = factor(_CONTRAST, augment.contrast)
+    brightness = factor(_BRIGHTNESS, augment.brightness)
+    offset = brightness * (1 - contrast) * 255 * np.array(augment.mean)[:, None]
+    linear = brightness * contrast * linear
+    normalise = _normalisation(augment)
+    scale, shift = normalise[:, :3], normalise[:, 3:]
+    return np.concatenate([scale @ linear, scale @ offset + shift], axis=2).astype(np.float32)

@@ -54,7 +54,8 @@ def _generator(seed: int, stream: int, epoch: int) -> np.random.Generator:
 
 def order(ids: Int[np.ndarray, " n"], seed: int, epoch: int) -> Int[np.ndarray, " n"]:
     """The ids in the order of this epoch."""
-    return _generator(seed, _ORDER, epoch).permutation(ids)
+    # By random keys and not by `permutation`, whose algorithm NumPy may change between versions.
+    return ids[np.argsort(_generator(seed, _ORDER, epoch).random(len(ids)), kind="stable")]
 
 
 def numbers(count: int, seed: int, epoch: int) -> Float[np.ndarray, "count 12"]:

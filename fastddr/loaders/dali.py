@@ -137,70 +137,65 @@ class DaliLoader(Loader):
 
 
 def _build(task: Task) -> Any:
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import Pipeline
 
     gpu = task.device.type == "cuda"
-    decoder = "mixed" if gpu else "cpu"
-    size = task.image_size
-    mean = [255 * value for value in task.augment.mean]
-    std = [255 * value for value in task.augment.std]
-    # libjpeg smooths the upsampled chroma; without this the GPU decoder would give other pixels.
-    jpeg = {"output_type": types.RGB, "jpeg_fancy_upsampling": True}
-
-    @pipeline_def(
+    pipeline = Pipeline(
         batch_size=task.micro_batch_size,
         num_threads=max(1, task.threads),
-        device_id=task.device.index or 0 if gpu else None,
+        device_id=(task.device.index or 0) if gpu else None,
         prefetch_queue_depth=task.prefetch,
         exec_dynamic=True,
         seed=0,  # nothing in the graph is random
     )
-    def graph() -> Any:
-        def given(name: str, dtype: Any, ndim: int) -> Any:
-            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
-
-        encoded = fn.io.file.read(given("path", types.UINT8, 1))
-        if task.only_crops:
-            if task.canvas_is_source:
-                window = fn.decoders.image_slice(
-                    encoded,
-                    start=given("start", types.INT32, 1),
-                    shape=[size, size],
-                    axis_names="WH",
-                    device=decoder,
-                    **jpeg,
-                )
-            else:
-                window = fn.resize(
-                    fn.decoders.image(encoded, device=decoder, **jpeg),
-                    size=[size, size],
-                    roi_start=given("roi_start", types.FLOAT, 1),
-                    roi_end=given("roi_end", types.FLOAT, 1),
-                    interp_type=types.INTERP_LINEAR,
-                    antialias=True,
-                )
-            window = fn.flip(
-                window, horizontal=given("hflip", types.INT32, 0), vertical=given("vflip", types.INT32, 0)
-            )
-        else:
-            canvas = fn.resize(
-                fn.decoders.image(encoded, device=decoder, **jpeg),
-                size=given("canvas", types.FLOAT, 1),
-                interp_type=types.INTERP_LINEAR,
-                antialias=True,
-            )
-            window = fn.warp_affine(
-                canvas,
-                matrix=given("inverse", types.FLOAT, 2),
-                size=[size, size],
-                fill_value=0,
-                interp_type=types.INTERP_LINEAR,
-                inverse_map=True,
-            )
-        if task.only_normalises:
-            return fn.crop_mirror_normalize(window, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
-        return fn.coord_transform(window, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
-
-    pipeline = graph()
+    with pipeline:
+        pipeline.set_outputs(_graph(task))
     pipeline.build()
     return pipeline
+
+
+def _graph(task: Task) -> Any:
+    """From paths and maps to normalised windows (h, w, 3) in float32."""
+    from nvidia.dali import fn, types
+
+    def given(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+    size = task.image_size
+    # libjpeg smooths the upsampled chroma; without this the GPU decoder would give other pixels.
+    decoding = {
+        "device": "mixed" if task.device.type == "cuda" else "cpu",
+        "output_type": types.RGB,
+        "jpeg_fancy_upsampling": True,
+    }
+    resampling = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+    encoded = fn.io.file.read(given("path", types.UINT8, 1))
+    if task.only_crops:
+        if task.canvas_is_source:
+            start = given("start", types.INT32, 1)
+            window = fn.decoders.image_slice(encoded, start=start, shape=[size, size], axis_names="WH", **decoding)
+        else:
+            window = fn.resize(
+                fn.decoders.image(encoded, **decoding),
+                size=[size, size],
+                roi_start=given("roi_start", types.FLOAT, 1),
+                roi_end=given("roi_end", types.FLOAT, 1),
+                **resampling,
+            )
+        window = fn.flip(window, horizontal=given("hflip", types.INT32, 0), vertical=given("vflip", types.INT32, 0))
+    else:
+        canvas = fn.resize(
+            fn.decoders.image(encoded, **decoding), size=given("canvas", types.FLOAT, 1), **resampling
+        )
+        window = fn.warp_affine(
+            canvas,
+            matrix=given("inverse", types.FLOAT, 2),
+            size=[size, size],
+            fill_value=0,
+            interp_type=types.INTERP_LINEAR,
+            inverse_map=True,
+        )
+    if task.only_normalises:
+        mean, std = ([255 * value for value in values] for values in (task.augment.mean, task.augment.std))
+        return fn.crop_mirror_normalize(window, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
+    return fn.coord_transform(window, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)

@@ -1,0 +1,45 @@
+"""The command `fastddr VERB`."""
+
+from __future__ import annotations
+
+import sys
+
+from fastddr.errors import EXIT_USER_ERROR, nearest
+
+USAGE = """usage: fastddr VERB [options]
+
+  train      train, evaluate and report a grader (the same as `accelerate launch fastddr/train.py`, one process)
+  synthetic  write a synthetic DDR data set into a folder
+
+`fastddr VERB --help` tells a verb's options; `fastddr --version` the version.
+"""
+
+VERBS = ("train", "synthetic")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; its exit code is the command's: 0, or 2 for a mistake of the user's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else EXIT_USER_ERROR
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "--version":
+        from fastddr import __version__
+
+        print(f"fastddr {__version__}")
+        return 0
+    if verb == "train":
+        from fastddr import train
+
+        return train.main(rest, prog="fastddr train")
+    if verb == "synthetic":
+        from fastddr.data import synthetic
+
+        return synthetic.main(rest)
+    print(f"fastddr: there is no verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

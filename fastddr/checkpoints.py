@@ -1,0 +1,196 @@
+"""Checkpoints: written beside, synced, renamed; the old ones go after the new one stands.
+
+    checkpoints/step-00001234/
+      model.safetensors  ema.safetensors  optimizer.safetensors   tensors
+      state.json      where training stands, and everything that is not a tensor
+      manifest.json   size and SHA-256 of each file: written last, so a folder without it is no checkpoint
+    checkpoints/best -> step-...   checkpoints/last -> step-...
+
+Nothing is pickled, so nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastddr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved, on the CPU."""
+
+    path: Path
+    state: dict[str, Any]
+    """Where training stands: epoch, step, best so far, fingerprint of the data, versions."""
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    """As `Optimizer.load_state_dict` wants it."""
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    optimizer: Mapping[str, Any],
+    best: bool,
+) -> Path:
+    """Write a checkpoint, point `last` (and `best`) at it, and then delete those that nothing points at.
+
+    Args:
+        folder: the run's checkpoints/.
+        step: optimizer steps done.
+        state: JSON values.
+        model, ema: state dicts.
+        optimizer: `Optimizer.state_dict()`.
+        best: whether it is the best so far.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        moments, rest = _split_optimizer(optimizer)
+        save_file(_plain(model), temporary / "model.safetensors")
+        if ema is not None:
+            save_file(_plain(ema), temporary / "ema.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({**state, "optimizer": rest}, indent=1))
+        sums = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in temporary.iterdir()}
+        (temporary / "manifest.json").write_text(json.dumps(sums, indent=1, sort_keys=True))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        # The same step again (saved mid-epoch, then at the epoch's end): the new one takes its place.
+        replaced = folder / f".old-{final.name}.{os.getpid()}"
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for name in ("last", "best") if best else ("last",):
+        _point(folder / name, final.name)
+    _sync(folder)
+    _prune(folder)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, following `best` or `last`, and verify every byte of it.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    path = path.resolve()
+    sums = _json(path / "manifest.json")
+    for name, expected in sums.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise UserError(f"{file}: this part of the checkpoint is missing or damaged; take another checkpoint.")
+    state = _json(path / "state.json")
+    try:
+        model = load_file(path / "model.safetensors")
+        ema = load_file(path / "ema.safetensors") if "ema.safetensors" in sums else None
+        moments = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the tensors of this checkpoint cannot be read ({error}).") from None
+    rest = state.pop("optimizer")
+    return Checkpoint(path=path, state=state, model=model, ema=ema, optimizer=_join_optimizer(moments, rest))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the most steps that was written to its end, or None."""
+    whole = [path for path in folder.glob("step-*") if (path / "manifest.json").is_file()]
+    return max(whole, default=None)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors keeps neither strides nor shared storage: plain contiguous copies on the CPU.
+    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _split_optimizer(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in optimizer["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    return _plain(tensors), {"param_groups": optimizer["param_groups"], "scalars": scalars}
+
+
+def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["scalars"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path.parent}: this is not a whole checkpoint ({path.name} is missing or damaged).") from None
+    return loaded
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def _prune(folder: Path) -> None:
+    kept = {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Put saved weights into a model.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    try:
+        module.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: these weights are of another model ({first}).") from None

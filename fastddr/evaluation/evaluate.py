@@ -1,0 +1,48 @@
+"""A model on a split: every photograph once, whatever the number of ranks and the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from fastddr.evaluation.metrics import SplitResult
+from fastddr.loaders.base import Loader
+
+
+@torch.inference_mode()
+def score(
+    accelerator: Accelerator, model: nn.Module, loader: Loader, *, paths: Sequence[str], weights: str
+) -> SplitResult:
+    """The logits of every photograph of the loader's split, in the order of their ids, on every rank.
+
+    Args:
+        accelerator: gathers from all ranks; its autocast is the model's.
+        model: bare, not wrapped by DDP: images (b, 3, h, w) to logits (b, C).
+        loader: an evaluation loader.
+        paths: name of each id, as the reports show it.
+        weights: which weights these are, for the reader of the report.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    try:
+        for batch in loader.epoch():
+            with accelerator.autocast():
+                logits = model(batch.image)
+            parts.append((logits.float(), batch.grade, batch.id, batch.valid))
+    finally:
+        model.train(was_training)
+    # Every rank holds as many rows, padding included, so one plain gather a tensor does it.
+    logits, grades, ids, valid = (accelerator.gather(torch.cat(column)).cpu() for column in zip(*parts, strict=True))
+    logits, grades, ids = logits[valid], grades[valid], ids[valid]
+    order = ids.argsort()
+    wanted = torch.as_tensor(loader.task.ids).sort().values
+    if not torch.equal(ids[order], wanted):
+        raise RuntimeError(f"scored {len(ids)} photographs where the split has {len(wanted)}, or not the same ones")
+    ids = ids[order]
+    return SplitResult(
+        logits=logits[order], grades=grades[order], ids=ids, paths=[paths[i] for i in ids.tolist()], weights=weights
+    )

@@ -1,0 +1,142 @@
+"""How the weights move: optimizer, learning rate as a function of the step, averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastddr.errors import UserError, nearest
+
+NAMES = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine")
+
+
+def build(
+    model: nn.Module,
+    name: str = "adamw",
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    betas: Sequence[float] = (0.9, 0.999),
+) -> Optimizer:
+    """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum.
+
+    Parameters of one dimension, which are the biases and the norms' scales and shifts, are not decayed, with
+    any of the three: pulling them to zero does not simplify the function. Frozen parameters are left out.
+    `momentum` is SGD's alone, `betas` Adam's and AdamW's; SGD with momentum 0 is plain SGD. Build it after
+    the model is on its device: on CUDA the step is one fused kernel. Raises UserError for a value out of its
+    range.
+    """
+    if name not in NAMES:
+        raise UserError(f"there is no optimizer {name!r}: {nearest(name, NAMES)}")
+    _demand(0 < lr < math.inf, name, "lr", lr, "more than 0")
+    _demand(0 <= weight_decay < math.inf, name, "weight_decay", weight_decay, "0 or more")
+    _demand(0 <= momentum < 1, name, "momentum", momentum, "0 or more and less than 1")
+    pair = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    _demand(pair, name, "betas", betas, "two numbers of 0 or more and less than 1")
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError(f"optimizer {name!r} has no weight to train: unfreeze some.")
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    # None leaves the choice of the loop to torch.
+    fused = True if all(parameter.is_cuda for parameter in trained) else None
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    first, second = betas
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=(first, second), fused=fused)
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine") -> float:
+    """What the peak learning rate is multiplied by for optimizer step `step` of 0 … total_steps − 1.
+
+    A straight line over the warm-up, 1/(w+1), 2/(w+1), …, which reaches 1 at step w = `warmup_steps`; then 1
+    ("constant") or half a cosine wave that would reach 0 at `total_steps`, one after the last step
+    (Loshchilov and Hutter 2017, equation 5, without restarts). A function of the step alone, so a resume
+    needs no state. Raises UserError for an unknown schedule and for a warm-up that leaves no step.
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f"there is no learning-rate schedule {schedule!r}: {nearest(schedule, SCHEDULES)}")
+    if not 0 <= warmup_steps < total_steps:
+        raise UserError(
+            f"a run of {total_steps} steps cannot have warmup_steps={warmup_steps}: "
+            f"set warmup_steps to 0 or more and less than {total_steps}, or train for longer."
+            if total_steps > 0
+            else f"a run cannot have {total_steps} steps: train for at least 1."
+        )
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give every group this learning rate: peak times `lr_factor(step, ...)`, before each step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """The decay at optimizer step `step` = 0, 1, …: min(decay, (1 + step) / (10 + step)).
+
+    A fixed decay would keep the random first weights for about 1 / (1 − decay) steps; this forgets them at
+    once.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model, in evaluation mode, that `update_ema` keeps at the mean of its recent weights.
+
+    Give it the bare model, before DDP or torch.compile wrap it. The copy stays on the model's device and in
+    its memory format and takes no gradient; `ema.module` is the model to evaluate or to save. Raises
+    UserError unless 0 < decay < 1.
+    """
+    if not 0 < decay < 1:
+        raise UserError(
+            f"the averaged weights cannot have decay={decay}: set it to more than 0 and less than 1."
+        )
+    # BatchNorm's statistics are averaged too: the latest ones do not belong to averaged weights.
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return ema.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_ema(ema: AveragedModel, model: nn.Module, step: int, decay: float) -> None:
+    """After step 0, 1, …: average = d · average + (1 − d) · model, with d = `ema_decay(step, decay)`.
+
+    Floating-point parameters and buffers are averaged, counters copied. `model` may be wrapped by now.
+    `AveragedModel.update_parameters` is not used, for it copies its counter to the device at each call, which
+    makes the host wait for the device; this asks the device nothing.
+    """
+    averages: list[Tensor] = []
+    values: list[Tensor] = []
+    ours = chain(ema.module.parameters(), ema.module.buffers())
+    for average, value in zip(ours, chain(model.parameters(), model.buffers()), strict=True):
+        if average.is_floating_point():
+            averages.append(average)
+            values.append(value)
+        else:
+            average.copy_(value)
+    torch._foreach_lerp_(averages, values, 1.0 - ema_decay(step, decay))
+    ema.n_averaged += 1
+
+
+def _demand(holds: bool, optimizer: str, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"optimizer {optimizer!r} cannot have {key}={value}: set {key} to {wanted}.")

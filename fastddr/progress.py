@@ -1,0 +1,40 @@
+"""The bar of an epoch: images/s, data wait and time left on a terminal; nothing in a log file."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class EpochBar:
+    """A progress bar that goes away when its `with` block ends."""
+
+    def __init__(self, console: Console, title: str, total: int, start: int = 0) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bar = self._progress.add_task(title, total=total, completed=start, speed="")
+
+    def update(self, done: int, images_per_second: float | None = None, data_wait: float | None = None) -> None:
+        """Move to `done` of the total; the two figures are of the last logged steps."""
+        speed = "" if images_per_second is None else f"{images_per_second:,.0f} images/s, data wait {data_wait:.0%}"
+        self._progress.update(self._bar, completed=done, speed=speed)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()

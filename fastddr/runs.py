@@ -1,0 +1,146 @@
+"""A run is a folder: its name, its files, its state, and whether it goes on or begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fastddr.config import Config, flatten, from_mapping, identity_changes, read_yaml
+from fastddr.errors import UserError
+
+State = Literal["running", "preempted", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where each file of a run stands."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, which reloads to the same run."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """What it was trained on, with the fingerprint."""
+        return self.path / "manifest.csv"
+
+    @property
+    def metrics(self) -> Path:
+        """Every figure that was logged, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def test_scorings(self) -> Path:
+        """Every time that the test split was scored."""
+        return self.path / "test_scorings.jsonl"
+
+    def write(self, file: Path, text: str) -> None:
+        """Write a file whole or not at all."""
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+
+    def set_status(self, state: State, step: int, reason: str = "") -> None:
+        """What a scheduler reads."""
+        self.write(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+
+    def status(self) -> dict[str, Any]:
+        """The status as it was last written; empty for a run that never got so far."""
+        try:
+            loaded: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return loaded
+
+    def append_test_scoring(self, record: dict[str, Any]) -> None:
+        """One more line of `test_scorings.jsonl`."""
+        with self.test_scorings.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no such file. A line cut short by a kill is left out."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def new_name(preset: str, data: str, now: datetime) -> str:
+    """PRESET-DATA-TIME, of characters that any file system takes."""
+
+    def short(name: str) -> str:
+        path = Path(name)
+        path = path.parent if path.name == "DR_grading" and path.parent.name else path
+        stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+        return re.sub(r"[^\w.]+", "_", stem).strip("._") or "data"
+
+    return f"{short(preset)}-{short(str(Path(data).expanduser().absolute()) if data != 'synthetic' else data)}-{now:%Y%m%d-%H%M%S}"
+
+
+def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
+    """Folder of the run, and the text of its config.yaml if it is an earlier run that goes on.
+
+    Raises:
+        UserError: the folder holds something else than a run.
+    """
+    if config.run_dir is None:
+        base = Path("runs") / new_name(config.preset, config.data, now)
+        path, number = base, 1
+        while path.exists():
+            number += 1
+            path = base.with_name(f"{base.name}-{number}")
+        return path, None
+    path = Path(config.run_dir).expanduser()
+    if (path / "config.yaml").is_file():
+        return path, (path / "config.yaml").read_text(encoding="utf-8")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path}: this is a file; give a folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--run-dir {path}: this folder holds something that is not a run; give a new or empty one.")
+    return path, None
+
+
+def continue_from(config: Config, run: RunFolder) -> Config:
+    """The configuration of a run that goes on: the stored one, with the new one's runtime keys.
+
+    What was left to `auto` stays as it was chosen then.
+
+    Raises:
+        UserError: an identity key differs, with all that do.
+    """
+    stored = from_mapping(read_yaml(run.config), str(run.config))
+    old, new = flatten(stored), flatten(config)
+    chosen = {key: old[key] for key in new if new[key] in ("auto", None) and old[key] not in ("auto", None)}
+    merged = config
+    for key, value in chosen.items():
+        merged = override(merged, key, value)
+    changes = identity_changes(stored, merged)
+    if changes:
+        listed = "; ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in changes.items())
+        raise UserError(f"--run-dir {run.path}: this run cannot go on with other settings: {listed}.")
+    return merged
+
+
+def override(config: Config, key: str, value: Any) -> Config:
+    """The configuration with one dotted key set."""
+    tree: dict[str, Any] = {}
+    inner = tree
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = list(value) if isinstance(value, tuple) else value
+    return from_mapping(tree, "resolved configuration", base=config)

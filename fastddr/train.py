@@ -1,0 +1,32 @@
+"""Train a grader: `accelerate launch fastddr/train.py [--data DDR-dataset] [--preset NAME] ...`, or `fastddr train`.
+
+This file is `__main__` under `accelerate launch`, so it defines no class and holds no logic.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py") -> int:
+    """Parse, train, and return the exit code: 0, or 2 for a mistake of the user's, told in one sentence."""
+    from fastddr.errors import EXIT_USER_ERROR, UserError
+
+    try:
+        from fastddr.config import parse
+
+        config = parse(sys.argv[1:] if arguments is None else arguments, prog)
+        # Imported after parsing: --help and a wrong flag need not wait for PyTorch.
+        from fastddr.trainer import Trainer
+
+        with Trainer(config) as trainer:
+            trainer.fit()
+    except UserError as error:
+        print(f"fastddr: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,504 @@
+"""The loop: set-up, epochs, validation, when to save, and the report at the end."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import accelerate
+import torch
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from torch import nn
+
+import fastddr
+from fastddr import checkpoints, loaders, losses, models, optimizers, reporting, runs, runtime
+from fastddr.config import Config, dump
+from fastddr.data import manifest, synthetic
+from fastddr.data.grades import ICDR
+from fastddr.errors import UserError
+from fastddr.evaluation.evaluate import score
+from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.progress import EpochBar
+from fastddr.step import Tally, training_step
+from fastddr.tracking import Tracker
+
+
+@dataclass
+class Progress:
+    """Where training stands; what a checkpoint's state.json keeps."""
+
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Optimizer steps done."""
+    best_qwk: float | None = None
+    best_step: int = 0
+    best_epoch: int = 0
+
+
+class Trainer:
+    """Trains, evaluates and reports one run. Use it in a `with` block, so that everything is closed."""
+
+    def __init__(self, config: Config) -> None:
+        """Set everything up, or go on with an earlier run where `config.run_dir` is one.
+
+        Raises:
+            UserError: data, settings or the run's folder do not hold together.
+        """
+        self._opened: list[loaders.Loader] = []
+        self.tracker: Tracker | None = None
+        self.runtime = runtime.start(config)
+        self.accelerator = self.runtime.accelerator
+        self.console = Console(quiet=not self.runtime.is_main, highlight=False)
+        self.progress = Progress()
+        self._closed = False
+
+        where, resumed = self._locate(config)
+        self.run = runs.RunFolder(where)
+        if resumed:
+            config = runs.continue_from(config, self.run)
+            if self.run.status().get("state") == "done":
+                self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
+                self.config, self.finished = config, True
+                return
+            self.runtime = runtime.start(config)
+        self.finished = False
+        for decision in self.runtime.decisions:
+            self.console.print(f"  {decision}")
+
+        self.manifest = self._read_manifest(config)
+        loader, reason = loaders.choose(config.loader)
+        self.console.print(f"  loader {loader}: {reason}")
+        # What auto became is stored, and used again by a resume.
+        self.config = replace(
+            config,
+            run_dir=str(where),
+            loader=loader,
+            precision=self.runtime.precision,
+            micro_batch_size=self.runtime.micro_batch_size,
+            threads=self.runtime.threads,
+        )
+        self.train_loader = self._loader("train", train=True)
+        self.steps_per_epoch = self.train_loader.task.steps
+        self.valid_loader = self._loader("valid")
+
+        model = models.build(
+            config.model, num_classes=len(ICDR), image_size=config.image_size, **config.model_settings
+        ).to(self.runtime.device)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        decay = config.optimizer.ema_decay
+        self.ema = None if decay is None else optimizers.make_ema(model, decay)
+        optimizer = optimizers.build(
+            model,
+            config.optimizer.name,
+            lr=config.lr,
+            weight_decay=config.optimizer.weight_decay,
+            momentum=config.optimizer.momentum,
+            betas=config.optimizer.betas,
+        )
+        self.criterion = losses.build("cross_entropy", label_smoothing=config.loss.label_smoothing)
+        self.bare_model = model
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
+
+        newest = checkpoints.newest(self.run.checkpoints) if resumed else None
+        if newest is not None:
+            self._resume(newest)
+        elif self.runtime.is_main:
+            where.mkdir(parents=True, exist_ok=True)
+            self.run.write(self.run.config, dump(self.config))
+            self.run.write(self.run.manifest, self.manifest.to_csv())
+        if self.runtime.is_main:
+            self.run.set_status("running", self.progress.step)
+        self.accelerator.wait_for_everyone()
+        self.tracker = Tracker.start(
+            self.accelerator,
+            where,
+            asdict(self.config) | {"fingerprint": self.manifest.fingerprint},
+            project=config.tracking.project,
+            wandb=config.tracking.wandb,
+            tensorboard=config.tracking.tensorboard,
+            resume_step=self.progress.step if newest is not None else None,
+            say=lambda line: self.console.print(f"  {line}"),
+        )
+        self.console.print(
+            f"[bold]{config.model}[/], {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
+            f"photographs: {config.epochs} epochs of {self.steps_per_epoch} steps, into [bold]{where}[/]"
+        )
+
+    # ------------------------------------------------------------------------------------------ set-up
+
+    def _locate(self, config: Config) -> tuple[Path, bool]:
+        """The run's folder, chosen by rank 0 for all, and whether it is an earlier run."""
+        found: list[Any] = [None]
+        if self.runtime.is_main:
+            try:
+                path, stored = runs.locate(config, datetime.now())
+                found = [(str(path), stored is not None)]
+            except UserError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return Path(found[0][0]), found[0][1]
+
+    def _read_manifest(self, config: Config) -> manifest.Manifest:
+        with self.accelerator.main_process_first():
+            root: str | Path = config.data
+            if config.data == "synthetic":
+                made = config.synthetic
+                counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
+                total = sum(map(sum, counts.values()))
+                with EpochBar(self.console, f"making {total} synthetic photographs, once", total) as bar:
+                    root = synthetic.ensure(
+                        counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done)
+                    )
+            found = manifest.read(root)
+        counted = ", ".join(f"{split} {sum(counts[:5]):,}" for split, counts in found.counts().items())
+        self.console.print(f"  data {found.root}: {counted} gradable photographs")
+        for note in found.notes:
+            self.console.print(f"  note: {note}")
+        return found
+
+    def _loader(self, split: str, train: bool = False) -> loaders.Loader:
+        config, run = self.config, self.runtime
+        full = not train and config.evaluation.field == "full"
+        evaluated = (config.evaluation.batch_size or run.micro_batch_size) * run.world
+        task = loaders.Task(
+            files=self.manifest.files(),
+            grades=self.manifest.grade,
+            widths=self.manifest.width,
+            heights=self.manifest.height,
+            ids=self.manifest.ids(split),
+            train=train,
+            image_size=config.image_size,
+            canvas=config.image_size if full else config.canvas,
+            augment=config.augment,
+            seed=config.seed,
+            batch_size=config.batch_size if train else evaluated,
+            accumulation=run.accumulation if train else 1,
+            rank=run.rank,
+            world=run.world,
+            device=run.device,
+            dtype=run.image_dtype,
+            threads=config.loading.threads or runtime.cores_of_rank(),
+            prefetch=config.loading.prefetch,
+        )
+        # An evaluation on one repeated batch would be a wrong figure, not a fast one.
+        loader = loaders.build(config.loader if train or config.loader != "replay" else "auto", task)
+        self._opened.append(loader)
+        return loader
+
+    def _resume(self, newest: Path) -> None:
+        saved = checkpoints.load(newest)
+        if saved.state["fingerprint"] != self.manifest.fingerprint:
+            raise UserError(
+                f"--run-dir {self.run.path}: the data are not those that this run began with (compare "
+                f"{self.run.manifest}); restore them, or begin a new run."
+            )
+        checkpoints.load_weights(self.bare_model, saved.model, newest)
+        if self.ema is not None and saved.ema is not None:
+            checkpoints.load_weights(self.ema.module, saved.ema, newest)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.progress = Progress(**saved.state["progress"])
+        self.console.print(f"  resumed at step {self.progress.step}, from {newest}")
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Train to the end, score every split under the best weights, and write the report."""
+        if self.finished:
+            return
+        while self.progress.epoch < self.config.epochs:
+            self._train_epoch()
+            self._validate()
+        self._report()
+
+    def _lr_factor(self, step: int) -> float:
+        total = self.config.epochs * self.steps_per_epoch
+        warmup = round(self.config.optimizer.warmup_epochs * self.steps_per_epoch)
+        return optimizers.lr_factor(step, total, warmup, self.config.optimizer.schedule)
+
+    def _train_epoch(self) -> None:
+        config, progress = self.config, self.progress
+        first = progress.step - progress.epoch * self.steps_per_epoch
+        batches = _Waited(self.train_loader.epoch(progress.epoch, start_step=first))
+        tally = Tally.zeros(self.runtime.device)
+        window = _Window(tally, time.perf_counter())
+        self.model.train()
+        title = f"epoch {progress.epoch + 1}/{config.epochs}"
+        with EpochBar(self.console, title, self.steps_per_epoch, start=first) as bar:
+            for done in range(first + 1, self.steps_per_epoch + 1):
+                lr = config.lr * self._lr_factor(progress.step)
+                optimizers.set_lr(self.optimizer, lr)
+                training_step(
+                    self.accelerator,
+                    self.model,
+                    islice(batches, self.runtime.accumulation),
+                    self.criterion,
+                    self.optimizer,
+                    tally,
+                    config.optimizer.clip_norm,
+                )
+                if self.ema is not None and config.optimizer.ema_decay is not None:
+                    optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay)
+                progress.step += 1
+                last = done == self.steps_per_epoch
+                if last or progress.step % config.tracking.log_every_steps == 0:
+                    self._log_window(window, tally, batches.waited, lr)
+                bar.update(done, window.rate, window.wait_share)
+                due = config.save_every_steps and progress.step % config.save_every_steps == 0
+                if due and not last:
+                    self._save(best=False)
+            # Past the last batch, so that the loader ends its epoch itself.
+            if next(batches, None) is not None:
+                raise RuntimeError("the loader has more batches than its epoch has steps")
+        progress.epoch += 1
+
+    def _log_window(self, window: _Window, tally: Tally, waited: float, lr: float) -> None:
+        """Log the means since the last time. Waits for the device: once in so many steps."""
+        total = self.accelerator.reduce(tally.stack(), reduction="sum").cpu()
+        loss, accuracy = window.close(total, waited, time.perf_counter())
+        if not torch.isfinite(torch.tensor(loss)):
+            raise UserError(
+                f"the loss is not finite any more at step {self.progress.step}; lower --lr or set "
+                f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
+            )
+        assert self.tracker is not None
+        self.tracker.log(
+            {
+                "train/loss": loss,
+                "train/accuracy": accuracy,
+                "train/lr": lr,
+                "train/images_per_second": window.rate,
+                "train/data_wait": window.wait_share,
+                **_memory(self.runtime.device),
+            },
+            step=self.progress.step,
+            epoch=self.progress.step / self.steps_per_epoch,
+        )
+
+    @property
+    def _weights(self) -> nn.Module:
+        """What is evaluated: the averaged weights where there are any."""
+        return self.ema.module if self.ema is not None else self.bare_model
+
+    def _score(self, loader: loaders.Loader, weights: str) -> SplitResult:
+        return score(self.accelerator, self._weights, loader, paths=self.manifest.path, weights=weights)
+
+    def _validate(self) -> None:
+        progress = self.progress
+        found = self._score(self.valid_loader, "current")
+        values = figures(found.logits, found.grades)
+        qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
+        best = progress.best_qwk is None or qwk > progress.best_qwk
+        if best:
+            progress.best_qwk, progress.best_step, progress.best_epoch = qwk, progress.step, progress.epoch
+        named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy")
+        assert self.tracker is not None
+        self.tracker.log(
+            {f"valid/{name}": values[name] for name in named}
+            | {f"valid/recall_{grade}": recall for grade, recall in enumerate(values["recall"])},
+            step=progress.step,
+            epoch=progress.epoch,
+        )
+        self._save(best)
+        shown = "  ".join(f"{name} {values[name]:.3f}" for name in named[:3] if values[name] is not None)
+        self.console.print(
+            f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  [green]best[/]' if best else ''}"
+        )
+
+    def _save(self, best: bool) -> None:
+        if self.runtime.is_main:
+            checkpoints.save(
+                self.run.checkpoints,
+                step=self.progress.step,
+                state={
+                    "progress": asdict(self.progress),
+                    "fingerprint": self.manifest.fingerprint,
+                    "versions": _versions(),
+                },
+                model=self.bare_model.state_dict(),
+                ema=None if self.ema is None else self.ema.module.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                best=best,
+            )
+            self.run.set_status("running", self.progress.step)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def _report(self) -> None:
+        progress = self.progress
+        results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step})")}
+        best = checkpoints.load(self.run.checkpoints / "best")
+        checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
+        weights = f"best (step {progress.best_step}, epoch {progress.best_epoch})"
+        for split in manifest.SPLITS:
+            if self.manifest.has(split):
+                results[split] = self._score(self._loader(split) if split != "valid" else self.valid_loader, weights)
+        assert self.tracker is not None
+        if self.runtime.is_main:
+            self.console.print("writing the report …")
+            ordered = {name: results[name] for name in (*manifest.SPLITS, "valid_last") if name in results}
+            text = reporting.write(
+                self.run.path, ordered, self._facts(), self.manifest.notes, root=self.manifest.root
+            )
+            for name, found in ordered.items():
+                values = figures(found.logits, found.grades)
+                if name == "test":
+                    self.run.append_test_scoring(
+                        {"by": "train", "weights": weights, "n": values["n"], "accuracy": values["accuracy"],
+                         "qwk": values["qwk"]}
+                    )  # fmt: skip
+                if name != "valid_last":
+                    final = {f"final/{name}_{key}": values[key] for key in ("loss", "accuracy", "qwk")}
+                    self.tracker.log(final, step=progress.step, epoch=progress.epoch)
+            for picture in sorted(text.parent.glob("*.png")):
+                # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
+                if picture.stem != "worst":
+                    self.tracker.log_image(f"report/{picture.stem}", picture, progress.step)
+            self.run.set_status("done", progress.step)
+        sync = self.tracker.sync_command
+        self.tracker.finish()
+        if self.runtime.is_main:
+            reporting.summary(
+                self.run.path,
+                sync_command=sync,
+                tensorboard=self.config.tracking.tensorboard,
+                console=self.console,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self) -> dict[str, Any]:
+        config = self.config
+        logged = runs.read_metrics(self.run.metrics)
+
+        def median(key: str) -> float | None:
+            values = sorted(line[key] for line in logged if line.get(key) is not None)
+            return values[len(values) // 2] if values else None
+
+        def most(key: str) -> float | None:
+            return max((line[key] for line in logged if line.get(key) is not None), default=None)
+
+        rate, wait = median("train/images_per_second"), median("train/data_wait")
+        facts: dict[str, Any] = {
+            "Model": {"name": config.model, **config.model_settings, "parameters": f"{self.parameters:,}"},
+            "Preset": config.preset,
+            "Data": self.manifest.root.name,
+            "Photographs by grade 0-5": {
+                split: " / ".join(map(str, counts)) for split, counts in self.manifest.counts().items()
+            },
+            "Fingerprint of the data": self.manifest.fingerprint,
+            "Window": f"{config.image_size} px of a {config.canvas} px canvas; evaluated: {config.evaluation.field}",
+            "Training": {
+                "epochs": config.epochs, "batch": config.batch_size, "optimizer": config.optimizer.name,
+                "lr": config.lr, "schedule": config.optimizer.schedule,
+            },
+            "Seed": config.seed,
+            "Device": f"{self.runtime.device.type}, {self.runtime.world} rank(s), {self.runtime.threads} threads each",
+            "Precision": config.precision,
+            "Loader": config.loader,
+            "Images per second (median)": None if rate is None else f"{rate:.1f}",
+            "Data wait (median share of the time)": None if wait is None else f"{wait:.1%}",
+        }  # fmt: skip
+        for key, label in _MEMORY.items():
+            peak = most(key)
+            if peak is not None:
+                facts[label] = f"{peak:.2f} GiB"
+        return facts | {"Versions": _versions()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.runtime.is_main and not self.finished:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
+            self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
+        self.close(failed=error is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """End loaders, trackers and the process group. Safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        for loader in self._opened:
+            loader.close()
+        if self.tracker is not None:
+            self.tracker.finish(failed=failed)
+        self.accelerator.end_training()
+
+
+class _Waited:
+    """An iterator that adds up the seconds for which `next` kept the host waiting."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self.waited = 0.0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> loaders.Batch:
+        began = time.perf_counter()
+        try:
+            batch: loaders.Batch = next(self._batches)
+            return batch
+        finally:
+            self.waited += time.perf_counter() - began
+
+
+class _Window:
+    """Means over the steps since the last log line."""
+
+    def __init__(self, tally: Tally, now: float) -> None:
+        self._total = tally.stack().cpu()
+        self._began, self._waited = now, 0.0
+        self.rate: float | None = None
+        self.wait_share: float | None = None
+
+    def close(self, total: torch.Tensor, waited: float, now: float) -> tuple[float, float]:
+        """(mean loss, accuracy) of the photographs since the last call; sets `rate` and `wait_share`."""
+        loss, correct, count = (total - self._total).tolist()
+        seconds = now - self._began
+        self.rate, self.wait_share = count / seconds, (waited - self._waited) / seconds
+        self._total, self._began, self._waited = total, now, waited
+        return loss / count, correct / count
+
+
+_MEMORY = {
+    "memory/peak_allocated_gib": "Peak GPU memory, allocated",
+    "memory/peak_reserved_gib": "Peak GPU memory, reserved",
+    "memory/peak_rss_gib": "Peak memory of the process",
+}
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    found = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if device.type == "cuda":
+        found["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        found["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastddr": fastddr.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+    }
+

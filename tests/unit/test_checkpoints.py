@@ -1,0 +1,128 @@
+"""Checkpoints: what is saved comes back, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastddr import checkpoints
+from fastddr.errors import UserError
+
+
+def trained(kind: str = "adam") -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    model = model.to(memory_format=torch.channels_last)
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(model.parameters()) if kind == "adam" else torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    )
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.manual_seed(1)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def write(folder: Path, number: int, best: bool = False) -> Path:
+    model, optimizer = trained()
+    return checkpoints.save(
+        folder,
+        step=number,
+        state={"progress": {"step": number}},
+        model=model.state_dict(),
+        ema=None,
+        optimizer=optimizer.state_dict(),
+        best=best,
+    )
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_training_goes_on_exactly_where_it_stood(tmp_path: Path, kind: str, averaged: bool) -> None:
+    model, optimizer = trained(kind)
+    ema = {name: 2 * tensor for name, tensor in model.state_dict().items()} if averaged else None
+    path = checkpoints.save(
+        tmp_path, step=7, state={"epoch": 3}, model=model.state_dict(), ema=ema,
+        optimizer=optimizer.state_dict(), best=True,
+    )  # fmt: skip
+    saved = checkpoints.load(tmp_path / "best")
+    assert saved.path == path.resolve()
+    assert saved.state == {"epoch": 3}
+    assert (saved.ema is not None) == averaged
+    if saved.ema is not None and ema is not None:
+        assert all(torch.equal(saved.ema[name], ema[name]) for name in ema)
+    other, other_optimizer = trained(kind)
+    step(other, other_optimizer)  # somewhere else
+    checkpoints.load_weights(other, saved.model, path)
+    other_optimizer.load_state_dict(saved.optimizer)
+    step(model, optimizer)
+    step(other, other_optimizer)
+    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_best_and_last_are_kept_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, 1, best=True)
+    for number in (2, 3):
+        write(tmp_path, number)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000001", "step-00000003"]
+    assert os.readlink(tmp_path / "best") == "step-00000001"
+    assert os.readlink(tmp_path / "last") == "step-00000003"
+    write(tmp_path, 4, best=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000004"]
+
+
+def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    write(tmp_path, 3, best=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000003"]
+    assert checkpoints.load(tmp_path / "best").state["progress"]["step"] == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, file: str, damage: str) -> None:
+    part = write(tmp_path, 1) / file
+    content = bytearray(part.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    part.write_bytes(content[:-1] if damage == "cut" else content)
+    if damage == "gone":
+        part.unlink()
+    with pytest.raises(UserError, match=file):
+        checkpoints.load(tmp_path / "last")
+
+
+def test_a_failure_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, 2)
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000001"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
+    checkpoints.load(tmp_path / "last")
+
+
+def test_newest_passes_over_what_was_not_written_to_its_end(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path) is None
+    write(tmp_path, 1)
+    (tmp_path / "step-00000009").mkdir()
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    saved = checkpoints.load(write(tmp_path, 1))
+    with pytest.raises(UserError, match="another model"):
+        checkpoints.load_weights(nn.Linear(2, 2), saved.model, saved.path)

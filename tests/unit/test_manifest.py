@@ -1,0 +1,182 @@
+"""The manifest: two layouts, and errors that name file and line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from tests_support import TINY
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set that a test may spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))
+
+
+def photograph(path: Path, size: tuple[int, int] = (40, 30), orientation: int | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
+def test_the_official_layout_from_both_folders(tiny: Path) -> None:
+    above, inside = manifest.read(tiny), manifest.read(tiny / "DR_grading")
+    assert above.path == inside.path
+    assert above.fingerprint == inside.fingerprint
+    assert above.counts() == {split: list(counts) for split, counts in TINY.items()}
+    assert set(above.width.tolist()) == {80}
+    assert all(Path(file).stat().st_size == size for file, size in zip(above.files(), above.size, strict=True))
+
+
+def test_ungradable_photographs_are_counted_left_out_and_said(tiny: Path) -> None:
+    found = manifest.read(tiny)
+    assert len(found) == sum(map(sum, TINY.values()))
+    assert [len(found.ids(split)) for split in manifest.SPLITS] == [sum(TINY[s][:5]) for s in manifest.SPLITS]
+    assert (found.grade[found.ids("train")] < 5).all()
+    assert "2 ungradable photographs (grade 5) are counted but left out: 1 in train, 1 in test." in found.notes
+
+
+def test_class_folders_by_number_and_by_name(tmp_path: Path) -> None:
+    for split, folder in [("train", "0"), ("train", "Mild NPDR"), ("train", "2_moderate"), ("Val", "pdr"), ("test", "5")]:
+        photograph(tmp_path / split / folder / "a b.JPG")
+    photograph(tmp_path / "test" / "severe" / "b.png", size=(20, 50))
+    found = manifest.read(tmp_path)
+    assert dict(zip(found.path, found.grade.tolist(), strict=True)) == {
+        "train/0/a b.JPG": 0,
+        "train/2_moderate/a b.JPG": 2,
+        "train/Mild NPDR/a b.JPG": 1,
+        "Val/pdr/a b.JPG": 4,
+        "test/5/a b.JPG": 5,
+        "test/severe/b.png": 3,
+    }
+    assert set(found.split) == {"train", "valid", "test"}
+    assert (found.width[-1], found.height[-1]) == (20, 50)
+
+
+def test_sizes_are_of_the_upright_photograph(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        photograph(tmp_path / split / "0" / "a.jpg", (40, 30), orientation=6)
+    found = manifest.read(tmp_path)
+    assert (found.width[0], found.height[0]) == (30, 40)
+
+
+def test_fingerprint_changes_with_name_grade_bytes_and_split(copy: Path) -> None:
+    folder = copy / "DR_grading"
+    seen = {manifest.read(copy).fingerprint}
+    labels = (folder / "train.txt").read_text().splitlines()
+    name, grade = labels[0].split()
+
+    (folder / "train.txt").write_text("\n".join([f"{name} {(int(grade) + 1) % 5}", *labels[1:]]))
+    seen.add(manifest.read(copy).fingerprint)
+    (folder / "train.txt").write_text("\n".join(reversed(labels)))
+    assert manifest.read(copy).fingerprint in seen, "the order of the lines does not matter"
+    (folder / "train" / name).write_bytes((folder / "train" / name).read_bytes() + b"\0")
+    seen.add(manifest.read(copy).fingerprint)
+    (folder / "train" / name).rename(folder / "train" / f"x{name}")
+    (folder / "train.txt").write_text("\n".join([f"x{name} {grade}", *labels[1:]]))
+    seen.add(manifest.read(copy).fingerprint)
+    assert len(seen) == 4
+
+
+def test_photographs_without_a_label_are_a_note(copy: Path) -> None:
+    photograph(copy / "DR_grading" / "train" / "orphan.jpg")
+    assert any("orphan.jpg" in note and "no line" in note for note in manifest.read(copy).notes)
+
+
+def test_csv_has_every_row_and_the_fingerprint(tiny: Path) -> None:
+    found = manifest.read(tiny)
+    lines = found.to_csv().splitlines()
+    assert lines[0] == f"# fingerprint: {found.fingerprint}"
+    assert lines[1] == "id,path,split,grade,width,height,bytes"
+    assert lines[2] == f"0,{found.path[0]},train,{found.grade[0]},80,80,{found.size[0]}"
+    assert len(lines) == len(found) + 2
+
+
+def test_a_changed_file_is_read_again_in_spite_of_the_cache(copy: Path) -> None:
+    name = manifest.read(copy).path[0]
+    photograph(copy / "DR_grading" / name, size=(33, 44))
+    found = manifest.read(copy)
+    assert (found.width[0], found.height[0]) == (33, 44)
+
+
+def spoil(folder: Path, what: str) -> None:
+    labels = folder / "train.txt"
+    lines = labels.read_text().splitlines()
+    match what:
+        case "no photograph":
+            lines.insert(2, "nowhere.jpg 1")
+        case "grade 7":
+            lines[4] = lines[4].split()[0] + " 7"
+        case "negative":
+            lines[4] = lines[4].split()[0] + " -1"
+        case "doubled":
+            lines.append(lines[0])
+        case "not a line":
+            lines[1] = "justaname.jpg"
+        case "empty split":
+            lines = []
+        case "no label file":
+            (folder / "valid.txt").unlink()
+        case "no folder":
+            shutil.rmtree(folder / "test")
+        case "empty photograph":
+            (folder / "train" / lines[0].split()[0]).write_bytes(b"")
+        case "text as photograph":
+            (folder / "train" / lines[0].split()[0]).write_text("<html>404</html>")
+        case "only ungradable":
+            lines = [line.split()[0] + " 5" for line in lines]
+    labels.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no photograph", ["train.txt, line 3", "nowhere.jpg"]),
+        ("grade 7", ["train.txt, line 5", "grade 7"]),
+        ("negative", ["train.txt, line 5", "-1"]),
+        ("doubled", ["train.txt, line 29", "line 1"]),
+        ("not a line", ["train.txt, line 2", "justaname.jpg"]),
+        ("empty split", ["train.txt", "empty"]),
+        ("no label file", ["valid.txt", "missing"]),
+        ("no folder", ["test/", "missing"]),
+        ("empty photograph", [".jpg", "is empty"]),
+        ("text as photograph", [".jpg", "not a photograph"]),
+        ("only ungradable", ["train", "no gradable"]),
+    ],
+)
+def test_a_wrong_set_is_one_sentence_that_names_the_offender(copy: Path, what: str, said: list[str]) -> None:
+    spoil(copy / "DR_grading", what)
+    with pytest.raises(UserError) as caught:
+        manifest.read(copy).ids("train")
+    for part in said:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        manifest.read(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="this is a file"):
+        manifest.read(tmp_path / "file")
+    with pytest.raises(UserError, match="no known layout"):
+        manifest.read(tmp_path)
+    photograph(tmp_path / "train" / "0" / "a.jpg")
+    with pytest.raises(UserError, match="'valid' is missing"):
+        manifest.read(tmp_path)
+    photograph(tmp_path / "valid" / "cat" / "a.jpg")
+    with pytest.raises(UserError, match=r"cat: this class folder is no grade"):
+        manifest.read(tmp_path)
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="both val/ and valid/|both valid/ and val/"):
+        manifest.read(tmp_path)

@@ -22,6 +22,7 @@ class EpochBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._bar = self._progress.add_task(title, total=total, completed=start, speed="")
 

@@ -72,13 +72,6 @@ class RunFolder:
             lines.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no such file. A line cut short by a kill is left out."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
 def new_name(preset: str, data: str, now: datetime) -> str:
     """PRESET-DATA-TIME, of characters that any file system takes."""
 

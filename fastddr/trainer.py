@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import time
@@ -57,7 +58,8 @@ class Trainer:
         self.tracker: Tracker | None = None
         self.runtime = runtime.start(config)
         self.accelerator = self.runtime.accelerator
-        self.console = Console(quiet=not self.runtime.is_main, highlight=False)
+        # Soft wrap: what a user may copy must not be broken into lines.
+        self.console = Console(quiet=not self.runtime.is_main, highlight=False, soft_wrap=True)
         self.progress = Progress()
         self._closed = False
 
@@ -267,11 +269,7 @@ class Trainer:
         """Log the means since the last time. Waits for the device: once in so many steps."""
         total = self.accelerator.reduce(tally.stack(), reduction="sum").cpu()
         loss, accuracy = window.close(total, waited, time.perf_counter())
-        if not torch.isfinite(torch.tensor(loss)):
-            raise UserError(
-                f"the loss is not finite any more at step {self.progress.step}; lower --lr or set "
-                f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
-            )
+        self._need_finite(math.isfinite(loss), "loss")
         assert self.tracker is not None
         self.tracker.log(
             {
@@ -286,13 +284,22 @@ class Trainer:
             epoch=self.progress.step / self.steps_per_epoch,
         )
 
+    def _need_finite(self, finite: bool, what: str) -> None:
+        if not finite:
+            raise UserError(
+                f"the {what} is not finite any more at step {self.progress.step}; lower --lr or set "
+                f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
+            )
+
     @property
     def _weights(self) -> nn.Module:
         """What is evaluated: the averaged weights where there are any."""
         return self.ema.module if self.ema is not None else self.bare_model
 
     def _score(self, loader: loaders.Loader, weights: str) -> SplitResult:
-        return score(self.accelerator, self._weights, loader, paths=self.manifest.path, weights=weights)
+        found = score(self.accelerator, self._weights, loader, paths=self.manifest.path, weights=weights)
+        self._need_finite(bool(found.logits.isfinite().all()), "model's output")
+        return found
 
     def _validate(self) -> None:
         progress = self.progress
@@ -380,7 +387,7 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         config = self.config
-        logged = runs.read_metrics(self.run.metrics)
+        logged = reporting.read_metrics(self.run.path)
 
         def median(key: str) -> float | None:
             values = sorted(line[key] for line in logged if line.get(key) is not None)

@@ -1,0 +1,271 @@
+"""The pictures of a report, each as the bytes of a PNG.
+
+Drawn through Matplotlib's object interface on the Agg canvas: no window, no pyplot, no figure left open.
+Colours are Okabe and Ito's (2008), which stay apart for colour-blind eyes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image, ImageOps
+
+from fastddr.evaluation import metrics
+from fastddr.reporting.tables import Figures, cell, names, title
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"
+TRAIN, VALID = ORANGE, BLUE
+DPI = 150
+#: Tiles of worst.png: columns, rows, and the side of a photograph in pixels.
+COLUMNS, ROWS, TILE = 4, 3, 320
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with Matplotlib, so a report looks alike everywhere
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.labelcolor": "#333333",
+    "axes.edgecolor": "#999999",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.facecolor": "white",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.12,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+}
+
+CURVES = (("loss", "Loss"), ("accuracy", "Accuracy"), ("qwk", "Quadratic-weighted kappa"))
+
+
+def has_curves(logged: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the lines of metrics.jsonl hold anything that `curves` draws."""
+    return any(len(_points(logged, f"{split}/{key}")[0]) for key, _ in CURVES for split in ("train", "valid"))
+
+
+def curves(logged: Sequence[Mapping[str, Any]]) -> bytes:
+    """Loss, accuracy and kappa of train and valid by epoch; the epoch of the best valid kappa is marked."""
+    best = _best(logged)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 3.9), layout="constrained")
+        for axes, (key, label) in zip(figure.subplots(1, 3), CURVES, strict=True):
+            for split, colour in (("train", TRAIN), ("valid", VALID)):
+                epochs, values = _points(logged, f"{split}/{key}")
+                _line(axes, epochs, values, colour, split)
+            axes.set(title=label, xlabel="Epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            if key == "accuracy":
+                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            if best is not None and axes.lines:
+                axes.axvline(best[0], color=GREY, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+                if key == "qwk":
+                    axes.plot(
+                        *best, "o", color=VALID, markersize=6, label=f"best: {best[1]:.3f}, epoch {best[0]:g}"
+                    )
+            if axes.lines:
+                axes.legend(loc="best")
+        return _png(figure)
+
+
+def confusion(found: Mapping[str, Figures]) -> bytes:
+    """Confusion matrices side by side: counts, and per cent of the row, rows = truth; colour = row share."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.6 + 6.3 * max(len(found), 1), 6.0), layout="constrained")
+        image = None
+        for axes, (split, values) in zip(_row(figure, len(found)), found.items(), strict=False):
+            image = _matrix(axes, split, values)
+        if image is not None:
+            bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, aspect=30, pad=0.02)
+            bar.set_label("Share of the row (recall on the diagonal)")
+            bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            bar.outline.set_visible(False)
+        return _png(figure)
+
+
+def reliability(splits: Mapping[str, metrics.SplitResult]) -> bytes:
+    """Accuracy against confidence in bins, and how many photographs lie in each; on the line = calibrated."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.4 + 5.0 * max(len(splits), 1), 5.6), layout="constrained")
+        if splits:
+            grid = figure.subplots(2, len(splits), sharex=True, squeeze=False, height_ratios=[3.4, 1])
+            for (top, bottom), (name, split) in zip(grid.T, splits.items(), strict=True):
+                _calibration(top, bottom, name, split)
+        return _png(figure)
+
+
+def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> bytes:
+    """The worst mistakes: farthest from the truth first, and among those the most confident."""
+    probabilities = split.logits.detach().cpu().double().softmax(1).numpy()
+    predicted, grades = split.logits.argmax(1).numpy(), split.grades.numpy()
+    confidence = probabilities.max(1, initial=0)
+    distance = np.abs(predicted.astype(int) - grades.astype(int))
+    wrong = np.flatnonzero(distance)
+    order = wrong[np.lexsort((-confidence[wrong], -distance[wrong]))][: COLUMNS * ROWS]
+    labels = names(split.logits.shape[1])
+    with mpl.rc_context(STYLE):
+        rows = max(1, -(-len(order) // COLUMNS))
+        figure = Figure(figsize=(12, 0.8 + 3.5 * rows if len(order) else 1.2), layout="constrained")
+        count = f"{len(order)} of {len(wrong):,}" if len(wrong) > len(order) else str(len(wrong))
+        heading = (
+            f"The worst mistakes on {title(name)}: {count}" if len(wrong) else f"No mistakes on {title(name)}"
+        )
+        figure.suptitle(heading, x=0.01, ha="left", weight="bold", size=13)
+        tiles: Sequence[Axes] = list(figure.subplots(rows, COLUMNS, squeeze=False).flat) if len(order) else []
+        for axes in tiles:
+            axes.set_axis_off()
+        for axes, row in zip(tiles, order, strict=False):
+            tile = _tile(split.paths[row], root)
+            axes.imshow(
+                np.full((TILE, TILE, 3), 225, np.uint8) if tile is None else tile, interpolation="nearest"
+            )
+            if tile is None:
+                axes.text(TILE / 2, TILE / 2, "cannot be opened", color=GREY, ha="center", va="center")
+            axes.set_title(
+                f"truth: {grades[row]} {labels[grades[row]]}\n"
+                f"predicted: {predicted[row]} {labels[predicted[row]]}, {confidence[row]:.0%}",
+                size=9,
+                weight="normal",
+                pad=5,
+            )
+            axes.text(0, TILE + 8, _middle(Path(split.paths[row]).name, 40), size=7, color=GREY, va="top")
+        return _png(figure)
+
+
+def _matrix(axes: Axes, split: str, values: Figures) -> Any:
+    counts = np.array(values["confusion_matrix"])
+    totals = counts.sum(1, keepdims=True)
+    share = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    small = len(counts) > 6
+    for (row, column), count in np.ndenumerate(counts):
+        colour = _ink(image.to_rgba(share)[row, column])
+        weight = "bold" if row == column else "normal"
+        size = 8 if small else 12
+        axes.text(
+            column, row - 0.1, f"{count:,}", ha="center", va="center", color=colour, size=size, weight=weight
+        )
+        percent = f"{share[row, column]:.1%}" if totals[row, 0] else "–"
+        axes.text(column, row + 0.2, percent, ha="center", va="center", color=colour, size=size - 3.5)
+    labels = [_two_lines(f"{grade} {name}") for grade, name in enumerate(names(len(counts)))]
+    axes.set_xticks(range(len(counts)), labels, size=8.5)
+    axes.set_yticks(
+        range(len(counts)),
+        [f"{label}\nn = {n:,}" for label, n in zip(labels, totals[:, 0], strict=True)],
+        size=8.5,
+    )
+    axes.set(xlabel="Predicted", ylabel="Truth")
+    score = f"accuracy {cell(values['accuracy'])}, kappa {cell(values['qwk'], per_cent=False)}"
+    axes.set_title(f"{title(split)}: {score}")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _calibration(top: Axes, bottom: Axes, name: str, split: metrics.SplitResult) -> None:
+    bins = metrics.reliability(split.logits, split.grades)
+    count = np.array(bins["count"])
+    filled = count > 0
+    confidence = np.array(bins["confidence"], dtype=float)[filled]
+    accuracy = np.array(bins["accuracy"], dtype=float)[filled]
+    ece = metrics.figures(split.logits, split.grades)["ece"]
+    top.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="calibrated")
+    top.vlines(confidence, accuracy, confidence, color=ORANGE, alpha=0.35, linewidth=6, label="gap")
+    top.plot(confidence, accuracy, "o-", color=BLUE, markersize=5, label=title(name))
+    top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="Accuracy")
+    top.set_title(f"{title(name)}: calibration error {cell(ece)}")
+    top.legend(loc="best")
+    edges = np.linspace(0, 1, metrics.BINS + 1)
+    bottom.bar(
+        edges[:-1], count, width=1 / metrics.BINS, align="edge", color=BLUE, alpha=0.75, edgecolor="white"
+    )
+    bottom.set(xlabel="Confidence (probability of the predicted grade)", ylabel="Photographs")
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    for axes in (top, bottom):
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    """A curve; one with many points an epoch is drawn faint, with its mean by epoch over it."""
+    if not len(epochs):
+        return
+    whole = np.ceil(epochs)
+    marks = np.unique(whole)
+    if len(epochs) > 2 * len(marks) and len(marks) > 1:
+        axes.plot(epochs, values, color=colour, alpha=0.25, linewidth=0.8)
+        epochs, values = marks, np.array([values[whole == mark].mean() for mark in marks])
+    marker = "o" if len(epochs) <= 25 else None
+    axes.plot(epochs, values, color=colour, label=label, marker=marker, markersize=3.5)
+
+
+def _points(logged: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and values of all lines that hold a number under a key."""
+    pairs = [(line["epoch"], line[key]) for line in logged if line.get(key) is not None]
+    epochs, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return epochs, values
+
+
+def _best(logged: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Epoch and value of the best valid kappa, the first of a tie."""
+    epochs, values = _points(logged, "valid/qwk")
+    return (float(epochs[values.argmax()]), float(values.max())) if len(values) else None
+
+
+def _row(figure: Figure, count: int) -> Sequence[Axes]:
+    return list(figure.subplots(1, count, squeeze=False)[0]) if count else []
+
+
+def _tile(path: str, root: Path | None) -> np.ndarray | None:
+    """A photograph, upright, as a square of `TILE` pixels; None where it cannot be opened."""
+    try:
+        with Image.open((root or Path()) / path) as photo:
+            photo.draft("RGB", (2 * TILE, 2 * TILE))  # JPEG: decode at a fraction of the size
+            return np.asarray(ImageOps.pad(ImageOps.exif_transpose(photo).convert("RGB"), (TILE, TILE)))
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _ink(background: np.ndarray) -> str:
+    """Black or white, whichever has more contrast on an RGB(A) colour (WCAG 2 relative luminance)."""
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
+
+
+def _two_lines(text: str) -> str:
+    """A label broken before its last word, where it is long."""
+    return "\n".join(text.rsplit(" ", 1)) if len(text) > 8 else text
+
+
+def _middle(text: str, length: int) -> str:
+    """The text, its middle left out where it is too long: both ends of a file name tell."""
+    half = length // 2 - 1
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+    return stream.getvalue()

@@ -1,0 +1,160 @@
+"""The figures as Markdown, and the words that reports use for grades, splits and rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastddr.data.grades import ICDR, REFERABLE
+
+DISCLAIMER = "Research use only; not a medical device."
+
+Figures = Mapping[str, Any]
+
+#: Label, place in the figures, and whether it is read in per cent.
+RATES = (
+    ("Accuracy", ("accuracy",), True),
+    ("Quadratic-weighted kappa", ("qwk",), False),
+    ("Macro F1", ("macro_f1",), False),
+    ("Balanced accuracy", ("balanced_accuracy",), True),
+    ("AUC, one grade against the rest", ("auc",), False),
+    ("Referable: sensitivity", ("referable", "sensitivity"), True),
+    ("Referable: specificity", ("referable", "specificity"), True),
+    ("Referable: AUC", ("referable", "auc"), False),
+    ("Expected calibration error", ("ece",), True),
+    ("Cross-entropy (nats)", ("loss",), False),
+)
+#: The rates that the terminal shows, and what it calls them.
+SHORT = {
+    "Accuracy": "accuracy",
+    "Quadratic-weighted kappa": "kappa (QWK)",
+    "Balanced accuracy": "balanced acc.",
+    "Referable: sensitivity": "sensitivity",
+    "Referable: specificity": "specificity",
+}
+
+
+def names(classes: int) -> list[str]:
+    """What the grades are called: ICDR names for five, else their numbers."""
+    return list(ICDR) if classes == len(ICDR) else [f"Grade {grade}" for grade in range(classes)]
+
+
+def title(split: str) -> str:
+    """A split as a heading: "valid (last weights)" for valid_last."""
+    return "valid (last weights)" if split == "valid_last" else split
+
+
+def rows(found: Mapping[str, Figures], *, short: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Lines of the main table: a label, and a cell a split; `short`, some of them and without intervals."""
+    yield "photographs" if short else "Photographs", [f"{values['n']:,}" for values in found.values()]
+    for label, keys, per_cent in RATES:
+        if short and label not in SHORT:
+            continue
+        cells = []
+        for values in found.values():
+            interval = None if short else _at(values["ci"], keys)
+            cells.append(cell(_at(values, keys), interval, per_cent))
+        if any(text != "–" for text in cells):
+            yield SHORT[label] if short else label, cells
+    if not short:
+        yield "Weights", [values["weights"] for values in found.values()]
+
+
+def cell(value: float | None, interval: Sequence[float] | None = None, per_cent: bool = True) -> str:
+    """ "76.2 % (75.2–77.4)", or "0.757 (0.741–0.774)", or "–" for what is undefined."""
+    if value is None:
+        return "–"
+    scale, digits, unit = (100, 1, " %") if per_cent else (1, 3, "")
+    text = f"{value * scale:.{digits}f}{unit}"
+    if interval is not None:
+        low, high = (f"{bound * scale:.{digits}f}" for bound in interval)
+        text += f" ({low}–{high})"
+    return text
+
+
+def markdown(
+    name: str,
+    found: Mapping[str, Figures],
+    facts: Mapping[str, Any],
+    notes: Sequence[str],
+    pictures: Sequence[str],
+) -> str:
+    """The text of report.md."""
+    titles = [title(split) for split in found]
+    parts = [f"# {_text(name)}", f"**{DISCLAIMER}**", "## Figures"]
+    parts.append(_table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
+    parts.append(
+        "In brackets: 95 % percentile-bootstrap intervals over the photographs, drawn again within each "
+        "grade; they leave out the chance of another training seed. Means over grades leave out grades "
+        f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "
+        "kind: compare models on one split, never one model across splits."
+    )
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]
+    if "curves.png" in pictures:
+        parts += ["## Training", "![Loss, accuracy and kappa by epoch](curves.png)"]
+    if found:
+        parts += ["## Recall of each grade", _recall(found)]
+    parts += ["## Confusion matrices", "Rows are the truth, columns the prediction."]
+    if "confusion_matrix.png" in pictures:
+        parts.append("![Confusion matrices](confusion_matrix.png)")
+    for split, values in found.items():
+        parts += [f"### {title(split)}", _matrix(values["confusion_matrix"])]
+    if "reliability.png" in pictures:
+        parts += ["## Calibration", "![Accuracy against confidence](reliability.png)"]
+    if "worst.png" in pictures:
+        parts += ["## The worst mistakes", "![The worst mistakes](worst.png)"]
+    if facts:
+        parts += ["## The run", _table(["", ""], [[key, _fact(value)] for key, value in facts.items()])]
+    parts += ["## Files", "[metrics.json](metrics.json), [predictions.csv](predictions.csv)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _recall(found: Mapping[str, Figures]) -> str:
+    body = []
+    for grade, grade_name in enumerate(names(max(len(values["recall"]) for values in found.values()))):
+        line = [f"{grade} {grade_name}"]
+        for values in found.values():
+            count = sum(values["confusion_matrix"][grade])
+            line.append(f"{cell(values['recall'][grade], values['ci']['recall'][grade])} of {count:,}")
+        body.append(line)
+    return _table(["Grade", *(title(split) for split in found)], body)
+
+
+def _matrix(matrix: Sequence[Sequence[int]]) -> str:
+    labels = [f"{grade} {name}" for grade, name in enumerate(names(len(matrix)))]
+    body = [[f"**{label}**", *(f"{n:,}" for n in row)] for label, row in zip(labels, matrix, strict=True)]
+    return _table(["truth ↓ predicted →", *labels], body)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right if there are several."""
+    rule = [":--"] + [":--" if len(head) == 2 else "--:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(_text(text) for text in line) + " |" for line in (head, rule, *body))
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
+    if isinstance(value, str) or value is None or isinstance(value, bool):
+        return "–" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, Sequence):
+        return ", ".join(_fact(inner) for inner in value)
+    return str(value)
+
+
+def _text(text: str) -> str:
+    """One line that breaks no table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _at(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """What lies at a path of keys; None where one is missing or None."""
+    found: Any = values
+    for key in keys:
+        found = None if found is None else found.get(key)
+    return found

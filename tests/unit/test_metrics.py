@@ -1,0 +1,253 @@
+"""Figures against numbers published, against torchmetrics on labels, and against plain loops."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional import classification as tm
+
+from fastddr.evaluation.metrics import SplitResult, figures, figures_from_confusion, intervals, reliability
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+#: The 2022 report's test split, as printed there: rows = predicted. Ours has rows = truth.
+REPORT = np.array(
+    [
+        [1784, 103, 384, 1, 8],
+        [28, 14, 27, 0, 3],
+        [67, 69, 884, 44, 96],
+        [1, 2, 19, 22, 6],
+        [0, 1, 30, 4, 162],
+    ]
+).T
+
+
+def labels(matrix: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """One (truth, predicted) pair for each count of a matrix."""
+    pairs = [(t, p) for (t, p), count in np.ndenumerate(matrix) for _ in range(count)]
+    truth, predicted = torch.tensor(pairs).T
+    return truth, predicted
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and grades of a small split: some grades absent, some photographs twice (a tie in every score).
+
+    Drawn from a continuum: on a coarse grid two different photographs may tie in exact arithmetic but not in
+    floating point, and the AUC of two right computations then differs.
+    """
+    classes, n = draw(st.integers(2, 6)), draw(st.integers(1, 25))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    logits = 3 * rng.standard_normal((n, classes), dtype=np.float32)
+    rows = draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n))
+    grades = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+    return torch.from_numpy(logits[rows]), torch.tensor(grades)
+
+
+def rank_auc(score: np.ndarray, positive: np.ndarray) -> float | None:
+    """The chance that a positive scores above a negative, a tie counting half: the definition of the AUC."""
+    above = score[positive][:, None] - score[~positive][None, :]
+    above = np.where(np.abs(above) < 1e-12, 0, above)
+    return float((np.sign(above) / 2 + 0.5).mean()) if above.size else None
+
+
+def by_hand(logits: torch.Tensor, grades: torch.Tensor) -> dict[str, Any]:
+    """The figures again, in loops over photographs and grades."""
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(1, keepdims=True)
+    truth, predicted, grade_range = grades.numpy(), logits.numpy().argmax(1), range(logits.shape[1])
+    n = len(truth)
+    present = [g for g in grade_range if (truth == g).any()]
+    recall = {g: float((predicted[truth == g] == g).mean()) for g in present}
+    f1 = [
+        2 * ((truth == g) & (predicted == g)).sum() / ((truth == g).sum() + (predicted == g).sum())
+        for g in present
+    ]
+    observed = sum((int(t) - int(q)) ** 2 for t, q in zip(truth, predicted, strict=True)) / n
+    expected = sum((int(t) - int(q)) ** 2 for t in truth for q in predicted) / n**2
+    aucs = [auc for g in grade_range if (auc := rank_auc(p[:, g], truth == g)) is not None]
+    refer = truth >= 2
+    return {
+        "n": n,
+        "loss": float(-np.log(p[np.arange(n), truth]).mean()),
+        "accuracy": float((truth == predicted).mean()),
+        "qwk": 1 - observed / expected if expected else None,
+        "macro_f1": float(np.mean(f1)),
+        "balanced_accuracy": float(np.mean(list(recall.values()))),
+        "recall": [recall.get(g) for g in grade_range],
+        "confusion_matrix": [
+            [int(((truth == t) & (predicted == q)).sum()) for q in grade_range] for t in grade_range
+        ],
+        "auc": float(np.mean(aucs)) if aucs else None,
+        "referable": {
+            "sensitivity": float((predicted[refer] >= 2).mean()) if refer.any() else None,
+            "specificity": float((predicted[~refer] < 2).mean()) if not refer.all() else None,
+            "auc": rank_auc(p[:, 2:].sum(1), refer),
+        }
+        if logits.shape[1] > 2
+        else None,
+    }
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested figures as one level, so that they can be compared by name."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}.{i}").items()}
+    return {name: value}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert (value is None) == (other[name] is None), name
+        if value is not None:
+            assert value == pytest.approx(other[name], abs=2e-6), name
+
+
+def test_the_reports_matrix_gives_the_reports_figures() -> None:
+    found = figures_from_confusion(REPORT)
+    assert found["n"] == 3759
+    assert [sum(row) for row in found["confusion_matrix"]] == [1880, 189, 1344, 71, 275]  # DDR's test split
+    assert round(100 * found["accuracy"], 2) == 76.24
+    assert round(found["qwk"], 3) == 0.757
+    assert round(found["macro_f1"], 3) == 0.544
+    assert round(found["balanced_accuracy"], 3) == 0.516
+    assert [round(100 * value, 1) for value in found["recall"]] == [94.9, 7.4, 65.8, 31.0, 58.9]
+    assert round(100 * found["referable"]["sensitivity"], 1) == 75.0
+    assert round(100 * found["referable"]["specificity"], 1) == 93.2
+
+
+def test_figures_of_labels_are_those_of_their_matrix() -> None:
+    """Through the logits the axes come out as they go in: truth down, prediction across."""
+    truth, predicted = labels(REPORT)
+    found = figures(torch.nn.functional.one_hot(predicted, 5).float(), truth)
+    assert found["confusion_matrix"] == REPORT.tolist()
+    expected = figures_from_confusion(REPORT)
+    for key in ("n", "accuracy", "qwk", "macro_f1", "balanced_accuracy", "recall"):
+        assert found[key] == expected[key], key
+    assert found["referable"]["sensitivity"] == expected["referable"]["sensitivity"]
+    assert found["referable"]["specificity"] == expected["referable"]["specificity"]
+
+
+def test_rates_are_those_of_torchmetrics() -> None:
+    truth, predicted = labels(REPORT)
+    found = figures_from_confusion(REPORT)
+    assert found["accuracy"] == pytest.approx(float(tm.multiclass_accuracy(predicted, truth, 5, "micro")))
+    assert found["balanced_accuracy"] == pytest.approx(
+        float(tm.multiclass_recall(predicted, truth, 5, "macro"))
+    )
+    assert found["recall"] == pytest.approx(tm.multiclass_recall(predicted, truth, 5, "none").tolist())
+    assert found["macro_f1"] == pytest.approx(float(tm.multiclass_f1_score(predicted, truth, 5, "macro")))
+    kappa = tm.multiclass_cohen_kappa(predicted, truth, 5, weights="quadratic")
+    assert found["qwk"] == pytest.approx(float(kappa), abs=1e-6)
+
+
+def test_auc_is_that_of_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, grades = (
+        torch.randn(300, 5, generator=generator),
+        torch.randint(0, 5, (300,), generator=generator),
+    )
+    assert figures(logits, grades)["auc"] == pytest.approx(
+        float(tm.multiclass_auroc(logits, grades, 5)), abs=1e-6
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(splits())
+def test_figures_are_those_of_plain_loops(split: tuple[torch.Tensor, torch.Tensor]) -> None:
+    found = figures(*split)
+    ece = found.pop("ece")
+    same(found, by_hand(*split))
+    bins = reliability(*split)
+    gaps = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
+    assert ece == pytest.approx(sum(c * abs(q - a) for c, q, a in gaps if c) / found["n"], abs=1e-6)
+    json.dumps(found, allow_nan=False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(splits(), st.randoms(use_true_random=False))
+def test_the_order_of_photographs_is_nothing(split: tuple[torch.Tensor, torch.Tensor], random: Any) -> None:
+    logits, grades = split
+    order = list(range(len(grades)))
+    random.shuffle(order)
+    same(figures(logits[order], grades[order]), figures(logits, grades))
+
+
+@settings(max_examples=30, deadline=None)
+@given(splits())
+def test_a_perfect_grader_scores_one(split: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, grades = split
+    found = figures(40.0 * torch.nn.functional.one_hot(grades, logits.shape[1]), grades)
+    matrix, present = found.pop("confusion_matrix"), len(grades.unique())
+    assert matrix == np.diag(np.bincount(grades, minlength=logits.shape[1])).tolist()
+    assert found.pop("n") == len(grades)
+    assert found.pop("loss") == pytest.approx(0, abs=1e-9)
+    assert found.pop("ece") == pytest.approx(0, abs=1e-6)
+    assert (found["qwk"] is None) == (found["auc"] is None) == (present == 1)
+    assert sum(value is not None for value in found["recall"]) == present
+    assert all(value == pytest.approx(1) for value in flat(found).values() if value is not None)
+    for low_high in flat(intervals(matrix)).values():
+        assert low_high is None or low_high == pytest.approx(1)
+
+
+def test_an_absent_grade_is_none_and_outside_the_means() -> None:
+    """Grade 3 has no photograph but a prediction: torchmetrics would average in a zero for it."""
+    found = figures_from_confusion([[4, 0, 0, 1], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 0]])
+    assert found["recall"] == [0.8, 1.0, 1.0, None]
+    assert found["balanced_accuracy"] == pytest.approx(2.8 / 3)
+    assert found["macro_f1"] == pytest.approx((8 / 9 + 2) / 3)
+    ci = intervals(found["confusion_matrix"])
+    assert ci["recall"][3] is None
+    assert ci["recall"][1] == [1, 1]
+
+
+def test_an_empty_split_and_two_grades() -> None:
+    empty = figures(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
+    assert empty.pop("n") == 0
+    assert not any(flat({**empty, "confusion_matrix": None}).values())
+    two = figures(torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([0, 1]))
+    assert two["referable"] is None
+    assert intervals(two["confusion_matrix"])["referable"] is None
+
+
+def test_intervals_hold_the_figure_are_seeded_and_quick() -> None:
+    start = time.perf_counter()
+    ci = intervals(REPORT)
+    assert time.perf_counter() - start < 2
+    assert ci == intervals(REPORT)
+    assert ci != intervals(REPORT, seed=1)
+    point = figures_from_confusion(REPORT)
+    for key in ("accuracy", "qwk", "macro_f1", "balanced_accuracy"):
+        assert ci[key][0] < point[key] < ci[key][1]
+    # The normal approximation of a share's interval, grade by grade: the axes are right, and so is the width.
+    for grade, (low, high) in enumerate(ci["recall"]):
+        share, n = point["recall"][grade], REPORT[grade].sum()
+        assert high - low == pytest.approx(2 * 1.96 * (share * (1 - share) / n) ** 0.5, rel=0.15)
+    low, high = ci["referable"]["sensitivity"]
+    assert high - low == pytest.approx(2 * 1.96 * (0.75 * 0.25 / 1690) ** 0.5, rel=0.1)
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite, first 1"):
+        figures(torch.tensor([[0.0, 1], [float("nan"), 0]]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="grade 5 in row 1"):
+        figures(torch.zeros(2, 5), torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="grade -1"):
+        figures(torch.zeros(1, 5), torch.tensor([-1]))
+    with pytest.raises(ValueError, match="C x C"):
+        figures_from_confusion([[1, 2]])
+    with pytest.raises(ValueError, match="length"):
+        SplitResult(
+            torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.arange(2), ["one.jpg"], "best"
+        )

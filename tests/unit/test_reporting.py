@@ -1,0 +1,226 @@
+"""A report is read back as a person or a program would: each file, each axis, each promise."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fastddr import reporting
+from fastddr.data.grades import ICDR
+from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.reporting import plots, tables
+
+#: Rows = truth. No photograph of grade 3, and not the same read the other way.
+TEST = np.array([[30, 2, 5, 0, 1], [4, 1, 3, 0, 0], [9, 0, 20, 2, 1], [0, 0, 0, 0, 0], [2, 0, 3, 0, 6]])
+FACTS = {
+    "Model": "cnn",
+    "Parameters": 1234567,
+    "Images a second": 4312.6,
+    "Versions": {"torch": "2", "a|b": None},
+}
+
+
+def split(matrix: np.ndarray, weights: str = "best (step 120, epoch 9)", prefix: str = "t") -> SplitResult:
+    """Logits that give a confusion matrix; ids and rows in different orders."""
+    truth, predicted = np.array([pair for pair, n in np.ndenumerate(matrix) for _ in range(n)]).T
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(len(truth), len(matrix))).astype(np.float32)
+    logits[np.arange(len(truth)), predicted] = logits.max(1) + rng.exponential(1, len(truth)) + 0.01
+    ids = rng.permutation(len(truth))
+    return SplitResult(
+        torch.from_numpy(logits),
+        torch.from_numpy(truth),
+        torch.from_numpy(ids),
+        [f"{prefix}/{number:03d}.jpg" for number in ids],
+        weights,
+    )
+
+
+SPLITS = {
+    "train": split(np.diag([5, 5, 5, 5, 5]), prefix="train"),
+    "valid": split(TEST.T, prefix="valid"),
+    "valid_last": split(TEST, "last (step 130, epoch 10)", prefix="valid"),
+    "test": split(TEST, prefix="test"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "quickstart-synthetic"
+    run.mkdir()
+    photo = run / "photos" / "test" / "000.jpg"
+    photo.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 48), (200, 80, 20)).save(photo)
+    lines: list[dict[str, Any]] = []
+    for epoch in range(1, 5):
+        lines += [
+            {"step": 8 * epoch + i, "epoch": epoch - 1 + i / 8, "train/loss": 2 / epoch} for i in range(1, 9)
+        ]
+        lines.append(
+            {"step": 8 * epoch + 8, "epoch": epoch, "valid/accuracy": 0.1 * epoch, "valid/qwk": None}
+        )
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text + '{"step": 99, "ep')  # killed in the middle of a line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = reporting.write(
+            run, SPLITS, FACTS, ["7 ungradable photographs were left out."], root=run / "photos"
+        )
+    assert path == run / "report" / "report.md"
+    return run
+
+
+def test_the_folder_holds_what_the_design_says(run: Path) -> None:
+    pictures = {"curves.png", "confusion_matrix.png", "reliability.png", "worst.png"}
+    files = {"report.md", "metrics.json", "predictions.csv"} | pictures
+    assert {path.name for path in (run / "report").iterdir()} == files
+    text = (run / "report" / "report.md").read_text()
+    assert all(f"({name})" in text for name in files - {"report.md"})
+
+
+def test_metrics_json_is_json_and_the_figures(run: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    found = json.loads((run / "report" / "metrics.json").read_text(), parse_constant=refuse)
+    assert list(found) == list(SPLITS)
+    test = found["test"]
+    assert test.pop("weights") == "best (step 120, epoch 9)"
+    assert found["valid_last"]["weights"] == "last (step 130, epoch 10)"
+    ci = test.pop("ci")
+    assert test == figures(SPLITS["test"].logits, SPLITS["test"].grades)
+    assert test["confusion_matrix"] == TEST.tolist()
+    assert set(ci) == {"accuracy", "qwk", "macro_f1", "balanced_accuracy", "recall", "referable"}
+    assert ci["recall"][3] is test["recall"][3] is None
+    assert ci["accuracy"][0] < test["accuracy"] < ci["accuracy"][1]
+
+
+def test_predictions_csv_gives_the_figures_back(run: Path) -> None:
+    rows = list(csv.DictReader((run / "report" / "predictions.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["path", "split", "grade", "predicted", "p0", "p1", "p2", "p3", "p4"]
+    assert len(rows) == 25 + 2 * TEST.sum()  # valid_last is not in it
+    assert {row["split"] for row in rows} == {"train", "valid", "test"}
+    mine = [row for row in rows if row["split"] == "test"]
+    assert [row["path"] for row in mine] == [f"test/{number:03d}.jpg" for number in range(TEST.sum())]
+    matrix = np.zeros((5, 5), int)
+    for row in mine:
+        matrix[int(row["grade"]), int(row["predicted"])] += 1
+    assert (matrix == TEST).all()
+    result = SPLITS["test"]
+    expected = result.logits.double().softmax(1)[result.ids.argsort()]
+    read = torch.tensor(
+        [[float(row[f"p{grade}"]) for grade in range(5)] for row in mine], dtype=torch.float64
+    )
+    assert torch.equal(read, expected)  # to the last bit
+
+
+def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
+    text = (run / "report" / "report.md").read_text()
+    assert "Research use only; not a medical device." in text
+    assert "- 7 ungradable photographs were left out." in text
+    assert "Rows are the truth, columns the prediction." in text
+    test = text.split("### test\n")[1].split("\n## ")[0]
+    cells = [line.strip("| ").split(" | ") for line in test.strip().splitlines()]
+    assert cells[0] == ["truth ↓ predicted →", *(f"{grade} {name}" for grade, name in enumerate(ICDR))]
+    assert [[int(cell) for cell in line[1:]] for line in cells[2:]] == TEST.tolist()
+    recall = text.split("## Recall of each grade\n")[1].split("\n## ")[0]
+    columns = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in recall.splitlines()
+    }
+    assert columns["Grade"] == ["Grade", "train", "valid", "valid (last weights)", "test"]
+    assert columns["3 Severe NPDR"][4] == "– of 0"
+    assert columns["0 No DR"][4].startswith("78.9 % (")
+    assert columns["0 No DR"][4].endswith("of 38")
+    weights = next(line for line in text.splitlines() if line.startswith("| Weights"))
+    assert weights.count("best (step 120, epoch 9)") == 3
+    assert weights.count("last (step 130, epoch 10)") == 1
+    assert "| Parameters | 1,234,567 |" in text
+    assert "| Images a second | 4,313 |" in text
+    assert "| Versions | torch 2, a\\|b – |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("curves.png", (1800, 585)),
+        ("confusion_matrix.png", (1980, 900)),
+        ("reliability.png", (1560, 840)),
+        ("worst.png", (1800, 1695)),
+    ],
+)
+def test_a_picture_opens_has_its_size_and_is_not_blank(run: Path, name: str, size: tuple[int, int]) -> None:
+    with Image.open(run / "report" / name) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+        assert picture.size == size
+    inked = (pixels < 250).any(2)
+    assert inked.mean() > 0.02
+    halves = (inked[:, : size[0] // 2], inked[:, size[0] // 2 :])
+    assert min(half.mean() for half in halves) > 0.005  # every panel has something in it
+
+
+def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four grades apart before three, and the confident before the doubtful."""
+    seen: list[str] = []
+    monkeypatch.setattr(plots, "_tile", lambda path, root: seen.append(path))
+    logits = torch.tensor(
+        [[0, 0, 0, 5.0, 0], [1, 0, 0, 0, 0], [3, 0, 0, 0, 0], [0, 0, 0, 0, 9], [0, 9, 0, 0, 0]]
+    )
+    grades = torch.tensor([0, 4, 4, 4, 0])
+    result = SplitResult(logits, grades, torch.arange(5), list("abcde"), "best")
+    plots.worst("test", result)
+    assert seen == ["c", "b", "a", "e"]  # d is right
+
+
+def test_a_matrix_is_drawn_with_the_truth_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure_of: list[Any] = []
+    monkeypatch.setattr(plots, "_png", lambda figure: figure_of.append(figure) or b"")
+    plots.confusion({"test": figures(SPLITS["test"].logits, SPLITS["test"].grades)})
+    axes = figure_of[0].axes[0]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("Truth", "Predicted")
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert counts[(2, 0 - 0.1)] == "5"  # truth 0, predicted 2
+    assert counts[(0, 2 - 0.1)] == "9"
+    assert counts[(0, 2 + 0.2)] == "28.1%"
+    image = np.asarray(axes.images[0].get_array())
+    assert image[2, 0] == pytest.approx(9 / 32)
+
+
+@pytest.mark.filterwarnings("error")
+def test_little_is_enough_for_a_report(tmp_path: Path) -> None:
+    """No curves, no test, no mistake, three grades without ICDR names; and all of it twice."""
+    result = split(np.diag([2, 1, 1]))
+    for _ in range(2):
+        text = reporting.write(tmp_path, {"valid": result}, {}).read_text()
+    assert "Grade 2" in text
+    assert "curves.png" not in text
+    assert not list((tmp_path / "report").glob(".*"))
+
+
+def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    reporting.summary(run, sync_command="wandb sync somewhere", console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    accuracy = tables.cell(np.trace(TEST) / TEST.sum())
+    assert next(line for line in text.splitlines() if "accuracy" in line).count(accuracy) == 3
+    assert "train, valid, test: best (step 120, epoch 9)" in text
+    assert "wandb sync somewhere" in text
+    assert "tensorboard --logdir" in text
+    assert tables.DISCLAIMER in text
+    reporting.summary(run, tensorboard=False, console=(plain := Console(file=io.StringIO(), width=100)))
+    assert "tensorboard" not in plain.file.getvalue()  # type: ignore[attr-defined]
+    assert "wandb" not in plain.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_torn_line_of_figures_is_not_read(run: Path) -> None:
+    assert len(reporting.read_metrics(run)) == 36
+    assert reporting.read_metrics(run / "nowhere") == []

@@ -1,0 +1,232 @@
+"""Every record of a run read back by another program than the one that wrote it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastddr import tracking
+from fastddr.tracking import Tracker, truncate_to
+
+MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No login, no network, no home: W&B has only what a test gives it."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def start(run: Path, said: list[str] | None = None, accelerator: Any = MAIN, **options: Any) -> Tracker:
+    run.mkdir(parents=True, exist_ok=True)
+    options = {
+        "project": "fastddr-tests",
+        "wandb": False,
+        "tensorboard": False,
+        "resume_step": None,
+        **options,
+    }
+    say = said.append if said is not None else lambda line: None
+    return Tracker.start(accelerator, run, {"model": {"name": "cnn"}, "seed": 1}, say=say, **options)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [
+        json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def events(run: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(run / "tensorboard")).Reload()
+
+
+def test_a_line_is_flat_json_and_there_at_once(tmp_path: Path) -> None:
+    tracker = start(tmp_path)
+    tracker.log(
+        {"train/loss": torch.tensor(0.5), "valid/qwk": None, "train/lr": np.float32(0.25)}, step=3, epoch=0.5
+    )
+    tracker.log({"train/loss": math.nan, "train/grad": math.inf, "n": np.int64(7)}, step=4, epoch=1)
+    first, second = lines(tmp_path)  # before finish: a kill loses no line
+    assert first.pop("time") > 1.7e9
+    assert first == {"step": 3, "epoch": 0.5, "train/loss": 0.5, "valid/qwk": None, "train/lr": 0.25}
+    assert {k: second[k] for k in ("train/loss", "train/grad", "n")} == {
+        "train/loss": None,
+        "train/grad": None,
+        "n": 7,
+    }
+    tracker.finish()
+    tracker.finish()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = start(tmp_path / "run", accelerator=OTHER, wandb=True, tensorboard=True)
+    tracker.log({"train/loss": 1.0}, step=1, epoch=0)
+    tracker.log_image("report/curves", tmp_path / "none.png", 1)
+    tracker.finish()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_resume_cuts_back_to_the_checkpoint(tmp_path: Path) -> None:
+    tracker = start(tmp_path)
+    for step in range(1, 6):
+        tracker.log({"train/loss": step / 10}, step=step, epoch=0)
+    tracker.finish()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ep')  # killed in the middle of a line
+    tracker = start(tmp_path, resume_step=3)
+    tracker.log({"train/loss": 0.0}, step=4, epoch=0)
+    tracker.finish()
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.0),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    start(tmp_path).finish()  # begun anew, without a checkpoint: nothing is kept
+    assert lines(tmp_path) == []
+
+
+def test_truncating_counts_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert truncate_to(path, 3) == 0
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}')  # the last without its end of line
+    assert truncate_to(path, 3) == 1
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert truncate_to(path, 3) == 0
+    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        truncate_to(path, 3)
+
+
+def test_tensorboard_is_read_back_and_a_resume_hides_what_is_redone(tmp_path: Path) -> None:
+    picture = tmp_path / "curves.png"
+    Image.new("RGB", (8, 6), "red").save(picture)
+    tracker = start(tmp_path / "run", tensorboard=True)
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": step / 4, "valid/qwk": None}, step=step, epoch=step)
+    tracker.log_image("report/curves", picture, 3)
+    tracker.finish()
+    read = events(tmp_path / "run")
+    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert [(e.width, e.height) for e in read.Images("report/curves")] == [(8, 6)]
+    tracker = start(tmp_path / "run", tensorboard=True, resume_step=1)
+    tracker.log({"train/loss": 9.0}, step=2, epoch=2)
+    tracker.finish()
+    assert [(e.step, e.value) for e in events(tmp_path / "run").Scalars("train/loss")] == [
+        (1, 0.25),
+        (2, 9.0),
+    ]
+
+
+def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a login it goes offline, says so in one line, and stays in the run folder."""
+    run, said, picture = tmp_path / "run", [], tmp_path / "curves.png"
+    Image.new("RGB", (8, 6), "red").save(picture)
+    tracker = start(run, said, wandb=True)
+    tracker.log({"train/loss": 0.5}, step=10, epoch=1)
+    tracker.finish()
+    tracker = start(run, said, wandb=True, resume_step=4)
+    tracker.log({"train/loss": 0.75}, step=7, epoch=1)
+    tracker.log({"train/loss": 0.25, "train/nan": math.nan}, step=5, epoch=1)  # backwards, and not dropped
+    tracker.log_image("report/curves", picture, 5)
+    tracker.finish()
+    assert capfd.readouterr() == ("", "")
+    assert len(said) == 2
+    assert said[0] == f"W&B: offline (not logged in); upload later with: {tracker.sync_command}"
+    assert tracker.sync_command == f"wandb sync {run}/wandb/offline-run-*"
+    assert "WANDB_DATA_DIR" not in os.environ
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert len(files) == 2
+    first, second = (inspect(path) for path in files)
+    assert first["run_id"] == second["run_id"] == (run / "wandb" / "id.txt").read_text().strip()
+    assert first["summary"]["train/loss"] == 0.5
+    assert (second["summary"]["train/loss"], second["summary"]["step"]) == (0.25, 5)
+    assert list(run.glob("wandb/offline-run-*/files/media/images/report/curves*.png"))
+    assert second["project"] == "fastddr-tests"
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    program = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary", str(path)]
+    found = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(found.stdout)
+
+
+def test_wandb_that_cannot_come_online_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    wandb.teardown()  # it reads the environment once
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    said: list[str] = []
+    tracker = start(tmp_path, said, wandb=True)
+    tracker.log({"train/loss": 0.5}, step=1, epoch=1)
+    tracker.finish(failed=True)
+    wandb.teardown()
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline (could not come online: ")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_mode_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said: list[str] = []
+    start(tmp_path, said, wandb=True).finish()
+    assert said == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("No space left on device"), ConnectionResetError("Connection lost")]
+)
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path, error: OSError) -> None:
+    said: list[str] = []
+    tracker = start(tmp_path, said, tensorboard=True)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    tracker._copies[0].log = fail  # type: ignore[method-assign]
+    for step in (1, 2):
+        tracker.log({"train/loss": 0.5}, step=step, epoch=0)
+    tracker.finish()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert said == [f"TensorBoard is off from here on, metrics.jsonl goes on: {error}"]
+
+
+def test_a_tracker_that_cannot_start_is_said_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("a file where a folder should be")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    tracker = start(tmp_path / "run", said, wandb=True, tensorboard=True)
+    tracker.log({"train/loss": 0.5}, step=1, epoch=0)
+    tracker.finish()
+    assert len(lines(tmp_path / "run")) == 1
+    assert [line.split(":")[0] for line in said] == [
+        "W&B is off",
+        "TensorBoard is off from here on, metrics.jsonl goes on",
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from fastddr.errors import EXIT_USER_ERROR, nearest
+from fastddr.errors import EXIT_USER_ERROR, UserError, nearest
 
 USAGE = """usage: fastddr VERB [options]
 
@@ -34,11 +35,41 @@ def main(arguments: list[str] | None = None) -> int:
 
         return train.main(rest, prog="fastddr train")
     if verb == "synthetic":
-        from fastddr.data import synthetic
-
-        return synthetic.main(rest)
+        return _synthetic(rest)
     print(f"fastddr: there is no verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def _synthetic(arguments: list[str]) -> int:
+    import tyro
+    from rich.console import Console
+
+    from fastddr.data import synthetic
+    from fastddr.progress import EpochBar
+
+    def write(out: Path, /, photographs: int = 1000, size: int = 512, seed: int = 0, quality: int = 95) -> int:
+        """Write a synthetic DDR, in the official layout and DDR's own proportions of split and grade.
+
+        Args:
+            out: New folder for it.
+            photographs: How many.
+            size: Side in pixels.
+            seed: Of the photographs.
+            quality: Of the JPEGs, with 4:2:0 chroma.
+        """
+        with EpochBar(Console(stderr=True), "photographs", photographs) as bar:
+            counts = synthetic.ddr_counts(photographs)
+            synthetic.generate(
+                out, counts=counts, size=size, seed=seed, quality=quality, on_progress=lambda done, _: bar.update(done)
+            )
+        print(f"{photographs} photographs in {out}; train on them with: fastddr train --data {out}")
+        return 0
+
+    try:
+        return tyro.cli(write, args=arguments, prog="fastddr synthetic")
+    except UserError as error:
+        print(f"fastddr: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

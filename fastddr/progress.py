@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +30,7 @@ class EpochBar:
         speed = "" if images_per_second is None else f"{images_per_second:,.0f} images/s, data wait {data_wait:.0%}"
         self._progress.update(self._bar, completed=done, speed=speed)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> EpochBar:
         self._progress.start()
         return self
 

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
     from fastddr.errors import EXIT_USER_ERROR, UserError
 
     try:
-        from fastddr.config import parse
+        from fastddr.cli import parse
 
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
         # Imported after parsing: --help and a wrong flag need not wait for PyTorch.

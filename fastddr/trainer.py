@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import accelerate
-import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import nn
 
-import fastddr
 from fastddr import checkpoints, loaders, losses, models, optimizers, reporting, runs, runtime
 from fastddr.config import Config, dump
 from fastddr.data import manifest, synthetic
@@ -27,7 +22,9 @@ from fastddr.data.grades import ICDR
 from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.meters import Waited, Window, memory, versions
 from fastddr.progress import EpochBar
+from fastddr.reporting.facts import facts
 from fastddr.step import Tally, training_step
 from fastddr.tracking import Tracker
 
@@ -80,14 +77,14 @@ class Trainer:
         loader, reason = loaders.choose(config.loader)
         self.console.print(f"  loader {loader}: {reason}")
         # What auto became is stored, and used again by a resume.
-        self.config = replace(
-            config,
-            run_dir=str(where),
-            loader=loader,
-            precision=self.runtime.precision,
-            micro_batch_size=self.runtime.micro_batch_size,
-            threads=self.runtime.threads,
-        )
+        chosen: dict[str, Any] = {
+            "run_dir": str(where),
+            "loader": loader,
+            "precision": self.runtime.precision,
+            "micro_batch_size": self.runtime.micro_batch_size,
+            "threads": self.runtime.threads,
+        }
+        self.config = replace(config, **chosen)
         self.train_loader = self._loader("train", train=True)
         self.steps_per_epoch = self.train_loader.task.steps
         self.valid_loader = self._loader("valid")
@@ -232,9 +229,9 @@ class Trainer:
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
         first = progress.step - progress.epoch * self.steps_per_epoch
-        batches = _Waited(self.train_loader.epoch(progress.epoch, start_step=first))
+        batches = Waited(self.train_loader.epoch(progress.epoch, start_step=first))
         tally = Tally.zeros(self.runtime.device)
-        window = _Window(tally, time.perf_counter())
+        window = Window(time.perf_counter())
         self.model.train()
         title = f"epoch {progress.epoch + 1}/{config.epochs}"
         with EpochBar(self.console, title, self.steps_per_epoch, start=first) as bar:
@@ -265,7 +262,7 @@ class Trainer:
                 raise RuntimeError("the loader has more batches than its epoch has steps")
         progress.epoch += 1
 
-    def _log_window(self, window: _Window, tally: Tally, waited: float, lr: float) -> None:
+    def _log_window(self, window: Window, tally: Tally, waited: float, lr: float) -> None:
         """Log the means since the last time. Waits for the device: once in so many steps."""
         total = self.accelerator.reduce(tally.stack(), reduction="sum").cpu()
         loss, accuracy = window.close(total, waited, time.perf_counter())
@@ -278,7 +275,7 @@ class Trainer:
                 "train/lr": lr,
                 "train/images_per_second": window.rate,
                 "train/data_wait": window.wait_share,
-                **_memory(self.runtime.device),
+                **memory(self.runtime.device),
             },
             step=self.progress.step,
             epoch=self.progress.step / self.steps_per_epoch,
@@ -331,7 +328,7 @@ class Trainer:
                 state={
                     "progress": asdict(self.progress),
                     "fingerprint": self.manifest.fingerprint,
-                    "versions": _versions(),
+                    "versions": versions(),
                 },
                 model=self.bare_model.state_dict(),
                 ema=None if self.ema is None else self.ema.module.state_dict(),
@@ -356,9 +353,10 @@ class Trainer:
         if self.runtime.is_main:
             self.console.print("writing the report …")
             ordered = {name: results[name] for name in (*manifest.SPLITS, "valid_last") if name in results}
-            text = reporting.write(
-                self.run.path, ordered, self._facts(), self.manifest.notes, root=self.manifest.root
+            shown = facts(
+                self.config, self.manifest, self.runtime, self.parameters, reporting.read_metrics(self.run.path)
             )
+            text = reporting.write(self.run.path, ordered, shown, self.manifest.notes, root=self.manifest.root)
             for name, found in ordered.items():
                 values = figures(found.logits, found.grades)
                 if name == "test":
@@ -385,45 +383,7 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def _facts(self) -> dict[str, Any]:
-        config = self.config
-        logged = reporting.read_metrics(self.run.path)
-
-        def median(key: str) -> float | None:
-            values = sorted(line[key] for line in logged if line.get(key) is not None)
-            return values[len(values) // 2] if values else None
-
-        def most(key: str) -> float | None:
-            return max((line[key] for line in logged if line.get(key) is not None), default=None)
-
-        rate, wait = median("train/images_per_second"), median("train/data_wait")
-        facts: dict[str, Any] = {
-            "Model": {"name": config.model, **config.model_settings, "parameters": f"{self.parameters:,}"},
-            "Preset": config.preset,
-            "Data": self.manifest.root.name,
-            "Photographs by grade 0-5": {
-                split: " / ".join(map(str, counts)) for split, counts in self.manifest.counts().items()
-            },
-            "Fingerprint of the data": self.manifest.fingerprint,
-            "Window": f"{config.image_size} px of a {config.canvas} px canvas; evaluated: {config.evaluation.field}",
-            "Training": {
-                "epochs": config.epochs, "batch": config.batch_size, "optimizer": config.optimizer.name,
-                "lr": config.lr, "schedule": config.optimizer.schedule,
-            },
-            "Seed": config.seed,
-            "Device": f"{self.runtime.device.type}, {self.runtime.world} rank(s), {self.runtime.threads} threads each",
-            "Precision": config.precision,
-            "Loader": config.loader,
-            "Images per second (median)": None if rate is None else f"{rate:.1f}",
-            "Data wait (median share of the time)": None if wait is None else f"{wait:.1%}",
-        }  # fmt: skip
-        for key, label in _MEMORY.items():
-            peak = most(key)
-            if peak is not None:
-                facts[label] = f"{peak:.2f} GiB"
-        return facts | {"Versions": _versions()}
-
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trainer:
         return self
 
     def __exit__(
@@ -445,67 +405,3 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.finish(failed=failed)
         self.accelerator.end_training()
-
-
-class _Waited:
-    """An iterator that adds up the seconds for which `next` kept the host waiting."""
-
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        self.waited = 0.0
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> loaders.Batch:
-        began = time.perf_counter()
-        try:
-            batch: loaders.Batch = next(self._batches)
-            return batch
-        finally:
-            self.waited += time.perf_counter() - began
-
-
-class _Window:
-    """Means over the steps since the last log line."""
-
-    def __init__(self, tally: Tally, now: float) -> None:
-        self._total = tally.stack().cpu()
-        self._began, self._waited = now, 0.0
-        self.rate: float | None = None
-        self.wait_share: float | None = None
-
-    def close(self, total: torch.Tensor, waited: float, now: float) -> tuple[float, float]:
-        """(mean loss, accuracy) of the photographs since the last call; sets `rate` and `wait_share`."""
-        loss, correct, count = (total - self._total).tolist()
-        seconds = now - self._began
-        self.rate, self.wait_share = count / seconds, (waited - self._waited) / seconds
-        self._total, self._began, self._waited = total, now, waited
-        return loss / count, correct / count
-
-
-_MEMORY = {
-    "memory/peak_allocated_gib": "Peak GPU memory, allocated",
-    "memory/peak_reserved_gib": "Peak GPU memory, reserved",
-    "memory/peak_rss_gib": "Peak memory of the process",
-}
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    found = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    if device.type == "cuda":
-        found["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        found["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return found
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "fastddr": fastddr.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-    }
-

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastddr.cli import parse
 from fastddr.config import (
     RUNTIME_KEYS,
     Config,
@@ -18,7 +19,6 @@ from fastddr.config import (
     from_mapping,
     identity_changes,
     load_preset,
-    parse,
     preset_names,
 )
 from fastddr.errors import UserError

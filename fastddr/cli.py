@@ -1,0 +1,66 @@
+"""From a command line to a configuration, or to one sentence about what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+
+from fastddr.config import Config, check, flatten, load_preset, preset_names
+from fastddr.errors import UserError, nearest
+
+
+def parse(arguments: Sequence[str], prog: str) -> Config:
+    """The configuration of a command line: its preset, with its flags laid over it.
+
+    Raises:
+        UserError: one sentence about the flag that is unknown or has a wrong value.
+        SystemExit: code 0, after `--help`.
+    """
+    import tyro
+
+    base = load_preset(_preset_argument(arguments))
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            config, unknown = tyro.cli(
+                Config, args=list(arguments), default=base, return_unknown_args=True, prog=prog
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_sentence(console.getvalue())) from None
+    if unknown:
+        offender = unknown[0].split("=")[0]
+        flags = ["--" + key.replace("_", "-") for key in flatten(base)]
+        hint = nearest(offender, flags) if offender.startswith("--") else "flags begin with two dashes."
+        if "known are" in hint:
+            hint = "see --help."
+        raise UserError(f"unknown argument {offender!r}; {hint}")
+    return check(config, "command line")
+
+
+def _preset_argument(arguments: Sequence[str]) -> str:
+    found = Config.preset
+    for position, argument in enumerate(arguments):
+        if argument == "--preset":
+            if position + 1 == len(arguments):
+                raise UserError("--preset needs a name; known are: " + ", ".join(preset_names()) + ".")
+            found = arguments[position + 1]
+        elif argument.startswith("--preset="):
+            found = argument.removeprefix("--preset=")
+    return found
+
+
+def _one_sentence(box: str) -> str:
+    """What tyro draws as a box, as the sentence in its first part."""
+    lines = [line.strip(" │").strip() for line in box.splitlines()]
+    said: list[str] = []
+    for line in lines:
+        if line.startswith("╭"):
+            continue
+        if not line or line.startswith(("─", "╰", "Got errors")):
+            break
+        said.append(line)
+    return re.sub(r"\s+", " ", " ".join(said)).rstrip(".") + "."

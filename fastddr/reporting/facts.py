@@ -1,0 +1,51 @@
+"""The facts of a run, as its report shows them: label to value, in the order of the reader's questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from fastddr.config import Config
+from fastddr.data.manifest import Manifest
+from fastddr.meters import MEMORY, versions
+from fastddr.runtime import Runtime
+
+
+def facts(
+    config: Config, manifest: Manifest, runtime: Runtime, parameters: int, logged: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What was trained, on what, how, how fast and with how much memory; `logged` is the run's metrics.jsonl."""
+
+    def values(key: str) -> list[float]:
+        return [line[key] for line in logged if line.get(key) is not None]
+
+    shown: dict[str, Any] = {
+        "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
+        "Preset": config.preset,
+        "Data": manifest.root.parent.name if manifest.root.name == "DR_grading" else manifest.root.name,
+        "Photographs by grade 0-5": {
+            split: " / ".join(map(str, counts)) for split, counts in manifest.counts().items()
+        },
+        "Fingerprint of the data": manifest.fingerprint,
+        "Window": f"{config.image_size} px of a {config.canvas} px canvas; evaluated: {config.evaluation.field}",
+        "Training": {
+            "epochs": config.epochs,
+            "batch": config.batch_size,
+            "optimizer": config.optimizer.name,
+            "lr": config.lr,
+            "schedule": config.optimizer.schedule,
+        },
+        "Seed": config.seed,
+        "Device": f"{runtime.device.type}, {runtime.world} rank(s), {runtime.threads} threads each",
+        "Precision": config.precision,
+        "Loader": config.loader,
+    }
+    if rates := values("train/images_per_second"):
+        shown["Images per second (median)"] = f"{median(rates):.1f}"
+    if waits := values("train/data_wait"):
+        shown["Data wait (median share of the time)"] = f"{median(waits):.1%}"
+    for key, label in MEMORY.items():
+        if peaks := values(key):
+            shown[label] = f"{max(peaks):.2f} GiB"
+    return shown | {"Versions": versions()}

@@ -1,0 +1,267 @@
+"""The whole way on a tiny set: train, evaluate, report, go on, and fail in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastddr import checkpoints, cli, config
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.trainer import Trainer
+from tests_support import ROOT, TINY
+
+#: Small enough for seconds; everything that costs memory of state is on: EMA, clipping, accumulation, warm-up.
+SMALL = [
+    "--epochs", "2", "--batch-size", "8", "--micro-batch-size", "4", "--image-size", "64", "--canvas", "80",
+    "--convmixer.dim", "8", "--convmixer.depth", "1", "--convmixer.kernel-size", "3", "--convmixer.patch-size", "8",
+    "--cnn.width", "4", "--resnet.depth", "10", "--resnet.width", "16", "--tracking.no-wandb",
+    "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1", "--loading.threads", "1",
+    "--optimizer.ema-decay", "0.9", "--optimizer.clip-norm", "1", "--optimizer.warmup-epochs", "0.5",
+]  # fmt: skip
+
+
+def settings(data: Path, run: Path, *more: str) -> config.Config:
+    return cli.parse(["--data", str(data), "--run-dir", str(run), *SMALL, *more], "test")
+
+
+def train(data: Path, run: Path, *more: str) -> Path:
+    with Trainer(settings(data, run, *more)) as trainer:
+        trainer.fit()
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoints.load(run / "checkpoints" / "last")
+    assert saved.ema is not None
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in saved.optimizer["state"].items() for k, v in s.items()}
+    return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with every tracker on."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return train(tiny, folder, "--tracking.wandb", "--tracking.tensorboard")
+
+
+def test_a_run_folder_holds_everything(run: Path) -> None:
+    there = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    report = ("report.md", "curves.png", "confusion_matrix.png", "reliability.png", "worst.png", "metrics.json")
+    for name in ("config.yaml", "manifest.csv", "metrics.jsonl", "status.json", "test_scorings.jsonl",
+                 "checkpoints/best", "checkpoints/last", "report/predictions.csv",
+                 *(f"report/{name}" for name in report)):  # fmt: skip
+        assert name in there, f"{name} is missing"
+    assert any(name.startswith("wandb/offline-run-") for name in there)
+    assert any(name.startswith("tensorboard/events") for name in there)
+    assert json.loads((run / "status.json").read_text()) == {"state": "done", "step": 6, "reason": ""}
+    for picture in (run / "report").glob("*.png"):
+        with Image.open(picture) as image:
+            assert min(image.size) > 200
+
+
+def test_the_stored_configuration_says_what_auto_became(run: Path) -> None:
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    assert stored["precision"] == "fp32"
+    assert stored["loader"] in ("dali", "torchvision")
+    assert stored["threads"] == 1
+    assert config.load_preset(str(run / "config.yaml")).epochs == 2
+
+
+def test_figures_are_logged_by_optimizer_step(run: Path) -> None:
+    logged = lines(run)
+    training = [line for line in logged if "train/loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    assert {"train/accuracy", "train/lr", "train/images_per_second", "train/data_wait"} <= training[0].keys()
+    assert [line["step"] for line in logged if "valid/qwk" in line] == [3, 6]
+    assert [round(line["train/lr"], 6) for line in training[:2]] == [0.001, 0.002], "warm-up of round(0.5 × 3) steps"
+
+
+def test_every_photograph_is_scored_once(run: Path, tiny: Path) -> None:
+    found = manifest.read(tiny)
+    with (run / "report" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [found.path[i] for s in manifest.SPLITS for i in found.ids(s)]
+    assert [int(row["grade"]) for row in rows] == [int(found.grade[i]) for s in manifest.SPLITS for i in found.ids(s)]
+    figures = json.loads((run / "report" / "metrics.json").read_text())
+    assert {name: figures[name]["n"] for name in figures} == {"train": 27, "valid": 11, "test": 13, "valid_last": 11}
+    for split in manifest.SPLITS:
+        matrix = figures[split]["confusion_matrix"]
+        assert [sum(row) for row in matrix] == list(TINY[split][:5]), "rows are the truth"
+        chosen = [row for row in rows if row["split"] == split]
+        right = sum(row["grade"] == row["predicted"] for row in chosen)
+        assert figures[split]["accuracy"] == pytest.approx(right / len(chosen))
+    assert len((run / "test_scorings.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_report_says_what_was_left_out(run: Path) -> None:
+    text = (run / "report" / "report.md").read_text()
+    assert "2 ungradable photographs (grade 5) are counted but left out" in text
+    assert "not a medical device" in text
+
+
+def test_best_is_the_best_by_kappa(run: Path) -> None:
+    kappas = {line["step"]: line["valid/qwk"] for line in lines(run) if "valid/qwk" in line}
+    best = max(kappas, key=lambda step: (kappas[step], -step))
+    assert os.readlink(run / "checkpoints" / "best") == f"step-{best:08d}"
+    assert os.readlink(run / "checkpoints" / "last") == "step-00000006"
+    figures = json.loads((run / "report" / "metrics.json").read_text())
+    assert figures["valid"]["qwk"] == pytest.approx(kappas[best])
+    assert figures["valid_last"]["qwk"] == pytest.approx(kappas[6])
+
+
+def test_one_seed_gives_one_result_bit_for_bit(run: Path, tiny: Path, tmp_path: Path) -> None:
+    again = train(tiny, tmp_path / "again", "--loading.prefetch", "3")
+    one, two = weights(run), weights(again)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = weights(train(tiny, tmp_path / "other", "--seed", "1"))
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing in fastddr may catch it."""
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice interrupted, once in the middle of an epoch and once at its end, it ends as if nothing had been."""
+    folder = tmp_path / "run"
+    save = Trainer._save
+    for stop in (2, 3):
+
+        def save_and_die(self: Trainer, best: bool, stop: int = stop) -> None:
+            save(self, best)
+            if self.progress.step == stop:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_save", save_and_die)
+            with pytest.raises(Killed):
+                train(tiny, folder, "--save-every-steps", "2")
+    train(tiny, folder, "--save-every-steps", "2")
+    one, two = weights(run), weights(folder)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    logged, whole = lines(folder), lines(run)
+    assert [(line["step"], *sorted(line)) for line in logged] == [(line["step"], *sorted(line)) for line in whole]
+    for line, other in zip(logged, whole, strict=True):
+        for key in ("train/loss", "valid/qwk", "train/lr"):
+            assert line.get(key) == pytest.approx(other.get(key))
+
+
+def test_a_finished_run_is_left_alone(run: Path, tiny: Path) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    train(tiny, run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet"])
+def test_the_other_models_and_the_other_loader(model: str, tiny: Path, tmp_path: Path) -> None:
+    run = train(tiny, tmp_path / model, "--model", model, "--loader", "torchvision", "--evaluation.field", "full")
+    assert (run / "report" / "report.md").is_file()
+
+
+def test_replay_trains_but_does_not_evaluate_on_one_batch(tiny: Path, tmp_path: Path) -> None:
+    run = train(tiny, tmp_path / "run", "--loader", "replay", "--epochs", "1")
+    with (run / "report" / "predictions.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "valid"]
+    assert len({row["p0"] for row in rows}) > len(rows) // 2
+
+
+# ------------------------------------------------------------------------------------------ what a user gets wrong
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lr", "0.5"], "lr was 0.003 and is now 0.5"),
+        (["--seed", "9", "--convmixer.dim", "16"], "seed was 0 and is now 9"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(run: Path, tiny: Path, more: Sequence[str], said: str) -> None:
+    with pytest.raises(UserError, match="cannot go on") as caught:
+        train(tiny, run, *more)
+    assert said in str(caught.value)
+    assert json.loads((run / "status.json").read_text())["state"] == "done", "a refused start leaves the run alone"
+
+
+def test_a_run_does_not_go_on_with_other_data(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    data, folder = Path(shutil.copytree(tiny, tmp_path / "data")), tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def die(*_: object) -> None:
+            raise Killed
+
+        patch.setattr(Trainer, "_report", die)
+        with pytest.raises(Killed):
+            train(data, folder)
+    photograph = next((data / "DR_grading" / "test").iterdir())
+    photograph.write_bytes(photograph.read_bytes() + b"\0")
+    with pytest.raises(UserError, match="not those that this run began with"):
+        train(data, folder)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run"):
+        train(tiny, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def fastddr_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+SCRIPT = (sys.executable, str(ROOT / "fastddr" / "train.py"))
+COMMAND = (sys.executable, "-m", "fastddr", "train")
+
+
+@pytest.mark.parametrize("command", [SCRIPT, COMMAND], ids=["script", "command"])
+@pytest.mark.parametrize(
+    ("arguments", "offender"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--epochz", "3"], "--epochz"),
+        (["--preset", "quick"], "quick"),
+        (["--data", "grade7"], "train.txt, line 1: grade 7"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    command: Sequence[str], arguments: list[str], offender: str, tmp_path: Path
+) -> None:
+    (tmp_path / "grade7" / "train").mkdir(parents=True)
+    (tmp_path / "grade7" / "train" / "a.jpg").write_bytes(b"")
+    (tmp_path / "grade7" / "train.txt").write_text("a.jpg 7\n")
+    done = fastddr_command(*command, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert offender in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists(), "a start that fails leaves no folder"
+
+
+def test_help_and_version(tmp_path: Path) -> None:
+    assert fastddr_command(*SCRIPT, "--help", cwd=tmp_path).stdout.count("--batch-size") == 1
+    assert "train" in fastddr_command(sys.executable, "-m", "fastddr", "--help", cwd=tmp_path).stdout
+    assert fastddr_command(sys.executable, "-m", "fastddr", "--version", cwd=tmp_path).stdout.startswith("fastddr ")
+    wrong = fastddr_command(sys.executable, "-m", "fastddr", "trian", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean 'train'" in wrong.stderr

@@ -1,0 +1,59 @@
+"""What the layout promises: names that shadow nothing, a light command line, a config file that launches."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests_support import ROOT
+
+
+def test_no_file_of_the_package_shadows_another_module() -> None:
+    """`accelerate launch fastddr/train.py` puts fastddr/ first on sys.path."""
+    ours = {p.stem for p in (ROOT / "fastddr").iterdir() if not p.name.startswith("__") and p.suffix in ("", ".py")}
+    assert ours >= {"train", "config", "data", "loaders"}
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    assert not ours & (taken - {"fastddr"})
+
+
+def test_train_py_is_short_and_defines_no_class() -> None:
+    text = (ROOT / "fastddr" / "train.py").read_text()
+    assert len(text.splitlines()) < 100
+    assert not re.search(r"^\s*class ", text, re.MULTILINE)
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    """`import fastddr` and a wrong flag do not wait for PyTorch."""
+    code = (
+        "import sys, fastddr, fastddr.__main__, fastddr.config\n"
+        "from fastddr.train import main\n"
+        "assert main(['--nonsense']) == 2\n"
+        "print([m for m in ('torch', 'nvidia.dali', 'wandb', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_accelerate_config_is_one_that_accelerate_reads() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "accelerate_config.yaml"))
+    assert config.num_processes == 1
+    assert str(config.mixed_precision) == "no"
+
+
+def test_only_the_named_files_import_dali_and_wandb() -> None:
+    def files(word: str) -> set[str]:
+        found = (p for p in (ROOT / "fastddr").rglob("*.py") if word in p.read_text())
+        return {p.relative_to(ROOT / "fastddr").as_posix() for p in found}
+
+    assert files("from nvidia") | files("import nvidia") == {"loaders/dali.py"}
+    assert files("import wandb") | files("from wandb") == {"tracking.py"}
+
+
+def test_no_module_is_longer_than_a_room() -> None:
+    longest = {p.name: len(p.read_text().splitlines()) for p in Path(ROOT / "fastddr").rglob("*.py")}
+    assert {name: n for name, n in longest.items() if n > 450} == {}

@@ -47,7 +47,5 @@ def build(name: str = "cross_entropy", *, label_smoothing: float = 0.0) -> nn.Mo
     if name not in NAMES:
         raise UserError(f"there is no loss {name!r}: {nearest(name, NAMES)}")
     if not 0 <= label_smoothing < 1:
-        raise UserError(
-            f"the loss cannot have label_smoothing={label_smoothing}: set it to 0 or more and less than 1."
-        )
+        raise UserError(f"the loss cannot have label_smoothing={label_smoothing}: set it to 0 or more and less than 1.")
     return CrossEntropy(label_smoothing=label_smoothing)

@@ -108,9 +108,7 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     UserError unless 0 < decay < 1.
     """
     if not 0 < decay < 1:
-        raise UserError(
-            f"the averaged weights cannot have decay={decay}: set it to more than 0 and less than 1."
-        )
+        raise UserError(f"the averaged weights cannot have decay={decay}: set it to more than 0 and less than 1.")
     # BatchNorm's statistics are averaged too: the latest ones do not belong to averaged weights.
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     return ema.requires_grad_(False).eval()

@@ -1,0 +1,67 @@
+"""The models, by name: each file registers a builder, `build` calls it or says why it cannot."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastddr.errors import UserError, nearest
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register(name: str) -> Callable[[Builder], Builder]:
+    """Make a function known to `build` as `name`.
+
+    The function takes `num_classes` and `image_size` and, as further keywords with defaults, the model's own
+    settings; `build` reads their names off its signature. Raises ValueError where the name is taken.
+    """
+
+    def keep(builder: Builder) -> Builder:
+        if name in _BUILDERS:
+            raise ValueError(f"two models are called {name!r}")
+        _BUILDERS[name] = builder
+        return builder
+
+    return keep
+
+
+def names() -> list[str]:
+    """The names that `build` knows, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build(name: str, *, num_classes: int, image_size: int, **settings: object) -> nn.Module:
+    """A new model: images (b, 3, h, w) to logits (b, num_classes), in float32 and channels_last, on the CPU.
+
+    `image_size` is the side in pixels of the square images that it will be trained on. The weights depend on
+    nothing but torch's global CPU generator, which the caller seeds. Raises UserError for an unknown model or
+    setting and for settings of which no model can be made.
+    """
+    if name not in _BUILDERS:
+        raise UserError(f"there is no model {name!r}: {nearest(name, names())}")
+    builder = _BUILDERS[name]
+    known = [key for key in inspect.signature(builder).parameters if key not in ("num_classes", "image_size")]
+    for key in settings:
+        if key not in known:
+            raise UserError(f"model {name!r} has no setting {key!r}: {nearest(key, known)}")
+    whole(name, num_classes=num_classes, image_size=image_size)
+    model = builder(num_classes=num_classes, image_size=image_size, **settings)
+    return model.to(memory_format=torch.channels_last)
+
+
+def whole(model: str, **settings: object) -> None:
+    """Raise UserError unless each setting is a whole number of at least 1."""
+    for key, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"model {model!r} cannot have {key}={value!r}: set {key} to a whole number of at least 1.")
+
+
+# Last, because each of these files registers itself with the function above.
+from fastddr.models import cnn, convmixer, resnet  # noqa: E402, F401

@@ -1,0 +1,43 @@
+"""What all tests share: shape checks on, a cache of their own, and a tiny synthetic data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything of fastddr is imported: every jaxtyping annotation of the package is checked in every test.
+install_import_hook("fastddr", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+os.environ["WANDB_MODE"] = "offline"
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FASTDDR_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic DDR in the official layout: 27 + 11 + 13 gradable photographs of 80 px. Do not write into it."""
+    from fastddr.data import synthetic
+    from tests_support import TINY, TINY_SIZE
+
+    import subprocess, sys
+    r = tmp_path_factory.mktemp("data") / "tiny"
+    subprocess.run([sys.executable, "-c", f"from pathlib import Path; from fastddr.data import synthetic; synthetic.generate(Path({str(r)!r}), counts={TINY!r}, size={TINY_SIZE}, workers=1)"], check=True)
+    return r
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a card the `gpu` tests are skipped, and say why."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA card, and PyTorch sees none"))

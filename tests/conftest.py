@@ -27,10 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastddr.data import synthetic
     from tests_support import TINY, TINY_SIZE
 
-    import subprocess, sys
-    r = tmp_path_factory.mktemp("data") / "tiny"
-    subprocess.run([sys.executable, "-c", f"from pathlib import Path; from fastddr.data import synthetic; synthetic.generate(Path({str(r)!r}), counts={TINY!r}, size={TINY_SIZE}, workers=1)"], check=True)
-    return r
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "tiny", counts=TINY, size=TINY_SIZE, workers=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ through absorbers (blood in vessels, pigment in choroid and macula), is veiled b
 optics, sensor and JPEG. All but the last steps multiply, so dark things stay dark in a bright photograph.
 
 `anatomy` draws the eye, `lesions` its disease, `retina` the light that comes back from both, `camera` what is
-made of that light. Lengths are in field radii, with the origin at the middle of the field and y down, unless a
-name ends in `_px`. `S` is the side of the square photograph, `L` = 128 the side of the maps of everything
+made of that light. Lengths are in field radii, with the origin at the middle of the field and y down, unless
+a name ends in `_px`. `S` is the side of the square photograph, `L` = 128 the side of the maps of everything
 smooth. No matrix product is taken anywhere, so BLAS starts no threads and its version changes no pixel.
 """

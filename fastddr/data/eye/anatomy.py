@@ -62,10 +62,8 @@ def draw_eye(rng: Rng) -> Eye:
     )
 
 
-def walk(
-    rng: Rng, x: Map, y: Map, heading: Map, length: Map, bend: Map, wild: Map, steps: int
-) -> tuple[Map, Map]:
-    """`n` winding lines from (x, y), each (n steps): they turn by `bend` in all and wind by `wild` radians."""
+def walk(rng: Rng, x: Map, y: Map, heading: Map, length: Map, bend: Map, wild: Map, steps: int) -> tuple[Map, Map]:
+    """Winding lines from (x, y) (n), each (n steps): they turn by `bend` and waver by `wild` radians."""
     n = len(x)
     s = np.linspace(0, 1, steps)[None]
     turns = heading[:, None] + bend[:, None] * s
@@ -100,9 +98,7 @@ def _arcade(rng: Rng, disc: Map, fovea: Map, up: float, reach: float) -> tuple[M
 
 
 def _draw_vessels(rng: Rng, disc: Map, fovea: Map) -> Vessels:
-    winding = float(
-        rng.uniform(0.10, 0.28)
-    )  # of this eye: some have straight vessels, some have tortuous ones
+    winding = float(rng.uniform(0.10, 0.28))  # of this eye: some have straight vessels, some have tortuous ones
     parts: list[tuple[Map, Map, Map, Mask, int]] = []
 
     def grow(line: tuple[Map, Map], first: Map, last: float, vein: Mask, level: int) -> None:
@@ -119,9 +115,7 @@ def _draw_vessels(rng: Rng, disc: Map, fovea: Map) -> Vessels:
         for is_vein in (False, True):
             start = disc + np.array([rng.normal(-0.03, 0.012), up * rng.uniform(0.0, 0.03)])
             heading, one = np.pi - up * rng.uniform(0.5, 1.25, 1), np.ones(1)
-            line = walk(
-                rng, start[:1], start[1:], heading, 0.85 * one, up * 0.3 * one, winding * one, _POINTS
-            )
+            line = walk(rng, start[:1], start[1:], heading, 0.85 * one, up * 0.3 * one, winding * one, _POINTS)
             first = (0.0112 if is_vein else 0.0085) * rng.uniform(0.8, 1.15, 1)
             grow(line, first, 0.4, np.array([is_vein]), 0)
     roots = len(parts)

@@ -38,6 +38,18 @@ def noise(rng: Rng, rows: int, cols: int, side: int) -> Map:
     return np.asarray(nodes.resize((side, side), Image.Resampling.BICUBIC))
 
 
+def speckle(rng: Rng, side: int) -> Map:
+    """Unrelated noise in each pixel, (side side), unit variance.
+
+    The sum of two random bytes, which takes a quarter of the time of a normal variate and looks the same.
+    """
+    dice = rng.integers(0, 256, (2, side, side), dtype=np.uint8)
+    grain = np.add(dice[0], dice[1], dtype=np.float32)
+    grain -= 255
+    grain *= np.float32(1 / 104.5)
+    return grain
+
+
 def enlarge(smooth: Map, side: int) -> Map:
     """A smooth map at another resolution, (side side); bilinear, for it is done often."""
     return np.asarray(Image.fromarray(smooth).resize((side, side), Image.Resampling.BILINEAR))
@@ -113,7 +125,7 @@ def draw_camera(rng: Rng) -> Camera:
         rim_from=float(rng.uniform(0, 2 * np.pi)),
         haze=float(rng.uniform(0.08, 0.25) if rng.random() < 0.2 else rng.uniform(0, 0.05)),
         vignette=float(rng.uniform(0.15, 0.55)),
-        tilt=(float(rng.normal(0, 0.10)), float(rng.normal(0, 0.10))),
+        tilt=(float(rng.normal(0, 0.12)), float(rng.normal(0, 0.12))),
         blur=float(rng.uniform(0.4, 1.3)),
         noise=float(rng.uniform(0.8, 3.0)),
         jpeg=int(rng.choice([80, 90, 100, 100, 100])),
@@ -129,9 +141,11 @@ def spoil(camera: Camera, rng: Rng) -> Camera:
         return replace(camera, blur=float(rng.uniform(6, 12)))
     if how == 1:
         return replace(camera, gain=float(rng.uniform(0.12, 0.25)), blur=2.0, noise=4.0)
+    milk = (0.5 * camera.veil[0] + 0.42, 0.5 * camera.veil[1] + 0.38, 0.5 * camera.veil[2] + 0.33)
     if how == 2:
-        return replace(camera, haze=float(rng.uniform(0.75, 0.9)), blur=float(rng.uniform(2, 5)))
-    return replace(camera, flare=float(rng.uniform(0.9, 1.3)), haze=0.4, blur=float(rng.uniform(2, 5)))
+        return replace(camera, veil=milk, haze=float(rng.uniform(0.7, 0.85)), blur=float(rng.uniform(2, 5)))
+    flare = float(rng.uniform(0.6, 0.9))
+    return replace(camera, veil=milk, flare=flare, haze=0.35, blur=float(rng.uniform(2, 5)))
 
 
 def stray_light(camera: Camera, rng: Rng) -> Map:
@@ -147,9 +161,9 @@ def stray_light(camera: Camera, rng: Rng) -> Map:
         # A crescent that creeps in from the rim, and a diffuse ghost.
         a, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.9, 1.3)
         d = np.hypot(u + 0.7 * np.cos(a), v + 0.7 * np.sin(a))
-        veil = veil + camera.flare / (1 + np.exp(-(d - reach) / 0.09))
+        veil = veil + camera.flare / (1 + np.exp(-(d - reach) / 0.14))
         x, y = rng.uniform(-0.5, 0.5, 2)
-        veil = veil + 0.6 * camera.flare * np.exp(-((np.hypot(u - x, v - y) / rng.uniform(0.3, 0.6)) ** 2))
+        veil = veil + 0.5 * camera.flare * np.exp(-((np.hypot(u - x, v - y) / rng.uniform(0.3, 0.6)) ** 2))
     return np.clip(veil, 0, 0.97).astype(np.float32)
 
 
@@ -184,11 +198,9 @@ def develop(channels: list[Map], camera: Camera, rng: Rng) -> NDArray[np.uint8]:
     # Grain of luminance at each pixel, of colour in coarser patches, as a sensor's interpolation leaves it.
     # There is less of it in the dark.
     level = (np.float32(0.25) + np.float32(0.75) * field) * np.float32(camera.noise)
-    grain = rng.standard_normal((size, size), dtype=np.float32)
+    grain = speckle(rng, size)
     grain *= level * np.float32(0.8)
-    chroma = (
-        level * enlarge(rng.standard_normal((size // 2, size // 2), dtype=np.float32), size) * np.float32(0.5)
-    )
+    chroma = level * enlarge(speckle(rng, size // 2), size) * np.float32(0.5)
     scale = field * np.float32(255 - camera.border)
     photo = np.empty((size, size, 3), np.uint8)
     over = np.empty_like(field)

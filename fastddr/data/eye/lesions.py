@@ -1,13 +1,14 @@
 """Signs of diabetic retinopathy on a synthetic eye, by grade of the ICDR scale, each with its place.
 
 What each grade shows follows the scale's own definitions (Wilkinson et al., Ophthalmology 2003): 1
-microaneurysms only; 2 more than that and less than severe; 3 more than 20 haemorrhages in each of four
-quadrants or venous beading or IRMA, no new vessels; 4 new vessels or blood before the retina. Numbers are lower
-than in the worst of eyes, so that a lesion stays a thing to be found.
+microaneurysms only; 2 more than that and less than severe; 3 many haemorrhages in all four quadrants, venous
+beading, IRMA, no new vessels; 4 new vessels or blood before the retina. The scale's "more than 20 in each
+quadrant" is more than 20 in all here, so that at 256 pixels a lesion is still a thing to be found.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from fastddr.data.eye.anatomy import walk
 from fastddr.data.eye.camera import SMOOTH, Map, Rng, noise
 from fastddr.data.eye.retina import Canvas, draw_vessels
 
-#: What a lesion can be. Blood in the vitreous counts as `preretinal_haemorrhage`: it, too, lies before the retina.
+#: What a lesion can be. Blood in the vitreous counts as `preretinal_haemorrhage`: it lies there, too.
 KINDS = (
     "microaneurysm", "haemorrhage", "exudate", "cotton_wool", "venous_beading", "irma",
     "neovascularisation", "preretinal_haemorrhage", "laser_scar",
@@ -42,17 +43,17 @@ class _Painter:
         self.taken: list[tuple[float, float, float]] = []
 
     def note(self, kind: str, x: float, y: float, radius: float) -> None:
-        x_px, y_px = self.canvas.to_px(x, y)
-        self.lesions.append(Lesion(kind, float(x_px), float(y_px), max(radius * self.canvas.unit, 1.0)))
+        x_px, y_px = self.canvas.point_px(x, y)
+        self.lesions.append(Lesion(kind, x_px, y_px, max(radius * self.canvas.unit, 1.0)))
 
     def visible(self, x: float, y: float, margin: float) -> bool:
         """Is a circle about (x, y) wholly in the photograph?"""
         canvas = self.canvas
-        x_px, y_px = (float(v) for v in canvas.to_px(x, y))
+        x_px, y_px = canvas.point_px(x, y)
         middle = canvas.camera.centre[1] * canvas.size
         m = margin * canvas.unit
         return (
-            np.hypot(x, y) + margin < 0.97
+            math.hypot(x, y) + margin < 0.97
             and abs(y_px - middle) + m < canvas.camera.crop * canvas.unit
             and min(x_px, y_px, canvas.size - x_px, canvas.size - y_px) > m
         )
@@ -60,15 +61,15 @@ class _Painter:
     def spot(
         self, margin: float, quadrant: int | None = None, far: float = 0.82, near: float = 0.0
     ) -> tuple[float, float]:
-        """A free place (x, y) off the disc, between `near` and `far` from the middle; quadrants 0-3 as in ICDR."""
+        """A free place (x, y) off the disc, between `near` and `far` from the middle of the field."""
         eye, rng = self.canvas.eye, self.rng
         middle = np.add(eye.disc, eye.fovea) / 2
         for attempt in range(80):
-            r, a = np.sqrt(rng.uniform(near**2, far**2)), rng.uniform(0, 2 * np.pi)
-            x, y = float(r * np.cos(a)), float(r * np.sin(a))
+            r, a = math.sqrt(rng.uniform(near**2, far**2)), rng.uniform(0, 2 * math.pi)
+            x, y = r * math.cos(a), r * math.sin(a)
             wrong = quadrant is not None and quadrant != 2 * (y > middle[1]) + (x > middle[0])
-            on_disc = np.hypot(x - eye.disc[0], y - eye.disc[1]) < 1.25 * eye.disc_radius + margin
-            crowded = attempt < 40 and any(np.hypot(x - u, y - v) < margin + m for u, v, m in self.taken)
+            on_disc = math.hypot(x - eye.disc[0], y - eye.disc[1]) < 1.25 * eye.disc_radius + margin
+            crowded = attempt < 40 and any(math.hypot(x - u, y - v) < margin + m for u, v, m in self.taken)
             if not (wrong or on_disc or crowded) and self.visible(x, y, margin):
                 break
         self.taken.append((x, y, margin))
@@ -85,13 +86,13 @@ class _Painter:
     def haemorrhages(self, n: int, largest: float) -> None:
         for i in range(n):
             rng, eye = self.rng, self.canvas.eye
-            r = float(0.012 + (largest - 0.012) * rng.random() ** 1.8)
+            r = float(0.012 + (largest - 0.012) * rng.random() ** 2.2)
             x, y = self.spot(r * 1.2, quadrant=i % 4)
             flame = rng.random() < 0.3
             along = np.arctan2(y - eye.disc[1], x - eye.disc[0]) + rng.normal(0, 0.3)
             angle = self.angle_px(float(along))
             stretch = float(rng.uniform(1.8, 3.2)) if flame else float(rng.uniform(1.0, 1.4))
-            dense = float(rng.uniform(0.75, 1.45))
+            dense = float(rng.uniform(0.55, 1.4))
             self.canvas.blob(
                 "blood",
                 rng,
@@ -108,9 +109,7 @@ class _Painter:
 
     def angle_px(self, angle: float) -> float:
         """A direction in the eye as one in the photograph, radians."""
-        return (
-            np.pi - angle - self.canvas.eye.turn if self.canvas.eye.mirrored else angle + self.canvas.eye.turn
-        )
+        return np.pi - angle - self.canvas.eye.turn if self.canvas.eye.mirrored else angle + self.canvas.eye.turn
 
     def exudates(self, clusters: int) -> None:
         for _ in range(clusters):
@@ -171,10 +170,8 @@ class _Painter:
                 self.note("venous_beading", float(x), float(y), half)
         return swelling
 
-    def tangle(
-        self, kind: str, x: float, y: float, size: float, lines: int, width: float, depth: float
-    ) -> None:
-        """Fine wild vessels that grow out of (x, y) to about `size`: IRMA in the retina, new vessels before it."""
+    def tangle(self, kind: str, x: float, y: float, size: float, lines: int, width: float, depth: float) -> None:
+        """Fine wild vessels from (x, y) to `size` about it: IRMA in the retina, new vessels before it."""
         rng = self.rng
         start = rng.normal(0, 0.12 * size, (2, lines))
         ones = np.ones(lines)
@@ -224,11 +221,9 @@ class _Painter:
         x, y = self.spot(r, far=0.7)
         before = canvas.layer("blood").copy()
         canvas.blob("blood", rng, x, y, r, float(rng.uniform(1.5, 2.1)), soft=0.22, ragged=0.07, stretch=1.2)
-        y_px = float(canvas.to_px(x, y)[1])
+        y_px = canvas.point_px(x, y)[1]
         level = y_px - r * canvas.unit * float(rng.uniform(-0.1, 0.45))
-        ramp = np.clip((np.arange(canvas.size) + 0.5 - level) / max(0.12 * r * canvas.unit, 1) + 0.5, 0, 1)[
-            :, None
-        ]
+        ramp = np.clip((np.arange(canvas.size) + 0.5 - level) / max(0.12 * r * canvas.unit, 1) + 0.5, 0, 1)[:, None]
         layer = canvas.layer("blood")
         layer[:] = before + (layer - before) * ramp.astype(np.float32)
         self.note("preretinal_haemorrhage", x, y, r)

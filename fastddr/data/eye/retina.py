@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fastddr.data.eye.anatomy import Eye
-from fastddr.data.eye.camera import SMOOTH, Camera, Map, Mask, Rng, enlarge, illumination, noise, stray_light
+from fastddr.data.eye.camera import SMOOTH, Camera, Map, Mask, Rng, enlarge, illumination, noise, speckle, stray_light
+
+#: How strongly a unit of blood, and of melanin, takes away red, green and blue (natural logarithm).
+BLOOD = (0.34, 0.95, 0.78)
+MELANIN = (0.55, 0.75, 0.80)
 
 
 class Canvas:
@@ -23,9 +29,16 @@ class Canvas:
             self.layers[name] = np.zeros((self.size, self.size), np.float32)
         return self.layers[name]
 
-    def to_px(self, x: Map | float, y: Map | float) -> tuple[Map, Map]:
-        """From the eye's coordinates to pixels (x, y)."""
-        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    def point_px(self, x: float, y: float) -> tuple[float, float]:
+        """From the eye's coordinates to pixels (x, y), for one point."""
+        c, s = math.cos(self.eye.turn), math.sin(self.eye.turn)
+        flip = -1 if self.eye.mirrored else 1
+        cx, cy = self.camera.centre
+        across, down = c * x - s * y, s * x + c * y
+        return cx * self.size + flip * self.unit * across, cy * self.size + self.unit * down
+
+    def to_px(self, x: Map, y: Map) -> tuple[Map, Map]:
+        """`point_px` for arrays of points."""
         c, s = np.float32(np.cos(self.eye.turn)), np.float32(np.sin(self.eye.turn))
         flip = -1 if self.eye.mirrored else 1
         cx, cy = self.camera.centre
@@ -42,14 +55,12 @@ class Canvas:
         return (c * u + s * v).astype(np.float32), (c * v - s * u).astype(np.float32)
 
     def stamp(self, name: str, x: Map, y: Map, radius: Map, strength: Map | float) -> None:
-        """Draw round columns of what fills layer `name`, at points in eye coordinates; overlaps do not add."""
+        """Draw round columns of what fills layer `name` at points of the eye; overlaps do not add."""
         x_px, y_px = self.to_px(x, y)
         r_px = np.maximum(np.asarray(radius, np.float32) * np.float32(self.unit), np.float32(1e-3))
         # What is thinner than a pixel is drawn a pixel wide and paler.
         wide = np.maximum(r_px, np.float32(0.55)) + np.float32(0.45)
-        peak = np.broadcast_to(np.asarray(strength, np.float32), x_px.shape) * np.minimum(
-            r_px / np.float32(0.55), 1
-        )
+        peak = np.broadcast_to(np.asarray(strength, np.float32), x_px.shape) * np.minimum(r_px / np.float32(0.55), 1)
         flat, size = self.layer(name).reshape(-1), self.size
         half = np.ceil(wide).astype(int)
         inside = (x_px > -wide) & (y_px > -wide) & (x_px < size + wide) & (y_px < size + wide)
@@ -69,10 +80,8 @@ class Canvas:
             # float32 into float32 at intp: any other types would take `at` its slow way.
             np.maximum.at(flat, ((gy * size)[:, :, None] + gx[:, None, :])[some], value)
 
-    def trace(
-        self, name: str, x: Map, y: Map, radius: Map, strength: Map | float, keep: Mask | bool = True
-    ) -> None:
-        """`stamp` along lines (n k), dense enough to leave no gaps; points that are not `keep` are left out."""
+    def trace(self, name: str, x: Map, y: Map, radius: Map, strength: Map | float, keep: Mask | bool = True) -> None:
+        """`stamp` along lines (n k), dense enough to leave no gaps, but not at points that are not `keep`."""
         length = np.hypot(np.diff(x, axis=1), np.diff(y, axis=1)).sum(1) / (x.shape[1] - 1) * self.unit
         step = np.maximum(0.8, 0.3 * radius.min(1) * self.unit)
         dense = np.clip(np.ceil(length / step), 1, 64).astype(int)
@@ -104,8 +113,8 @@ class Canvas:
         stretch: float = 1.0,
         angle: float = 0.0,
     ) -> None:
-        """Draw an irregular spot: `soft` = width of its edge over its radius, `stretch` = length over width."""
-        x_px, y_px = (float(v) for v in self.to_px(x, y))
+        """Draw a ragged spot: `soft` = width of its edge over its radius, `stretch` = length over width."""
+        x_px, y_px = self.point_px(x, y)
         r = max(radius * self.unit, 0.8)
         h = int(np.ceil(r * stretch * (1 + 2 * ragged + soft) + 2))
         x0, x1 = max(int(x_px) - h, 0), min(int(x_px) + h + 1, self.size)
@@ -160,7 +169,7 @@ def _disc(canvas: Canvas, rng: Rng, glow: float) -> tuple[tuple[slice, slice], M
     """The optic disc: where it lies, how much of the retina it hides (h w), and its colours (h w)."""
     eye, camera, size = canvas.eye, canvas.camera, canvas.size
     r_px = eye.disc_radius * canvas.unit
-    x_px, y_px = (float(v) for v in canvas.to_px(*eye.disc))
+    x_px, y_px = canvas.point_px(*eye.disc)
     h = int(1.6 * r_px) + 3
     box = (
         slice(max(int(y_px) - h, 0), max(int(y_px) + h, 0)),
@@ -173,9 +182,7 @@ def _disc(canvas: Canvas, rng: Rng, glow: float) -> tuple[tuple[slice, slice], M
     rho = np.hypot(u / 0.93, v) * (1 + wobble)
     edge = np.clip((1 - rho) / rng.uniform(0.10, 0.22) + 0.5, 0, 1)
     cup = np.clip((eye.cup - np.hypot((u - 0.12) / 0.9, v)) / 0.30 + 0.5, 0, 1)
-    cup = cup * (
-        1 + 0.06 * enlarge(rng.standard_normal((9, 9), dtype=np.float32), 2 * h)[: len(v), : u.shape[1]]
-    )
+    cup = cup * (1 + 0.06 * enlarge(rng.standard_normal((9, 9), dtype=np.float32), 2 * h)[: len(v), : u.shape[1]])
     # The nasal rim is redder than the temporal one; a scleral crescent hugs the temporal edge.
     warm = np.clip(0.5 - 0.5 * u, 0, 1) * 0.16
     moon = eye.crescent * np.exp(-(((rho - 1.08) / 0.10) ** 2)) * np.clip(u * 1.6 - 0.4, 0, 1)
@@ -183,14 +190,12 @@ def _disc(canvas: Canvas, rng: Rng, glow: float) -> tuple[tuple[slice, slice], M
     colours = []
     for c, base in enumerate(camera.base):
         rim, mid = (k[c][0] * base + k[c][1] for k in (DISC_RIM, DISC_CUP))
-        colours.append(
-            ((rim + (mid - rim) * cup) * (1 - warm * (0.3, 1.0, 1.0)[c]) * glow).astype(np.float32)
-        )
+        colours.append(((rim + (mid - rim) * cup) * (1 - warm * (0.3, 1.0, 1.0)[c]) * glow).astype(np.float32))
     return box, alpha, colours
 
 
 def light(canvas: Canvas, rng: Rng) -> list[Map]:
-    """What comes back from the eye on the canvas to the camera: red, green and blue, (S S) each, about 0-1."""
+    """What comes back from the eye to the camera: red, green and blue, (S S) each, about 0-1."""
     eye, camera, size = canvas.eye, canvas.camera, canvas.size
     x, y = canvas.smooth_grid()
     fovea = np.hypot(x - eye.fovea[0], (y - eye.fovea[1]) * 1.08)
@@ -217,7 +222,7 @@ def light(canvas: Canvas, rng: Rng) -> list[Map]:
     at_disc = float(glow.flat[int(np.argmin(from_disc))])
     box, alpha, colours = _disc(canvas, rng, at_disc)
     veil = enlarge(stray_light(camera, rng), size)
-    grain = 1 + np.float32(0.016) * enlarge(rng.standard_normal((200, 200), dtype=np.float32), size)
+    grain = 1 + np.float32(0.016) * enlarge(speckle(rng, 200), size)
     blood = canvas.layer("blood")
     if "core" in canvas.layers:  # the reflex along a vessel's middle
         blood = blood * (1 - canvas.layers["core"])

@@ -1,0 +1,295 @@
+"""A synthetic DDR: fundus photographs drawn from a seed, on disk in DDR's own layout.
+
+It is what fastddr trains on when no data are given, and what its tests and benchmarks run on: nobody has to
+download, and every lesion's place is known. It says nothing about the eyes of people.
+
+    ROOT/DR_grading/{train,valid,test}/NNN-NNNN-NNN.jpg
+    ROOT/DR_grading/{train,valid,test}.txt   one `NNN-NNNN-NNN.jpg G` a line, G = 0-4, or 5 = ungradable
+    ROOT/DR_grading/lesions.csv              split,name,kind,x,y,radius: a circle in pixels round the lesion
+
+A photograph depends on (seed, split, index, grade, size) and on nothing else, so files are the same bytes
+whatever the number of workers and whatever else is generated. (NumPy and Pillow may change their own bytes
+from one release to the next.)
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastddr.data.eye.anatomy import draw_eye
+from fastddr.data.eye.camera import develop, draw_camera, spoil, stream
+from fastddr.data.eye.lesions import KINDS, Lesion, draw_signs
+from fastddr.data.eye.retina import Canvas, light
+from fastddr.data.grades import UNGRADABLE
+from fastddr.errors import UserError
+
+__all__ = [
+    "DDR", "DEFAULT_COUNTS", "DEFAULT_SEED", "DEFAULT_SIZE", "KINDS", "VERSION", "Lesion", "ddr_counts",
+    "default_counts", "default_root", "ensure", "generate", "photo_name", "render",
+]  # fmt: skip
+
+#: Of the generator. Raise it with every change that changes a pixel or a file: old folders are then not used.
+VERSION = 1
+SPLITS = ("train", "valid", "test")
+#: How many photographs of each grade 0-5 the real DDR holds (Li et al., Information Sciences 2019, table 2).
+DDR = {
+    "train": (3133, 315, 2238, 118, 456, 575),
+    "valid": (1253, 126, 895, 47, 182, 230),
+    "test": (1880, 189, 1344, 71, 275, 346),
+}
+#: The quickstart set: 960 photographs. Flatter than DDR, in which one photograph in fifty is grade 3: so few
+#: photographs in DDR's own proportions would leave a small model a dozen of them to learn from.
+DEFAULT_COUNTS = {
+    "train": (180, 90, 150, 90, 90, 20),
+    "valid": (50, 25, 40, 25, 25, 5),
+    "test": (50, 25, 40, 25, 25, 5),
+}
+DEFAULT_SIZE = 512
+DEFAULT_SEED = 0
+#: A folder that a killed process left behind is cleared away after so many seconds.
+_STALE = 24 * 3600.0
+
+
+def render(
+    seed: int, split: str, index: int, grade: int, size: int = DEFAULT_SIZE
+) -> tuple[NDArray[np.uint8], list[Lesion]]:
+    """One photograph, (size size 3), and where its lesions are.
+
+    The eye and the camera follow from (seed, split, index) alone: with another grade the same eye comes out
+    with other signs. Grade 5 is a spoiled photograph of a healthy eye.
+    """
+    if not 0 <= grade <= UNGRADABLE:
+        raise ValueError(f"grade {grade} is not one of 0-5")
+    eye = draw_eye(stream(seed, split, index, "eye"))
+    camera = draw_camera(stream(seed, split, index, "camera"))
+    if grade == UNGRADABLE:
+        camera = spoil(camera, stream(seed, split, index, "spoil"))
+    canvas = Canvas(eye, camera, size)
+    lesions = draw_signs(canvas, stream(seed, split, index, "signs"), 0 if grade == UNGRADABLE else grade)
+    channels = light(canvas, stream(seed, split, index, "light"))
+    return develop(channels, camera, stream(seed, split, index, "sensor")), lesions
+
+
+def photo_name(split: str, index: int) -> str:
+    """A file name in DDR's form, unlike any other of the set and silent about the grade."""
+    block, within = divmod(index, 10_000)
+    return f"{block + 1:03d}-{within:04d}-{SPLITS.index(split) + 1}00.jpg"
+
+
+# ------------------------------------------------------------------------------------------- how many
+
+
+def ddr_counts(total: int) -> dict[str, tuple[int, ...]]:
+    """`total` photographs in DDR's proportions of splits and grades 0-5, at least 2 of each grade in each."""
+    least = 2
+    cells = [(split, grade, n) for split in SPLITS for grade, n in enumerate(DDR[split])]
+    if total < least * len(cells):
+        raise UserError(f"{total} photographs are too few: {least} for each grade and split make {least * len(cells)}.")
+    # A cell whose share is under the least gets the least; what is left is shared among the others, which may
+    # push more of them under it.
+    poor: set[int] = set()
+    while True:
+        left = total - least * len(poor)
+        whole = sum(n for i, (_, _, n) in enumerate(cells) if i not in poor)
+        fresh = {i for i, (_, _, n) in enumerate(cells) if i not in poor and left * n < least * whole}
+        if not fresh:
+            break
+        poor |= fresh
+    # Largest remainder, in whole numbers, so that no rounding of floats decides.
+    got = {i: least if i in poor else left * n // whole for i, (_, _, n) in enumerate(cells)}
+    rest = sorted((i for i in got if i not in poor), key=lambda i: (-(left * cells[i][2] % whole), i))
+    for i in rest[: total - sum(got.values())]:
+        got[i] += 1
+    return {split: tuple(got[i] for i, c in enumerate(cells) if c[0] == split) for split in SPLITS}
+
+
+def default_counts() -> dict[str, tuple[int, ...]]:
+    """Counts of the quickstart set, a copy of `DEFAULT_COUNTS`."""
+    return dict(DEFAULT_COUNTS)
+
+
+def _plan(counts: Mapping[str, Sequence[int]], seed: int) -> list[tuple[str, int, int]]:
+    """(split, index, grade) of every photograph. Grades are shuffled: neither name nor place tells them."""
+    plan = []
+    for split, numbers in counts.items():
+        if split not in SPLITS:
+            raise UserError(f"Unknown split {split!r} in counts: known are {', '.join(SPLITS)}.")
+        if len(numbers) != UNGRADABLE + 1 or any(n < 0 for n in numbers):
+            raise UserError(
+                f"Counts of split {split!r} must be six numbers, one for each grade 0-5, not {list(numbers)}."
+            )
+        grades = np.repeat(np.arange(UNGRADABLE + 1), numbers)
+        stream(seed, split, 0, "order").shuffle(grades)
+        plan += [(split, index, int(grade)) for index, grade in enumerate(grades)]
+    return plan
+
+
+# ------------------------------------------------------------------------------------------ generation
+
+_Job = tuple[str, int, str, int, int, int, int]
+
+
+def _write(job: _Job) -> list[Lesion]:
+    """Render one photograph and save it: what a worker process does."""
+    folder, seed, split, index, grade, size, quality = job
+    photo, lesions = render(seed, split, index, grade, size)
+    path = Path(folder) / split / photo_name(split, index)
+    Image.fromarray(photo).save(path, "JPEG", quality=quality, subsampling="4:2:0")
+    return lesions
+
+
+def _die_with_parent() -> None:
+    """Let no worker outlive a parent that was killed: it would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _lesions_of(jobs: list[_Job], workers: int) -> Iterator[Iterator[list[Lesion]]]:
+    """The lesions of each job, in the order of the jobs, each as soon as its photograph is on disk."""
+    if workers == 1:
+        yield map(_write, jobs)
+        return
+    # Spawned, not forked: the caller may hold CUDA and threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    try:
+        yield pool.map(_write, jobs, chunksize=min(8, -(-len(jobs) // workers)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def generate(
+    root: Path,
+    *,
+    counts: Mapping[str, Sequence[int]],
+    size: int = DEFAULT_SIZE,
+    seed: int = DEFAULT_SEED,
+    quality: int = 95,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a synthetic DDR to `root`, which must not exist, and return `root`.
+
+    `counts` says for each split how many photographs of each grade 0-5. `workers` None = as many processes as
+    this one may use cores; 1 = none but this one. `on_progress(done, total)` is called after each photograph.
+    All is written to a hidden folder beside `root` and renamed at the end: `root` is whole or is not there.
+    """
+    root = Path(root)
+    if root.exists() or root.is_symlink():
+        raise UserError(f"{root} already exists: choose another folder or remove it first.")
+    plan = _plan(counts, seed)
+    workers = min(_cores() if workers is None else workers, max(len(plan) // 8, 1))
+    root.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
+    try:
+        part.chmod(0o777 & ~_umask())
+        base = part / "DR_grading"
+        for split in counts:
+            (base / split).mkdir(parents=True)
+        jobs = [(str(base), seed, split, index, grade, size, quality) for split, index, grade in plan]
+        with (
+            open(base / "lesions.csv", "w", newline="", encoding="utf-8") as file,
+            _lesions_of(jobs, workers) as results,
+        ):
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("split", "name", "kind", "x", "y", "radius"))
+            for done, ((split, index, _), lesions) in enumerate(zip(plan, results, strict=True), 1):
+                name = photo_name(split, index)
+                for m in lesions:
+                    table.writerow((split, name, m.kind, f"{m.x:.1f}", f"{m.y:.1f}", f"{m.radius:.1f}"))
+                if on_progress is not None:
+                    on_progress(done, len(plan))
+        for split in counts:
+            lines = (f"{photo_name(s, index)} {grade}\n" for s, index, grade in plan if s == split)
+            (base / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+        try:
+            part.rename(root)
+        except OSError as error:
+            if not root.exists():
+                raise
+            raise UserError(f"{root} was made by another process meanwhile: use that one or remove it.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # after the rename there is nothing left to remove
+    return root
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def default_root(
+    counts: Mapping[str, Sequence[int]] | None = None,
+    size: int = DEFAULT_SIZE,
+    seed: int = DEFAULT_SEED,
+    quality: int = 95,
+) -> Path:
+    """Where `ensure` keeps that set: in $FASTDDR_CACHE, else in the user's cache folder.
+
+    The folder's name tells the generator's version and everything that the files depend on.
+    """
+    given = os.environ.get("FASTDDR_CACHE")
+    if given:
+        cache = Path(given)
+    else:
+        import platformdirs  # here: rendering needs only NumPy and Pillow
+
+        cache = Path(platformdirs.user_cache_dir("fastddr"))
+    counts = DEFAULT_COUNTS if counts is None else counts
+    text = ";".join(f"{split}={','.join(map(str, counts[split]))}" for split in sorted(counts))
+    digest = hashlib.sha256(f"{text};quality={quality}".encode()).hexdigest()[:12]
+    return cache / f"synthetic-v{VERSION}-seed{seed}-{size}px-{digest}"
+
+
+def ensure(
+    counts: Mapping[str, Sequence[int]] | None = None,
+    size: int = DEFAULT_SIZE,
+    seed: int = DEFAULT_SEED,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The root of the synthetic set with these settings, generated into the cache if it is not there yet."""
+    counts = default_counts() if counts is None else counts
+    root = default_root(counts, size, seed)
+    if root.is_dir():
+        return root
+    for left in root.parent.glob(f".{root.name}.*.part"):
+        if time.time() - left.stat().st_mtime > _STALE:
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        return generate(root, counts=counts, size=size, seed=seed, on_progress=on_progress)
+    except UserError:
+        if root.is_dir():  # another process was first: its files are the same bytes
+            return root
+        raise

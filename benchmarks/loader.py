@@ -131,9 +131,7 @@ def main(options: Options) -> None:
         for label, values in speeds.items()
     ]
     baseline = f"torchvision, {cores} workers"
-    rows.append(
-        {"name": f"dali / {baseline}", **what, **harness.ratio(speeds["dali"], speeds[baseline]), "unit": "×"}
-    )
+    rows.append({"name": f"dali / {baseline}", **what, **harness.ratio(speeds["dali"], speeds[baseline]), "unit": "×"})
     harness.show(f"Loaders: {options.image_size} px windows of a {options.canvas} px canvas, {options.policy}", rows)
     console.print(f"written to {harness.write('loader', rows, options.out)}")
 

@@ -24,9 +24,7 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     console = io.StringIO()
     try:
         with contextlib.redirect_stderr(console):
-            config, unknown = tyro.cli(
-                Config, args=list(arguments), default=base, return_unknown_args=True, prog=prog
-            )
+            config, unknown = tyro.cli(Config, args=list(arguments), default=base, return_unknown_args=True, prog=prog)
     except SystemExit as stop:
         if not stop.code:
             raise

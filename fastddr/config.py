@@ -99,8 +99,8 @@ class OptimizerConfig:
     """Of SGD."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The course of the learning rate after the warm-up."""
-    warmup_epochs: float = 0.0
-    """Epochs over which the learning rate rises linearly; a fraction is fine."""
+    warmup_ratio: float = 0.0
+    """Share of all steps over which the learning rate rises linearly."""
     clip_norm: float | None = None
     """Clip the gradient to this global L2 norm."""
     ema_decay: float | None = None
@@ -396,10 +396,8 @@ def check(config: Config, where: str) -> Config:
     need(0 <= config.augment.rotate <= 180, f"augment.rotate is {config.augment.rotate}, but must be 0 to 180.")
     need(min(config.augment.std) > 0, f"augment.std is {config.augment.std}, but must be above 0.")
     need(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing must be from 0 to below 1.")
-    need(
-        0 <= config.optimizer.warmup_epochs < config.epochs or config.optimizer.warmup_epochs == 0,
-        f"optimizer.warmup_epochs is {config.optimizer.warmup_epochs}, but must be below epochs {config.epochs}.",
-    )
+    ratio = config.optimizer.warmup_ratio
+    need(0 <= ratio < 1, f"optimizer.warmup_ratio is {ratio}, but must be from 0 to below 1.")
     clip = config.optimizer.clip_norm
     need(clip is None or clip > 0, f"optimizer.clip_norm is {clip}, but must be above 0.")
     ema = config.optimizer.ema_decay

@@ -76,4 +76,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
     }
-

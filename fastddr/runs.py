@@ -81,7 +81,8 @@ def new_name(preset: str, data: str, now: datetime) -> str:
         stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
         return re.sub(r"[^\w.]+", "_", stem).strip("._") or "data"
 
-    return f"{short(preset)}-{short(str(Path(data).expanduser().absolute()) if data != 'synthetic' else data)}-{now:%Y%m%d-%H%M%S}"
+    folder = data if data == "synthetic" else str(Path(data).expanduser().absolute())
+    return f"{short(preset)}-{short(folder)}-{now:%Y%m%d-%H%M%S}"
 
 
 def locate(config: Config, now: datetime) -> tuple[Path, str | None]:

@@ -140,9 +140,7 @@ class Tracker:
                 do(copy)
 
     @contextlib.contextmanager
-    def _guard(
-        self, name: str, errors: tuple[type[Exception], ...], copy: _Copy | None = None
-    ) -> Iterator[None]:
+    def _guard(self, name: str, errors: tuple[type[Exception], ...], copy: _Copy | None = None) -> Iterator[None]:
         try:
             yield
         except errors as error:
@@ -212,9 +210,7 @@ class _Wandb:
             return None
         folder = self._run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
-        if (
-            "WANDB_DATA_DIR" not in os.environ
-        ):  # where artifacts are staged; by default outside the run folder
+        if "WANDB_DATA_DIR" not in os.environ:  # where artifacts are staged; by default outside the run folder
             os.environ["WANDB_DATA_DIR"] = str(folder)
             self._own_data_dir = True
         self._wandb.setup(settings=self._wandb.Settings(silent=True))

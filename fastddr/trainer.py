@@ -130,7 +130,7 @@ class Trainer:
         )
         self.console.print(
             f"[bold]{config.model}[/], {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
-            f"photographs: {config.epochs} epochs of {self.steps_per_epoch} steps, into [bold]{where}[/]"
+            f"photographs: epochs: {config.epochs}, steps an epoch: {self.steps_per_epoch}, into [bold]{where}[/]"
         )
 
     # ------------------------------------------------------------------------------------------ set-up
@@ -157,9 +157,7 @@ class Trainer:
                 counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
                 total = sum(map(sum, counts.values()))
                 with EpochBar(self.console, f"making {total} synthetic photographs, once", total) as bar:
-                    root = synthetic.ensure(
-                        counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done)
-                    )
+                    root = synthetic.ensure(counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done))
             found = manifest.read(root)
         counted = ", ".join(f"{split} {sum(counts[:5]):,}" for split, counts in found.counts().items())
         self.console.print(f"  data {found.root}: {counted} gradable photographs")
@@ -223,7 +221,7 @@ class Trainer:
 
     def _lr_factor(self, step: int) -> float:
         total = self.config.epochs * self.steps_per_epoch
-        warmup = round(self.config.optimizer.warmup_epochs * self.steps_per_epoch)
+        warmup = int(self.config.optimizer.warmup_ratio * total)
         return optimizers.lr_factor(step, total, warmup, self.config.optimizer.schedule)
 
     def _train_epoch(self) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 install_import_hook("fastddr", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 os.environ["WANDB_MODE"] = "offline"
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
@@ -24,8 +25,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic DDR in the official layout: 27 + 11 + 13 gradable photographs of 80 px. Do not write into it."""
-    from fastddr.data import synthetic
     from tests_support import TINY, TINY_SIZE
+
+    from fastddr.data import synthetic
 
     return synthetic.generate(tmp_path_factory.mktemp("data") / "tiny", counts=TINY, size=TINY_SIZE, workers=1)
 

@@ -191,7 +191,8 @@ def _official(folder: Path) -> tuple[list[_Entry], list[str]]:
         orphans = sorted(there - lines.keys())
         if orphans:
             notes.append(
-                f"{len(orphans)} photographs in {split}/ have no line in {split}.txt and are left out: {_some(orphans)}."
+                f"{len(orphans)} photographs in {split}/ have no line in {split}.txt and are left out: "
+                f"{_some(orphans)}."
             )
     return entries, notes
 
@@ -210,7 +211,8 @@ def _label_lines(label_file: Path) -> Iterable[tuple[int, str, int]]:
             raise UserError(f"{label_file}, line {number}: {line.strip()!r} is not `name.jpg grade`.")
         if int(grade) > UNGRADABLE:
             raise UserError(
-                f"{label_file}, line {number}: grade {grade} of {name.strip()} is not one of 0-4 (ICDR) or 5 (ungradable)."
+                f"{label_file}, line {number}: grade {grade} of {name.strip()} is not one of 0-4 (ICDR) or "
+                "5 (ungradable)."
             )
         yield number, name.strip(), int(grade)
 
@@ -239,7 +241,9 @@ def _class_folders(root: Path) -> tuple[list[_Entry], list[str]]:
             if split == "test":
                 notes.append("There is no test split (no folder test/), so nothing is scored on it.")
                 continue
-            raise UserError(f"{root}: the split {split!r} is missing; expected a folder {split}/ with one folder a grade.")
+            raise UserError(
+                f"{root}: the split {split!r} is missing; expected a folder {split}/ with one folder a grade."
+            )
         before = len(entries)
         loose = _photographs(splits[split])
         if loose:

@@ -219,9 +219,7 @@ def _check(logits: Tensor, grades: Tensor) -> None:
     finite = logits.isfinite().all(1)
     if not finite.all():
         row = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"{int((~finite).sum())} of {len(logits)} rows of logits are not finite, first {row}"
-        )
+        raise ValueError(f"{int((~finite).sum())} of {len(logits)} rows of logits are not finite, first {row}")
     outside = (grades < 0) | (grades >= logits.shape[1])
     if outside.any():
         row = int(outside.nonzero()[0])

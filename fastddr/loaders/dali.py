@@ -184,9 +184,7 @@ def _graph(task: Task) -> Any:
             )
         window = fn.flip(window, horizontal=given("hflip", types.INT32, 0), vertical=given("vflip", types.INT32, 0))
     else:
-        canvas = fn.resize(
-            fn.decoders.image(encoded, **decoding), size=given("canvas", types.FLOAT, 1), **resampling
-        )
+        canvas = fn.resize(fn.decoders.image(encoded, **decoding), size=given("canvas", types.FLOAT, 1), **resampling)
         window = fn.warp_affine(
             canvas,
             matrix=given("inverse", types.FLOAT, 2),

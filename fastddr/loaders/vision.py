@@ -1,4 +1,4 @@
-"""The report's way: PIL in the workers of a `torch.utils.data.DataLoader`. The baseline, and for machines without DALI."""
+"""The report's way: PIL in the workers of a `DataLoader`. The baseline, and the loader of machines without DALI."""
 
 from __future__ import annotations
 

@@ -91,9 +91,7 @@ def summary(
     if sync_command:
         commands.append(("upload", sync_command))
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
-    body = Group(
-        table, Text(), *_weights(found), Text(), next_lines, Text(), Text(tables.DISCLAIMER, style="dim")
-    )
+    body = Group(table, Text(), *_weights(found), Text(), next_lines, Text(), Text(tables.DISCLAIMER, style="dim"))
     panel = Panel(body, title=run_dir.resolve().name, title_align="left", expand=False, padding=(1, 2))
     (console or Console()).print(panel)
 

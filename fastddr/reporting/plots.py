@@ -79,9 +79,7 @@ def curves(logged: Sequence[Mapping[str, Any]]) -> bytes:
             if best is not None and axes.lines:
                 axes.axvline(best[0], color=GREY, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
                 if key == "qwk":
-                    axes.plot(
-                        *best, "o", color=VALID, markersize=6, label=f"best: {best[1]:.3f}, epoch {best[0]:g}"
-                    )
+                    axes.plot(*best, "o", color=VALID, markersize=6, label=f"best: {best[1]:.3f}, epoch {best[0]:g}")
             if axes.lines:
                 axes.legend(loc="best")
         return _png(figure)
@@ -126,18 +124,14 @@ def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> by
         rows = max(1, -(-len(order) // COLUMNS))
         figure = Figure(figsize=(12, 0.8 + 3.5 * rows if len(order) else 1.2), layout="constrained")
         count = f"{len(order)} of {len(wrong):,}" if len(wrong) > len(order) else str(len(wrong))
-        heading = (
-            f"The worst mistakes on {title(name)}: {count}" if len(wrong) else f"No mistakes on {title(name)}"
-        )
+        heading = f"The worst mistakes on {title(name)}: {count}" if len(wrong) else f"No mistakes on {title(name)}"
         figure.suptitle(heading, x=0.01, ha="left", weight="bold", size=13)
         tiles: Sequence[Axes] = list(figure.subplots(rows, COLUMNS, squeeze=False).flat) if len(order) else []
         for axes in tiles:
             axes.set_axis_off()
         for axes, row in zip(tiles, order, strict=False):
             tile = _tile(split.paths[row], root)
-            axes.imshow(
-                np.full((TILE, TILE, 3), 225, np.uint8) if tile is None else tile, interpolation="nearest"
-            )
+            axes.imshow(np.full((TILE, TILE, 3), 225, np.uint8) if tile is None else tile, interpolation="nearest")
             if tile is None:
                 axes.text(TILE / 2, TILE / 2, "cannot be opened", color=GREY, ha="center", va="center")
             axes.set_title(
@@ -161,9 +155,7 @@ def _matrix(axes: Axes, split: str, values: Figures) -> Any:
         colour = _ink(image.to_rgba(share)[row, column])
         weight = "bold" if row == column else "normal"
         size = 8 if small else 12
-        axes.text(
-            column, row - 0.1, f"{count:,}", ha="center", va="center", color=colour, size=size, weight=weight
-        )
+        axes.text(column, row - 0.1, f"{count:,}", ha="center", va="center", color=colour, size=size, weight=weight)
         percent = f"{share[row, column]:.1%}" if totals[row, 0] else "–"
         axes.text(column, row + 0.2, percent, ha="center", va="center", color=colour, size=size - 3.5)
     labels = [_two_lines(f"{grade} {name}") for grade, name in enumerate(names(len(counts)))]
@@ -196,9 +188,7 @@ def _calibration(top: Axes, bottom: Axes, name: str, split: metrics.SplitResult)
     top.set_title(f"{title(name)}: calibration error {cell(ece)}")
     top.legend(loc="best")
     edges = np.linspace(0, 1, metrics.BINS + 1)
-    bottom.bar(
-        edges[:-1], count, width=1 / metrics.BINS, align="edge", color=BLUE, alpha=0.75, edgecolor="white"
-    )
+    bottom.bar(edges[:-1], count, width=1 / metrics.BINS, align="edge", color=BLUE, alpha=0.75, edgecolor="white")
     bottom.set(xlabel="Confidence (probability of the predicted grade)", ylabel="Photographs")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     for axes in (top, bottom):

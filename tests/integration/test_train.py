@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tests_support import ROOT, TINY
 
 from fastddr import checkpoints, cli, config
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
-from tests_support import ROOT, TINY
 
 #: Small enough for seconds; everything that costs memory of state is on: EMA, clipping, accumulation, warm-up.
 SMALL = [
@@ -28,7 +28,7 @@ SMALL = [
     "--convmixer.dim", "8", "--convmixer.depth", "1", "--convmixer.kernel-size", "3", "--convmixer.patch-size", "8",
     "--cnn.width", "4", "--resnet.depth", "10", "--resnet.width", "16", "--tracking.no-wandb",
     "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1", "--loading.threads", "1",
-    "--optimizer.ema-decay", "0.9", "--optimizer.clip-norm", "1", "--optimizer.warmup-epochs", "0.5",
+    "--optimizer.ema-decay", "0.9", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.4",
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_figures_are_logged_by_optimizer_step(run: Path) -> None:
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
     assert {"train/accuracy", "train/lr", "train/images_per_second", "train/data_wait"} <= training[0].keys()
     assert [line["step"] for line in logged if "valid/qwk" in line] == [3, 6]
-    assert [round(line["train/lr"], 6) for line in training[:2]] == [0.001, 0.002], "warm-up of round(0.5 × 3) steps"
+    assert [round(line["train/lr"], 6) for line in training[:3]] == [0.001, 0.002, 0.003], "0.4 of 6 steps warm up"
 
 
 def test_every_photograph_is_scored_once(run: Path, tiny: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from tests_support import task
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.loaders import dali
-from tests_support import task
 
 needs_dali = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed (Linux only)")
 REAL = [pytest.param("dali", marks=needs_dali), "torchvision"]

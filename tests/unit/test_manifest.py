@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests_support import TINY
 
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from tests_support import TINY
 
 
 @pytest.fixture
@@ -47,7 +47,13 @@ def test_ungradable_photographs_are_counted_left_out_and_said(tiny: Path) -> Non
 
 
 def test_class_folders_by_number_and_by_name(tmp_path: Path) -> None:
-    for split, folder in [("train", "0"), ("train", "Mild NPDR"), ("train", "2_moderate"), ("Val", "pdr"), ("test", "5")]:
+    for split, folder in [
+        ("train", "0"),
+        ("train", "Mild NPDR"),
+        ("train", "2_moderate"),
+        ("Val", "pdr"),
+        ("test", "5"),
+    ]:
         photograph(tmp_path / split / folder / "a b.JPG")
     photograph(tmp_path / "test" / "severe" / "b.png", size=(20, 50))
     found = manifest.read(tmp_path)
@@ -178,5 +184,5 @@ def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cat: this class folder is no grade"):
         manifest.read(tmp_path)
     (tmp_path / "val").mkdir()
-    with pytest.raises(UserError, match="both val/ and valid/|both valid/ and val/"):
+    with pytest.raises(UserError, match=r"both val/ and valid/|both valid/ and val/"):
         manifest.read(tmp_path)

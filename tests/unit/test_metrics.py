@@ -66,10 +66,7 @@ def by_hand(logits: torch.Tensor, grades: torch.Tensor) -> dict[str, Any]:
     n = len(truth)
     present = [g for g in grade_range if (truth == g).any()]
     recall = {g: float((predicted[truth == g] == g).mean()) for g in present}
-    f1 = [
-        2 * ((truth == g) & (predicted == g)).sum() / ((truth == g).sum() + (predicted == g).sum())
-        for g in present
-    ]
+    f1 = [2 * ((truth == g) & (predicted == g)).sum() / ((truth == g).sum() + (predicted == g).sum()) for g in present]
     observed = sum((int(t) - int(q)) ** 2 for t, q in zip(truth, predicted, strict=True)) / n
     expected = sum((int(t) - int(q)) ** 2 for t in truth for q in predicted) / n**2
     aucs = [auc for g in grade_range if (auc := rank_auc(p[:, g], truth == g)) is not None]
@@ -82,9 +79,7 @@ def by_hand(logits: torch.Tensor, grades: torch.Tensor) -> dict[str, Any]:
         "macro_f1": float(np.mean(f1)),
         "balanced_accuracy": float(np.mean(list(recall.values()))),
         "recall": [recall.get(g) for g in grade_range],
-        "confusion_matrix": [
-            [int(((truth == t) & (predicted == q)).sum()) for q in grade_range] for t in grade_range
-        ],
+        "confusion_matrix": [[int(((truth == t) & (predicted == q)).sum()) for q in grade_range] for t in grade_range],
         "auc": float(np.mean(aucs)) if aucs else None,
         "referable": {
             "sensitivity": float((predicted[refer] >= 2).mean()) if refer.any() else None,
@@ -143,9 +138,7 @@ def test_rates_are_those_of_torchmetrics() -> None:
     truth, predicted = labels(REPORT)
     found = figures_from_confusion(REPORT)
     assert found["accuracy"] == pytest.approx(float(tm.multiclass_accuracy(predicted, truth, 5, "micro")))
-    assert found["balanced_accuracy"] == pytest.approx(
-        float(tm.multiclass_recall(predicted, truth, 5, "macro"))
-    )
+    assert found["balanced_accuracy"] == pytest.approx(float(tm.multiclass_recall(predicted, truth, 5, "macro")))
     assert found["recall"] == pytest.approx(tm.multiclass_recall(predicted, truth, 5, "none").tolist())
     assert found["macro_f1"] == pytest.approx(float(tm.multiclass_f1_score(predicted, truth, 5, "macro")))
     kappa = tm.multiclass_cohen_kappa(predicted, truth, 5, weights="quadratic")
@@ -158,9 +151,7 @@ def test_auc_is_that_of_torchmetrics() -> None:
         torch.randn(300, 5, generator=generator),
         torch.randint(0, 5, (300,), generator=generator),
     )
-    assert figures(logits, grades)["auc"] == pytest.approx(
-        float(tm.multiclass_auroc(logits, grades, 5)), abs=1e-6
-    )
+    assert figures(logits, grades)["auc"] == pytest.approx(float(tm.multiclass_auroc(logits, grades, 5)), abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -248,6 +239,4 @@ def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(ValueError, match="C x C"):
         figures_from_confusion([[1, 2]])
     with pytest.raises(ValueError, match="length"):
-        SplitResult(
-            torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.arange(2), ["one.jpg"], "best"
-        )
+        SplitResult(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.arange(2), ["one.jpg"], "best")

@@ -63,19 +63,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (64, 48), (200, 80, 20)).save(photo)
     lines: list[dict[str, Any]] = []
     for epoch in range(1, 5):
-        lines += [
-            {"step": 8 * epoch + i, "epoch": epoch - 1 + i / 8, "train/loss": 2 / epoch} for i in range(1, 9)
-        ]
-        lines.append(
-            {"step": 8 * epoch + 8, "epoch": epoch, "valid/accuracy": 0.1 * epoch, "valid/qwk": None}
-        )
+        lines += [{"step": 8 * epoch + i, "epoch": epoch - 1 + i / 8, "train/loss": 2 / epoch} for i in range(1, 9)]
+        lines.append({"step": 8 * epoch + 8, "epoch": epoch, "valid/accuracy": 0.1 * epoch, "valid/qwk": None})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run / "metrics.jsonl").write_text(text + '{"step": 99, "ep')  # killed in the middle of a line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = reporting.write(
-            run, SPLITS, FACTS, ["7 ungradable photographs were left out."], root=run / "photos"
-        )
+        path = reporting.write(run, SPLITS, FACTS, ["7 ungradable photographs were left out."], root=run / "photos")
     assert path == run / "report" / "report.md"
     return run
 
@@ -118,9 +112,7 @@ def test_predictions_csv_gives_the_figures_back(run: Path) -> None:
     assert (matrix == TEST).all()
     result = SPLITS["test"]
     expected = result.logits.double().softmax(1)[result.ids.argsort()]
-    read = torch.tensor(
-        [[float(row[f"p{grade}"]) for grade in range(5)] for row in mine], dtype=torch.float64
-    )
+    read = torch.tensor([[float(row[f"p{grade}"]) for grade in range(5)] for row in mine], dtype=torch.float64)
     assert torch.equal(read, expected)  # to the last bit
 
 
@@ -134,9 +126,7 @@ def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
     assert cells[0] == ["truth ↓ predicted →", *(f"{grade} {name}" for grade, name in enumerate(ICDR))]
     assert [[int(cell) for cell in line[1:]] for line in cells[2:]] == TEST.tolist()
     recall = text.split("## Recall of each grade\n")[1].split("\n## ")[0]
-    columns = {
-        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in recall.splitlines()
-    }
+    columns = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in recall.splitlines()}
     assert columns["Grade"] == ["Grade", "train", "valid", "valid (last weights)", "test"]
     assert columns["3 Severe NPDR"][4] == "– of 0"
     assert columns["0 No DR"][4].startswith("78.9 % (")
@@ -172,9 +162,7 @@ def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) ->
     """Four grades apart before three, and the confident before the doubtful."""
     seen: list[str] = []
     monkeypatch.setattr(plots, "_tile", lambda path, root: seen.append(path))
-    logits = torch.tensor(
-        [[0, 0, 0, 5.0, 0], [1, 0, 0, 0, 0], [3, 0, 0, 0, 0], [0, 0, 0, 0, 9], [0, 9, 0, 0, 0]]
-    )
+    logits = torch.tensor([[0, 0, 0, 5.0, 0], [1, 0, 0, 0, 0], [3, 0, 0, 0, 0], [0, 0, 0, 0, 9], [0, 9, 0, 0, 0]])
     grades = torch.tensor([0, 4, 4, 4, 0])
     result = SplitResult(logits, grades, torch.arange(5), list("abcde"), "best")
     plots.worst("test", result)

@@ -33,7 +33,7 @@ def test_precision(asked: str, launched: str, capability: tuple[int, int] | None
 
 @pytest.mark.parametrize(("asked", "launched"), [("fp16", "no"), ("auto", "fp16"), ("auto", "fp8")])
 def test_precision_that_nothing_here_can(asked: str, launched: str) -> None:
-    with pytest.raises(UserError, match="fp16|fp8"):
+    with pytest.raises(UserError, match=r"fp16|fp8"):
         choose_precision(asked, launched, None)
 
 
@@ -48,7 +48,7 @@ def test_a_batch_is_divided_without_rest_or_refused(batch: int, micro: int, worl
     try:
         got, accumulation = divide_batch(batch, micro, world)
     except UserError as error:
-        assert batch % world or (batch // world) % micro  # noqa: PT017
+        assert batch % world or (batch // world) % micro
         assert str(batch) in str(error)  # noqa: PT017
     else:
         assert got == micro

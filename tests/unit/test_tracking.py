@@ -49,9 +49,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
 
-    return [
-        json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(run: Path) -> Any:
@@ -62,9 +60,7 @@ def events(run: Path) -> Any:
 
 def test_a_line_is_flat_json_and_there_at_once(tmp_path: Path) -> None:
     tracker = start(tmp_path)
-    tracker.log(
-        {"train/loss": torch.tensor(0.5), "valid/qwk": None, "train/lr": np.float32(0.25)}, step=3, epoch=0.5
-    )
+    tracker.log({"train/loss": torch.tensor(0.5), "valid/qwk": None, "train/lr": np.float32(0.25)}, step=3, epoch=0.5)
     tracker.log({"train/loss": math.nan, "train/grad": math.inf, "n": np.int64(7)}, step=4, epoch=1)
     first, second = lines(tmp_path)  # before finish: a kill loses no line
     assert first.pop("time") > 1.7e9
@@ -197,9 +193,7 @@ def test_wandb_mode_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("No space left on device"), ConnectionResetError("Connection lost")]
-)
+@pytest.mark.parametrize("error", [OSError("No space left on device"), ConnectionResetError("Connection lost")])
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path, error: OSError) -> None:
     said: list[str] = []
     tracker = start(tmp_path, said, tensorboard=True)
@@ -215,9 +209,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path, err
     assert said == [f"TensorBoard is off from here on, metrics.jsonl goes on: {error}"]
 
 
-def test_a_tracker_that_cannot_start_is_said_and_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_cannot_start_is_said_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("a file where a folder should be")

@@ -1,0 +1,128 @@
+"""Two ranks on a CPU, over gloo, launched as a user would."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests_support import ROOT
+
+from fastddr.data import manifest
+
+SMALL = [
+    "--epochs", "2", "--batch-size", "8", "--micro-batch-size", "2", "--image-size", "64", "--canvas", "80",
+    "--convmixer.dim", "8", "--convmixer.depth", "1", "--convmixer.kernel-size", "3", "--convmixer.patch-size", "8",
+    "--tracking.no-wandb", "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1",
+    "--loading.threads", "1", "--optimizer.ema-decay", "0.9",
+]  # fmt: skip
+
+
+def launch(ranks: int, script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with this many processes, as the README has it."""
+    many = ["--multi_gpu"] if ranks > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks),
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", "0", str(script), *arguments]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+EVALUATE = """
+import json, sys
+import numpy as np
+from fastddr import checkpoints, cli, models, runtime
+from fastddr.config import load_preset
+from fastddr.evaluation.evaluate import score
+from fastddr.loaders import Task, build
+from fastddr.data import manifest
+
+run, out = sys.argv[1:]
+config = load_preset(run + "/config.yaml")
+found = manifest.read(config.data)
+state = runtime.start(config)
+model = models.build(config.model, num_classes=5, image_size=config.image_size, **config.model_settings)
+saved = checkpoints.load(__import__("pathlib").Path(run) / "checkpoints" / "last")
+checkpoints.load_weights(model, saved.ema, saved.path)
+task = Task(files=found.files(), grades=found.grade, widths=found.width, heights=found.height, ids=found.ids("test"),
+            train=False, image_size=config.image_size, canvas=config.canvas, augment=config.augment, seed=0,
+            batch_size=3 * state.world, rank=state.rank, world=state.world)
+loader = build("auto", task)
+result = score(state.accelerator, model, loader, paths=found.path, weights="last")
+loader.close()
+np.savez(f"{out}-{state.rank}.npz", logits=result.logits.numpy(), ids=result.ids.numpy(), world=state.world)
+state.accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained by two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(2, ROOT / "fastddr" / "train.py", "--data", str(tiny), "--run-dir", "run", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_report_like_one(run: Path, tiny: Path) -> None:
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert [line["step"] for line in lines(run) if "train/loss" in line] == [1, 2, 3, 4, 5, 6], "no line twice"
+    found = manifest.read(tiny)
+    with (run / "report" / "predictions.csv").open(newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    assert paths == [found.path[i] for split in manifest.SPLITS for i in found.ids(split)]
+
+
+@pytest.fixture(scope="module")
+def scored(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of one and of two made of the test split under the same weights."""
+    folder = tmp_path_factory.mktemp("scored")
+    script = folder / "evaluate_it.py"
+    script.write_text(EVALUATE)
+    found = {}
+    for ranks in (1, 2):
+        done = launch(ranks, script, str(run), str(folder / f"on{ranks}"), cwd=run.parent)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[ranks] = [dict(np.load(folder / f"on{ranks}-{rank}.npz")) for rank in range(ranks)]
+    return found
+
+
+@pytest.mark.slow
+def test_evaluation_has_every_photograph_once_on_every_rank(
+    scored: dict[int, list[dict[str, Any]]], tiny: Path
+) -> None:
+    """13 photographs at 3 a rank: padding across the border of the ranks, and a rank with padding alone."""
+    ids = manifest.read(tiny).ids("test").tolist()
+    for ranks, results in scored.items():
+        for result in results:
+            assert result["world"] == ranks
+            assert result["ids"].tolist() == ids
+
+
+@pytest.mark.slow
+def test_evaluation_on_two_ranks_equals_that_on_one(scored: dict[int, list[dict[str, Any]]]) -> None:
+    for result in scored[2]:
+        assert np.abs(result["logits"] - scored[1][0]["logits"]).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_and_no_rank_hangs(tiny: Path, tmp_path: Path) -> None:
+    script = ROOT / "fastddr" / "train.py"
+    done = launch(2, script, "--data", str(tiny), "--run-dir", "r", "--batch-size", "9", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "batch_size 9 (the global batch) cannot be divided by 2 ranks" in done.stderr
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = launch(2, script, "--data", str(tiny), "--run-dir", ".", *SMALL, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "not a run" in done.stderr

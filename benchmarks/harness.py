@@ -24,7 +24,7 @@ from rich.table import Table
 from fastddr.runtime import available_cores
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("fastddr", "torch", "torchvision", "nvidia-dali-cuda130", "accelerate", "pillow", "numpy")
+_PACKAGES = ("fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy")
 
 
 def interleaved(
@@ -87,12 +87,11 @@ def _memory_bytes() -> int:
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on; a package that is not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    for distribution in importlib.metadata.distributions():
+        name = str(distribution.metadata["Name"]).lower().replace("_", "-")
+        if name in _PACKAGES or name.startswith(("nvidia-dali-cuda", "nvidia-nvimgcodec")):
+            found[name] = distribution.version
+    return dict(sorted(found.items()))
 
 
 def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> Path:
@@ -118,7 +117,11 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -
 
 
 def _public(arguments: Sequence[str]) -> list[str]:
-    return [Path(argument).name if "/" in argument and "=" not in argument else argument for argument in arguments]
+    def public(argument: str) -> str:
+        flag, equals, value = argument.rpartition("=")
+        return f"{flag}{equals}{Path(value).name if '/' in value else value}"
+
+    return [public(argument) for argument in arguments]
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:

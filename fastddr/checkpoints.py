@@ -62,7 +62,9 @@ def save(
         best: whether it is the best so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    # A step that stands already is not written over but beside, and goes away when nothing points at it any more.
+    names = (f"step-{step:08d}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 100))))
+    final = next(folder / name for name in names if not (folder / name).exists())
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -78,12 +80,7 @@ def save(
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        # The same step again (saved mid-epoch, then at the epoch's end): the new one takes its place.
-        replaced = folder / f".old-{final.name}.{os.getpid()}"
-        if final.exists():
-            os.rename(final, replaced)
         os.rename(temporary, final)
-        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -120,7 +120,8 @@ class EvaluationConfig:
     """How a split is scored."""
 
     field: Literal["center", "full"] = "center"
-    """`center`: the centre window of the canvas. `full`: the canvas shrunk to the window's size."""
+    """`center`: the centre window of the canvas. `full`: the same on a canvas as small as the window, so that
+    its short side is seen whole."""
     batch_size: int | None = None
     """Photographs a rank holds at once; by default the training micro batch."""
 
@@ -136,7 +137,7 @@ class TrackingConfig:
     project: str = "fastddr"
     """The W&B project."""
     log_every_steps: int = 10
-    """Steps between two lines of training figures."""
+    """Steps between two lines of training figures; each epoch ends with one too."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class Config:
     batch_size: int = 64
     """The global batch: photographs in one optimizer step, over all ranks."""
     micro_batch_size: int | Literal["auto"] = "auto"
-    """Photographs that one rank holds at once; gradients are accumulated up to the global batch."""
+    """Photographs that one rank holds at once; gradients are accumulated up to the global batch. `auto`: all of the
+    rank's part of the global batch."""
     image_size: int = 256
     """Side of the window that the model sees, in pixels."""
     canvas: int = 512
@@ -194,7 +196,8 @@ class Config:
     save_every_steps: int | None = None
     """Also save a checkpoint every so many steps; always one after each epoch."""
     threads: int | None = None
-    """Intra-op threads of PyTorch; by default the cores of this rank. Part of a CPU run's identity."""
+    """Intra-op threads of PyTorch; by default the cores of this rank. Part of the run's identity: on a CPU the last
+    bits of the weights depend on it."""
     deterministic: bool = False
     """On a GPU use only deterministic algorithms (slower). A CPU run is deterministic anyway."""
     convmixer: ConvMixerConfig = field(default_factory=ConvMixerConfig)
@@ -338,7 +341,8 @@ def load_preset(name: str) -> Config:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         if not Path(name).is_file():
             raise UserError(f"--preset {name}: there is no such file.")
-        return from_mapping(read_yaml(Path(name)), name)
+        # Its folder is left behind: only an explicit --run-dir goes on with an earlier run.
+        return replace(from_mapping(read_yaml(Path(name)), name), run_dir=None)
     raise UserError(f"--preset {name}: there is no such preset; {nearest(name, preset_names())}")
 
 

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fastddr.config import Config, flatten, from_mapping, identity_changes, read_yaml
+from fastddr.config import Config, from_mapping, identity_changes, read_yaml
 from fastddr.errors import UserError
+
+#: Keys that a run may leave to `auto` or None; what they became is stored, and used again.
+AUTO = ("loader", "precision", "micro_batch_size", "threads")
 
 State = Literal["running", "preempted", "failed", "done"]
 
@@ -108,33 +111,23 @@ def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
     return path, None
 
 
-def continue_from(config: Config, run: RunFolder) -> Config:
+def continue_from(config: Config, run: RunFolder, world: int) -> Config:
     """The configuration of a run that goes on: the stored one, with the new one's runtime keys.
 
-    What was left to `auto` stays as it was chosen then.
+    What was left to `auto` stays as it was chosen then, where `world` ranks can do it.
 
     Raises:
         UserError: an identity key differs, with all that do.
     """
     stored = from_mapping(read_yaml(run.config), str(run.config))
-    old, new = flatten(stored), flatten(config)
-    chosen = {key: old[key] for key in new if new[key] in ("auto", None) and old[key] not in ("auto", None)}
-    merged = config
-    for key, value in chosen.items():
-        merged = override(merged, key, value)
+    kept: dict[str, Any] = {key: getattr(stored, key) for key in AUTO if getattr(config, key) in ("auto", None)}
+    if "micro_batch_size" in kept and stored.batch_size % (world * int(kept["micro_batch_size"])):
+        # As many ranks as now cannot hold what one rank held then; it is chosen anew.
+        stored = replace(stored, micro_batch_size=config.micro_batch_size)
+        del kept["micro_batch_size"]
+    merged = replace(config, **kept)
     changes = identity_changes(stored, merged)
     if changes:
         listed = "; ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in changes.items())
         raise UserError(f"--run-dir {run.path}: this run cannot go on with other settings: {listed}.")
     return merged
-
-
-def override(config: Config, key: str, value: Any) -> Config:
-    """The configuration with one dotted key set."""
-    tree: dict[str, Any] = {}
-    inner = tree
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = inner.setdefault(section, {})
-    inner[last] = list(value) if isinstance(value, tuple) else value
-    return from_mapping(tree, "resolved configuration", base=config)

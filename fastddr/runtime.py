@@ -119,19 +119,27 @@ def die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def join() -> PartialState:
+    """Join the other ranks, on the GPU or the CPU. Safe to call again."""
+    die_with_parent()
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+
+
 def start(config: Config) -> Runtime:
-    """Choose device, precision and threads, join the other ranks, and seed.
+    """Choose device, precision and threads, and seed. Once a process: Accelerate's choices are for good.
 
     Raises:
         UserError: a precision or a batch that this machine cannot do.
     """
-    die_with_parent()
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    on_cpu, state = _on_cpu(), join()
     decisions = [
         f"device {'cpu' if on_cpu else 'cuda'}: "
         + ("PyTorch sees no GPU" if not torch.cuda.is_available() else "asked for" if on_cpu else "a GPU is there")
     ]
-    state = PartialState(cpu=on_cpu)
     capability = None if on_cpu else torch.cuda.get_device_capability(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, reason = choose_precision(config.precision, launched, capability)

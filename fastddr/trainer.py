@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import nn
@@ -46,30 +47,41 @@ class Trainer:
     """Trains, evaluates and reports one run. Use it in a `with` block, so that everything is closed."""
 
     def __init__(self, config: Config) -> None:
+        self.config = config
+        self.progress = Progress()
+        self.finished = False
+        self.tracker: Tracker | None = None
+        self._opened: list[loaders.Loader] = []
+        self._began = False
+        self._closed = False
+
+    def __enter__(self) -> Trainer:
         """Set everything up, or go on with an earlier run where `config.run_dir` is one.
 
         Raises:
             UserError: data, settings or the run's folder do not hold together.
         """
-        self._opened: list[loaders.Loader] = []
-        self.tracker: Tracker | None = None
-        self.runtime = runtime.start(config)
-        self.accelerator = self.runtime.accelerator
-        # Soft wrap: what a user may copy must not be broken into lines.
-        self.console = Console(quiet=not self.runtime.is_main, highlight=False, soft_wrap=True)
-        self.progress = Progress()
-        self._closed = False
+        try:
+            self._set_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
 
+    def _set_up(self) -> None:
+        config, state = self.config, runtime.join()
+        # Soft wrap: what a user may copy must not be broken into lines.
+        self.console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
         where, resumed = self._locate(config)
         self.run = runs.RunFolder(where)
         if resumed:
-            config = runs.continue_from(config, self.run)
+            config = self.config = runs.continue_from(config, self.run, state.num_processes)
             if self.run.status().get("state") == "done":
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
-                self.config, self.finished = config, True
+                self.finished = True
                 return
-            self.runtime = runtime.start(config)
-        self.finished = False
+        self.runtime = runtime.start(config)
+        self.accelerator = self.runtime.accelerator
         for decision in self.runtime.decisions:
             self.console.print(f"  {decision}")
 
@@ -117,6 +129,7 @@ class Trainer:
             self.run.write(self.run.manifest, self.manifest.to_csv())
         if self.runtime.is_main:
             self.run.set_status("running", self.progress.step)
+        self._began = True
         self.accelerator.wait_for_everyone()
         self.tracker = Tracker.start(
             self.accelerator,
@@ -138,7 +151,7 @@ class Trainer:
     def _locate(self, config: Config) -> tuple[Path, bool]:
         """The run's folder, chosen by rank 0 for all, and whether it is an earlier run."""
         found: list[Any] = [None]
-        if self.runtime.is_main:
+        if runtime.join().is_main_process:
             try:
                 path, stored = runs.locate(config, datetime.now())
                 found = [(str(path), stored is not None)]
@@ -205,6 +218,8 @@ class Trainer:
         if self.ema is not None and saved.ema is not None:
             checkpoints.load_weights(self.ema.module, saved.ema, newest)
         self.optimizer.load_state_dict(saved.optimizer)
+        if self.accelerator.scaler is not None and saved.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress(**saved.state["progress"])
         self.console.print(f"  resumed at step {self.progress.step}, from {newest}")
 
@@ -221,7 +236,7 @@ class Trainer:
 
     def _lr_factor(self, step: int) -> float:
         total = self.config.epochs * self.steps_per_epoch
-        warmup = int(self.config.optimizer.warmup_ratio * total)
+        warmup = min(round(self.config.optimizer.warmup_ratio * total), total - 1)
         return optimizers.lr_factor(step, total, warmup, self.config.optimizer.schedule)
 
     def _train_epoch(self) -> None:
@@ -292,6 +307,10 @@ class Trainer:
         return self.ema.module if self.ema is not None else self.bare_model
 
     def _score(self, loader: loaders.Loader, weights: str) -> SplitResult:
+        # DDP lets every rank keep statistics of its own until the next forward; rank 0's are those that are saved.
+        if self.runtime.world > 1:
+            for buffer in self._weights.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         found = score(self.accelerator, self._weights, loader, paths=self.manifest.path, weights=weights)
         self._need_finite(bool(found.logits.isfinite().all()), "model's output")
         return found
@@ -327,6 +346,7 @@ class Trainer:
                     "progress": asdict(self.progress),
                     "fingerprint": self.manifest.fingerprint,
                     "versions": versions(),
+                    "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 },
                 model=self.bare_model.state_dict(),
                 ema=None if self.ema is None else self.ema.module.state_dict(),
@@ -340,6 +360,7 @@ class Trainer:
 
     def _report(self) -> None:
         progress = self.progress
+        self.train_loader.close()
         results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step})")}
         best = checkpoints.load(self.run.checkpoints / "best")
         checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
@@ -351,24 +372,23 @@ class Trainer:
         if self.runtime.is_main:
             self.console.print("writing the report …")
             ordered = {name: results[name] for name in (*manifest.SPLITS, "valid_last") if name in results}
-            shown = facts(
-                self.config, self.manifest, self.runtime, self.parameters, reporting.read_metrics(self.run.path)
-            )
-            text = reporting.write(self.run.path, ordered, shown, self.manifest.notes, root=self.manifest.root)
-            for name, found in ordered.items():
-                values = figures(found.logits, found.grades)
-                if name == "test":
-                    self.run.append_test_scoring(
-                        {"by": "train", "weights": weights, "n": values["n"], "accuracy": values["accuracy"],
-                         "qwk": values["qwk"]}
-                    )  # fmt: skip
-                if name != "valid_last":
-                    final = {f"final/{name}_{key}": values[key] for key in ("loss", "accuracy", "qwk")}
-                    self.tracker.log(final, step=progress.step, epoch=progress.epoch)
+            logged = reporting.read_metrics(self.run.path)
+            about = facts(self.config, self.manifest, self.runtime, self.parameters, logged)
+            text = reporting.write(self.run.path, ordered, about, self.manifest.notes, root=self.manifest.root)
             for picture in sorted(text.parent.glob("*.png")):
                 # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
                 if picture.stem != "worst":
                     self.tracker.log_image(f"report/{picture.stem}", picture, progress.step)
+            final: dict[str, Any] = {}
+            for name in manifest.SPLITS:
+                if name not in ordered:
+                    continue
+                values = figures(ordered[name].logits, ordered[name].grades)
+                shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
+                final |= {f"final/{name}_{key}": value for key, value in shown.items()}
+                if name == "test":
+                    self.run.append_test_scoring({"by": "train", "weights": weights, "n": values["n"], **shown})
+            self.tracker.log(final, step=progress.step, epoch=progress.epoch)
             self.run.set_status("done", progress.step)
         sync = self.tracker.sync_command
         self.tracker.finish()
@@ -381,13 +401,10 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def __enter__(self) -> Trainer:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.runtime.is_main and not self.finished:
+        if error is not None and self._began and self.runtime.is_main:
             interrupted = isinstance(error, KeyboardInterrupt)
             reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
             self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
@@ -402,4 +419,5 @@ class Trainer:
             loader.close()
         if self.tracker is not None:
             self.tracker.finish(failed=failed)
-        self.accelerator.end_training()
+        if self._began:
+            self.accelerator.end_training()

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -217,14 +218,27 @@ def _label_lines(label_file: Path) -> Iterable[tuple[int, str, int]]:
         yield number, name.strip(), int(grade)
 
 
-def _class_folders(root: Path) -> tuple[list[_Entry], list[str]]:
-    def spelled(name: str) -> str:
-        return "".join(c for c in name.lower() if c.isalnum())
+def _spelled(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
+
+def _grade_of_folder(name: str) -> int | None:
+    """The grade that a class folder's name says ("2", "Moderate NPDR", "Grade 2", "2_moderate"), else None."""
+    if (grade := _GRADE_FOLDERS.get(_spelled(name))) is not None:
+        return grade
+    match = re.fullmatch(r"(?:grade|class|level)?[\s_-]*([0-5])(?:[\s_-]+(\D+))?", name, re.IGNORECASE)
+    if match is None:
+        return None
+    grade = int(match[1])
+    # A name behind the number must say the same: a wrong grade would be worse than a refusal.
+    return grade if match[2] is None or _GRADE_FOLDERS.get(_spelled(match[2])) == grade else None
+
+
+def _class_folders(root: Path) -> tuple[list[_Entry], list[str]]:
     folders = sorted(e for e in root.iterdir() if e.is_dir())
     splits: dict[str, Path] = {}
     for folder in folders:
-        split = _SPLIT_FOLDERS.get(spelled(folder.name))
+        split = _SPLIT_FOLDERS.get(_spelled(folder.name))
         if split and split in splits:
             raise UserError(f"{root}: both {splits[split].name}/ and {folder.name}/ are the split {split!r}; keep one.")
         if split:
@@ -252,15 +266,15 @@ def _class_folders(root: Path) -> tuple[list[_Entry], list[str]]:
                 f"{_some(loose)}."
             )
         for folder in sorted(e for e in splits[split].iterdir() if e.is_dir() and not e.name.startswith(".")):
-            # "2_moderate" and "Grade 2" mean 2 as well; a digit decides.
-            digits = [c for c in folder.name if c.isdecimal()]
-            grade = _GRADE_FOLDERS.get(spelled(folder.name), int("".join(digits)) if digits else -1)
-            if not 0 <= grade <= UNGRADABLE:
+            grade = _grade_of_folder(folder.name)
+            if grade is None:
                 raise UserError(
                     f"{folder}: this class folder is no grade; name it 0-4, 5 (ungradable), or by its ICDR name: "
                     f"{', '.join(ICDR)}."
                 )
             relative = folder.relative_to(root).as_posix()
+            if below := [e.name for e in sorted(folder.iterdir()) if e.is_dir() and not e.name.startswith(".")]:
+                notes.append(f"Folders below {relative}/ are not read and left out: {_some(below)}.")
             entries.extend(_Entry(f"{relative}/{name}", grade, split) for name in _photographs(folder))
         if len(entries) == before:
             raise UserError(

@@ -204,6 +204,9 @@ def generate(
     root = Path(root)
     if root.exists() or root.is_symlink():
         raise UserError(f"{root} already exists: choose another folder or remove it first.")
+    for name, value, least, most in (("size", size, 16, 8192), ("quality", quality, 1, 100)):
+        if not least <= value <= most:
+            raise UserError(f"a synthetic set cannot have {name} {value}: choose from {least} to {most}.")
     plan = _plan(counts, seed)
     workers = min(_cores() if workers is None else workers, max(len(plan) // 8, 1))
     root.parent.mkdir(parents=True, exist_ok=True)

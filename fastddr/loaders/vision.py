@@ -71,7 +71,7 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
     """
     try:
         photograph = open_upright(item.file)
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         bad = name_unreadable([item.file]) or item.file
         raise UserError(f"{bad}: this photograph cannot be decoded; replace it or take it out of the set.") from None
     canvas = (item.canvas_width, item.canvas_height)

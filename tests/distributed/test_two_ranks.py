@@ -56,7 +56,11 @@ task = Task(files=found.files(), grades=found.grade, widths=found.width, heights
 loader = build("auto", task)
 result = score(state.accelerator, model, loader, paths=found.path, weights="last")
 loader.close()
-np.savez(f"{out}-{state.rank}.npz", logits=result.logits.numpy(), ids=result.ids.numpy(), world=state.world)
+from dataclasses import replace
+valid = build("auto", replace(task, ids=found.ids("valid")))
+last = score(state.accelerator, model, valid, paths=found.path, weights="last")
+loss = float(__import__("torch").nn.functional.cross_entropy(last.logits, last.grades))
+np.savez(f"{out}-{state.rank}.npz", loss=loss, logits=result.logits.numpy(), ids=result.ids.numpy(), world=state.world)
 state.accelerator.end_training()
 """
 
@@ -114,6 +118,15 @@ def test_evaluation_has_every_photograph_once_on_every_rank(
 def test_evaluation_on_two_ranks_equals_that_on_one(scored: dict[int, list[dict[str, Any]]]) -> None:
     for result in scored[2]:
         assert np.abs(result["logits"] - scored[1][0]["logits"]).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_validation_while_training_is_that_of_the_saved_weights(
+    run: Path, scored: dict[int, list[dict[str, Any]]]
+) -> None:
+    """Not of each rank's own BatchNorm statistics, which differ until DDP's next forward."""
+    logged = [line["valid/loss"] for line in lines(run) if "valid/loss" in line]
+    assert logged[-1] == pytest.approx(float(scored[1][0]["loss"]), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 from PIL import Image
 from tests_support import ROOT, TINY
 
-from fastddr import checkpoints, cli, config
+from fastddr import checkpoints, cli, config, runs
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
@@ -163,6 +164,27 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     for line, other in zip(logged, whole, strict=True):
         for key in ("train/loss", "valid/qwk", "train/lr"):
             assert line.get(key) == pytest.approx(other.get(key))
+
+
+def test_a_saved_configuration_begins_a_new_run(run: Path) -> None:
+    again = cli.parse(["--preset", str(run / "config.yaml")], "test")
+    assert again.run_dir is None, "only an explicit --run-dir goes on with an earlier run"
+
+
+def test_what_auto_became_is_used_again_and_an_off_is_not_on(run: Path, tiny: Path) -> None:
+    folder, stored = runs.RunFolder(run), config.load_preset(str(run / "config.yaml"))
+    same = runs.continue_from(settings(tiny, run), folder, world=1)
+    assert (same.precision, same.loader, same.micro_batch_size) == ("fp32", stored.loader, 4)
+    with pytest.raises(UserError, match=r"optimizer.clip_norm was 1.0 and is now None"):
+        runs.continue_from(settings(tiny, run, "--optimizer.clip-norm", "None"), folder, world=1)
+
+
+def test_auto_is_chosen_anew_where_as_many_ranks_cannot_hold_what_one_held(tiny: Path, tmp_path: Path) -> None:
+    folder = runs.RunFolder(tmp_path)
+    asked = settings(tiny, tmp_path, "--micro-batch-size", "auto")
+    folder.write(folder.config, config.dump(dataclasses.replace(asked, micro_batch_size=8)))
+    assert runs.continue_from(asked, folder, world=1).micro_batch_size == 8
+    assert runs.continue_from(asked, folder, world=2).micro_batch_size == "auto"
 
 
 def test_a_finished_run_is_left_alone(run: Path, tiny: Path) -> None:

@@ -83,7 +83,8 @@ def test_best_and_last_are_kept_and_nothing_else(tmp_path: Path) -> None:
 def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     write(tmp_path, 3)
     write(tmp_path, 3, best=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000003.1"]
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000003.1"
     assert checkpoints.load(tmp_path / "best").state["progress"]["step"] == 3
 
 

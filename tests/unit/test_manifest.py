@@ -69,6 +69,33 @@ def test_class_folders_by_number_and_by_name(tmp_path: Path) -> None:
     assert (found.width[-1], found.height[-1]) == (20, 50)
 
 
+@pytest.mark.parametrize(
+    ("name", "grade"),
+    [("3", 3), ("Grade 2", 2), ("2_moderate", 2), ("4 - Proliferative DR", 4), ("No_DR", 0), ("severe-npdr", 3)],
+)
+def test_names_of_class_folders(tmp_path: Path, name: str, grade: int) -> None:
+    for split in ("train", "valid", "test"):
+        photograph(tmp_path / split / name / "a.jpg")
+    assert manifest.read(tmp_path).grade.tolist() == [grade] * 3
+
+
+@pytest.mark.parametrize("name", ["mild_2", "mild v2", "no_dr (1)", "0_1", "1st", "2_severe", "6", "12", "cat"])
+def test_a_class_folder_that_could_mean_two_grades_is_refused(tmp_path: Path, name: str) -> None:
+    for split in ("train", "valid", "test"):
+        photograph(tmp_path / split / name / "a.jpg")
+    with pytest.raises(UserError, match="no grade"):
+        manifest.read(tmp_path)
+
+
+def test_folders_below_a_class_folder_are_a_note(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        photograph(tmp_path / split / "0" / "a.jpg")
+    photograph(tmp_path / "train" / "0" / "more" / "b.jpg")
+    found = manifest.read(tmp_path)
+    assert len(found) == 3
+    assert any("train/0/" in note and "more" in note for note in found.notes)
+
+
 def test_sizes_are_of_the_upright_photograph(tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
         photograph(tmp_path / split / "0" / "a.jpg", (40, 30), orientation=6)

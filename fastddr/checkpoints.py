@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastddr.errors import UserError
 
@@ -63,7 +64,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # A step that stands already is not written over but beside, and goes away when nothing points at it any more.
-    names = (f"step-{step:08d}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 100))))
+    names = (f"step-{step:08d}{suffix}" for suffix in ("", *(f".{n:02d}" for n in range(1, 100))))
     final = next(folder / name for name in names if not (folder / name).exists())
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,11 +85,19 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for name in ("last", "best") if best else ("last",):
-        _point(folder / name, final.name)
-    _sync(folder)
+    point(folder, final, best)
     _prune(folder)
     return final
+
+
+def point(folder: Path, checkpoint: Path, best: bool) -> None:
+    """Let `last`, and `best` too if it is, name a checkpoint. A resume repeats it: a kill may have come before."""
+    for name in ("last", "best") if best else ("last",):
+        temporary = folder / f".{name}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(checkpoint.name)
+        os.replace(temporary, folder / name)
+    _sync(folder)
 
 
 def load(path: Path) -> Checkpoint:
@@ -114,10 +123,32 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path=path, state=state, model=model, ema=ema, optimizer=_join_optimizer(moments, rest))
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps that was written to its end, or None."""
-    whole = [path for path in folder.glob("step-*") if (path / "manifest.json").is_file()]
-    return max(whole, default=None)
+def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return load(path)
+        except UserError as error:
+            say(f"passed over a checkpoint: {error}")
+    return None
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put saved moments into an optimizer of the same parameters.
+
+    A moment gets the memory layout of its weight: files keep none, and a fused step wants the two alike. How the
+    step is computed (fused, foreach) is a choice of the present device and not of the saved state.
+    """
+    ways = ("fused", "foreach", "capturable")
+    chosen = [{way: group.get(way) for way in ways if way in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(saved))
+    for group, kept in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(kept)
+        for weight in group["params"]:
+            moments = optimizer.state.get(weight, {})
+            for name, moment in moments.items():
+                if isinstance(moment, Tensor) and moment.shape == weight.shape:
+                    moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,17 +197,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point(link: Path, target: str) -> None:
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-
-
 def _prune(folder: Path) -> None:
     kept = {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink() and path.name not in kept:
+        if path.is_symlink():
+            if path.name.startswith("."):  # left by a kill
+                path.unlink(missing_ok=True)
+        elif path.is_dir() and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 

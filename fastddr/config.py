@@ -7,6 +7,7 @@ Daily settings are flat; the others stand in sections (`--optimizer.weight-decay
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -250,6 +251,9 @@ def identity_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 # ---------------------------------------------------------------------------------------------- YAML
 
 
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Plain YAML, but a key that stands twice is an error and not the last one's gain."""
 
@@ -259,6 +263,10 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means.
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
 
 
 def _known_keys(cls: Any, prefix: str = "") -> list[str]:
@@ -296,7 +304,7 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
     merged = overlay(asdict(base or Config()), tree, "")
     try:
         # Through JSON, so that a YAML list may fill a tuple while everything else stays strict.
-        config: Config = TypeAdapter(Config).validate_json(json.dumps(merged, default=str), strict=False)
+        config: Config = TypeAdapter(Config).validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _field_names())

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class EpochBar:
     """A progress bar that goes away when its `with` block ends."""
 
-    def __init__(self, console: Console, title: str, total: int, start: int = 0) -> None:
+    def __init__(self, console: Console, title: str, total: int | None = None, start: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -25,10 +25,16 @@ class EpochBar:
         )
         self._bar = self._progress.add_task(title, total=total, completed=start, speed="")
 
-    def update(self, done: int, images_per_second: float | None = None, data_wait: float | None = None) -> None:
+    def update(
+        self,
+        done: int,
+        images_per_second: float | None = None,
+        data_wait: float | None = None,
+        total: int | None = None,
+    ) -> None:
         """Move to `done` of the total; the two figures are of the last logged steps."""
         speed = "" if images_per_second is None else f"{images_per_second:,.0f} images/s, data wait {data_wait:.0%}"
-        self._progress.update(self._bar, completed=done, speed=speed)
+        self._progress.update(self._bar, completed=done, total=total, speed=speed)
 
     def __enter__(self) -> EpochBar:
         self._progress.start()

@@ -54,7 +54,10 @@ class RunFolder:
     def write(self, file: Path, text: str) -> None:
         """Write a file whole or not at all."""
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, file)
 
     def set_status(self, state: State, step: int, reason: str = "") -> None:
@@ -95,20 +98,31 @@ def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
         UserError: the folder holds something else than a run.
     """
     if config.run_dir is None:
-        base = Path("runs") / new_name(config.preset, config.data, now)
-        path, number = base, 1
-        while path.exists():
-            number += 1
-            path = base.with_name(f"{base.name}-{number}")
-        return path, None
+        return Path("runs") / new_name(config.preset, config.data, now), None
     path = Path(config.run_dir).expanduser()
     if (path / "config.yaml").is_file():
         return path, (path / "config.yaml").read_text(encoding="utf-8")
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path}: this is a file; give a folder.")
-    if path.is_dir() and any(path.iterdir()):
+    # A start that was killed may have left a hidden file of ours.
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise UserError(f"--run-dir {path}: this folder holds something that is not a run; give a new or empty one.")
     return path, None
+
+
+def claim(path: Path, named: bool) -> Path:
+    """Make the folder of a new run. One that the user did not name gets a number where another run was first."""
+    if named:
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    for number in range(1, 1000):
+        numbered = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            numbered.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return numbered
+    raise UserError(f"{path}: a thousand runs bear this name; give another with --run-dir.")
 
 
 def continue_from(config: Config, run: RunFolder, world: int) -> Config:
@@ -120,7 +134,10 @@ def continue_from(config: Config, run: RunFolder, world: int) -> Config:
         UserError: an identity key differs, with all that do.
     """
     stored = from_mapping(read_yaml(run.config), str(run.config))
-    kept: dict[str, Any] = {key: getattr(stored, key) for key in AUTO if getattr(config, key) in ("auto", None)}
+    open_ = ("auto", None)
+    kept: dict[str, Any] = {
+        key: getattr(stored, key) for key in AUTO if getattr(config, key) in open_ and getattr(stored, key) not in open_
+    }
     if "micro_batch_size" in kept and stored.batch_size % (world * int(kept["micro_batch_size"])):
         # As many ranks as now cannot hold what one rank held then; it is chosen anew.
         stored = replace(stored, micro_batch_size=config.micro_batch_size)

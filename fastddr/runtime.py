@@ -6,13 +6,18 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
 
 from fastddr.config import Config
 from fastddr.errors import UserError
+
+T = TypeVar("T")
 
 #: From Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
@@ -125,6 +130,21 @@ def join() -> PartialState:
     return PartialState(cpu=_on_cpu())
 
 
+def from_main(do: Callable[[], T]) -> T:
+    """What rank 0 makes of `do`, on every rank; a `UserError` of it is raised on every rank too."""
+    said: list[Any] = [None, None]
+    if join().is_main_process:
+        try:
+            said[0] = do()
+        except UserError as error:
+            said[1] = str(error)
+    broadcast_object_list(said)
+    if said[1] is not None:
+        raise UserError(said[1])
+    value: T = said[0]
+    return value
+
+
 def _on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
 
@@ -143,7 +163,8 @@ def start(config: Config) -> Runtime:
     capability = None if on_cpu else torch.cuda.get_device_capability(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, reason = choose_precision(config.precision, launched, capability)
-    decisions.append(f"precision {precision}: {reason}")
+    tf32 = ", matrix products in TF32" if precision == "fp32" and not on_cpu and not config.deterministic else ""
+    decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)
     decisions.append(
         f"batch {config.batch_size} = {micro} at once × {accumulation} accumulated × {state.num_processes} rank(s)"

@@ -161,12 +161,15 @@ def truncate_to(path: Path, step: int) -> int:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            at = json.loads(line)["step"]
+            record = json.loads(line)
+            at = record["step"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: not a line of figures; mend or remove it") from error
-        if at <= step and line.endswith("\n"):
+        # The figures of the end are of no step, and come again when the run gets there again.
+        final = any(name.startswith("final/") for name in record)
+        if at <= step and not final and line.endswith("\n"):
             kept.append(line)
     if len(kept) < len(lines):
         beside = path.with_name(f".{path.name}.tmp")

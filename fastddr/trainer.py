@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -12,13 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import nn
 
 from fastddr import checkpoints, loaders, losses, models, optimizers, reporting, runs, runtime
 from fastddr.config import Config, dump
-from fastddr.data import manifest, synthetic
+from fastddr.data import manifest, source
 from fastddr.data.grades import ICDR
 from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
@@ -52,6 +52,7 @@ class Trainer:
         self.finished = False
         self.tracker: Tracker | None = None
         self._opened: list[loaders.Loader] = []
+        self._named = config.run_dir is not None
         self._began = False
         self._closed = False
 
@@ -65,14 +66,17 @@ class Trainer:
             self._set_up()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
+            if isinstance(error, OSError) and error.filename is not None:
+                raise UserError(f"{error.filename}: {error.strerror}; give a place that can be used.") from error
             raise
         return self
 
     def _set_up(self) -> None:
         config, state = self.config, runtime.join()
         # Soft wrap: what a user may copy must not be broken into lines.
-        self.console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
-        where, resumed = self._locate(config)
+        self.console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
+        where, stored = runtime.from_main(lambda: runs.locate(config, datetime.now()))
+        resumed = stored is not None
         self.run = runs.RunFolder(where)
         if resumed:
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
@@ -82,10 +86,15 @@ class Trainer:
                 return
         self.runtime = runtime.start(config)
         self.accelerator = self.runtime.accelerator
+        if resumed and config.precision not in ("auto", self.runtime.precision):
+            raise UserError(
+                f"--run-dir {where}: this run is in {config.precision}, and accelerate launch asks for "
+                f"{self.runtime.precision}; launch it without --mixed_precision."
+            )
         for decision in self.runtime.decisions:
             self.console.print(f"  {decision}")
 
-        self.manifest = self._read_manifest(config)
+        self.manifest = source.open_data(config, self.console)
         loader, reason = loaders.choose(config.loader)
         self.console.print(f"  loader {loader}: {reason}")
         # What auto became is stored, and used again by a resume.
@@ -120,63 +129,30 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
-        newest = checkpoints.newest(self.run.checkpoints) if resumed else None
-        if newest is not None:
-            self._resume(newest)
-        elif self.runtime.is_main:
-            where.mkdir(parents=True, exist_ok=True)
-            self.run.write(self.run.config, dump(self.config))
-            self.run.write(self.run.manifest, self.manifest.to_csv())
+        going_on = resumed and self._resume()
+        if not going_on:
+            self._begin()
         if self.runtime.is_main:
             self.run.set_status("running", self.progress.step)
         self._began = True
         self.accelerator.wait_for_everyone()
         self.tracker = Tracker.start(
             self.accelerator,
-            where,
+            self.run.path,
             asdict(self.config) | {"fingerprint": self.manifest.fingerprint},
             project=config.tracking.project,
             wandb=config.tracking.wandb,
             tensorboard=config.tracking.tensorboard,
-            resume_step=self.progress.step if newest is not None else None,
+            resume_step=self.progress.step if going_on else None,
             say=lambda line: self.console.print(f"  {line}"),
         )
         self.console.print(
-            f"[bold]{config.model}[/], {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
-            f"photographs: epochs: {config.epochs}, steps an epoch: {self.steps_per_epoch}, into [bold]{where}[/]"
+            f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
+            f"photographs: epochs: {config.epochs}, steps an epoch: {self.steps_per_epoch}, into {self.run.path}",
+            style="bold",
         )
 
     # ------------------------------------------------------------------------------------------ set-up
-
-    def _locate(self, config: Config) -> tuple[Path, bool]:
-        """The run's folder, chosen by rank 0 for all, and whether it is an earlier run."""
-        found: list[Any] = [None]
-        if runtime.join().is_main_process:
-            try:
-                path, stored = runs.locate(config, datetime.now())
-                found = [(str(path), stored is not None)]
-            except UserError as error:
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        return Path(found[0][0]), found[0][1]
-
-    def _read_manifest(self, config: Config) -> manifest.Manifest:
-        with self.accelerator.main_process_first():
-            root: str | Path = config.data
-            if config.data == "synthetic":
-                made = config.synthetic
-                counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
-                total = sum(map(sum, counts.values()))
-                with EpochBar(self.console, f"making {total} synthetic photographs, once", total) as bar:
-                    root = synthetic.ensure(counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done))
-            found = manifest.read(root)
-        counted = ", ".join(f"{split} {sum(counts[:5]):,}" for split, counts in found.counts().items())
-        self.console.print(f"  data {found.root}: {counted} gradable photographs")
-        for note in found.notes:
-            self.console.print(f"  note: {note}")
-        return found
 
     def _loader(self, split: str, train: bool = False) -> loaders.Loader:
         config, run = self.config, self.runtime
@@ -207,21 +183,42 @@ class Trainer:
         self._opened.append(loader)
         return loader
 
-    def _resume(self, newest: Path) -> None:
-        saved = checkpoints.load(newest)
+    def _begin(self) -> None:
+        """Make the folder of a new run. A default name that another run took meanwhile gets a number."""
+        named = self._named
+        self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)))
+        self.config = replace(self.config, run_dir=str(self.run.path))
+        if self.runtime.is_main:
+            self.run.write(self.run.config, dump(self.config))
+            self.run.write(self.run.manifest, self.manifest.to_csv())
+
+    def _resume(self) -> bool:
+        """Go on from the newest whole checkpoint; False where there is none yet."""
+
+        def newest() -> Path | None:
+            found = checkpoints.load_newest(self.run.checkpoints, say=lambda line: self.console.print(f"  {line}"))
+            return None if found is None else found.path
+
+        path = runtime.from_main(newest)
+        if path is None:
+            return False
+        saved = checkpoints.load(path)
         if saved.state["fingerprint"] != self.manifest.fingerprint:
             raise UserError(
                 f"--run-dir {self.run.path}: the data are not those that this run began with (compare "
                 f"{self.run.manifest}); restore them, or begin a new run."
             )
-        checkpoints.load_weights(self.bare_model, saved.model, newest)
+        checkpoints.load_weights(self.bare_model, saved.model, path)
         if self.ema is not None and saved.ema is not None:
-            checkpoints.load_weights(self.ema.module, saved.ema, newest)
-        self.optimizer.load_state_dict(saved.optimizer)
+            checkpoints.load_weights(self.ema.module, saved.ema, path)
+        checkpoints.load_optimizer(self.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and saved.state["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress(**saved.state["progress"])
-        self.console.print(f"  resumed at step {self.progress.step}, from {newest}")
+        if self.runtime.is_main:
+            checkpoints.point(self.run.checkpoints, path, best=self.progress.best_step == self.progress.step)
+        self.console.print(f"  resumed at step {self.progress.step}, from {path}")
+        return True
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -334,7 +331,8 @@ class Trainer:
         self._save(best)
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in named[:3] if values[name] is not None)
         self.console.print(
-            f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  [green]best[/]' if best else ''}"
+            f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  best' if best else ''}",
+            style="green" if best else None,
         )
 
     def _save(self, best: bool) -> None:
@@ -367,7 +365,9 @@ class Trainer:
         weights = f"best (step {progress.best_step}, epoch {progress.best_epoch})"
         for split in manifest.SPLITS:
             if self.manifest.has(split):
-                results[split] = self._score(self._loader(split) if split != "valid" else self.valid_loader, weights)
+                loader = self.valid_loader if split == "valid" else self._loader(split)
+                results[split] = self._score(loader, weights)
+                loader.close()
         assert self.tracker is not None
         if self.runtime.is_main:
             self.console.print("writing the report …")
@@ -404,20 +404,25 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._began and self.runtime.is_main:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
-            self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
-        self.close(failed=error is not None)
+        try:
+            if error is not None and self._began and self.runtime.is_main:
+                interrupted = isinstance(error, KeyboardInterrupt)
+                reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
+                self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
+        finally:
+            self.close(failed=error is not None)
 
     def close(self, failed: bool = False) -> None:
         """End loaders, trackers and the process group. Safe to call again."""
         if self._closed:
             return
         self._closed = True
-        for loader in self._opened:
-            loader.close()
-        if self.tracker is not None:
-            self.tracker.finish(failed=failed)
-        if self._began:
-            self.accelerator.end_training()
+        with ExitStack() as stack:
+            # After a failure the other ranks may sit in a collective, and leaving the group would wait for them; the
+            # launcher ends them when this process ends.
+            if self._began and not (failed and self.runtime.world > 1):
+                stack.callback(self.accelerator.end_training)
+            if self.tracker is not None:
+                stack.callback(self.tracker.finish, failed=failed)
+            for loader in self._opened:
+                stack.callback(loader.close)

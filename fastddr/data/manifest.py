@@ -86,8 +86,8 @@ class Manifest:
         return found
 
     def has(self, split: str) -> bool:
-        """Whether the split is there at all."""
-        return split in self.split
+        """Whether the split holds a gradable photograph."""
+        return bool(((np.array(self.split) == split) & (self.grade < UNGRADABLE)).any())
 
     def counts(self) -> dict[str, list[int]]:
         """Photographs of each grade 0-5, by split."""
@@ -95,7 +95,7 @@ class Manifest:
         return {
             split: np.bincount(self.grade[splits == split], minlength=UNGRADABLE + 1).tolist()
             for split in SPLITS
-            if self.has(split)
+            if split in self.split
         }
 
     def to_csv(self) -> str:
@@ -126,8 +126,12 @@ def read(data: str | Path, on_progress: Callable[[int, int], None] | None = None
     Raises:
         UserError: no such folder, no known layout, an empty split, or a wrong, missing or doubled entry.
     """
-    root = Path(data).expanduser()
-    if not root.exists():
+    try:
+        root = Path(data).expanduser()
+        there = root.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a user that is none, no right to look
+        raise UserError(f"--data {data}: this folder cannot be opened ({error}).") from None
+    if not there:
         raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")
     if not root.is_dir():
         raise UserError(f"--data {data}: this is a file; give the folder that holds the photographs.")
@@ -139,10 +143,14 @@ def read(data: str | Path, on_progress: Callable[[int, int], None] | None = None
     else:
         folder = root
         entries, notes = _class_folders(root)
+    # By split and name: ids, and with them a run's windows, must not depend on the order of lines in a file.
+    entries.sort(key=lambda entry: (SPLITS.index(entry.split), entry.path))
     ungradable = [sum(e.grade == UNGRADABLE and e.split == split for e in entries) for split in SPLITS]
     if any(ungradable):
         each = ", ".join(f"{n} in {split}" for n, split in zip(ungradable, SPLITS, strict=True) if n)
         notes.append(f"{sum(ungradable)} ungradable photographs (grade 5) are counted but left out: {each}.")
+    if "test" in {e.split for e in entries} and all(e.grade == UNGRADABLE for e in entries if e.split == "test"):
+        notes.append("The test split holds no gradable photograph, so nothing is scored on it.")
     sizes = _headers(folder, [entry.path for entry in entries], on_progress)
     return Manifest(
         root=folder,
@@ -181,6 +189,8 @@ def _official(folder: Path) -> tuple[list[_Entry], list[str]]:
         lines: dict[str, int] = {}
         for number, name, grade in _label_lines(label_file):
             place = f"{label_file}, line {number}"
+            if "/" in name or "\\" in name or name in (".", ".."):
+                raise UserError(f"{place}: {name} is a path; give the name of a photograph in {split}/.")
             if name in lines:
                 raise UserError(f"{place}: {name} stands already in line {lines[name]}; remove one of the two.")
             if name not in there and not (folder / split / name).is_file():
@@ -275,7 +285,15 @@ def _class_folders(root: Path) -> tuple[list[_Entry], list[str]]:
             relative = folder.relative_to(root).as_posix()
             if below := [e.name for e in sorted(folder.iterdir()) if e.is_dir() and not e.name.startswith(".")]:
                 notes.append(f"Folders below {relative}/ are not read and left out: {_some(below)}.")
-            entries.extend(_Entry(f"{relative}/{name}", grade, split) for name in _photographs(folder))
+            photographs = _photographs(folder)
+            with os.scandir(folder) as found:
+                other = {e.name for e in found if e.is_file() and not e.name.startswith(".")} - set(photographs)
+            if other:
+                notes.append(
+                    f"{len(other)} files in {relative}/ are not {', '.join(PHOTOGRAPHS)} and are left out: "
+                    f"{_some(sorted(other))}."
+                )
+            entries.extend(_Entry(f"{relative}/{name}", grade, split) for name in photographs)
         if len(entries) == before:
             raise UserError(
                 f"{splits[split]}: the split {split!r} is empty; it should hold class folders with photographs."
@@ -290,9 +308,11 @@ def _header(path: Path, relative: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+            # Pillow turns a TIFF by itself, and its size is that of the upright picture already.
+            sideways = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _SIDEWAYS
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "is empty" if path.stat().st_size == 0 else f"is not a photograph that can be opened ({error})"
+        empty = path.is_file() and path.stat().st_size == 0
+        reason = "is empty" if empty else f"is not a photograph that can be opened ({error})"
         raise UserError(f"{path}: the file {reason}; replace it, or take {relative} out of the set.") from None
     return (height, width) if sideways else (width, height)
 
@@ -309,7 +329,10 @@ def _headers(
 
     def one(name: str) -> tuple[int, int, int, int]:
         path = folder / name
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: this photograph cannot be read ({error.strerror}); restore it.") from None
         known = cached.get(name)
         if known and known[:2] == [status.st_size, status.st_mtime_ns]:
             return status.st_size, status.st_mtime_ns, known[2], known[3]

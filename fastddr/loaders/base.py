@@ -212,7 +212,8 @@ class Loader(DataLoaderStateMixin, ABC):
             return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
         return Batch(
-            image=image.permute(0, 3, 1, 2).to(device=device, dtype=self.task.dtype, non_blocking=True),
+            # First to the device, then to the dtype: in one call the cast would be made on the host.
+            image=image.to(device, non_blocking=True).to(self.task.dtype).permute(0, 3, 1, 2),
             grade=sent(self.task.grades[requests.id[k]]),
             id=sent(requests.id[k]),
             valid=sent(requests.valid[k]),

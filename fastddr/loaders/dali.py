@@ -81,8 +81,12 @@ class DaliLoader(Loader):
         finally:
             # What is still on its way must not turn up in the next epoch.
             while self._pipeline is not None and received < sent:
-                self._receive(requests, start + min(received, wanted - 1))
                 received += 1
+                try:
+                    self._pipeline.outputs()
+                except RuntimeError:
+                    # Nobody wants this batch, so nobody need hear of it; the pipeline is built anew when needed.
+                    self._pipeline = None
 
     def _feed(self, requests: Requests, k: int) -> None:
         feed = self._pipeline.feed_input

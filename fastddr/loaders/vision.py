@@ -27,15 +27,24 @@ class _Item(NamedTuple):
     canvas_height: int
 
 
-class _Photographs(Dataset[Tensor]):
+class _Photographs(Dataset["Tensor | str"]):
     """Indexed by an `_Item` instead of a number: what to do is worked out beforehand, in the main process."""
 
     def __init__(self, image_size: int, only_crops: bool) -> None:
         self.image_size = image_size
         self.only_crops = only_crops
 
-    def __getitem__(self, item: _Item) -> Tensor:
-        return torch.from_numpy(render(item, self.image_size, self.only_crops))
+    def __getitem__(self, item: _Item) -> Tensor | str:
+        """The image (h, w, 3), or why there is none: an error that leaves a worker comes as a traceback."""
+        try:
+            return torch.from_numpy(render(item, self.image_size, self.only_crops))
+        except UserError as error:
+            return str(error)
+
+
+def _collate(items: list[Tensor | str]) -> Tensor | str:
+    images = [item for item in items if isinstance(item, Tensor)]
+    return torch.stack(images) if len(images) == len(items) else next(i for i in items if isinstance(i, str))
 
 
 class _Batches(Sampler[list[_Item]]):
@@ -118,6 +127,7 @@ class VisionLoader(Loader):
             num_workers=task.threads,
             persistent_workers=task.threads > 0,
             prefetch_factor=task.prefetch if task.threads > 0 else None,
+            collate_fn=_collate,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.
             generator=torch.Generator().manual_seed(0),
@@ -126,7 +136,10 @@ class VisionLoader(Loader):
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         self._batches.files = list(self.task.files)
         self._batches.requests, self._batches.start = requests, start
-        yield from self._loader
+        for images in self._loader:
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
 
     def close(self) -> None:
         """Ends the workers."""

@@ -19,6 +19,7 @@ from PIL import Image
 from tests_support import ROOT, TINY
 
 from fastddr import checkpoints, cli, config, runs
+from fastddr import trainer as trainer_module
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
@@ -133,6 +134,91 @@ def test_one_seed_gives_one_result_bit_for_bit(run: Path, tiny: Path, tmp_path: 
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = weights(train(tiny, tmp_path / "other", "--seed", "1"))
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(tiny: Path, tmp_path: Path) -> None:
+    """On the CNN, which has no BatchNorm that would see the micro batches."""
+    common = ("--model", "cnn", "--optimizer.name", "sgd", "--lr", "0.01")
+    ends = [
+        checkpoints.load(train(tiny, tmp_path / size, *common, "--micro-batch-size", size) / "checkpoints" / "last")
+        for size in ("8", "2")
+    ]
+    for name, tensor in ends[0].model.items():
+        assert torch.allclose(tensor, ends[1].model[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_the_average_of_the_weights_follows_its_recurrence(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = trainer_module.training_step, []
+
+    def watched(accelerator: Any, model: torch.nn.Module, *more: Any) -> None:
+        if not seen:
+            seen.append([p.detach().clone() for p in model.parameters()])
+        step(accelerator, model, *more)
+        seen.append([p.detach().clone() for p in model.parameters()])
+
+    monkeypatch.setattr(trainer_module, "training_step", watched)
+    run = train(tiny, tmp_path / "run", "--epochs", "1", "--optimizer.ema-decay", "0.15")
+    average = seen[0]
+    for number, weights_ in enumerate(seen[1:]):
+        decay = min(0.15, (1 + number) / (10 + number))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights_, strict=True)]
+    saved = checkpoints.load(run / "checkpoints" / "last").ema
+    assert saved is not None
+    wanted = {tuple(a.shape): a for a in average if a.ndim > 1}
+    for tensor in saved.values():
+        if tensor.ndim > 1:
+            assert torch.allclose(tensor, wanted[tuple(tensor.shape)], atol=1e-6)
+
+
+def test_the_report_is_of_the_best_weights_and_names_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made to judge the first epoch the best, the report scores the first epoch's weights."""
+    judge, calls = trainer_module.figures, []
+
+    def falling(*arguments: Any) -> dict[str, Any]:
+        calls.append(1)
+        return judge(*arguments) | {"qwk": 1 / len(calls)}
+
+    monkeypatch.setattr(trainer_module, "figures", falling)
+    run = train(tiny, tmp_path / "run")
+    losses = [line["valid/loss"] for line in lines(run) if "valid/loss" in line]
+    found = json.loads((run / "report" / "metrics.json").read_text())
+    assert os.readlink(run / "checkpoints" / "best") == "step-00000003"
+    assert found["valid"]["loss"] == pytest.approx(losses[0])
+    assert found["valid_last"]["loss"] == pytest.approx(losses[1])
+    assert found["test"]["weights"] == "best (step 3, epoch 1)"
+
+
+def test_a_kill_before_the_links_loses_nothing(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "point", die)
+        with pytest.raises(Killed):
+            train(tiny, folder)
+    train(tiny, folder)
+    one, two = weights(run), weights(folder)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_runs_begun_in_one_second_get_two_folders(tmp_path: Path) -> None:
+    assert runs.claim(tmp_path / "a", named=False) == tmp_path / "a"
+    assert runs.claim(tmp_path / "a", named=False) == tmp_path / "a-2"
+    assert runs.claim(tmp_path / "a", named=True) == tmp_path / "a"
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        train(tiny, tmp_path / "file" / "run")
 
 
 class Killed(BaseException):

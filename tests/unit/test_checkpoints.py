@@ -62,7 +62,7 @@ def test_training_goes_on_exactly_where_it_stood(tmp_path: Path, kind: str, aver
     other, other_optimizer = trained(kind)
     step(other, other_optimizer)  # somewhere else
     checkpoints.load_weights(other, saved.model, path)
-    other_optimizer.load_state_dict(saved.optimizer)
+    checkpoints.load_optimizer(other_optimizer, saved.optimizer)
     step(model, optimizer)
     step(other, other_optimizer)
     for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
@@ -83,8 +83,7 @@ def test_best_and_last_are_kept_and_nothing_else(tmp_path: Path) -> None:
 def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     write(tmp_path, 3)
     write(tmp_path, 3, best=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000003.1"]
-    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000003.1"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000003.01"]
     assert checkpoints.load(tmp_path / "best").state["progress"]["step"] == 3
 
 
@@ -111,16 +110,53 @@ def test_a_failure_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, 2)
-    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000001"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
     checkpoints.load(tmp_path / "last")
 
 
-def test_newest_passes_over_what_was_not_written_to_its_end(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path) is None
-    write(tmp_path, 1)
+def test_the_newest_whole_one_is_taken_and_what_is_passed_over_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert checkpoints.load_newest(tmp_path, said.append) is None
+    write(tmp_path, 1, best=True)
+    write(tmp_path, 2)
     (tmp_path / "step-00000009").mkdir()
-    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000001"
+    (tmp_path / "step-00000002" / "model.safetensors").write_bytes(b"half")
+    found = checkpoints.load_newest(tmp_path, said.append)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+    assert ["step-00000009" in said[0], "step-00000002" in said[1]] == [True, True]
+
+
+def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:
+    """A fused step wants the two alike; with another layout it is wrong on a CPU and fails on a GPU."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+
+    def fused() -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), fused=True)
+
+    def go(optimizer: torch.optim.Optimizer) -> None:
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer = fused()
+    go(optimizer)
+    path = checkpoints.save(
+        tmp_path, step=1, state={}, model=model.state_dict(), ema=None, optimizer=optimizer.state_dict(), best=True
+    )
+    go(optimizer)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved = checkpoints.load(path)
+    checkpoints.load_weights(model, saved.model, path)
+    again = fused()
+    saved.optimizer["param_groups"][0]["fused"] = None
+    checkpoints.load_optimizer(again, saved.optimizer)
+    assert again.param_groups[0]["fused"] is True, "how the step is computed is the present device's choice"
+    assert again.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+    go(again)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

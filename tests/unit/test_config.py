@@ -116,6 +116,9 @@ def test_a_wrong_command_line_is_one_sentence(arguments: list[str], offender: st
         ("- 1", "not a list"),
         ("a: [", "not YAML"),
         ("loss: {label_smoothing: 1.5}", "label_smoothing"),
+        ("epochs: yes", "epochs"),
+        ("epochs: '3'", "epochs"),
+        ("lr: true", "lr"),
     ],
 )
 def test_a_wrong_yaml_is_one_sentence_that_names_the_file(tmp_path: Path, text: str, said: str) -> None:
@@ -130,8 +133,9 @@ def test_a_wrong_yaml_is_one_sentence_that_names_the_file(tmp_path: Path, text: 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("lr: 1e-4")  # YAML 1.1 calls this a string
-    assert load_preset(str(file)).lr == 1e-4
+    for text, value in [("1e-4", 1e-4), ("2.5E+1", 25.0), ("3", 3.0), ("0.5", 0.5)]:
+        file.write_text(f"lr: {text}")  # YAML 1.1 calls the first a string
+        assert load_preset(str(file)).lr == value
 
 
 def test_identity_and_runtime_keys() -> None:

@@ -37,6 +37,13 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_public_names_are_there() -> None:
+    import fastddr
+
+    for name in fastddr.__all__:
+        assert getattr(fastddr, name) is not None
+
+
 def test_the_accelerate_config_is_one_that_accelerate_reads() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

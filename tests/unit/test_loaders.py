@@ -271,8 +271,22 @@ def test_a_photograph_that_cannot_be_decoded_is_named(
     files[3] = str(bad)
     wanted = task(found, files=files, ids=np.arange(8), batch_size=8, threads=threads)
     loader = loaders.build(name, wanted)
-    with pytest.raises(UserError, match=r"bad\.jpg"):
+    with pytest.raises(UserError, match=r"bad\.jpg") as caught:
         list(loader.epoch(0))
+    assert "\n" not in str(caught.value)
+    loader.close()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_closing_is_quiet_though_a_bad_photograph_is_on_its_way(
+    name: str, tmp_path: Path, found: manifest.Manifest
+) -> None:
+    files = found.files()
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"junk")
+    files[5] = str(bad)
+    loader = loaders.build(name, task(found, files=files, ids=np.arange(8), train=False, prefetch=3))
+    next(loader.epoch(0))
     loader.close()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from tests_support import TINY
 
 from fastddr.data import manifest
@@ -103,6 +103,30 @@ def test_sizes_are_of_the_upright_photograph(tmp_path: Path) -> None:
     assert (found.width[0], found.height[0]) == (30, 40)
 
 
+def test_a_tiff_on_its_side_is_not_turned_twice(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        photograph(tmp_path / split / "0" / "a.tif", (40, 30), orientation=6)
+    found = manifest.read(tmp_path)
+    with Image.open(found.files()[0]) as image:
+        upright = ImageOps.exif_transpose(image).size
+    assert (found.width[0], found.height[0]) == upright
+
+
+def test_files_that_are_no_photographs_are_a_note(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        photograph(tmp_path / split / "0" / "a.jpg")
+    photograph(tmp_path / "train" / "0" / "b.webp")
+    assert any("b.webp" in note for note in manifest.read(tmp_path).notes)
+
+
+def test_a_test_split_without_a_gradable_photograph_is_a_note(copy: Path) -> None:
+    labels = copy / "DR_grading" / "test.txt"
+    labels.write_text("".join(f"{line.split()[0]} 5\n" for line in labels.read_text().splitlines()))
+    found = manifest.read(copy)
+    assert not found.has("test")
+    assert any("no gradable photograph" in note for note in found.notes)
+
+
 def test_fingerprint_changes_with_name_grade_bytes_and_split(copy: Path) -> None:
     folder = copy / "DR_grading"
     seen = {manifest.read(copy).fingerprint}
@@ -111,8 +135,12 @@ def test_fingerprint_changes_with_name_grade_bytes_and_split(copy: Path) -> None
 
     (folder / "train.txt").write_text("\n".join([f"{name} {(int(grade) + 1) % 5}", *labels[1:]]))
     seen.add(manifest.read(copy).fingerprint)
-    (folder / "train.txt").write_text("\n".join(reversed(labels)))
-    assert manifest.read(copy).fingerprint in seen, "the order of the lines does not matter"
+    before = manifest.read(copy)
+    lines = (folder / "train.txt").read_text().splitlines()
+    (folder / "train.txt").write_text("\n".join(reversed(lines)))
+    after = manifest.read(copy)
+    assert (after.fingerprint, after.path) == (before.fingerprint, before.path), "the order of lines does not matter"
+    assert after.grade.tolist() == before.grade.tolist()
     (folder / "train" / name).write_bytes((folder / "train" / name).read_bytes() + b"\0")
     seen.add(manifest.read(copy).fingerprint)
     (folder / "train" / name).rename(folder / "train" / f"x{name}")
@@ -154,6 +182,11 @@ def spoil(folder: Path, what: str) -> None:
             lines[4] = lines[4].split()[0] + " -1"
         case "doubled":
             lines.append(lines[0])
+        case "another folder":
+            lines[1] = "../test/" + next(p.name for p in (folder / "test").iterdir()) + " 1"
+        case "dangling link":
+            (folder / "train" / lines[0].split()[0]).unlink()
+            (folder / "train" / lines[0].split()[0]).symlink_to("nowhere")
         case "not a line":
             lines[1] = "justaname.jpg"
         case "empty split":
@@ -179,6 +212,8 @@ def spoil(folder: Path, what: str) -> None:
         ("negative", ["train.txt, line 5", "-1"]),
         ("doubled", ["train.txt, line 29", "line 1"]),
         ("not a line", ["train.txt, line 2", "justaname.jpg"]),
+        ("another folder", ["train.txt, line 2", "is a path"]),
+        ("dangling link", [".jpg", "restore it"]),
         ("empty split", ["train.txt", "empty"]),
         ("no label file", ["valid.txt", "missing"]),
         ("no folder", ["test/", "missing"]),
@@ -199,6 +234,9 @@ def test_a_wrong_set_is_one_sentence_that_names_the_offender(copy: Path, what: s
 def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         manifest.read(tmp_path / "nowhere")
+    for name in ("x" * 5000, "~nobody-of-this-name/x"):
+        with pytest.raises(UserError, match="cannot be opened"):
+            manifest.read(name)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="this is a file"):
         manifest.read(tmp_path / "file")

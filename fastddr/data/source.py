@@ -27,6 +27,8 @@ def open_data(config: Config, console: Console) -> manifest.Manifest:
         if config.data == "synthetic":
             made = config.synthetic
             counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
+            if not synthetic.default_root(counts, made.size, made.seed).is_dir():
+                console.print("  data synthetic: made now, once, into the cache; about a minute on two cores …")
             with EpochBar(console, "making synthetic photographs, once", sum(map(sum, counts.values()))) as bar:
                 root = synthetic.ensure(counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done))
         with EpochBar(console, "reading headers") as bar:

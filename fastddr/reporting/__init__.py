@@ -91,9 +91,12 @@ def summary(
     if sync_command:
         commands.append(("upload", sync_command))
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
-    body = Group(table, Text(), *_weights(found), Text(), next_lines, Text(), Text(tables.DISCLAIMER, style="dim"))
+    body = Group(table, Text(), *_weights(found), Text(), Text(tables.DISCLAIMER, style="dim"))
     panel = Panel(body, title=run_dir.resolve().name, title_align="left", expand=False, padding=(1, 2))
-    (console or Console()).print(panel)
+    console = console or Console()
+    console.print(panel)
+    # Outside the frame and unbroken, so that they can be copied whole.
+    console.print(next_lines, soft_wrap=True)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

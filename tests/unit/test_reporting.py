@@ -204,6 +204,9 @@ def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
     assert "wandb sync somewhere" in text
     assert "tensorboard --logdir" in text
     assert tables.DISCLAIMER in text
+    long = f"wandb sync {'a' * 120}"
+    reporting.summary(run, sync_command=long, console=(narrow := Console(file=io.StringIO(), width=80)))
+    assert long in narrow.file.getvalue(), "what is to be copied is not broken"  # type: ignore[attr-defined]
     reporting.summary(run, tensorboard=False, console=(plain := Console(file=io.StringIO(), width=100)))
     assert "tensorboard" not in plain.file.getvalue()  # type: ignore[attr-defined]
     assert "wandb" not in plain.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,68 @@
+"""How long the README's first command takes, and how well its model grades: one run a seed, as a user types it.
+
+    python benchmarks/quickstart.py --seeds 3
+
+The synthetic set is made anew for every seed, in an empty cache, and counted in. A score on synthetic photographs says
+nothing about real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import tyro
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Options:
+    """Time the quickstart."""
+
+    seeds: int = 3
+    """How many runs."""
+    out: Path | None = None
+    """The JSON; by default results/quickstart_HARDWARE_DATE.json."""
+
+
+def main(options: Options) -> None:
+    """Run, print and write."""
+    console = Console(soft_wrap=True)
+    found: dict[str, list[float]] = {}
+    for seed in range(options.seeds):
+        folder = Path(tempfile.mkdtemp())
+        try:
+            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "fastddr" / "train.py")]
+            environment = os.environ | {"FASTDDR_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
+            began = time.perf_counter()
+            arguments = ["--seed", str(seed), "--run-dir", "run"]
+            subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            found.setdefault("whole command", []).append(time.perf_counter() - began)
+            figures = json.loads((folder / "run" / "report" / "metrics.json").read_text())
+            for split in ("valid", "test"):
+                for key in ("qwk", "accuracy"):
+                    found.setdefault(f"{split} {key}", []).append(figures[split][key])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        console.print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3g}" for name, values in found.items()))
+    rows: list[dict[str, Any]] = [
+        {"name": name, "preset": "quickstart", **harness.spread(values), "unit": "s" if name == "whole command" else ""}
+        for name, values in found.items()
+    ]
+    harness.show("The quickstart, synthetic set included", rows)
+    console.print(f"written to {harness.write('quickstart', rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

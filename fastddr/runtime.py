@@ -131,13 +131,15 @@ def join() -> PartialState:
 
 
 def from_main(do: Callable[[], T]) -> T:
-    """What rank 0 makes of `do`, on every rank; a `UserError` of it is raised on every rank too."""
+    """What rank 0 makes of `do`, on every rank; its `UserError`, or `OSError` as one, is raised on every rank too."""
     said: list[Any] = [None, None]
     if join().is_main_process:
         try:
             said[0] = do()
         except UserError as error:
             said[1] = str(error)
+        except OSError as error:  # a folder that cannot be used; the other ranks must not wait for this one
+            said[1] = f"{error.filename or 'a file'}: {error.strerror}; give a place that can be used."
     broadcast_object_list(said)
     if said[1] is not None:
         raise UserError(said[1])

@@ -47,6 +47,7 @@ def test_preset_headers_give_command_time_and_result() -> None:
         header = " ".join(line for line in file.read_text().splitlines() if line.startswith("#"))
         for word in ("accelerate launch fastddr/train.py", "Time:", "Result:"):
             assert word in header, f"{file.name} does not say {word!r}"
+        assert "TIME" not in header, f"{file.name} is not filled in"
 
 
 @given(

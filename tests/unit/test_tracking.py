@@ -25,7 +25,7 @@ MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_pro
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No login, no network, no home: W&B has only what a test gives it."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
+    for name in [name for name in os.environ if name.startswith("WANDB") and "SERVICE" not in name]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
@@ -183,6 +183,23 @@ def test_wandb_that_cannot_come_online_goes_offline(tmp_path: Path, monkeypatch:
     assert len(said) == 1
     assert said[0].startswith("W&B: offline (could not come online: ")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_lost_wandb_service_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error derives straight from Exception."""
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
+
+    def lost(*_: object, **__: object) -> None:
+        raise WandbServiceConnectionError("no service")
+
+    monkeypatch.setattr("wandb.init", lost)
+    said: list[str] = []
+    tracker = start(tmp_path, said, wandb=True)
+    tracker.log({"train/loss": 0.5}, step=1, epoch=1)
+    tracker.finish()
+    assert len(said) == 1
+    assert "W&B is off" in said[0]
+    assert '"train/loss": 0.5' in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_wandb_mode_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +115,19 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
     return pixels @ item.colour[:, :3].T + item.colour[:, 3]
 
 
+def _clean_processes() -> BaseContext:
+    """Workers forked from a process that imports what they need and nothing else.
+
+    Forked from this one they would inherit DALI's pipelines without their threads, and wait for ever where the garbage
+    collector ends one of those. Windows has no fork at all.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 class VisionLoader(Loader):
     """PIL and worker processes. `threads` is the number of workers; 0 decodes in the main process."""
 
@@ -127,6 +142,7 @@ class VisionLoader(Loader):
             num_workers=task.threads,
             persistent_workers=task.threads > 0,
             prefetch_factor=task.prefetch if task.threads > 0 else None,
+            multiprocessing_context=_clean_processes() if task.threads > 0 else None,
             collate_fn=_collate,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.

@@ -277,6 +277,18 @@ def test_a_photograph_that_cannot_be_decoded_is_named(
     loader.close()
 
 
+@needs_dali
+def test_workers_do_not_inherit_a_pipeline(found: manifest.Manifest) -> None:
+    """A forked worker that collects a pipeline of its parent would wait for ever for threads that it has not got."""
+    pipelines = loaders.build("dali", task(found))
+    list(pipelines.epoch(0))
+    loader = loaders.build("torchvision", task(found))
+    assert loader._loader.multiprocessing_context.get_start_method() in ("forkserver", "spawn")  # type: ignore[attr-defined]
+    assert len(list(loader.epoch(0))) == len(loader)
+    loader.close()
+    pipelines.close()
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_closing_is_quiet_though_a_bad_photograph_is_on_its_way(
     name: str, tmp_path: Path, found: manifest.Manifest

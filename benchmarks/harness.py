@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastddr.runtime import available_cores
+from fastddr.ranks import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy")

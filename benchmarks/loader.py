@@ -27,7 +27,7 @@ from fastddr.data import manifest, synthetic
 from fastddr.data.grades import UNGRADABLE
 from fastddr.loaders import dali
 from fastddr.progress import EpochBar
-from fastddr.runtime import available_cores
+from fastddr.ranks import available_cores
 
 
 @dataclass

@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class EpochBar:
     """A progress bar that goes away when its `with` block ends."""
 
-    def __init__(self, console: Console, title: str, total: int | None = None, start: int = 0) -> None:
+    def __init__(
+        self, console: Console, title: str, total: int | None = None, start: int = 0, quiet: bool = False
+    ) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -21,7 +23,7 @@ class EpochBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
         )
         self._bar = self._progress.add_task(title, total=total, completed=start, speed="")
 

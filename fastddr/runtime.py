@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 
+from fastddr import ranks
 from fastddr.config import Config
 from fastddr.errors import UserError
 
@@ -48,18 +49,6 @@ class Runtime:
     def image_dtype(self) -> torch.dtype:
         """What a batch's images are: the autocast dtype on a GPU, float32 on a CPU."""
         return DTYPES[self.precision] if self.device.type == "cuda" else torch.float32
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cores_of_rank() -> int:
-    """Cores that fall to one rank of this machine, at least one."""
-    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def choose_precision(asked: str, launched: str, capability: tuple[int, int] | None) -> tuple[str, str]:
@@ -171,7 +160,7 @@ def start(config: Config) -> Runtime:
     decisions.append(
         f"batch {config.batch_size} = {micro} at once × {accumulation} accumulated × {state.num_processes} rank(s)"
     )
-    threads = config.threads or cores_of_rank()
+    threads = config.threads or ranks.cores()
     # accelerate launch sets OMP_NUM_THREADS=1 on a CPU, which halves the speed; this overrides it.
     torch.set_num_threads(threads)
     decisions.append(f"threads {threads}: {'asked for' if config.threads else 'the cores of this rank'}")

@@ -16,10 +16,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastddr import checkpoints, loaders, losses, models, optimizers, reporting, runs, runtime
+from fastddr import checkpoints, loaders, losses, models, optimizers, ranks, reporting, runs, runtime
 from fastddr.config import Config, dump
 from fastddr.data import manifest, source
-from fastddr.data.grades import ICDR
 from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
@@ -111,7 +110,7 @@ class Trainer:
         self.valid_loader = self._loader("valid")
 
         model = models.build(
-            config.model, num_classes=len(ICDR), image_size=config.image_size, **config.model_settings
+            config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
         ).to(self.runtime.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         decay = config.optimizer.ema_decay
@@ -175,7 +174,7 @@ class Trainer:
             world=run.world,
             device=run.device,
             dtype=run.image_dtype,
-            threads=config.loading.threads or runtime.cores_of_rank(),
+            threads=config.loading.threads or ranks.cores(),
             prefetch=config.loading.prefetch,
         )
         # An evaluation on one repeated batch would be a wrong figure, not a fast one.
@@ -374,7 +373,14 @@ class Trainer:
             ordered = {name: results[name] for name in (*manifest.SPLITS, "valid_last") if name in results}
             logged = reporting.read_metrics(self.run.path)
             about = facts(self.config, self.manifest, self.runtime, self.parameters, logged)
-            text = reporting.write(self.run.path, ordered, about, self.manifest.notes, root=self.manifest.root)
+            text = reporting.write(
+                self.run.path,
+                ordered,
+                about,
+                self.manifest.notes,
+                root=self.manifest.root,
+                left_out=self.manifest.left_out,
+            )
             for picture in sorted(text.parent.glob("*.png")):
                 # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
                 if picture.stem != "worst":

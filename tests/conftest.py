@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 # Before anything of fastddr is imported: every jaxtyping annotation of the package is checked in every test.
 install_import_hook("fastddr", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 os.environ["WANDB_MODE"] = "offline"
+# A slow machine is no failure.
+hypothesis.settings.register_profile("fastddr", deadline=None)
+hypothesis.settings.load_profile("fastddr")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastddr import loaders
-from fastddr.config import AugmentConfig
+from fastddr import cli, loaders
+from fastddr.config import AugmentConfig, Config
 from fastddr.data.manifest import Manifest
 
 #: The tiny set of the fixture `tiny`, grades 0-5 by split: every grade in every split, odd counts.
@@ -14,6 +14,29 @@ TINY = {"train": (9, 4, 7, 3, 4, 1), "valid": (3, 2, 3, 1, 2, 0), "test": (4, 2,
 TINY_SIZE = 80
 
 ROOT = Path(__file__).parents[1]
+
+#: Small enough for seconds; everything that costs memory of state is on: EMA, clipping, accumulation, warm-up.
+SMALL = [
+    "--epochs", "2", "--batch-size", "8", "--micro-batch-size", "4", "--image-size", "64", "--canvas", "80",
+    "--convmixer.dim", "8", "--convmixer.depth", "1", "--convmixer.kernel-size", "3", "--convmixer.patch-size", "8",
+    "--cnn.width", "4", "--resnet.depth", "10", "--resnet.width", "16", "--tracking.no-wandb",
+    "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1", "--loading.threads", "1",
+    "--optimizer.ema-decay", "0.9", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.4",
+]  # fmt: skip
+
+
+def settings(data: Path, run: Path, *more: str) -> Config:
+    """The configuration of a small run."""
+    return cli.parse(["--data", str(data), "--run-dir", str(run), *SMALL, *more], "test")
+
+
+def train(data: Path, run: Path, *more: str) -> Path:
+    """Train a small run to its end; its folder."""
+    from fastddr.trainer import Trainer
+
+    with Trainer(settings(data, run, *more)) as trainer:
+        trainer.fit()
+    return run
 
 
 def task(found: Manifest, split: str = "train", **changes: Any) -> loaders.Task:

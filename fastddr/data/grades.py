@@ -10,3 +10,9 @@ UNGRADABLE = 5
 UNKNOWN = -1
 #: Grades from here on are referred to an ophthalmologist ("referable DR": moderate NPDR or worse).
 REFERABLE = 2
+#: Photographs of each grade 0-5 in the splits of DDR (Li et al., Information Sciences 2019, table 2).
+DDR = {
+    "train": (3133, 315, 2238, 118, 456, 575),
+    "valid": (1253, 126, 895, 47, 182, 230),
+    "test": (1880, 189, 1344, 71, 275, 346),
+}

@@ -1,53 +1,86 @@
-"""From the setting `data` to a manifest, the same on every rank."""
+"""From the settings of a run to its manifest, checked, and the same on every rank."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from rich.console import Console
 
-from fastddr import runtime
+from fastddr import ranks, runtime
 from fastddr.config import Config
-from fastddr.data import manifest, synthetic
+from fastddr.data import manifest, problems, survey, synthetic
+from fastddr.data.survey import Survey
 from fastddr.errors import UserError
 from fastddr.progress import EpochBar
 
 
 def open_data(config: Config, console: Console) -> manifest.Manifest:
-    """The manifest of a folder, or of the synthetic set, which is made where it is not there yet.
+    """The manifest of a data set, or of the synthetic set, which is made where it is not there yet.
 
-    Rank 0 goes first: the others then find the set made and the headers cached.
+    What was never decoded is decoded now, by all ranks, unless `config.check` is header: a damaged photograph is found
+    before the first step and not in the last epoch.
 
     Raises:
         UserError: on every rank, what is wrong with the data; or that a rank sees others than rank 0 does.
     """
 
-    def read() -> manifest.Manifest:
+    def take() -> Survey:
         root: str | Path = config.data
         if config.data == "synthetic":
-            made = config.synthetic
-            counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
-            if not synthetic.default_root(counts, made.size, made.seed).is_dir():
-                console.print("  data synthetic: made now, once, into the cache; about a minute on two cores …")
-            with EpochBar(console, "making synthetic photographs, once", sum(map(sum, counts.values()))) as bar:
-                root = synthetic.ensure(counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done))
+            root = _synthetic(config, console)
+        exclude = problems.read_list(config.exclude) if config.exclude else frozenset()
         with EpochBar(console, "reading headers") as bar:
-            return manifest.read(root, on_progress=lambda done, total: bar.update(done, total=total))
+            return survey.take(
+                root, config.splitting, exclude, on_progress=lambda done, total: bar.update(done, total=total)
+            )
 
-    found: manifest.Manifest | None = None
+    # Rank 0 goes first: the others then find the synthetic set made and the headers cached.
+    seen: Survey | None = None
 
-    def read_on_main() -> str:
-        nonlocal found
-        found = read()
-        return found.fingerprint
+    def take_on_main() -> str:
+        nonlocal seen
+        seen = take()
+        return seen.fingerprint
 
-    fingerprint = runtime.from_main(read_on_main)
-    if found is None:
-        found = read()
-    if found.fingerprint != fingerprint:
-        raise UserError(f"{found.root}: the photographs here are not those that rank 0 sees; give all ranks the same.")
-    counted = ", ".join(f"{split} {sum(counts[:5]):,}" for split, counts in found.counts().items())
-    console.print(f"  data {found.root}: {counted} gradable photographs")
+    fingerprint = runtime.from_main(take_on_main)
+    if seen is None:
+        seen = take()
+    if seen.fingerprint != fingerprint:
+        raise UserError(f"{seen.root}: the photographs here are not those that rank 0 sees; give all ranks the same.")
+    if config.check == "full":
+        decode(seen, console)
+    # Each machine has a cache of its own; what is known must be the same on all ranks.
+    records = seen.records
+    seen.records = runtime.from_main(lambda: records)
+    found = manifest.of(seen, config.on_bad, config.ungradable)
+    counted = ", ".join(f"{split} {len(found.ids(split)):,}" for split in manifest.SPLITS if found.has(split))
+    what = "gradable photographs" if config.ungradable == "exclude" else "photographs"
+    console.print(f"  data {found.root}: {counted} {what}")
     for note in found.notes:
         console.print(f"  note: {note}")
     return found
+
+
+def decode(seen: Survey, console: Console) -> None:
+    """Decode what no rank 0 of an earlier start has decoded, each rank its part, and remember what was found."""
+    paths = runtime.from_main(seen.undecoded)
+    if not paths:
+        return
+    began = time.perf_counter()
+    mine = ranks.share(paths)
+    with EpochBar(console, "decoding each photograph once", len(mine)) as bar:
+        found = seen.decode(mine, ranks.cores(), lambda done, _: bar.update(done), keep=ranks.rank() == 0)
+    seen.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
+    seconds = time.perf_counter() - began
+    console.print(f"  checked: {len(paths):,} photographs decoded in {seconds:.1f} s, which is remembered")
+
+
+def _synthetic(config: Config, console: Console) -> Path:
+    made = config.synthetic
+    counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
+    total = sum(map(sum, counts.values()))
+    if not synthetic.default_root(counts, made.size, made.seed).is_dir():
+        console.print(f"  data synthetic: {total} photographs are made now, once, into the cache …")
+    with EpochBar(console, "making synthetic photographs, once", total) as bar:
+        return synthetic.ensure(counts, made.size, made.seed, on_progress=lambda done, _: bar.update(done))

@@ -4,6 +4,9 @@ A confusion matrix here has **rows = truth, columns = prediction**. An undefined
 without a photograph, the kappa of one grade against itself) is None, never NaN, and a mean over grades leaves
 out those that the truth does not hold: else a split without grade 3 would score below one with it.
 
+Where ungradable is a sixth class, kappa is of the photographs that truth and prediction both grade, and sensitivity
+and specificity are of those that the truth grades, with "ungradable" for a prediction counted as referred.
+
 torchmetrics counts the matrix and computes AUC and calibration error. The rates of a matrix are written out
 in `_rates`, for many matrices at once: the bootstrap needs them for two thousand, while torchmetrics takes
 labels only and averages over absent grades otherwise. `tests/unit/test_metrics.py` holds the two against each
@@ -28,7 +31,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from fastddr.data.grades import REFERABLE
+from fastddr.data.grades import ICDR, REFERABLE
 
 #: Equal-width bins of confidence for the expected calibration error and the reliability diagram.
 BINS = 15
@@ -79,7 +82,8 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     present = [auc for auc in aucs if auc is not None]
     referable = rates["referable"]
     if referable is not None:
-        referable["auc"] = _auc(probabilities[:, REFERABLE:].sum(1), grades >= REFERABLE)
+        graded = grades < len(ICDR)
+        referable["auc"] = _auc(probabilities[graded, REFERABLE:].sum(1), grades[graded] >= REFERABLE)
     return {
         "n": n,
         "loss": float(torch.nn.functional.cross_entropy(logits, grades)) if n else None,
@@ -173,18 +177,22 @@ def _rates(matrices: np.ndarray) -> dict[str, np.ndarray]:
     absent = truth == 0
     f1 = np.where(absent, np.nan, _ratio(2 * hit, truth + predicted))
     recall = _ratio(hit, truth)
-    grade = np.arange(m.shape[-1])
+    # A sixth class, ungradable, is no step of the scale: kappa is of what truth and prediction both grade.
+    scale = m[:, : len(ICDR), : len(ICDR)]
+    grade = np.arange(scale.shape[-1])
     weight = (grade[:, None] - grade[None, :]) ** 2.0  # Cohen 1968, quadratic: the farther, the worse
-    expected = truth[:, :, None] * predicted[:, None, :]
+    expected = scale.sum(2)[:, :, None] * scale.sum(1)[:, None, :]
     rates = {
         "accuracy": _ratio(hit.sum(1), n),
-        "qwk": 1 - _ratio((weight * m).sum((1, 2)) * n, (weight * expected).sum((1, 2))),
+        "qwk": 1 - _ratio((weight * scale).sum((1, 2)) * scale.sum((1, 2)), (weight * expected).sum((1, 2))),
         "macro_f1": _mean(f1),
         "balanced_accuracy": _mean(recall),
         "recall": recall,
     }
     if m.shape[-1] > REFERABLE:
-        rates["sensitivity"] = _ratio(m[:, REFERABLE:, REFERABLE:].sum((1, 2)), truth[:, REFERABLE:].sum(1))
+        # A photograph that is called ungradable is referred too.
+        ill = slice(REFERABLE, len(ICDR))
+        rates["sensitivity"] = _ratio(m[:, ill, REFERABLE:].sum((1, 2)), truth[:, ill].sum(1))
         rates["specificity"] = _ratio(m[:, :REFERABLE, :REFERABLE].sum((1, 2)), truth[:, :REFERABLE].sum(1))
     return rates
 

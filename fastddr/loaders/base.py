@@ -17,7 +17,7 @@ import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fastddr import sampling
@@ -235,9 +235,3 @@ def name_unreadable(files: Sequence[str]) -> str | None:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"{file} ({' '.join(str(error).split())})"
     return None
-
-
-def open_upright(file: str) -> Image.Image:
-    """A photograph as upright RGB."""
-    with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastddr import sampling
+from fastddr.data.photograph import upright
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, name_unreadable, open_upright
+from fastddr.loaders.base import Loader, Requests, Task, name_unreadable
 
 
 class _Item(NamedTuple):
@@ -81,7 +82,7 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
         UserError: the file cannot be decoded.
     """
     try:
-        photograph = open_upright(item.file)
+        photograph = upright(item.file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         bad = name_unreadable([item.file]) or item.file
         raise UserError(f"{bad}: this photograph cannot be decoded; replace it or take it out of the set.") from None

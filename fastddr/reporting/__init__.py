@@ -21,6 +21,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fastddr.data import problems
+from fastddr.data.problems import Problem
 from fastddr.evaluation.metrics import SplitResult, figures, intervals
 from fastddr.reporting import plots, tables
 from fastddr.tracking import METRICS
@@ -38,13 +40,15 @@ def write(
     notes: Sequence[str] = (),
     *,
     root: Path | None = None,
+    left_out: Sequence[Problem] = (),
 ) -> Path:
     """Write RUN/report/ and return the path of its report.md.
 
     `splits` holds any of train, valid, test and `valid_last` (valid under the last weights). `facts` is shown
     in its order, label and value, and a mapping as a value in one line; `notes` are sentences. Paths of
     photographs are taken below `root` where they are relative. The curves come from RUN/metrics.jsonl, if it
-    is there. Raises OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
+    is there. `left_out` are the photographs and labels that were not used. Raises OSError when a file cannot be
+    written; a photograph that cannot be opened is a grey tile.
     """
     report = Path(run_dir) / "report"
     report.mkdir(parents=True, exist_ok=True)
@@ -64,7 +68,9 @@ def write(
         _put(report / name, picture)
     _put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
     _put(report / "predictions.csv", _predictions(splits).encode())
-    text = tables.markdown(Path(run_dir).resolve().name, found, facts, notes, list(pictures))
+    text = tables.markdown(Path(run_dir).resolve().name, found, facts, notes, list(pictures), left_out)
+    if left_out:
+        _put(report / "left_out.csv", problems.write_list(left_out).encode("utf-8", "surrogateescape"))
     _put(report / "report.md", text.encode())
     return report / "report.md"
 

@@ -24,6 +24,7 @@ def facts(
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
         "Preset": config.preset,
         "Data": manifest.root.parent.name if manifest.root.name == "DR_grading" else manifest.root.name,
+        "Layout": manifest.layout,
         "Photographs by grade 0-5": {
             split: " / ".join(map(str, counts)) for split, counts in manifest.counts().items()
         },

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastddr.data.grades import ICDR, REFERABLE
+from fastddr.data.problems import Problem
 
 DISCLAIMER = "Research use only; not a medical device."
+#: So many of the photographs that were left out stand in report.md; all in left_out.csv.
+LISTED = 100
 
 Figures = Mapping[str, Any]
 
@@ -35,8 +38,10 @@ SHORT = {
 
 
 def names(classes: int) -> list[str]:
-    """What the grades are called: ICDR names for five, else their numbers."""
-    return list(ICDR) if classes == len(ICDR) else [f"Grade {grade}" for grade in range(classes)]
+    """What the grades are called: ICDR names for five, with ungradable for six, else their numbers."""
+    if classes in (len(ICDR), len(ICDR) + 1):
+        return [*ICDR, "Ungradable"][:classes]
+    return [f"Grade {grade}" for grade in range(classes)]
 
 
 def title(split: str) -> str:
@@ -78,6 +83,7 @@ def markdown(
     facts: Mapping[str, Any],
     notes: Sequence[str],
     pictures: Sequence[str],
+    left_out: Sequence[Problem] = (),
 ) -> str:
     """The text of report.md."""
     titles = [title(split) for split in found]
@@ -91,6 +97,13 @@ def markdown(
     )
     if notes:
         parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]
+    if left_out:
+        shown = left_out[:LISTED]
+        more = (
+            f" {len(left_out) - LISTED:,} more are in [left_out.csv](left_out.csv)." if len(left_out) > LISTED else ""
+        )
+        parts += ["## Left out", f"{len(left_out):,} photographs or labels were not used.{more}"]
+        parts.append(_table(["File", "Kind", "Why"], [[p.path, p.kind, p.reason] for p in shown], left=3))
     if "curves.png" in pictures:
         parts += ["## Training", "![Loss, accuracy and kappa by epoch](curves.png)"]
     if found:
@@ -127,9 +140,9 @@ def _matrix(matrix: Sequence[Sequence[int]]) -> str:
     return _table(["truth ↓ predicted →", *labels], body)
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right if there are several."""
-    rule = [":--"] + [":--" if len(head) == 2 else "--:"] * (len(head) - 1)
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table: the first `left` columns to the left, the others to the right if there are several."""
+    rule = [":--"] * left + [":--" if len(head) == 2 else "--:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(_text(text) for text in line) + " |" for line in (head, rule, *body))
 
 

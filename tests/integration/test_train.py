@@ -16,32 +16,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tests_support import ROOT, TINY
+from tests_support import ROOT, TINY, settings, train
 
 from fastddr import checkpoints, cli, config, runs
 from fastddr import trainer as trainer_module
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
-
-#: Small enough for seconds; everything that costs memory of state is on: EMA, clipping, accumulation, warm-up.
-SMALL = [
-    "--epochs", "2", "--batch-size", "8", "--micro-batch-size", "4", "--image-size", "64", "--canvas", "80",
-    "--convmixer.dim", "8", "--convmixer.depth", "1", "--convmixer.kernel-size", "3", "--convmixer.patch-size", "8",
-    "--cnn.width", "4", "--resnet.depth", "10", "--resnet.width", "16", "--tracking.no-wandb",
-    "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1", "--loading.threads", "1",
-    "--optimizer.ema-decay", "0.9", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.4",
-]  # fmt: skip
-
-
-def settings(data: Path, run: Path, *more: str) -> config.Config:
-    return cli.parse(["--data", str(data), "--run-dir", str(run), *SMALL, *more], "test")
-
-
-def train(data: Path, run: Path, *more: str) -> Path:
-    with Trainer(settings(data, run, *more)) as trainer:
-        trainer.fit()
-    return run
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from photographs import draw
 from PIL import Image, ImageOps
 from tests_support import task
 
@@ -330,3 +331,48 @@ def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dali.importlib.metadata, "distributions", lambda: both)
     with pytest.raises(UserError, match="pip uninstall"):
         dali.installed()
+
+
+# ------------------------------------------------------------------------------------------ odd photographs
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "greyscale": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+    "progressive": {"progressive": True},
+    **{f"turned {way}": {"orientation": way} for way in range(2, 9)},
+    "png": {"format": "PNG"},
+    "grey png": {"format": "PNG", "mode": "L"},
+    "palette": {"format": "PNG", "mode": "P"},
+    "transparent": {"format": "PNG", "mode": "RGBA"},
+    "turned png": {"format": "PNG", "orientation": 6},
+    "tiff": {"format": "TIFF"},
+    "lzw tiff": {"format": "TIFF", "compression": "tiff_lzw"},
+    "cmyk tiff": {"format": "TIFF", "mode": "CMYK"},
+    "turned tiff": {"format": "TIFF", "orientation": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> manifest.Manifest:
+    """Photographs that are no plain RGB JPEG, all of them called .jpg, as large as their canvas."""
+    root = tmp_path_factory.mktemp("odd")
+    for split in ("train", "valid", "test"):
+        for number, (name, settings) in enumerate(ODD.items()):
+            path = root / split / str(number % 5) / f"{name}.jpg"
+            draw(path, number, size=(100, 80), **{"format": "JPEG"} | settings)
+    return manifest.read(root)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_odd_photographs_give_the_pixels_of_pillow_in_every_loader(name: str, odd: manifest.Manifest) -> None:
+    wanted = task(odd, "test", batch_size=len(ODD))
+    (batch,) = batches(name, wanted)
+    for b, id_ in enumerate(batch.id.tolist()):
+        with Image.open(wanted.files[id_]) as image:
+            upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float64)
+        height, width = upright.shape[:2]
+        window = upright[(height - 64) // 2 :, (width - 64) // 2 :][:64, :64]
+        expected = (window / 255 - wanted.augment.mean) / wanted.augment.std
+        levels = (batch.image[b] - torch.from_numpy(expected).permute(2, 0, 1)) * STD[0]
+        assert levels.abs().max() < 1e-3, odd.path[id_]

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddr.errors import UserError
-from fastddr.runtime import choose_precision, cores_of_rank, divide_batch
+from fastddr.ranks import cores
+from fastddr.runtime import choose_precision, divide_batch
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,8 @@ def test_a_batch_is_divided_without_rest_or_refused(batch: int, micro: int, worl
 
 
 def test_cores_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastddr.runtime.available_cores", lambda: 16)
+    monkeypatch.setattr("fastddr.ranks.available_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert cores_of_rank() == 2
+    assert cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert cores_of_rank() == 1
+    assert cores() == 1

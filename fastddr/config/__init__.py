@@ -16,151 +16,22 @@ from typing import Any, Literal
 
 import yaml
 
+from fastddr.config.sections import (
+    AugmentConfig,
+    CNNConfig,
+    ConvMixerConfig,
+    EvaluationConfig,
+    LoadingConfig,
+    LossConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    SplitConfig,
+    SyntheticConfig,
+    TrackingConfig,
+)  # fmt: skip
 from fastddr.errors import UserError, nearest
 
 MODELS = ("convmixer", "cnn", "resnet")
-#: Means and standard deviations of ImageNet's RGB values in [0, 1], the field's habit for fundus photographs too.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class ConvMixerConfig:
-    """ConvMixer-dim/depth with kernel k and patch p (Trockman and Kolter, 2022)."""
-
-    dim: int = 512
-    """Channels of every layer."""
-    depth: int = 12
-    """How many ConvMixer layers."""
-    kernel_size: int = 9
-    """Side of the depthwise kernel; odd."""
-    patch_size: int = 8
-    """Side of a patch in pixels; a layer sees a map of image_size / patch_size a side."""
-
-
-@dataclass(frozen=True)
-class CNNConfig:
-    """The report's plain CNN: packages of convolution, ReLU and pooling, then one fully connected layer."""
-
-    blocks: int = 2
-    """How many packages; each halves the map."""
-    width: int = 32
-    """Channels of the first package; each further one doubles them."""
-
-
-@dataclass(frozen=True)
-class ResNetConfig:
-    """A residual network (He et al., 2016) of any depth."""
-
-    depth: int = 18
-    """Weighted layers: 18, 34, 50, 101, 152, or any other that the blocks can make, 40 for one."""
-    width: int = 64
-    """Channels of the first stage."""
-    stem: Literal["standard", "stride1"] = "standard"
-    """`stride1` keeps the full resolution after the first convolution: about 13 times the memory."""
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What varies from epoch to epoch. All of it is one affine map and one colour map a photograph."""
-
-    hflip: bool = True
-    """Mirror left and right, with probability 1/2."""
-    vflip: bool = True
-    """Mirror top and bottom, with probability 1/2."""
-    rotate: float = 0.0
-    """Rotate by up to so many degrees either way."""
-    scale: tuple[float, float] = (1.0, 1.0)
-    """Scale by a factor from this range."""
-    brightness: float = 0.0
-    """Multiply by up to 1 ± this."""
-    contrast: float = 0.0
-    """Stretch about the mean colour by up to 1 ± this."""
-    saturation: float = 0.0
-    """Stretch about the grey axis by up to 1 ± this."""
-    hue: float = 0.0
-    """Turn about the grey axis by up to this share of a full turn either way."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from RGB in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Divided by, after that."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How the weights move."""
-
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    """`sgd` is with Nesterov momentum."""
-    weight_decay: float = 0.0
-    """Not applied to biases and norms."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of Adam and AdamW."""
-    momentum: float = 0.9
-    """Of SGD."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """The course of the learning rate after the warm-up."""
-    warmup_ratio: float = 0.0
-    """Share of all steps over which the learning rate rises linearly."""
-    clip_norm: float | None = None
-    """Clip the gradient to this global L2 norm."""
-    ema_decay: float | None = None
-    """Keep an exponential moving average of the weights, and evaluate that one."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is minimised: cross-entropy."""
-
-    label_smoothing: float = 0.0
-    """Share of the target spread over all grades."""
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How a split is scored."""
-
-    field: Literal["center", "full"] = "center"
-    """`center`: the centre window of the canvas. `full`: the same on a canvas as small as the window, so that
-    its short side is seen whole."""
-    batch_size: int | None = None
-    """Photographs a rank holds at once; by default the training micro batch."""
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Where the figures go besides metrics.jsonl, which is always written."""
-
-    wandb: bool = True
-    """Weights & Biases; offline when there is no login or no network."""
-    tensorboard: bool = True
-    """TensorBoard files in the run folder."""
-    project: str = "fastddr"
-    """The W&B project."""
-    log_every_steps: int = 10
-    """Steps between two lines of training figures; each epoch ends with one too."""
-
-
-@dataclass(frozen=True)
-class LoadingConfig:
-    """How photographs get into the batch. Never changes what is in it."""
-
-    threads: int | None = None
-    """Decoding threads (DALI) or worker processes (torchvision); by default the cores of this rank."""
-    prefetch: int = 2
-    """Batches decoded ahead."""
-
-
-@dataclass(frozen=True)
-class SyntheticConfig:
-    """The built-in data set, made once in the user's cache when `--data synthetic`."""
-
-    photographs: int | None = None
-    """How many, in DDR's own proportions of split and grade; by default a small, flatter set."""
-    size: int = 512
-    """Side of a photograph in pixels."""
-    seed: int = 0
-    """Of the photographs; the run's own seed leaves them alone."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +41,17 @@ class Config:
     preset: str = "quickstart"
     """Name of a preset, or a YAML file (a run's config.yaml repeats that run)."""
     data: str = "synthetic"
-    """Folder of the photographs (DDR-dataset, DR_grading, or class folders), or `synthetic`."""
+    """Folder of the photographs (any layout of DDR, class folders), a label table (.csv), or `synthetic`."""
+    exclude: str | None = None
+    """List of photographs to leave out: what `fastddr check --fix-list` writes, or a path a line."""
+    on_bad: Literal["raise", "exclude"] = "raise"
+    """A photograph or label that cannot be used: stop before the first step, or leave it out and list it in the
+    report."""
+    check: Literal["full", "header"] = "full"
+    """`full`: what was never decoded is decoded once before the first step, and remembered. `header`: only the
+    headers are read, so a damaged photograph stops the run when it is met."""
+    ungradable: Literal["exclude", "class"] = "exclude"
+    """Photographs of grade 5: left out, or a sixth class."""
     run_dir: str | None = None
     """Folder of the run; an existing one is resumed. By default a new runs/PRESET-DATA-TIME."""
     model: Literal["convmixer", "cnn", "resnet"] = "convmixer"
@@ -210,7 +91,13 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
+    splitting: SplitConfig = field(default_factory=SplitConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the model tells apart: the five grades of ICDR, and ungradable where it is a class."""
+        return 6 if self.ungradable == "class" else 5
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -219,8 +106,11 @@ class Config:
 
 
 #: Keys that may change when a run is resumed. All others are the run's identity. The data may move: what
-#: holds it to the run is the manifest's fingerprint, not its path.
-RUNTIME_KEYS = ("preset", "data", "run_dir", "save_every_steps", "tracking", "loading", "evaluation.batch_size")
+#: holds it to the run is the manifest's fingerprint, not its path, nor how it was checked and what was left out.
+RUNTIME_KEYS = (
+    "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "tracking", "loading",
+    "evaluation.batch_size",
+)  # fmt: skip
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -368,6 +258,15 @@ def dump(config: Config) -> str:
 # ---------------------------------------------------------------------------------------------- checks
 
 
+def check_splitting(parts: SplitConfig, where: str) -> None:
+    """Raise `UserError` unless the shares leave photographs for train and valid."""
+    if not (0 <= parts.test_share < 1 and 0 < parts.valid_share < 1 - parts.test_share):
+        raise UserError(
+            f"{where}: splitting.test_share is {parts.test_share} and splitting.valid_share {parts.valid_share}, but "
+            "they must leave photographs for train and valid; lower one."
+        )
+
+
 def check(config: Config, where: str) -> Config:
     """The same configuration, if its values make sense together.
 
@@ -394,6 +293,7 @@ def check(config: Config, where: str) -> Config:
     need(config.lr > 0, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     need(config.loading.prefetch >= 1, f"loading.prefetch is {config.loading.prefetch}, but must be at least 1.")
+    check_splitting(config.splitting, where)
     need(config.tracking.log_every_steps >= 1, "tracking.log_every_steps must be at least 1.")
     low, high = config.augment.scale
     need(

@@ -1,0 +1,164 @@
+"""The sections of a configuration: a frozen dataclass each, with a sentence under each field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: Means and standard deviations of ImageNet's RGB values in [0, 1], the field's habit for fundus photographs too.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ConvMixerConfig:
+    """ConvMixer-dim/depth with kernel k and patch p (Trockman and Kolter, 2022)."""
+
+    dim: int = 512
+    """Channels of every layer."""
+    depth: int = 12
+    """How many ConvMixer layers."""
+    kernel_size: int = 9
+    """Side of the depthwise kernel; odd."""
+    patch_size: int = 8
+    """Side of a patch in pixels; a layer sees a map of image_size / patch_size a side."""
+
+
+@dataclass(frozen=True)
+class CNNConfig:
+    """The report's plain CNN: packages of convolution, ReLU and pooling, then one fully connected layer."""
+
+    blocks: int = 2
+    """How many packages; each halves the map."""
+    width: int = 32
+    """Channels of the first package; each further one doubles them."""
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """A residual network (He et al., 2016) of any depth."""
+
+    depth: int = 18
+    """Weighted layers: 18, 34, 50, 101, 152, or any other that the blocks can make, 40 for one."""
+    width: int = 64
+    """Channels of the first stage."""
+    stem: Literal["standard", "stride1"] = "standard"
+    """`stride1` keeps the full resolution after the first convolution: about 13 times the memory."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What varies from epoch to epoch. All of it is one affine map and one colour map a photograph."""
+
+    hflip: bool = True
+    """Mirror left and right, with probability 1/2."""
+    vflip: bool = True
+    """Mirror top and bottom, with probability 1/2."""
+    rotate: float = 0.0
+    """Rotate by up to so many degrees either way."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Scale by a factor from this range."""
+    brightness: float = 0.0
+    """Multiply by up to 1 ± this."""
+    contrast: float = 0.0
+    """Stretch about the mean colour by up to 1 ± this."""
+    saturation: float = 0.0
+    """Stretch about the grey axis by up to 1 ± this."""
+    hue: float = 0.0
+    """Turn about the grey axis by up to this share of a full turn either way."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from RGB in [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divided by, after that."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the weights move."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """`sgd` is with Nesterov momentum."""
+    weight_decay: float = 0.0
+    """Not applied to biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam and AdamW."""
+    momentum: float = 0.9
+    """Of SGD."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The course of the learning rate after the warm-up."""
+    warmup_ratio: float = 0.0
+    """Share of all steps over which the learning rate rises linearly."""
+    clip_norm: float | None = None
+    """Clip the gradient to this global L2 norm."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, and evaluate that one."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: cross-entropy."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread over all grades."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a split is scored."""
+
+    field: Literal["center", "full"] = "center"
+    """`center`: the centre window of the canvas. `full`: the same on a canvas as small as the window, so that
+    its short side is seen whole."""
+    batch_size: int | None = None
+    """Photographs a rank holds at once; by default the training micro batch."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the figures go besides metrics.jsonl, which is always written."""
+
+    wandb: bool = True
+    """Weights & Biases; offline when there is no login or no network."""
+    tensorboard: bool = True
+    """TensorBoard files in the run folder."""
+    project: str = "fastddr"
+    """The W&B project."""
+    log_every_steps: int = 10
+    """Steps between two lines of training figures; each epoch ends with one too."""
+
+
+@dataclass(frozen=True)
+class LoadingConfig:
+    """How photographs get into the batch. Never changes what is in it."""
+
+    threads: int | None = None
+    """Decoding threads (DALI) or worker processes (torchvision); by default the cores of this rank."""
+    prefetch: int = 2
+    """Batches decoded ahead."""
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The built-in data set, made once in the user's cache when `--data synthetic`."""
+
+    photographs: int | None = None
+    """How many, in DDR's own proportions of split and grade; by default a small, flatter set."""
+    size: int = 512
+    """Side of a photograph in pixels."""
+    seed: int = 0
+    """Of the photographs; the run's own seed leaves them alone."""
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How photographs are split where the data set does not say it. What was done stands in every report."""
+
+    test: Literal["auto", "official", "random"] = "auto"
+    """`official`: DDR's own test split, restored by file name from a copy without splits. `random`: drawn by seed.
+    `auto`: official where the counts of each grade are those of DDR, else random."""
+    test_share: float = 0.3
+    """Share of the set for test, where it is drawn; DDR's own is 0.3."""
+    valid_share: float = 0.2
+    """Share of the set for valid, where it is drawn; DDR's own is 0.2."""
+    seed: int = 0
+    """Of the draw; the run's own seed leaves the splits alone."""

@@ -1,0 +1,79 @@
+"""What is known of each file of a data set, kept between runs, file by file.
+
+A record counts as long as the file's size and time of change are the same. So one new photograph is looked at alone,
+and a repaired one is looked at again: finer than the fingerprint of the whole set, which one file changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from platformdirs import user_cache_dir
+
+#: Of the records. Raise it with every change of what they say: older ones are then made anew.
+_VERSION = 1
+
+
+class Record(NamedTuple):
+    """What is known of one file."""
+
+    size: int
+    """Bytes."""
+    changed: int
+    """Time of change, in ns since 1970."""
+    width: int = 0
+    """Of the upright photograph; 0 where the header cannot be read."""
+    height: int = 0
+    format: str = ""
+    sampling: str = ""
+    traits: str = ""
+    """Kinds of notes, with commas between."""
+    kind: str = ""
+    """Kind of the error, empty where none is known."""
+    reason: str = ""
+    digest: str = ""
+    """Hash of the pixels; empty where the photograph was never decoded."""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether there is nothing left to find out."""
+        return bool(self.digest or self.kind)
+
+
+def folder() -> Path:
+    """The folder of all caches: $FASTDDR_CACHE, else the user's."""
+    return Path(os.environ.get("FASTDDR_CACHE") or user_cache_dir("fastddr"))
+
+
+def _file(root: Path) -> Path:
+    return folder() / "photographs" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
+
+
+def load(root: Path) -> dict[str, Record]:
+    """The records of the photographs below a folder, by relative path; empty where there are none."""
+    try:
+        stored = json.loads(_file(root).read_text(encoding="utf-8", errors="surrogateescape"))
+        if stored["version"] != _VERSION:
+            return {}
+        return {path: Record(*values) for path, values in stored["photographs"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # no cache yet, or a broken one: it is made anew
+
+
+def store(root: Path, records: Mapping[str, Record]) -> None:
+    """Keep the records; those of photographs that are not named are forgotten."""
+    path = _file(root)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps({"version": _VERSION, "root": str(root), "photographs": records}, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(temporary, path)
+    except OSError:
+        # Without a cache every start looks at the photographs again: slower, but right.
+        temporary.unlink(missing_ok=True)

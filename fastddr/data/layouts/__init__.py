@@ -1,0 +1,64 @@
+"""In which form a data set lies on disk, and what its labels say: `find`.
+
+official    DR_grading/{train,valid,test}/*.jpg and {train,valid,test}.txt
+kaggle      DR_grading.csv (id_code,diagnosis) and DR_grading/DR_grading/*.jpg, without splits
+gdrbench    images/DDR/{nodr,mild_npdr,...}/*.jpg and splits/DDR_{train,crossval}.txt
+folders     {train,valid,test}/{0..4 or names}/*.jpg, or {0..4}/*.jpg
+csv, ...    a label table, known by its header (`table.py`)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastddr.data.layouts.common import PHOTOGRAPHS, SPLITS, Entry, Listing, subfolders
+from fastddr.data.layouts.folders import folders
+from fastddr.data.layouts.lines import gdrbench, official
+from fastddr.data.layouts.table import table, tables
+from fastddr.errors import UserError
+
+__all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
+
+#: How far below the given folder a data set is looked for: the parent of DDR-dataset holds DDR-dataset/DR_grading.
+_DEPTH = 2
+
+
+def find(data: str | Path) -> Listing:
+    """The listing of a data set: of its folder, of one above it, or of a label table.
+
+    Raises:
+        UserError: no such place, no known layout, more than one, or labels that cannot be read.
+    """
+    try:
+        place = Path(data).expanduser()
+        there = place.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a user that is none, no right to look
+        raise UserError(f"--data {data}: this folder cannot be opened ({error}).") from None
+    if not there:
+        raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")
+    place = place.resolve()
+    if place.is_file() and place.suffix.lower() == ".csv":
+        return table(place)
+    if not place.is_dir():
+        raise UserError(
+            f"--data {data}: this is a file; give the folder that holds the photographs, or a label table (.csv)."
+        )
+    level = [place]
+    for depth in range(_DEPTH + 1):
+        found = [
+            (folder, listing) for folder in level if (listing := _in(folder, place, strict=depth == 0)) is not None
+        ]
+        if len(found) > 1:
+            where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
+            raise UserError(f"{place}: several data sets lie below it ({where}); give one of these folders.")
+        if found:
+            return found[0][1]
+        level = [below for folder in level for below in subfolders(folder)]
+    raise UserError(
+        f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
+        "(DR_grading.csv, or a CSV with the header path,grade), or class folders like train/0/ or train/mild/."
+    )
+
+
+def _in(folder: Path, top: Path, *, strict: bool) -> Listing | None:
+    return official(folder) or gdrbench(folder) or tables(folder, top) or folders(folder, strict=strict)

@@ -1,0 +1,109 @@
+"""What all layouts share: an entry, a listing, and how splits and grades are spelled."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastddr.data.grades import UNGRADABLE
+from fastddr.data.problems import Problem
+
+SPLITS = ("train", "valid", "test")
+PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+#: Names of splits and grades, spelled without case, spaces, dashes and underscores.
+_SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
+                "test": "test", "testing": "test"}  # fmt: skip
+_GRADE_NAMES = {
+    **{str(grade): grade for grade in range(UNGRADABLE + 1)},
+    "nodr": 0, "no": 0, "none": 0, "normal": 0, "mild": 1, "mildnpdr": 1, "milddr": 1,
+    "moderate": 2, "moderatenpdr": 2, "moderatedr": 2, "severe": 3, "severenpdr": 3, "severedr": 3,
+    "pdr": 4, "proliferative": 4, "proliferativedr": 4, "proliferatedr": 4, "ungradable": 5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A photograph that a layout names; it may be missing on disk."""
+
+    path: str
+    """Relative to the listing's root, with forward slashes."""
+    grade: int
+    """0-5, or -1 where the label file gives none."""
+    split: str | None = None
+    """train, valid or test; None where the layout has no splits."""
+    patient: str | None = None
+    label: str = ""
+    """The label file that names it, relative to the root; empty where its folder does."""
+    line: int = 0
+    """In the label file."""
+    token: str = ""
+    """What the label file calls it."""
+
+    @property
+    def where(self) -> str:
+        """Label file and line, as the beginning of a reason."""
+        return f"{self.label}, line {self.line}: " if self.label else ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a layout says of a data set, before anybody has looked at a photograph."""
+
+    layout: str
+    """official, kaggle, gdrbench, folders, or what a label table's header says."""
+    root: Path
+    entries: list[Entry]
+    problems: list[Problem] = field(default_factory=list)
+    """Of the labels, and what has none."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the report."""
+
+
+def spelled(name: str) -> str:
+    """A name without case and without all that is no letter or digit."""
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder's name, or a table's cell, says; else None."""
+    return _SPLIT_NAMES.get(spelled(name))
+
+
+def grade_of(name: str) -> int | None:
+    """The grade that a name says ("2", "Moderate NPDR", "Grade 2", "2_moderate"), else None."""
+    if (grade := _GRADE_NAMES.get(spelled(name))) is not None:
+        return grade
+    match = re.fullmatch(r"(?:grade|class|level)?[\s_-]*([0-5])(?:[\s_-]+(\D+))?", name, re.IGNORECASE)
+    if match is None:
+        return None
+    grade = int(match[1])
+    # A name behind the number must say the same: a wrong grade would be worse than a refusal.
+    return grade if match[2] is None or _GRADE_NAMES.get(spelled(match[2])) == grade else None
+
+
+def is_photograph(name: str) -> bool:
+    """By its name: a known extension, in any case, and not hidden."""
+    return name.lower().endswith(PHOTOGRAPHS) and not name.startswith(".")
+
+
+def photographs(folder: Path) -> list[str]:
+    """Names of the photographs in a folder, sorted."""
+    with os.scandir(folder) as found:
+        return sorted(entry.name for entry in found if is_photograph(entry.name))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder, sorted, without the hidden ones and without those that may not be looked into."""
+    try:
+        with os.scandir(folder) as found:
+            return [Path(e.path) for e in sorted(found, key=lambda e: e.name) if e.is_dir() and e.name[0] != "."]
+    except OSError:
+        return []
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three, for a sentence."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

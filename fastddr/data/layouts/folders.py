@@ -1,0 +1,96 @@
+"""Class folders: `train/0/*.jpg`, or names of grades; also `0/*.jpg` alone, a set without splits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastddr.data.grades import ICDR
+from fastddr.data.layouts.common import (
+    PHOTOGRAPHS,
+    SPLITS,
+    Entry,
+    Listing,
+    grade_of,
+    is_photograph,
+    photographs,
+    some,
+    split_of,
+    subfolders,
+)  # fmt: skip
+from fastddr.data.problems import Problem
+from fastddr.errors import UserError
+
+
+def folders(root: Path, *, strict: bool) -> Listing | None:
+    """The listing of class folders, None where there are none.
+
+    `strict` takes folders that are named as splits for class folders whatever they hold, so that a misspelt grade is
+    told: right where the user pointed at them, wrong where they were come across.
+    """
+    below = subfolders(root)
+    splits: dict[str, Path] = {}
+    for folder in below:
+        split = split_of(folder.name)
+        if split and split in splits:
+            if not strict:
+                return None
+            raise UserError(f"{root}: both {splits[split].name}/ and {folder.name}/ are the split {split!r}; keep one.")
+        if split:
+            splits[split] = folder
+    if not splits:
+        return _without_splits(root, below)
+    if not strict and not any(grade_of(e.name) is not None for f in splits.values() for e in subfolders(f)):
+        return None
+    listing = Listing("folders", root, [])
+    for split in SPLITS:
+        if split not in splits:
+            if split == "test":
+                listing.notes.append("There is no test split (no folder test/), so nothing is scored on it.")
+            continue
+        before = len(listing.entries)
+        loose = photographs(splits[split])
+        _leave_out(listing, splits[split], loose, "orphan", "lies beside the class folders", "photographs")
+        for folder in subfolders(splits[split]):
+            _class_folder(listing, folder, split)
+        if len(listing.entries) == before:
+            raise UserError(
+                f"{splits[split]}: the split {split!r} is empty; it should hold class folders with photographs."
+            )
+    return listing
+
+
+def _without_splits(root: Path, below: list[Path]) -> Listing | None:
+    graded = [folder for folder in below if grade_of(folder.name) is not None]
+    if len({grade_of(folder.name) for folder in graded}) < 2:
+        return None
+    listing = Listing("folders", root, [])
+    for folder in below:
+        # Beside grades, a folder that is none is a misspelt one as likely as not.
+        _class_folder(listing, folder, None)
+    return listing if listing.entries else None
+
+
+def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
+    grade = grade_of(folder.name)
+    if grade is None:
+        raise UserError(
+            f"{folder}: this class folder is no grade; name it 0-4, 5 (ungradable), or by its ICDR name: "
+            f"{', '.join(ICDR)}."
+        )
+    relative = folder.relative_to(listing.root).as_posix()
+    if below := [entry.name for entry in subfolders(folder)]:
+        listing.notes.append(f"Folders below {relative}/ are not read and left out: {some(below)}.")
+    with os.scandir(folder) as found:
+        # A link to nothing is no file, but it was meant to be one.
+        names = sorted(e.name for e in found if (e.is_file() or e.is_symlink()) and not e.name.startswith("."))
+    other = [name for name in names if not is_photograph(name)]
+    _leave_out(listing, folder, other, "other-file", f"is not {', '.join(PHOTOGRAPHS)}", "files")
+    listing.entries.extend(Entry(f"{relative}/{name}", grade, split) for name in names if is_photograph(name))
+
+
+def _leave_out(listing: Listing, folder: Path, names: list[str], kind: str, why: str, what: str) -> None:
+    relative = folder.relative_to(listing.root).as_posix()
+    listing.problems.extend(Problem(f"{relative}/{name}", kind, f"it {why}") for name in names)
+    if names:
+        listing.notes.append(f"Left out in {relative}/: {len(names)} {what}, each of which {why}: {some(names)}.")

@@ -1,0 +1,138 @@
+"""Layouts whose label files have a line a photograph, `name grade`: DDR's official release, and GDRBench's copy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fastddr.data.grades import UNGRADABLE
+from fastddr.data.layouts.common import SPLITS, Entry, Listing, photographs, some
+from fastddr.data.problems import Problem, errors, one_line
+from fastddr.errors import UserError
+
+#: What GDRBench calls its lists, and which split that is.
+_BENCH_LISTS = {"train": "train", "crossval": "valid", "test": "test"}
+
+
+def official(folder: Path) -> Listing | None:
+    """DDR as released: a folder and a label file for each split, lines `007-0004-000.jpg 0`."""
+    if not any((folder / f"{split}.txt").is_file() for split in SPLITS):
+        return None
+    listing = Listing("official", folder, [])
+    for split in SPLITS:
+        label_file = folder / f"{split}.txt"
+        if not label_file.is_file():
+            if split == "test":
+                listing.notes.append("There is no test split (no test.txt), so nothing is scored on it.")
+                continue
+            raise UserError(f"{folder}: the label file {split}.txt is missing; the official layout has one a split.")
+        if not (folder / split).is_dir():
+            raise UserError(f"{folder}: the folder {split}/ of the photographs in {split}.txt is missing.")
+
+        def locate(name: str, split: str = split) -> str | None:
+            return None if "/" in name or "\\" in name or name in (".", "..") else f"{split}/{name}"
+
+        wanted = f"the name of a photograph in {split}/"
+        named = _read(label_file, split, locate, wanted, listing)
+        if not named:
+            _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
+        _orphans(listing, split, {Path(path).name for path in named}, f"{split}.txt")
+    return listing
+
+
+def gdrbench(folder: Path) -> Listing | None:
+    """GDRBench (Che et al., MICCAI 2023): `images/DDR/mild_npdr/x.jpg`, and `splits/DDR_train.txt` and `_crossval.txt`.
+
+    `folder` is the one that holds `images/` and `splits/`, or `images/NAME` of one of its sets.
+    """
+    asked = None
+    if folder.parent.name == "images" and (folder.parent.parent / "splits" / f"{folder.name}_train.txt").is_file():
+        folder, asked = folder.parent.parent, folder.name
+    if not (folder / "images").is_dir() or not (folder / "splits").is_dir():
+        return None
+    lists = sorted((folder / "splits").glob("*_train.txt"))
+    sets = [file.name.removesuffix("_train.txt") for file in lists]
+    there = [name for name in sets if (folder / "images" / name).is_dir()]
+    if not there:
+        return None
+    listing = Listing("gdrbench", folder, [])
+    chosen = asked or ("DDR" if "DDR" in there else there[0])
+    if asked is None and len(there) > 1:
+        if chosen != "DDR":
+            raise UserError(
+                f"{folder}: it holds {len(there)} sets ({', '.join(there)}); give one, as {folder}/images/{chosen}."
+            )
+        listing.notes.append(f"Of the sets in {folder.name}/images only DDR is read: {', '.join(there)} are there.")
+
+    def locate(name: str) -> str | None:
+        parts = Path(name).parts
+        return f"images/{name}" if parts[:1] == (chosen,) and ".." not in parts and "\\" not in name else None
+
+    named: set[str] = set()
+    for ending, split in _BENCH_LISTS.items():
+        label_file = folder / "splits" / f"{chosen}_{ending}.txt"
+        if label_file.is_file():
+            named |= _read(label_file, split, locate, f"a path in images/, like {chosen}/nodr/x.jpg", listing)
+        elif split == "test":
+            listing.notes.append("There is no test split (GDRBench has none), so nothing is scored on it.")
+    if not named:
+        what = f"the lists of {chosen} are empty; their lines should be `path grade`"
+        _refuse_empty(listing, folder / "splits", what)
+    for parent in sorted({Path(path).parent for path in named}):
+        if (folder / parent).is_dir():
+            inside = {Path(path).name for path in named if Path(path).parent == parent}
+            _orphans(listing, parent.as_posix(), inside, "splits/")
+    return listing
+
+
+def _refuse_empty(listing: Listing, place: Path, what: str) -> None:
+    """Raise `UserError`: nothing can be used, because the first line is wrong or because there is none."""
+    wrong = errors(listing.problems)
+    raise UserError(f"{wrong[0].sentence(listing.root)}." if wrong else f"{place}: {what}.")
+
+
+def _orphans(listing: Listing, folder: str, named: set[str], labels: str) -> None:
+    orphans = [name for name in photographs(listing.root / folder) if name not in named]
+    listing.problems.extend(Problem(f"{folder}/{name}", "orphan", f"it has no line in {labels}") for name in orphans)
+    if orphans:
+        listing.notes.append(
+            f"{len(orphans)} photographs in {folder}/ have no line in {labels} and are left out: {some(orphans)}."
+        )
+
+
+def _read(label_file: Path, split: str, locate: Callable[[str], str | None], wanted: str, listing: Listing) -> set[str]:
+    """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
+    label = label_file.relative_to(listing.root).as_posix()
+    known: dict[str, int] = {}
+    for number, line in _lines(label_file):
+
+        def wrong(kind: str, reason: str, path: str | None = None, number: int = number) -> None:
+            listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
+
+        # From the right: a name may hold spaces.
+        match = re.fullmatch(r"\s*(.*\S)\s+(\d+)\s*", line)
+        if match is None:
+            wrong("label", f"{line.strip()!r} is not `name.jpg grade`")
+            continue
+        name, grade = match[1], int(match[2])
+        path = locate(name)
+        if path is None:
+            wrong("label", f"{name} is a path that is not read here: give {wanted}")
+        elif grade > UNGRADABLE:
+            wrong("grade", f"grade {grade} of {name} is not one of 0-4 (ICDR) or 5 (ungradable)")
+        elif path in known:
+            wrong("doubled", f"{label}, line {number}: {name} stands already in line {known[path]}", path)
+        else:
+            known[path] = number
+            listing.entries.append(Entry(path, grade, split, None, label, number, name))
+    return set(known)
+
+
+def _lines(label_file: Path) -> Iterable[tuple[int, str]]:
+    try:
+        text = label_file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{label_file}: the label file cannot be read as text ({error}).") from None
+    # Not splitlines: it takes a form feed or a Unicode separator in a name for the end of a line.
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())

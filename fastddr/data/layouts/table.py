@@ -1,0 +1,219 @@
+"""Label tables: a CSV with a row a photograph, known by its header.
+
+path,grade[,split][,patient]      ours
+id_code,diagnosis                 the Kaggle copy of DDR; APTOS 2019
+image,level                       EyePACS (Kaggle 2015); its names tell the patient: 10_left, 10_right
+Image name,Retinopathy grade      IDRiD, Messidor
+image_id,adjudicated_dr_grade     Messidor-2 (adjudicated_gradable 0 = ungradable)
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastddr.data.grades import UNGRADABLE, UNKNOWN
+from fastddr.data.layouts.common import Entry, Listing, grade_of, is_photograph, some, spelled, split_of
+from fastddr.data.problems import Problem, one_line
+from fastddr.errors import UserError
+
+#: (column of the name, column of the grade), spelled, and what such a table is called.
+_HEADERS = {
+    ("path", "grade"): "csv",
+    ("idcode", "diagnosis"): "aptos",
+    ("image", "level"): "eyepacs",
+    ("imagename", "retinopathygrade"): "idrid",
+    ("imageid", "adjudicateddrgrade"): "messidor2",
+}
+_EYEPACS_NAME = re.compile(r"(\d+)_(?:left|right)")
+#: A competition's example of a submission has the header of the labels and made-up grades.
+_NOT_LABELS = "samplesubmission"
+
+
+@dataclass(frozen=True)
+class _Table:
+    file: Path
+    layout: str
+    header: list[str]
+    """Spelled."""
+    rows: list[tuple[int, list[str]]]
+    """Line in the file, cells."""
+
+    def cells(self, *names: str) -> int | None:
+        """The column of the first of these names that there is."""
+        return next((self.header.index(name) for name in names if name in self.header), None)
+
+
+def tables(folder: Path, top: Path) -> Listing | None:
+    """The listing of the label tables in a folder; None where there are none.
+
+    The photographs are looked for below the folder, else below the folders above it, up to `top`: IDRiD keeps its
+    tables beside its photographs.
+    """
+    files = [folder / name for name in sorted(os.listdir(folder)) if name.lower().endswith(".csv")]
+    found = [t for t in map(_read, files) if t is not None and _NOT_LABELS not in spelled(t.file.stem)]
+    return _listing(found, folder, top) if found else None
+
+
+def table(file: Path) -> Listing:
+    """The listing of one label table that the user pointed at.
+
+    Raises:
+        UserError: its header is not one of those that are known.
+    """
+    found = _read(file)
+    if found is None:
+        raise UserError(f"{file}: this is no label table; its header should be path,grade[,split][,patient].")
+    return _listing([found], file.parent, file.parent)
+
+
+def key_column(header: Sequence[str]) -> int | None:
+    """The column that names the photographs in a label table with this header; None where it is no label table."""
+    names = [spelled(cell) for cell in header]
+    return next((names.index(key) for key, grade in _HEADERS if key in names and grade in names), None)
+
+
+def _read(file: Path) -> _Table | None:
+    """The table in a file, None where it is no label table."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            header = [spelled(cell) for cell in next(reader, [])]
+            layout = next((name for pair, name in _HEADERS.items() if set(pair) <= set(header)), None)
+            if layout is None:
+                return None
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: this table cannot be read ({one_line(error)}).") from None
+    if layout == "aptos" and spelled(file.stem) == "drgrading":
+        layout = "kaggle"
+    return _Table(file, layout, header, rows)
+
+
+class _Index:
+    """The photographs below a folder, by path, name and name without extension."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths: set[str] = set()
+        self.by_name: dict[str, list[str]] = defaultdict(list)
+        for folder, below, names in os.walk(root):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            relative = os.path.relpath(folder, root).replace(os.sep, "/")
+            for name in names:
+                if is_photograph(name):
+                    path = name if relative == "." else f"{relative}/{name}"
+                    self.paths.add(path)
+                    self.by_name[name].append(path)
+                    self.by_name[os.path.splitext(name)[0]].append(path)
+
+    def find(self, token: str, split: str | None) -> list[str]:
+        """The photographs that a token may mean: a path, else a name; where several bear it, those of the split."""
+        if token in self.paths:
+            return [token]
+        found = sorted(set(self.by_name.get(token, [])))
+        if len(found) > 1 and split is not None:
+            found = [p for p in found if _split_in(p.split("/")[:-1]) == split] or found
+        return found
+
+
+def _split_in(names: Sequence[str]) -> str | None:
+    """The split that one of these names tells in one of its words ("a. Training Set"); None where none or two do."""
+    words = {split_of(word) for name in names for word in re.split(r"[\W_\d]+|(?<=[a-z])(?=[A-Z])", name)} - {None}
+    return words.pop() if len(words) == 1 else None
+
+
+def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
+    """The split that each table stands for, by its name, where there are several."""
+    if len(found) == 1:
+        return [None]
+    # EyePACS published the grades of its test photographs later, with a column that tells the leaderboard.
+    splits = ["test" if "usage" in t.header else _split_in([t.file.stem]) for t in found]
+    if None in splits or len(set(splits)) < len(splits):
+        names = ", ".join(t.file.name for t in found)
+        raise UserError(
+            f"{found[0].file.parent}: several label tables ({names}), and their names do not tell which is which "
+            "split; give one as --data FILE.csv, or name them train, valid and test."
+        )
+    return splits
+
+
+def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
+    splits = _splits_of_files(found)
+    tokens = [row[t.cells(*(k for k, _ in _HEADERS)) or 0].strip() for t in found for _, row in t.rows[:50] if row]
+    root, index = folder, _Index(folder)
+    while root != top and not any(index.find(token, None) for token in tokens):
+        root = root.parent
+        index = _Index(root)
+    listing = Listing(found[0].layout, root, [])
+    for one, split in zip(found, splits, strict=True):
+        _add(one, split, index, listing)
+    labels = ", ".join(t.file.name for t in found)
+    if not listing.entries and not listing.problems:
+        raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
+    named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
+    homes = {os.path.dirname(entry.path) for entry in listing.entries}
+    orphans = sorted(p for p in index.paths - named if os.path.dirname(p) in homes)
+    listing.problems.extend(Problem(path, "orphan", f"it has no row in {labels}") for path in orphans)
+    if orphans:
+        listing.notes.append(
+            f"{len(orphans)} photographs have no row in {labels} and are left out: {some(orphans)}."
+        )  # fmt: skip
+    if unknown := [entry.path for entry in listing.entries if entry.grade == UNKNOWN]:
+        listing.problems.extend(Problem(path, "unlabelled", "its grade is empty") for path in unknown)
+        listing.notes.append(f"{len(unknown)} photographs have no grade in {labels} and are left out: {some(unknown)}.")
+    return listing
+
+
+def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> None:
+    label = found.file.relative_to(listing.root).as_posix()
+    key, grade_column = next(
+        (found.header.index(k), found.header.index(g)) for k, g in _HEADERS if {k, g} <= set(found.header)
+    )
+    split_column, patient_column = found.cells("split"), found.cells("patient", "patientid")
+    gradable_column = found.cells("adjudicatedgradable")
+    known: dict[str, int] = {}
+    for line, row in found.rows:
+
+        def wrong(kind: str, reason: str, path: str | None = None, line: int = line) -> None:
+            listing.problems.append(Problem(path or f"{label}, line {line}", kind, one_line(reason)))
+
+        def cell(column: int | None, row: list[str] = row) -> str:
+            return row[column].strip() if column is not None and column < len(row) else ""
+
+        # Not stripped: a name may begin or end in a space, and is looked for as it stands first.
+        token = row[key] if row[key] in index.paths or row[key] in index.by_name else cell(key)
+        if not token:
+            wrong("label", "the name of the photograph is empty")
+            continue
+        if os.path.isabs(token) or ".." in token.replace("\\", "/").split("/"):
+            wrong("label", f"{token} leads out of the folder of the table: give a path below it")
+            continue
+        # A cell that ran through pandas beside an empty one is "2.0".
+        text = re.sub(r"(?<=\d)\.0+$", "", cell(grade_column))
+        grade = UNGRADABLE if cell(gradable_column) in ("0", "0.0") else grade_of(text) if text else UNKNOWN
+        if grade is None:
+            wrong("grade", f"grade {text!r} of {token} is not one of 0-4 (ICDR) or 5 (ungradable)")
+            continue
+        said = cell(split_column)
+        own = split_of(said) if said else split
+        if said and own is None:
+            wrong("label", f"the split {said!r} of {token} is not train, valid or test")
+            continue
+        candidates = index.find(token, own)
+        if len(candidates) > 1:
+            wrong("ambiguous", f"{token} may be {some(candidates)}")
+            continue
+        path = candidates[0] if candidates else token
+        if path in known:
+            wrong("doubled", f"{label}, line {line}: {token} stands already in line {known[path]}", path)
+            continue
+        known[path] = line
+        patient = cell(patient_column) or None
+        if patient is None and found.layout == "eyepacs" and (match := _EYEPACS_NAME.fullmatch(Path(path).stem)):
+            patient = match[1]
+        listing.entries.append(Entry(path, grade, own, patient, label, line, token))

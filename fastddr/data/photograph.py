@@ -1,0 +1,230 @@
+"""One file: what its header says, whether all of it decodes, and the words for what is wrong with it.
+
+Headers are read by Pillow. A JPEG is decoded by libjpeg-turbo (simplejpeg), which tells what Pillow and DALI pass over:
+damage inside the scan mostly decodes without an exception, to grey or shifted blocks, and leaves only a warning. Other
+formats are decoded by Pillow. All loaders give the same pixels for greyscale, CMYK, palettes, transparency and EXIF
+orientation (`tests/unit/test_loaders.py`); 16-bit photographs they do not, so these are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+
+from fastddr.data.problems import one_line
+
+#: A file with more pixels is refused by its header, undecoded: Pillow's limit, 89 million, far above any fundus camera.
+MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
+#: A smaller side is no photograph.
+MIN_SIDE = 8
+#: What is read, by Pillow's name. MPO is a JPEG with a second picture behind the first.
+_FORMATS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "TIFF": (".tif", ".tiff")}
+#: EXIF orientations (tag 0x0112) that turn a photograph on its side.
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_SAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a photograph says."""
+
+    width: int
+    """Pixels, of the upright photograph."""
+    height: int
+    format: str
+    """JPEG, PNG or TIFF."""
+    sampling: str
+    """Of a JPEG's chroma: 4:4:4, 4:2:2, 4:2:0 or other; empty for the rest."""
+    traits: tuple[str, ...]
+    """Kinds of notes: greyscale, cmyk, turned, progressive, extension, name."""
+
+
+class BadPhotograph(Exception):
+    """A file that cannot be used; `kind` is a key of `problems.ERRORS`."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, one_line(reason)
+
+
+@contextmanager
+def strict_sizes() -> Iterator[None]:
+    """Within it `header` refuses decompression bombs; for all threads, so it is entered before they start.
+
+    What Pillow remarks on metadata is not printed: it says nothing of the pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def status(file: str) -> tuple[int, int]:
+    """(bytes, time of change in ns) of a file. Raises `BadPhotograph` where it is not there."""
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        if os.path.islink(file):
+            raise BadPhotograph("broken-link", f"it is a link to {os.readlink(file)}, which is not there") from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise BadPhotograph("missing", "there is no such photograph") from None
+        raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadPhotograph("format", "it is a folder or a device, not a file")
+    return found.st_size, found.st_mtime_ns
+
+
+def header(file: str) -> Header:
+    """What the header says. To be called within `strict_sizes`.
+
+    Raises:
+        BadPhotograph: the header alone shows that the file cannot be used.
+    """
+    try:
+        with open(file, "rb") as stream:
+            return _header(stream, file)
+    except OSError as error:
+        raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror or error})") from None
+
+
+def digest(file: str) -> str:
+    """A hash of all pixels of a photograph, in hex: the whole file decodes without a complaint.
+
+    Raises:
+        BadPhotograph: it does not.
+    """
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read()
+    except OSError as error:
+        raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror or error})") from None
+    _header(io.BytesIO(content), file)
+    pixels = _decode_jpeg(content) if content[:2] == b"\xff\xd8" else None
+    if pixels is None:
+        pixels = _decode_by_pillow(content)
+    found = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.hexdigest()
+
+
+def upright(file: str) -> Image.Image:
+    """A photograph as upright RGB, decoded by Pillow. What it raises is Pillow's."""
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
+    try:
+        with Image.open(stream) as image:
+            return _facts(image, stream, file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadPhotograph("dimensions", f"its header claims more than {MAX_PIXELS:,} pixels ({error})") from None
+    except UnidentifiedImageError:
+        stream.seek(0)
+        raise _unknown(stream.read(4096)) from None
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as e:
+        # What Pillow's header parsers raise at damaged bytes, EXIF among them.
+        raise BadPhotograph(_kind(e), f"its header cannot be read ({e})") from None
+
+
+def _png_has_exif(stream: io.BufferedReader | io.BytesIO) -> bool:
+    """Whether one of a PNG's chunks is eXIf; leaves the stream where it was."""
+    place = stream.tell()
+    stream.seek(8)
+    while len(head := stream.read(8)) == 8 and head[4:] not in (b"eXIf", b"IEND"):
+        stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    stream.seek(place)
+    return head[4:] == b"eXIf"
+
+
+def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
+    if image.format not in _FORMATS:
+        raise BadPhotograph("format", f"it holds a {image.format} picture")
+    width, height = image.size
+    if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
+        raise BadPhotograph("dimensions", f"it is {width} by {height} pixels")
+    # Pillow hides the depth of a 16-bit RGB PNG behind the mode RGB; the raw mode of its tile tells it.
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
+    raw = args if isinstance(args, str) else args[0] if args else ""
+    if image.mode.startswith(("I", "F")) or "16" in str(raw):
+        raise BadPhotograph("16-bit", f"it has more than 8 bits a channel (mode {image.mode})")
+    # For its EXIF Pillow decodes a PNG whole, since that may come last; most have none.
+    without = image.format == "PNG" and not _png_has_exif(stream)
+    orientation = 1 if without else image.getexif().get(_ORIENTATION, 1)
+    traits = []
+    if image.mode in ("L", "LA", "1"):
+        traits.append("greyscale")
+    if image.mode == "CMYK":
+        traits.append("cmyk")
+    if orientation in range(2, 9):
+        traits.append("turned")
+    if image.info.get("progressive"):
+        traits.append("progressive")
+    if os.path.splitext(file)[1].lower() not in _FORMATS[image.format]:
+        traits.append("extension")
+    # Pillow turns a TIFF by itself, and its size is that of the upright picture already.
+    if image.format != "TIFF" and orientation in _SIDEWAYS:
+        width, height = height, width
+    sampling = ""
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode != "L":
+        sampling = _SAMPLING.get(JpegImagePlugin.get_sampling(image), "other")
+    return Header(width, height, "JPEG" if image.format == "MPO" else image.format, sampling, tuple(traits))
+
+
+def _unknown(start: bytes) -> BadPhotograph:
+    """What a file is that is no picture, from its first bytes."""
+    if not start:
+        return BadPhotograph("empty", "the file is empty")
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:200].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return BadPhotograph("html", "it is a web page, not a photograph")
+    if start.startswith((b"\xff\xd8", b"\x89PNG", b"II*\0", b"MM\0*")):
+        return BadPhotograph("truncated", "it breaks off in its header")
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # The first 4,096 bytes may end in the middle of a character.
+        if error.start < len(start) - 4:
+            return BadPhotograph("junk", "it is no picture of any kind")
+    if b"\0" in start:
+        return BadPhotograph("junk", "it is no picture of any kind")
+    return BadPhotograph("text", "it is text, not a photograph")
+
+
+def _decode_jpeg(content: bytes) -> np.ndarray | None:
+    """All pixels, or None where libjpeg-turbo's simple interface does not do this kind of JPEG and Pillow must."""
+    try:
+        *_, space, _ = simplejpeg.decode_jpeg_header(content)
+        wanted = "CMYK" if space in ("CMYK", "YCCK") else "GRAY" if space == "Gray" else "RGB"
+        return simplejpeg.decode_jpeg(content, colorspace=wanted, strict=True)
+    except ValueError as error:
+        said = str(error)
+    if "remature end" in said:
+        raise BadPhotograph("truncated", "it breaks off in the middle")
+    if "orrupt" in said or "nvalid" in said:
+        raise BadPhotograph("corrupt", f"the decoder complains: {said}")
+    return None
+
+
+def _kind(error: Exception) -> str:
+    """What Pillow's complaint means."""
+    return "truncated" if "truncated" in str(error).lower() else "corrupt"
+
+
+def _decode_by_pillow(content: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, IndexError) as error:
+        raise BadPhotograph(_kind(error), f"the decoder complains: {error}") from None

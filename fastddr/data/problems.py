@@ -1,0 +1,136 @@
+"""What can be wrong with a data set, or merely worth knowing: each kind with one verdict, which training obeys.
+
+An *error* is a photograph or a label that cannot be used, or that would make a figure untrue. Training stops at it, or
+leaves it out and lists it in the report (`--on-bad`). A *note* changes nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastddr.errors import UserError
+
+Severity = Literal["error", "note"]
+
+#: Kind of each error: what to do about it.
+ERRORS = {
+    "missing": "restore it or remove its label",
+    "broken-link": "restore what it points at or remove its label",
+    "unreadable": "give yourself the right to read it",
+    "empty": "fetch it again",
+    "truncated": "fetch it again",
+    "corrupt": "fetch it again",
+    "junk": "fetch it again",
+    "text": "fetch it again",
+    "html": "fetch it again: it was a failed download",
+    "format": "save it as JPEG, PNG or TIFF",
+    "dimensions": "replace it",
+    "16-bit": "save it with 8 bits a channel",
+    "label": "mend the label file",
+    "grade": "mend the label file",
+    "doubled": "remove one of the two",
+    "ambiguous": "keep one of the files, or give its path in the label file",
+    "picture-in-two-splits": "keep it in one split",
+    "patient-in-two-splits": "keep each patient in one split",
+}
+#: Kind of each note: what it means.
+NOTES = {
+    "greyscale": "greyscale; read as grey RGB",
+    "cmyk": "CMYK; converted to RGB",
+    "turned": "EXIF orientation; read upright",
+    "progressive": "progressive JPEG; slower to decode, and not by a GPU's JPEG engine",
+    "extension": "the file's name says another format; read by its content",
+    "name": "space, control or non-ASCII character in the name",
+    "duplicate": "the same pixels as another photograph of its split",
+    "same-name": "the same file name in two splits",
+    "orphan": "a photograph without a label; left out",
+    "other-file": "not a photograph by its name; left out",
+    "excluded": "left out by --exclude",
+    "unlabelled": "no grade in the label file; left out",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is wrong or worth knowing."""
+
+    path: str
+    """Of the photograph, relative to the set's folder; of label file and line, where no photograph is meant."""
+    kind: str
+    """A key of `ERRORS` or `NOTES`."""
+    reason: str
+    """What was found, as the middle of a sentence."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ERRORS and self.kind not in NOTES:
+            raise ValueError(f"there is no kind of problem {self.kind!r}")
+
+    @property
+    def severity(self) -> Severity:
+        """Whether the photograph can be used."""
+        return "error" if self.kind in ERRORS else "note"
+
+    def sentence(self, root: Path) -> str:
+        """What, where and what to do, without the full stop."""
+        return f"{root / self.path}: {self.reason}; {ERRORS.get(self.kind, NOTES.get(self.kind))}"
+
+
+def one_line(text: object) -> str:
+    """A text without line breaks: a file's name, or what a decoder says, may hold some."""
+    return " ".join(str(text).split())
+
+
+def errors(problems: Iterable[Problem]) -> list[Problem]:
+    """Those that cannot be used."""
+    return [problem for problem in problems if problem.severity == "error"]
+
+
+def refuse(problems: Sequence[Problem], root: Path, data: str | Path) -> None:
+    """Raise `UserError` if one of the problems is an error: the first, and how many more there are."""
+    bad = errors(problems)
+    if not bad:
+        return
+    more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
+    raise UserError(
+        one_line(
+            f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude; "
+            f"`fastddr check {data}` lists all."
+        )
+    )
+
+
+def write_list(problems: Iterable[Problem]) -> str:
+    """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted."""
+    text = io.StringIO()
+    # All quoted: the module would leave a lone carriage return in a name bare.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow(["path", "kind", "reason"])
+    writer.writerows([p.path, p.kind, p.reason] for p in sorted(problems))
+    return text.getvalue()
+
+
+def read_list(file: str | Path) -> frozenset[str]:
+    """The paths of a list for `--exclude`: CSV with a column `path`, or just a path a line.
+
+    Raises:
+        UserError: the file cannot be read as such.
+    """
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.reader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
+    if rows and "path" in rows[0]:
+        column = rows[0].index("path")
+        rows = rows[1:]
+    else:
+        column = 0
+    short = next((number for number, row in enumerate(rows, 1) if row and len(row) <= column), None)
+    if short is not None:
+        raise UserError(f"--exclude {file}: row {short} has no path.")
+    return frozenset(row[column] for row in rows if row and row[column])

@@ -1,0 +1,114 @@
+"""Splits where a layout has none: the official test split of DDR by name, the rest by seed, grade and patient."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastddr.config import SplitConfig
+from fastddr.data.grades import DDR, UNGRADABLE
+from fastddr.data.layouts import SPLITS, Entry, Listing
+from fastddr.errors import UserError
+
+
+def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str]]:
+    """The entries of a listing, each with a split, and sentences about what was done.
+
+    A listing with train and valid stays as it is. Without valid, one is cut from train. Without any split the test
+    split is DDR's own where the counts of each grade show that it is all of DDR (`config.test` auto or official);
+    else it is cut off by chance too. What is cut off is stratified by grade and whole patients where these are known.
+
+    Raises:
+        UserError: no photograph is in train, or the official test split was asked for and cannot be restored.
+    """
+    entries = listing.entries
+    given = {entry.split for entry in entries}
+    by = "patient" if any(entry.patient for entry in entries) else "photograph"
+    what = f"by chance (seed {config.seed}), stratified by grade, {by} by {by}"
+    share = config.valid_share / (1 - config.test_share)
+    if given <= {None}:
+        notes = []
+        official = _official_test(entries) if config.test != "random" else None
+        if official is None and config.test == "official":
+            counts = "/".join(str(n) for n in _by_grade(entries))
+            raise UserError(
+                f"{listing.root}: the official test split of DDR cannot be restored: the photographs of grade 0-4 "
+                f"should be {'/'.join(map(str, _DDR_ALL))}, but are {counts}; use --splitting.test random."
+            )
+        if official is not None:
+            test = official
+            notes.append("The set has no splits: the official test split of DDR was restored by file name.")
+        else:
+            test = _cut(entries, config.test_share, config.seed, "test")
+            notes.append(f"The set has no splits: {config.test_share:.0%} for test were drawn {what}.")
+        rest = [entry for entry in entries if entry.path not in test]
+        valid = _cut(rest, share, config.seed, "valid")
+        notes.append(f"Of the rest, {share:.0%} for valid were drawn {what}.")
+        found = [
+            replace(e, split="test" if e.path in test else "valid" if e.path in valid else "train") for e in entries
+        ]
+    elif None in given:
+        lacking = next(entry for entry in entries if entry.split is None)
+        raise UserError(
+            f"{listing.root / (lacking.label or lacking.path)}, line {lacking.line}: {lacking.token} has no split, but "
+            "others have; give every photograph one, or none."
+        )
+    elif "valid" not in given and "train" in given:
+        train = [entry for entry in entries if entry.split == "train"]
+        valid = _cut(train, share, config.seed, "valid")
+        notes = [f"The set has no valid split: {share:.0%} of train were drawn for it {what}."]
+        found = [replace(e, split="valid") if e.path in valid else e for e in entries]
+    else:
+        notes, found = [], entries
+    missing = [split for split in ("train", "valid") if all(entry.split != split for entry in found)]
+    if missing:
+        raise UserError(
+            f"{listing.root}: the split {missing[0]!r} is missing; the photographs are in {_named(found)} alone."
+        )
+    return found, notes
+
+
+_DDR_ALL = tuple(sum(DDR[split][grade] for split in SPLITS) for grade in range(UNGRADABLE))
+
+
+def _by_grade(entries: Sequence[Entry]) -> tuple[int, ...]:
+    counts = Counter(entry.grade for entry in entries)
+    return tuple(counts[grade] for grade in range(UNGRADABLE))
+
+
+def _named(entries: Sequence[Entry]) -> str:
+    return " and ".join(split for split in SPLITS if any(e.split == split for e in entries)) or "no split"
+
+
+def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:
+    """The paths of DDR's test split: of each grade the last by sorted name; None where the set is not all of DDR."""
+    if _by_grade(entries) != _DDR_ALL:
+        return None
+    found: set[str] = set()
+    for grade in range(UNGRADABLE):
+        names = sorted((entry.path.rpartition("/")[2], entry.path) for entry in entries if entry.grade == grade)
+        found.update(path for _, path in names[-DDR["test"][grade] :])
+    return frozenset(found)
+
+
+def _cut(entries: Sequence[Entry], share: float, seed: int, purpose: str) -> frozenset[str]:
+    """Paths of a share of the entries, whole patients, the same share of each grade (a patient's is the worst).
+
+    A patient's place in the draw comes from a hash of seed and name, so that one more patient moves no other.
+    """
+    groups: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[f"patient {entry.patient}" if entry.patient else entry.path].append(entry)
+    strata: dict[int, list[str]] = defaultdict(list)
+    for name, members in groups.items():
+        strata[max(entry.grade for entry in members)].append(name)
+    found: set[str] = set()
+    for names in strata.values():
+        drawn = sorted(names, key=lambda n: hashlib.sha256(f"{seed}/{purpose}/{n}".encode("utf-8", "replace")).digest())
+        count = round(share * len(drawn))
+        if len(drawn) >= 3 and share > 0:
+            count = max(1, count)
+        found.update(entry.path for name in drawn[:count] for entry in groups[name])
+    return frozenset(found)

@@ -1,0 +1,296 @@
+"""A data set as it is: its listing, what is known of each file, and all that is wrong or worth knowing.
+
+    take      labels, splits and headers: seconds
+    decode    what was never decoded, on all cores: once a file, then remembered
+    problems  all of it, each with its kind
+
+Training, `fastddr check` and `fastddr prepare` see a data set through this, so they agree about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastddr.config import SplitConfig
+from fastddr.data import cache, layouts, photograph, splits
+from fastddr.data.cache import Record
+from fastddr.data.grades import UNGRADABLE, UNKNOWN
+from fastddr.data.layouts import SPLITS, Entry
+from fastddr.data.photograph import BadPhotograph
+from fastddr.data.problems import NOTES, Problem, errors
+
+#: Called with (done, total) now and then.
+Progress = Callable[[int, int], None]
+#: Files a thread takes at once while headers are read.
+_CHUNK = 256
+#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill.
+_SAVE_EVERY = 20.0
+#: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
+_OUTER = ("missing", "broken-link", "unreadable", "format")
+
+
+@dataclass
+class Survey:
+    """A data set as it is. Made by `take`."""
+
+    data: str
+    """What the user called it."""
+    root: Path
+    layout: str
+    entries: list[Entry]
+    """By split and path. What the labels name, bad photographs among them, without those of `--exclude`."""
+    records: dict[str, Record]
+    """What is known of each entry's file."""
+    label_problems: list[Problem]
+    notes: list[str]
+    """Sentences for the report."""
+    excluded: list[Problem] = field(default_factory=list)
+    """What `--exclude` took out."""
+
+    # ------------------------------------------------------------------------------------------ what is wrong
+
+    def problems(self) -> list[Problem]:
+        """All that is wrong or worth knowing, sorted; of an undecoded file what its header says."""
+        found = list(self.label_problems)
+        for entry in self.entries:
+            record = self.records[entry.path]
+            if record.kind:
+                found.append(Problem(entry.path, record.kind, entry.where + record.reason))
+            for trait in filter(None, record.traits.split(",")):
+                found.append(Problem(entry.path, trait, f"it is {_TRAITS[trait]}"))
+            if re.search(r"[\s\x00-\x1f\x7f]", entry.path) or not entry.path.isascii():
+                found.append(Problem(entry.path, "name", "its name holds a space, a control or a non-ASCII character"))
+        found += self._same_names()
+        found += self._same_patients()
+        found += self._same_pixels()
+        return sorted(found)
+
+    def _same_names(self) -> Iterable[Problem]:
+        by_name: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            by_name[entry.path.rpartition("/")[2]].append(entry)
+        for same in by_name.values():
+            if len({entry.split for entry in same}) > 1:
+                for entry, other in zip(same, same[1:] + same[:1], strict=True):
+                    yield Problem(entry.path, "same-name", f"{other.path} bears the same name")
+
+    def _same_patients(self) -> Iterable[Problem]:
+        by_patient: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            if entry.patient and entry.grade != UNKNOWN:
+                by_patient[entry.patient].append(entry)
+        for patient, same in by_patient.items():
+            yield from _leaks(same, "patient-in-two-splits", f"patient {patient}")
+
+    def _same_pixels(self) -> Iterable[Problem]:
+        by_digest: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            if digest := self.records[entry.path].digest:
+                by_digest[digest].append(entry)
+        for same in by_digest.values():
+            yield from _leaks(same, "picture-in-two-splits", "the same picture")
+            for split in SPLITS:
+                inside = [entry for entry in same if entry.split == split]
+                for entry in inside[1:]:
+                    grades = "" if entry.grade == inside[0].grade else f", of grade {inside[0].grade}"
+                    own = f" of grade {entry.grade}" if grades else ""
+                    yield Problem(entry.path, "duplicate", f"its pixels{own} are those of {inside[0].path}{grades}")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted (relative path, bytes, grade, split) of all entries, in hex; bytes is -1 where there
+        is no file. The same as the manifest's where every photograph can be used."""
+        return fingerprint((e.path, self.records[e.path].size, e.grade, e.split or "") for e in self.entries)
+
+    def counts(self, bad: frozenset[str] = frozenset()) -> dict[str, dict[str, int]]:
+        """Photographs of each grade, by split, without those whose path is `bad`; "unknown" only where there are."""
+        found = {
+            split: {str(grade): 0 for grade in range(UNGRADABLE + 1)}
+            for split in SPLITS
+            if any(entry.split == split for entry in self.entries)
+        }
+        for entry in self.entries:
+            if entry.path not in bad and entry.split is not None:
+                grade = "unknown" if entry.grade == UNKNOWN else str(entry.grade)
+                found[entry.split][grade] = found[entry.split].get(grade, 0) + 1
+        return found
+
+    # ------------------------------------------------------------------------------------------ decoding
+
+    def undecoded(self) -> list[str]:
+        """Paths of the photographs of which only the header is known, sorted."""
+        return sorted(entry.path for entry in self.entries if not self.records[entry.path].decoded)
+
+    def decode(
+        self, paths: Sequence[str], threads: int, on_progress: Progress | None = None, *, keep: bool = True
+    ) -> dict[str, Record]:
+        """Decode these photographs, and take over what was found.
+
+        Args:
+            paths: of `undecoded`.
+            threads: how many decode at a time.
+            on_progress: called with (done, total) after each.
+            keep: save what is found now and then, so that a kill loses little; of several ranks only one may.
+        """
+        found: dict[str, Record] = {}
+        saved = time.monotonic()
+        with photograph.strict_sizes(), ThreadPoolExecutor(threads) as pool:
+            for path, record in zip(paths, pool.map(self._decoded, paths), strict=True):
+                found[path] = record
+                if on_progress:
+                    on_progress(len(found), len(paths))
+                if keep and time.monotonic() - saved > _SAVE_EVERY:
+                    self.learn(found)
+                    saved = time.monotonic()
+        self.learn(found, keep=keep)
+        return found
+
+    def _decoded(self, path: str) -> Record:
+        record = self.records[path]
+        try:
+            return record._replace(digest=photograph.digest(os.path.join(self.root, path)))
+        except BadPhotograph as bad:
+            return record._replace(kind=bad.kind, reason=bad.reason)
+
+    def learn(self, found: dict[str, Record], *, keep: bool = True) -> None:
+        """Take over what was found, here or on another rank."""
+        self.records.update(found)
+        if keep:
+            cache.store(self.root, cache.load(self.root) | _lasting(self.records))
+
+
+_TRAITS = {
+    "greyscale": "greyscale",
+    "cmyk": "CMYK",
+    "turned": "turned by its EXIF orientation",
+    "progressive": "a progressive JPEG",
+    "extension": "of another format than its name says",
+}
+assert set(_TRAITS) <= set(NOTES)
+
+
+def take(
+    data: str | Path,
+    splitting: SplitConfig | None = None,
+    exclude: frozenset[str] = frozenset(),
+    on_progress: Progress | None = None,
+    *,
+    afresh: bool = False,
+) -> Survey:
+    """A survey by labels and headers.
+
+    Args:
+        data: the folder, or a label table.
+        splitting: how to split what has no splits.
+        exclude: paths to leave out, as `fastddr check --fix-list` writes them.
+        on_progress: called with (headers read, photographs) now and then.
+        afresh: look at every file, whatever is known of it.
+
+    Raises:
+        UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
+    """
+    listing = layouts.find(data)
+    # Split first: what is left out later must not move others from one split to another.
+    entries, notes = splits.assign(listing, splitting or SplitConfig())
+    kept = [entry for entry in entries if entry.path not in exclude]
+    # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
+    order = {split: place for place, split in enumerate(SPLITS)}
+    kept.sort(key=lambda entry: (order[entry.split or ""], entry.path))
+    present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
+    left_out = sorted(exclude & present)
+    records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh)
+    return Survey(
+        data=str(data),
+        root=listing.root,
+        layout=listing.layout,
+        entries=kept,
+        records=records,
+        label_problems=[problem for problem in listing.problems if problem.path not in exclude],
+        notes=listing.notes + notes + _said_of_exclude(left_out, exclude),
+        excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
+    )
+
+
+def _said_of_exclude(left_out: Sequence[str], exclude: frozenset[str]) -> list[str]:
+    if not exclude:
+        return []
+    absent = len(exclude) - len(left_out)
+    return [
+        f"{len(left_out)} photographs are left out, as --exclude lists them."
+        + (f" {absent} more of that list are not in the set." if absent else "")
+    ]
+
+
+def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:
+    """A problem for each entry that also stands in a split that is held out further: train gives way to valid and test,
+    valid to test, so that leaving the bad ones out leaves the held-out photographs."""
+    if len(same) < 2:
+        return
+    rank = [SPLITS.index(entry.split or "train") for entry in same]
+    furthest = max(rank)
+    other = same[rank.index(furthest)]
+    for entry, own in zip(same, rank, strict=True):
+        if own < furthest:
+            yield Problem(entry.path, kind, f"{what} is in {other.split} too, as {other.path}")
+
+
+def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool) -> dict[str, Record]:
+    """A record of each file; from the cache where size and time of change are the same."""
+    cached = cache.load(root)
+
+    def look(path: str) -> Record:
+        file = os.path.join(root, path)
+        try:
+            size, changed = photograph.status(file)
+        except BadPhotograph as bad:
+            return Record(-1, 0, kind=bad.kind, reason=bad.reason)
+        old = cached.get(path)
+        if not afresh and old is not None and (old.size, old.changed) == (size, changed):
+            return old
+        try:
+            found = photograph.header(file)
+        except BadPhotograph as bad:
+            return Record(size, changed, kind=bad.kind, reason=bad.reason)
+        return Record(
+            size, changed, found.width, found.height, found.format, found.sampling, ",".join(found.traits)
+        )  # fmt: skip
+
+    def look_at(chunk: Sequence[str]) -> list[Record]:
+        return [look(path) for path in chunk]
+
+    records: dict[str, Record] = {}
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    with photograph.strict_sizes(), ThreadPoolExecutor(8) as pool:
+        for chunk, found in zip(chunks, pool.map(look_at, chunks), strict=True):
+            records.update(zip(chunk, found, strict=True))
+            if on_progress:
+                on_progress(len(records), len(paths))
+    # What this list of --exclude leaves out is still known later.
+    known = cached | _lasting(records)
+    if known != cached:
+        cache.store(root, known)
+    return records
+
+
+def _lasting(records: dict[str, Record]) -> dict[str, Record]:
+    """The records that size and time of change hold true."""
+    return {path: record for path, record in records.items() if record.kind not in _OUTER}
+
+
+def fingerprint(rows: Iterable[tuple[str, int, int, str]]) -> str:
+    """SHA-256 over sorted (relative path, bytes, grade, split), in hex."""
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+
+
+def bad_paths(problems: Iterable[Problem]) -> frozenset[str]:
+    """Paths of the photographs that cannot be used."""
+    return frozenset(problem.path for problem in errors(problems))

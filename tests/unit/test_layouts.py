@@ -1,0 +1,327 @@
+"""Every form in which DDR and its kin lie on disk."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from photographs import LAYOUTS, SET, draw, folders, gdrbench, kaggle, official, write_csv
+
+from fastddr.config import SplitConfig
+from fastddr.data import layouts, splits
+from fastddr.data.grades import DDR
+from fastddr.data.layouts import Entry, Listing
+from fastddr.errors import UserError
+
+GRADE = {photo.name: photo.grade for photo in SET}
+SPLIT = {photo.name: photo.split for photo in SET}
+
+
+def seen(found: Listing, what: str = "grade") -> dict[str, Any]:
+    """File name to grade, or to another field."""
+    named = {os.path.basename(entry.path): getattr(entry, what) for entry in found.entries}
+    assert len(named) == len(found.entries)
+    return named
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("above", [0, 1], ids=["itself", "parent"])
+def test_every_layout_from_its_folder_and_from_the_one_above(name: str, above: int, tmp_path: Path) -> None:
+    LAYOUTS[name](tmp_path / "home" / "set")
+    found = layouts.find([tmp_path / "home" / "set", tmp_path / "home"][above])
+    assert found.layout == name
+    kept = {
+        photo.name
+        for photo in SET
+        if not (photo.grade == 5 and name in ("kaggle", "gdrbench"))
+        and not (photo.split == "test" and name == "gdrbench")
+    }
+    assert seen(found) == {name: GRADE[name] for name in kept}
+    if name != "kaggle":
+        assert seen(found, "split") == {name: SPLIT[name] for name in kept}
+    assert all((found.root / entry.path).is_file() for entry in found.entries)
+    assert not found.problems
+
+
+def test_ddr_as_it_is_unpacked_from_three_places(tmp_path: Path) -> None:
+    """Beside DR_grading lie two folders that are cut into splits too, and are not ours."""
+    root = official(tmp_path / "DDR-dataset")
+    for other in ("lesion_segmentation", "lesion_detection"):
+        for split in ("train", "valid", "test"):
+            draw(root / other / split / "image" / "007-0001-000.jpg")
+    roots = {layouts.find(place).root for place in (root, root / "DR_grading", tmp_path)}
+    assert roots == {root / "DR_grading"}
+
+
+def test_two_sets_side_by_side_are_one_sentence_that_names_them(tmp_path: Path) -> None:
+    official(tmp_path / "one")
+    folders(tmp_path / "two")
+    assert layouts.find(tmp_path).root == tmp_path / "two", "what lies nearer comes first"
+    folders(tmp_path / "three")
+    with pytest.raises(UserError, match=r"several data sets lie below it \(three, two\)"):
+        layouts.find(tmp_path)
+
+
+@pytest.mark.parametrize("extension", [".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".tif", ".TIFF"])
+def test_extensions_in_any_case(extension: str, tmp_path: Path) -> None:
+    found = layouts.find(official(tmp_path, extension=extension))
+    assert len(found.entries) == len(SET)
+    assert not found.problems
+
+
+def test_photographs_without_a_label_are_orphans(tmp_path: Path) -> None:
+    for name, place in [("official", "DR_grading/train"), ("kaggle", "DR_grading/DR_grading"), ("csv", "photographs")]:
+        root = LAYOUTS[name](tmp_path / name)
+        for orphan in ("007-7447-601.jpg", "007-7449-601.jpg"):
+            draw(root / place / orphan)
+        found = layouts.find(root)
+        assert [(p.kind, os.path.basename(p.path)) for p in found.problems] == [
+            ("orphan", "007-7447-601.jpg"),
+            ("orphan", "007-7449-601.jpg"),
+        ]
+        assert any("007-7447-601.jpg" in note and "2 photographs" in note for note in found.notes)
+
+
+def test_gdrbench_with_more_than_ddr_takes_ddr_and_says_so(tmp_path: Path) -> None:
+    gdrbench(gdrbench(tmp_path), name="APTOS")
+    found = layouts.find(tmp_path)
+    assert all(entry.path.startswith("images/DDR/") for entry in found.entries)
+    assert any("only DDR" in note and "APTOS" in note for note in found.notes)
+    other = layouts.find(tmp_path / "images" / "APTOS")
+    assert all(entry.path.startswith("images/APTOS/") for entry in other.entries)
+    gdrbench(tmp_path / "two", name="APTOS")
+    gdrbench(tmp_path / "two", name="IDRID")
+    with pytest.raises(UserError, match=r"2 sets \(APTOS, IDRID\); give one"):
+        layouts.find(tmp_path / "two")
+
+
+def test_class_folders_without_splits(tmp_path: Path) -> None:
+    for number, name in enumerate(["0", "1", "2", "3", "4"] * 2):
+        draw(tmp_path / name / f"{number}.jpg", number)
+    found = layouts.find(tmp_path)
+    assert {entry.split for entry in found.entries} == {None}
+    assert Counter(entry.grade for entry in found.entries) == dict.fromkeys(range(5), 2)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def test_eyepacs_by_its_header_with_patients(tmp_path: Path) -> None:
+    names = [f"{patient}_{side}" for patient in (10, 13, 15, 16, 17) for side in ("left", "right")]
+    for number, name in enumerate(names):
+        draw(tmp_path / "train" / f"{name}.jpeg", number)
+    write_csv(tmp_path / "trainLabels.csv", ["image", "level"], [[name, 2] for name in names])
+    write_csv(tmp_path / "sampleSubmission.csv", ["image", "level"], [["1_left", 0]])
+    found = layouts.find(tmp_path)
+    assert found.layout == "eyepacs"
+    assert seen(found, "patient")["10_right.jpeg"] == "10"
+    assert {entry.split for entry in found.entries} == {None}
+    divided, _ = splits.assign(found, SplitConfig())
+    of_patient = {(entry.patient, entry.split) for entry in divided}
+    assert len(of_patient) == 5, "both eyes of a patient are in one split"
+
+
+def test_eyepacs_with_the_grades_of_its_test_split(tmp_path: Path) -> None:
+    draw(tmp_path / "train" / "10_left.jpeg", 1)
+    draw(tmp_path / "test" / "1_left.jpeg", 2)
+    write_csv(tmp_path / "trainLabels.csv", ["image", "level"], [["10_left", 2]])
+    write_csv(tmp_path / "retinopathy_solution.csv", ["image", "level", "Usage"], [["1_left", 0, "Public"]])
+    assert seen(layouts.find(tmp_path), "split") == {"10_left.jpeg": "train", "1_left.jpeg": "test"}
+
+
+def test_aptos_with_test_photographs_that_have_no_grade(tmp_path: Path) -> None:
+    draw(tmp_path / "train_images" / "000c1434d8d7.png", 1)
+    draw(tmp_path / "test_images" / "0005cfc8afb6.png", 2)
+    write_csv(tmp_path / "train.csv", ["id_code", "diagnosis"], [["000c1434d8d7", 2]])
+    write_csv(tmp_path / "test.csv", ["id_code"], [["0005cfc8afb6"]])
+    write_csv(tmp_path / "sample_submission.csv", ["id_code", "diagnosis"], [["0005cfc8afb6", 0]])
+    found = layouts.find(tmp_path)
+    assert found.layout == "aptos"
+    assert seen(found) == {"000c1434d8d7.png": 2}
+    assert not found.problems
+
+
+def test_idrid_whose_names_stand_in_both_splits(tmp_path: Path) -> None:
+    """Its tables lie beside its photographs, have empty columns, and number both splits from 001."""
+    home = tmp_path / "B. Disease Grading"
+    header = ["Image name", "Retinopathy grade", "Risk of macular edema ", "", ""]
+    for letter, word, grade in [("a", "Training", 3), ("b", "Testing", 4)]:
+        draw(home / "1. Original Images" / f"{letter}. {word} Set" / "IDRiD_001.jpg", grade)
+        name = f"{letter}. IDRiD_Disease Grading_{word} Labels.csv"
+        write_csv(home / "2. Groundtruths" / name, header, [["IDRiD_001", grade, 1, "", ""], ["", "", "", "", ""]])
+    for place in (home, tmp_path):
+        found = layouts.find(place)
+        assert found.layout == "idrid"
+        assert sorted((entry.path.split("/")[-2], entry.grade, entry.split) for entry in found.entries) == [
+            ("a. Training Set", 3, "train"),
+            ("b. Testing Set", 4, "test"),
+        ]
+
+
+def test_messidor_2_by_its_header(tmp_path: Path) -> None:
+    for number, name in enumerate(["a.png", "b.JPG", "c.png"]):
+        draw(tmp_path / "IMAGES" / name, number)
+    header = ["image_id", "adjudicated_dr_grade", "adjudicated_dme", "adjudicated_gradable"]
+    rows = [["a.png", "2.0", "0.0", "1"], ["b.JPG", "0.0", "0.0", "1"], ["c.png", "", "", "0"]]
+    write_csv(tmp_path / "messidor_data.csv", header, rows)
+    found = layouts.find(tmp_path)
+    assert found.layout == "messidor2"
+    assert seen(found) == {"a.png": 2, "b.JPG": 0, "c.png": 5}
+
+
+def test_our_own_table_by_file_with_odd_names(tmp_path: Path) -> None:
+    names = ["a b.jpg", "naïve ü.jpg", "two\nlines.jpg", 'comma, quote".jpg']
+    for number, name in enumerate(names):
+        draw(tmp_path / "all" / name, number)
+    rows = [[f"all/{name}", grade, "training", "p"] for grade, name in enumerate(names)]
+    write_csv(tmp_path / "mine.csv", ["path", "grade", "split", "patient"], rows)
+    found = layouts.find(tmp_path / "mine.csv")
+    assert seen(found) == {name: grade for grade, name in enumerate(names)}
+    assert {(entry.split, entry.patient) for entry in found.entries} == {("train", "p")}
+    assert not found.problems
+
+
+def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
+    draw(tmp_path / "a.jpg", 1)
+    draw(tmp_path / "b.jpg", 2)
+    write_csv(tmp_path / "t.csv", ["path", "grade"], [["a.jpg", 3], ["b.jpg", ""]])
+    found = layouts.find(tmp_path)
+    assert seen(found) == {"a.jpg": 3, "b.jpg": -1}
+    assert [(problem.path, problem.kind) for problem in found.problems] == [("b.jpg", "unlabelled")]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "said"),
+    [
+        (["a.jpg", "7", ""], "grade", "grade '7' of a.jpg"),
+        (["a.jpg", "cat", ""], "grade", "'cat'"),
+        (["", "1", ""], "label", "name of the photograph is empty"),
+        (["../a.jpg", "1", ""], "label", "leads out of the folder"),
+        (["/etc/a.jpg", "1", ""], "label", "leads out of the folder"),
+        (["a.jpg", "1", "holdout"], "label", "the split 'holdout' of a.jpg"),
+        (["b.jpg", "1", "train"], "doubled", "labels.csv, line 3: b.jpg stands already in line 2"),
+        (["twice", "1", "train"], "ambiguous", "twice may be one/twice.jpg, two/twice.jpg"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(row: list[str], kind: str, said: str, tmp_path: Path) -> None:
+    for number, name in enumerate(["a.jpg", "b.jpg", "one/twice.jpg", "two/twice.jpg"]):
+        draw(tmp_path / name, number)
+    write_csv(tmp_path / "labels.csv", ["path", "grade", "split"], [["b.jpg", 0, "train"], row])
+    (problem, *_) = [p for p in layouts.find(tmp_path / "labels.csv").problems if p.kind != "orphan"]
+    assert problem.kind == kind
+    assert said in problem.reason
+    assert problem.severity == "error"
+    assert "line 3" in problem.path + problem.reason
+
+
+def test_tables_that_do_not_tell_which_is_which(tmp_path: Path) -> None:
+    for name in ("one.csv", "two.csv"):
+        write_csv(tmp_path / name, ["path", "grade"], [["a.jpg", 1]])
+    with pytest.raises(UserError, match=r"several label tables \(one.csv, two.csv\)"):
+        layouts.find(tmp_path)
+    write_csv(tmp_path / "three.csv", ["a", "b"], [])
+    with pytest.raises(UserError, match="no label table"):
+        layouts.find(tmp_path / "three.csv")
+    write_csv(tmp_path / "four.csv", ["path", "grade"], [])
+    with pytest.raises(UserError, match="is empty"):
+        layouts.find(tmp_path / "four.csv")
+
+
+def test_some_rows_without_a_split_are_refused(tmp_path: Path) -> None:
+    entries = [Entry("a.jpg", 0, "train", None, "t.csv", 2, "a"), Entry("b.jpg", 0, None, None, "t.csv", 3, "b")]
+    with pytest.raises(UserError, match=r"t.csv, line 3: b has no split"):
+        splits.assign(Listing("csv", tmp_path, entries), SplitConfig())
+
+
+# ------------------------------------------------------------------------------------------ splits
+
+
+def whole_ddr(spare: int = 0) -> Listing:
+    """The Kaggle copy of all of DDR, by label alone: names of each grade interleaved with those of the others."""
+    totals = [sum(DDR[split][grade] for split in DDR) for grade in range(5)]
+    entries = [
+        Entry(f"DR_grading/DR_grading/{number:05d}-{grade}.jpg", grade)
+        for grade, total in enumerate(totals)
+        for number in range(total - (spare if grade == 0 else 0))
+    ]
+    return Listing("kaggle", Path("/nowhere"), entries[::-1])
+
+
+def by_split(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+    counts = Counter((entry.split, entry.grade) for entry in entries)
+    return {split: tuple(counts[split, grade] for grade in range(5)) for split in DDR}
+
+
+def test_the_official_test_split_is_restored_by_name() -> None:
+    found, notes = splits.assign(whole_ddr(), SplitConfig())
+    assert by_split(found)["test"] == DDR["test"][:5]
+    for grade in range(5):
+        names = sorted(entry.path for entry in found if entry.grade == grade)
+        test = sorted(entry.path for entry in found if entry.grade == grade and entry.split == "test")
+        assert test == names[-len(test) :], "the last block by name"
+    for grade in range(5):
+        assert abs(by_split(found)["valid"][grade] - DDR["valid"][grade]) <= 1, "as many as DDR's own valid split has"
+    assert any("restored by file name" in note for note in notes)
+    assert any("valid were drawn by chance (seed 0), stratified by grade" in note for note in notes)
+    again, _ = splits.assign(whole_ddr(), SplitConfig(seed=1))
+    assert by_split(again) == by_split(found)
+    assert {e.path for e in again if e.split == "test"} == {e.path for e in found if e.split == "test"}
+    assert {e.path for e in again if e.split == "valid"} != {e.path for e in found if e.split == "valid"}
+
+
+def test_a_copy_that_is_not_whole_is_split_by_chance_or_refused() -> None:
+    found, notes = splits.assign(whole_ddr(spare=1), SplitConfig())
+    assert any("30% for test were drawn" in note for note in notes)
+    assert {e.path for e in found if e.split == "test"} != {e.path for e in whole_ddr(1).entries[:3759]}
+    with pytest.raises(UserError, match=r"cannot be restored: .*6266/630/4477/236/913, but are 6265/"):
+        splits.assign(whole_ddr(spare=1), SplitConfig(test="official"))
+    random, _ = splits.assign(whole_ddr(), SplitConfig(test="random"))
+    official_, _ = splits.assign(whole_ddr(), SplitConfig())
+    assert {e.path for e in random if e.split == "test"} != {e.path for e in official_ if e.split == "test"}
+
+
+def test_valid_is_cut_from_train_where_it_is_missing(tmp_path: Path) -> None:
+    found, notes = splits.assign(layouts.find(folders(tmp_path, [p for p in SET if p.split != "valid"])), SplitConfig())
+    assert {entry.split for entry in found} == {"train", "valid", "test"}
+    assert {e.path for e in found if e.split == "valid"} <= {f"train/{p.grade}/{p.name}" for p in SET}
+    assert any("no valid split" in note for note in notes)
+
+
+@given(
+    patients=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), min_size=8, max_size=60),
+    seed=st.integers(0, 2**32),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_drawn_split_keeps_patients_whole_and_does_not_depend_on_the_order_of_rows(
+    patients: list[tuple[int, int]], seed: int, order: Any
+) -> None:
+    entries = [
+        Entry(f"{number}-{eye}.jpg", grade, None, f"p{number}")
+        for number, (grade, eyes) in enumerate(patients)
+        for eye in range(eyes)
+    ]
+    config = SplitConfig(test="random", seed=seed)
+    try:
+        found, _ = splits.assign(Listing("csv", Path("/nowhere"), entries), config)
+    except UserError:
+        assert max(Counter(grade for grade, _ in patients).values()) < 4, "too few of each grade to split"
+        return
+    where = {entry.path: entry.split for entry in found}
+    assert len({(entry.patient, entry.split) for entry in found}) == len(patients)
+    for grade in range(5):
+        of_grade = [number for number, (own, _) in enumerate(patients) if own == grade]
+        in_test = [number for number in of_grade if where[f"{number}-0.jpg"] == "test"]
+        assert abs(len(in_test) - 0.3 * len(of_grade)) <= 1, "stratified"
+    order.shuffle(entries)
+    shuffled, _ = splits.assign(Listing("csv", Path("/nowhere"), entries), config)
+    assert {entry.path: entry.split for entry in shuffled} == where
+
+
+def test_kaggle_of_a_small_set_has_three_splits(tmp_path: Path) -> None:
+    found, _ = splits.assign(layouts.find(kaggle(tmp_path)), SplitConfig())
+    assert {entry.split for entry in found} == {"train", "valid", "test"}

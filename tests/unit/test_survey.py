@@ -1,0 +1,385 @@
+"""What is wrong with a data set: named by a survey, remembered, and obeyed by training's manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from photographs import LAYOUTS, SET, Photo, draw, folders, labelled, official, write_csv
+from PIL import Image
+
+from fastddr.data import cache, manifest, photograph, problems, survey
+from fastddr.data.problems import ERRORS, NOTES, Problem
+from fastddr.data.survey import Survey
+from fastddr.errors import UserError
+
+
+def checked(root: Path, **settings: object) -> Survey:
+    seen = survey.take(root, **settings)  # type: ignore[arg-type]
+    seen.decode(seen.undecoded(), threads=2)
+    return seen
+
+
+def found_in(seen: Survey) -> dict[str, set[str]]:
+    """Kinds of problems, by file name."""
+    named: dict[str, set[str]] = {}
+    for problem in seen.problems():
+        named.setdefault(os.path.basename(problem.path), set()).add(problem.kind)
+    return named
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return official(tmp_path / "DDR-dataset") / "DR_grading"
+
+
+FIRST = "train/007-0000-000.jpg"
+SPOILED = "007-0000-000.jpg"
+
+
+def _bytes(make: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(make(path.read_bytes()))
+
+
+def _png(path: Path, **settings: object) -> None:
+    draw(path, 99, format="PNG", **settings)
+
+
+def _sixteen_bits(path: Path) -> None:
+    Image.fromarray(np.arange(40 * 32, dtype=np.uint16).reshape(32, 40)).save(path, "PNG")
+
+
+def _bomb(path: Path) -> None:
+    import struct
+    import zlib
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 64)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def _scan(content: bytes) -> bytes:
+    """Damage inside the scan, which Pillow decodes without a word."""
+    spoiled = bytearray(content)
+    middle = len(content) * 7 // 10
+    spoiled[middle : middle + 12] = b"\x55" * 12
+    return bytes(spoiled)
+
+
+def _link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere.jpg")
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "empty": ("empty", _bytes(lambda content: b"")),
+    "half": ("truncated", _bytes(lambda content: content[: len(content) // 2])),
+    "no end": ("truncated", _bytes(lambda content: content[:-2])),
+    "header cut": ("truncated", _bytes(lambda content: content[:20])),
+    "junk": ("junk", _bytes(lambda content: bytes(np.random.default_rng(3).integers(0, 256, 5000, dtype=np.uint8)))),
+    "text": ("text", _bytes(lambda content: "name,grade\nnaïve,3\n".encode() * 500)),
+    "html": ("html", _bytes(lambda content: b"\xef\xbb\xbf\n<!DOCTYPE html><html>404</html>")),
+    "scan": ("corrupt", _bytes(_scan)),
+    "gif": ("format", lambda path: draw(path, 99, format="GIF")),
+    "webp": ("format", lambda path: draw(path, 99, format="WEBP")),
+    "bomb": ("dimensions", _bomb),
+    "tiny": ("dimensions", lambda path: draw(path, 99, size=(3, 40))),
+    "16-bit": ("16-bit", _sixteen_bits),
+    "gone": ("missing", lambda path: path.unlink()),
+    "link": ("broken-link", _link),
+    "folder": ("format", lambda path: (path.unlink(), path.mkdir())),
+    "png half": ("truncated", lambda path: (_png(path), _bytes(lambda c: c[: len(c) // 2])(path))),
+    "png called jpg": ("extension", _png),
+    "cmyk": ("cmyk", lambda path: draw(path, 99, mode="CMYK")),
+    "greyscale": ("greyscale", lambda path: draw(path, 99, mode="L")),
+    "progressive": ("progressive", lambda path: draw(path, 99, progressive=True)),
+    "turned": ("turned", lambda path: draw(path, 99, orientation=6)),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_every_fault_is_named_and_training_obeys_the_verdict(what: str, data: Path) -> None:
+    kind, spoil = FAULTS[what]
+    assert found_in(checked(data)) == {}, "nothing is wrong before"
+    spoil(data / FIRST)
+    seen = checked(data)
+    assert found_in(seen).keys() == {SPOILED}
+    assert found_in(seen)[SPOILED] - {"extension"} == {kind} - {"extension"}
+    assert kind in found_in(seen)[SPOILED]
+    whole = len(SET)
+    if kind in ERRORS:
+        with pytest.raises(UserError) as caught:
+            manifest.of(seen)
+        said = str(caught.value)
+        assert FIRST in said
+        assert ERRORS[kind] in said
+        assert "--on-bad exclude" in said
+        assert "\n" not in said
+        found = manifest.of(seen, "exclude")
+        assert len(found) == whole - 1
+        assert [(problem.path, problem.kind) for problem in found.left_out] == [(FIRST, kind)]
+        assert any("1 photographs or labels cannot be used" in note for note in found.notes)
+    else:
+        found = manifest.of(seen)
+        assert len(found) == whole
+        assert not found.left_out
+        assert any(f"1 × {kind}" in note for note in found.notes)
+        assert kind in NOTES
+
+
+def test_orientation_is_read_from_every_format(tmp_path: Path) -> None:
+    for extension in ("jpg", "png", "tif"):
+        path = draw(tmp_path / f"a.{extension}", orientation=8)
+        with photograph.strict_sizes():
+            found = photograph.header(str(path))
+        assert (found.width, found.height) == photograph.upright(str(path)).size == (32, 40)
+        assert found.traits == ("turned",)
+
+
+def test_a_photograph_that_may_not_be_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root everything may be read, so the refusal is made up there."""
+    (data / FIRST).chmod(0)
+    if os.access(data / FIRST, os.R_OK):
+        real = open
+
+        def refuse(file: object, *arguments: object, **more: object) -> object:
+            if str(file).endswith(FIRST):
+                raise PermissionError(13, "Permission denied", str(file))
+            return real(file, *arguments, **more)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(photograph, "open", refuse, raising=False)
+    assert found_in(survey.take(data))[SPOILED] == {"unreadable"}
+    monkeypatch.undo()
+    (data / FIRST).chmod(0o644)
+    assert found_in(survey.take(data)) == {}, "what rights hide is not remembered"
+
+
+def test_faults_of_the_scan_need_decoding_and_the_rest_do_not(data: Path) -> None:
+    for number, what in enumerate(["scan", "no end", "empty", "html", "bomb"]):
+        FAULTS[what][1](data / f"train/007-{number:04d}-000.jpg")
+    by_header = found_in(survey.take(data)).values()
+    assert {kind for kinds in by_header for kind in kinds} == {"empty", "html", "dimensions"}
+    assert len(found_in(checked(data))) == 5
+
+
+def test_a_verdict_is_remembered_and_a_repaired_file_is_looked_at_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (data / FIRST).read_bytes()
+    (data / FIRST).write_bytes(_scan(whole))
+    assert found_in(checked(data))[SPOILED] == {"corrupt"}
+    with monkeypatch.context() as patch:
+        patch.setattr(photograph, "header", None)
+        patch.setattr(photograph, "digest", None)
+        again = survey.take(data)
+        assert again.undecoded() == []
+        assert found_in(again)[SPOILED] == {"corrupt"}
+    # The same size, as when it is fetched again: the time of change tells.
+    (data / FIRST).write_bytes(whole)
+    mended = survey.take(data)
+    assert mended.undecoded() == [FIRST]
+    mended.decode(mended.undecoded(), threads=1)
+    assert found_in(mended) == {}
+
+
+def test_looking_afresh_takes_nothing_from_the_cache(data: Path) -> None:
+    checked(data)
+    assert survey.take(data).undecoded() == []
+    assert len(survey.take(data, afresh=True).undecoded()) == len(SET)
+
+
+def test_a_broken_cache_is_made_anew(data: Path) -> None:
+    checked(data)
+    (stored,) = [p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text()]
+    for content in ("", "{", "[]", '{"version": 1, "photographs": {"a": [1]}}', '{"version": 0}'):
+        stored.write_text(content)
+        assert len(survey.take(data).undecoded()) == len(SET)
+
+
+def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "_SAVE_EVERY", 0.0)
+    seen = survey.take(data)
+
+    class Killed(BaseException):
+        pass
+
+    def die(done: int, total: int) -> None:
+        if done == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        seen.decode(seen.undecoded(), threads=1, on_progress=die)
+    assert len(survey.take(data).undecoded()) == len(SET) - 9
+
+
+# ------------------------------------------------------------------------------------------ between photographs
+
+
+def test_the_same_picture_in_two_splits_is_an_error_of_the_one_that_is_trained_on(data: Path) -> None:
+    shutil.copy(data / "test/007-0019-000.jpg", data / FIRST)
+    shutil.copy(data / "test/007-0020-000.jpg", data / "valid/007-0013-000.jpg")
+    seen = checked(data)
+    bad = problems.errors(seen.problems())
+    assert [(p.path, p.kind) for p in bad] == [
+        (FIRST, "picture-in-two-splits"),
+        ("valid/007-0013-000.jpg", "picture-in-two-splits"),
+    ]
+    kept = manifest.of(seen, "exclude").path
+    assert "test/007-0019-000.jpg" in kept
+    assert FIRST not in kept
+
+
+def test_duplicates_within_a_split_are_a_note_that_names_other_grades(data: Path) -> None:
+    shutil.copy(data / FIRST, data / "train/007-0001-000.jpg")
+    (problem,) = checked(data).problems()
+    assert (problem.path, problem.kind) == ("train/007-0001-000.jpg", "duplicate")
+    assert "of grade 1" in problem.reason
+    assert f"{FIRST}, of grade 0" in problem.reason
+
+
+def test_the_same_pixels_in_another_format_are_a_duplicate(tmp_path: Path) -> None:
+    root = folders(tmp_path)
+    with Image.open(root / "train/0/007-0000-000.jpg") as image:
+        image.save(root / "train/0/copy.png")
+    assert found_in(checked(root))["copy.png"] == {"duplicate"}
+
+
+def test_a_patient_in_two_splits(tmp_path: Path) -> None:
+    rows = []
+    for number, (patient, split) in enumerate(
+        [("a", "train"), ("a", "test"), ("b", "train"), ("b", "train"), ("c", "valid")]
+    ):
+        draw(tmp_path / f"{number}.jpg", number)
+        rows.append([f"{number}.jpg", number % 5, split, patient])
+    write_csv(tmp_path / "t.csv", ["path", "grade", "split", "patient"], rows)
+    (problem,) = survey.take(tmp_path).problems()
+    assert (problem.path, problem.kind) == ("0.jpg", "patient-in-two-splits")
+    assert "patient a is in test too, as 1.jpg" in problem.reason
+
+
+def test_the_same_name_in_two_splits_is_a_note(tmp_path: Path) -> None:
+    photos = [Photo(n, n % 5, split) for n, split in enumerate(["train"] * 5 + ["valid"] * 5)]
+    root = folders(tmp_path, photos)
+    draw(root / "valid" / "0" / photos[0].name, 99)
+    found = found_in(checked(root))
+    assert found == {photos[0].name: {"same-name"}}
+
+
+@pytest.mark.parametrize("name", ["a b.jpg", "ünder.jpg", "two\nlines.jpg", "tab\t.jpg"])
+def test_odd_names_are_a_note_and_are_trained_on(name: str, tmp_path: Path) -> None:
+    root = folders(tmp_path)
+    draw(root / "train" / "0" / name, 77)
+    seen = checked(root)
+    assert found_in(seen) == {name: {"name"}}
+    found = manifest.of(seen)
+    assert f"train/0/{name}" in found.path
+    assert all("\n" not in note for note in found.notes)
+
+
+def test_a_name_that_is_no_text_at_all(tmp_path: Path) -> None:
+    """A file name in Latin-1 on a file system of bytes."""
+    root = folders(tmp_path)
+    draw(root / "train" / "0" / "x.jpg", 77)
+    try:
+        os.rename(root / "train" / "0" / "x.jpg", os.fsencode(root / "train" / "0") + b"/f\xfcr.jpg")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    seen = checked(root)
+    assert len(manifest.of(seen)) == len(SET) + 1
+    assert survey.take(root).undecoded() == []
+    assert manifest.of(seen).fingerprint
+
+
+# ------------------------------------------------------------------------------------------ lists
+
+
+def test_a_list_of_errors_is_one_that_training_takes(data: Path, tmp_path: Path) -> None:
+    for number, what in enumerate(["empty", "scan", "gone"]):
+        FAULTS[what][1](data / f"train/007-{number:04d}-000.jpg")
+    labels = (data / "train.txt").read_text()
+    (data / "train.txt").write_text(labels + "nonsense\n007-0003-000.jpg 9\n007-0004-000.jpg 4\n")
+    bad = problems.errors(checked(data).problems())
+    assert sorted(problem.kind for problem in bad) == ["corrupt", "doubled", "empty", "grade", "label", "missing"]
+    file = tmp_path / "bad.csv"
+    file.write_text(problems.write_list(bad))
+    seen = checked(data, exclude=problems.read_list(file))
+    assert problems.errors(seen.problems()) == []
+    found = manifest.of(seen)
+    assert len(found) == len(SET) - 4
+    assert {problem.kind for problem in found.left_out} == {"excluded"}
+    assert len(found.left_out) == 6
+    assert any("6 photographs are left out, as --exclude lists them" in note for note in found.notes)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Problem,
+            st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1),
+            st.sampled_from(sorted(ERRORS)),
+            st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))),
+        )
+    )
+)
+def test_a_list_holds_any_name(tmp_path_factory: pytest.TempPathFactory, found: list[Problem]) -> None:
+    file = tmp_path_factory.mktemp("list") / "bad.csv"
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(problems.write_list(found))
+    assert problems.read_list(file) == {problem.path for problem in found}
+
+
+def test_a_plain_list_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("train/a.jpg\n\ntrain/b c.jpg\n")
+    assert problems.read_list(tmp_path / "list.txt") == {"train/a.jpg", "train/b c.jpg"}
+    with pytest.raises(UserError, match="cannot be read"):
+        problems.read_list(tmp_path / "nowhere.csv")
+
+
+def test_what_is_left_out_moves_no_other_photograph_between_splits(tmp_path: Path) -> None:
+    root = LAYOUTS["kaggle"](tmp_path)
+    before = {e.path: e.split for e in survey.take(root).entries}
+    gone = sorted(before)[3]
+    after = {e.path: e.split for e in survey.take(root, exclude=frozenset([gone])).entries}
+    assert after == {path: split for path, split in before.items() if path != gone}
+
+
+def test_a_set_of_which_nothing_is_left(tmp_path: Path) -> None:
+    root = labelled(tmp_path)
+    for path in (root / "photographs").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of its photographs can be used"):
+        manifest.read(root, on_bad="exclude")
+
+
+def test_the_fingerprint_of_a_set_is_that_of_its_manifest(data: Path) -> None:
+    seen = survey.take(data)
+    assert seen.fingerprint == manifest.of(seen).fingerprint
+
+
+def test_counts_are_those_of_every_layout(tmp_path: Path) -> None:
+    """The tables of one set in each layout are the same, up to what a layout lacks."""
+    counts = {name: survey.take(make(tmp_path / name)).counts() for name, make in LAYOUTS.items()}
+    assert counts["official"] == counts["folders"] == counts["csv"]
+    whole = counts["official"]
+    assert counts["gdrbench"] == {split: whole[split] | {"5": 0} for split in ("train", "valid")}
+    graded = {grade: sum(whole[split][grade] for split in whole) for grade in "01234"}
+    assert {grade: sum(counts["kaggle"][split][grade] for split in whole) for grade in "01234"} == graded
+
+
+def test_six_classes(data: Path) -> None:
+    five, six = manifest.read(data), manifest.read(data, ungradable="class")
+    assert len(six.ids("train")) == len(five.ids("train")) + 1
+    assert any("Six classes: 2 ungradable" in note and "1 in train, 1 in test" in note for note in six.notes)
+    labels = data / "train.txt"
+    labels.write_text("".join(line for line in labels.read_text().splitlines(True) if not line.endswith("5\n")))
+    with pytest.raises(UserError, match="holds no ungradable photograph"):
+        manifest.read(data, ungradable="class")

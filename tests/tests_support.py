@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,17 @@ def train(data: Path, run: Path, *more: str) -> Path:
     with Trainer(settings(data, run, *more)) as trainer:
         trainer.fit()
     return run
+
+
+def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with this many processes, as the README has it, of a script or of a module by its name."""
+    script_ = ["-m", script] if isinstance(script, str) else [str(script)]
+    many = ["--multi_gpu"] if ranks > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks),
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", "0", *script_, *arguments]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def task(found: Manifest, split: str = "train", **changes: Any) -> loaders.Task:

@@ -60,7 +60,7 @@ def load(root: Path) -> dict[str, Record]:
         stored = json.loads(_file(root).read_text(encoding="utf-8", errors="surrogateescape"))
         if stored["version"] != _VERSION:
             return {}
-        return {path: Record(*values) for path, values in stored["photographs"].items()}
+        return {path: Record._make(values) for path, values in stored["photographs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # no cache yet, or a broken one: it is made anew
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -62,12 +61,12 @@ class Survey:
         """All that is wrong or worth knowing, sorted; of an undecoded file what its header says."""
         found = list(self.label_problems)
         for entry in self.entries:
-            record = self.records[entry.path]
+            record, path = self.records[entry.path], entry.path
             if record.kind:
-                found.append(Problem(entry.path, record.kind, entry.where + record.reason))
-            for trait in filter(None, record.traits.split(",")):
-                found.append(Problem(entry.path, trait, f"it is {_TRAITS[trait]}"))
-            if re.search(r"[\s\x00-\x1f\x7f]", entry.path) or not entry.path.isascii():
+                found.append(Problem(path, record.kind, entry.where + record.reason))
+            if record.traits:
+                found += [Problem(path, trait, f"it is {_TRAITS[trait]}") for trait in record.traits.split(",")]
+            if " " in path or not (path.isascii() and path.isprintable()):
                 found.append(Problem(entry.path, "name", "its name holds a space, a control or a non-ASCII character"))
         found += self._same_names()
         found += self._same_patients()
@@ -75,6 +74,8 @@ class Survey:
         return sorted(found)
 
     def _same_names(self) -> Iterable[Problem]:
+        if len({entry.path.rpartition("/")[2] for entry in self.entries}) == len(self.entries):
+            return
         by_name: dict[str, list[Entry]] = defaultdict(list)
         for entry in self.entries:
             by_name[entry.path.rpartition("/")[2]].append(entry)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests_support import ROOT
+from tests_support import ROOT, launch
 
 from fastddr.data import manifest
 
@@ -22,16 +19,6 @@ SMALL = [
     "--tracking.no-wandb", "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1",
     "--loading.threads", "1", "--optimizer.ema-decay", "0.9",
 ]  # fmt: skip
-
-
-def launch(ranks: int, script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with this many processes, as the README has it."""
-    many = ["--multi_gpu"] if ranks > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks),
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", str(script), *arguments]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
 EVALUATE = """

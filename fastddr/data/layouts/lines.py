@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def official(folder: Path) -> Listing | None:
         named = _read(label_file, split, locate, wanted, listing)
         if not named:
             _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
-        _orphans(listing, split, {Path(path).name for path in named}, f"{split}.txt")
+        _orphans(listing, split, {path.rpartition("/")[2] for path in named}, f"{split}.txt")
     return listing
 
 
@@ -66,8 +66,8 @@ def gdrbench(folder: Path) -> Listing | None:
         listing.notes.append(f"Of the sets in {folder.name}/images only DDR is read: {', '.join(there)} are there.")
 
     def locate(name: str) -> str | None:
-        parts = Path(name).parts
-        return f"images/{name}" if parts[:1] == (chosen,) and ".." not in parts and "\\" not in name else None
+        parts = name.split("/")
+        return f"images/{name}" if parts[0] == chosen and ".." not in parts and "\\" not in name else None
 
     named: set[str] = set()
     for ending, split in _BENCH_LISTS.items():
@@ -79,10 +79,13 @@ def gdrbench(folder: Path) -> Listing | None:
     if not named:
         what = f"the lists of {chosen} are empty; their lines should be `path grade`"
         _refuse_empty(listing, folder / "splits", what)
-    for parent in sorted({Path(path).parent for path in named}):
-        if (folder / parent).is_dir():
-            inside = {Path(path).name for path in named if Path(path).parent == parent}
-            _orphans(listing, parent.as_posix(), inside, "splits/")
+    homes: dict[str, set[str]] = defaultdict(set)
+    for path in named:
+        home, _, name = path.rpartition("/")
+        homes[home].add(name)
+    for home, inside in sorted(homes.items()):
+        if (folder / home).is_dir():
+            _orphans(listing, home, inside, "splits/")
     return listing
 
 
@@ -105,24 +108,25 @@ def _read(label_file: Path, split: str, locate: Callable[[str], str | None], wan
     """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
     label = label_file.relative_to(listing.root).as_posix()
     known: dict[str, int] = {}
+
+    def wrong(kind: str, number: int, reason: str, path: str | None = None) -> None:
+        listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
+
     for number, line in _lines(label_file):
-
-        def wrong(kind: str, reason: str, path: str | None = None, number: int = number) -> None:
-            listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
-
         # From the right: a name may hold spaces.
-        match = re.fullmatch(r"\s*(.*\S)\s+(\d+)\s*", line)
-        if match is None:
-            wrong("label", f"{line.strip()!r} is not `name.jpg grade`")
+        parts = line.strip().rsplit(None, 1)
+        if len(parts) < 2 or not (parts[1].isascii() and parts[1].isdigit()):
+            wrong("label", number, f"{line.strip()!r} is not `name.jpg grade`")
             continue
-        name, grade = match[1], int(match[2])
+        name, grade = parts[0], int(parts[1])
         path = locate(name)
         if path is None:
-            wrong("label", f"{name} is a path that is not read here: give {wanted}")
+            wrong("label", number, f"{name} is a path that is not read here: give {wanted}")
         elif grade > UNGRADABLE:
-            wrong("grade", f"grade {grade} of {name} is not one of 0-4 (ICDR) or 5 (ungradable)")
+            wrong("grade", number, f"grade {grade} of {name} is not one of 0-4 (ICDR) or 5 (ungradable)")
         elif path in known:
-            wrong("doubled", f"{label}, line {number}: {name} stands already in line {known[path]}", path)
+            place = f"{label}, line {number}"
+            wrong("doubled", number, f"{place}: {name} stands already in line {known[path]}", path)
         else:
             known[path] = number
             listing.entries.append(Entry(path, grade, split, None, label, number, name))

@@ -1,0 +1,122 @@
+"""How fast a data set is read, checked and prepared, on all cores.
+
+    python benchmarks/data.py                      # 512 px synthetic JPEGs
+    python benchmarks/data.py --data DDR-dataset   # yours
+
+`labels`: seconds in which a set of 100,000 photographs (links to a few small ones) whose headers are known is read:
+labels, file sizes, splits, problems, fingerprint. `headers`: photographs a second that are opened for the first time.
+`decode`: photographs a second that `fastddr check` decodes. `prepare`: photographs a second that `fastddr prepare`
+crops, resizes and writes; its start is counted in. The files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import tyro
+from PIL import Image
+from rich.console import Console
+
+from fastddr import ranks
+from fastddr.data import manifest, prepare, survey, synthetic
+
+
+@dataclass
+class Options:
+    """Measure reading, checking and preparing."""
+
+    data: Path | None = None
+    """A data set in any layout; by default the synthetic one."""
+    rounds: int = 5
+    """Repeats of each measurement."""
+    rows: int = 100_000
+    """Photographs of the set that is only read."""
+    size: int = 512
+    """Side of the prepared photographs in pixels."""
+    out: Path | None = None
+    """The JSON; by default results/data_HARDWARE_DATE.json."""
+
+
+def linked(root: Path, rows: int) -> Path:
+    """A set of so many photographs in the official layout, all of them links to a few small ones."""
+    for split, share in (("train", 0.5), ("valid", 0.2), ("test", 0.3)):
+        folder = root / split
+        folder.mkdir(parents=True)
+        names = [f"{number:07d}.jpg" for number in range(round(rows * share))]
+        for place, name in enumerate(names):
+            # File systems limit the links to one file.
+            if place % 10_000 == 0:
+                source = folder / name
+                Image.fromarray(np.full((16, 16, 3), place % 251, dtype=np.uint8)).save(source)
+            else:
+                os.link(source, folder / name)
+        (root / f"{split}.txt").write_text("".join(f"{name} {place % 5}\n" for place, name in enumerate(names)))
+    return root
+
+
+def main(options: Options) -> None:
+    """Measure, print and write."""
+    console = Console(soft_wrap=True)
+    # The set may be in the user's cache; what is measured is not, or the second round would find it known.
+    data = options.data or synthetic.ensure()
+    folder = Path(tempfile.mkdtemp())
+    os.environ["FASTDDR_CACHE"] = str(folder / "cache")
+    try:
+        many = linked(folder / "many", options.rows)
+        manifest.read(many)
+        seen = survey.take(data)
+        photographs = [entry.path for entry in seen.entries]
+
+        def labels() -> float:
+            began = time.perf_counter()
+            _ = manifest.read(many).fingerprint
+            return time.perf_counter() - began
+
+        def headers() -> float:
+            began = time.perf_counter()
+            survey.take(data, afresh=True)
+            return len(photographs) / (time.perf_counter() - began)
+
+        def decode() -> float:
+            began = time.perf_counter()
+            seen.decode(photographs, ranks.cores(), keep=False)
+            return len(photographs) / (time.perf_counter() - began)
+
+        def prepared() -> float:
+            out = folder / "out"
+            began = time.perf_counter()
+            prepare.run(str(data), out, prepare.Settings(size=options.size), on_bad="exclude", sheet=0)
+            rate = len(photographs) / (time.perf_counter() - began)
+            shutil.rmtree(out)
+            return rate
+
+        trials = {"labels": labels, "headers": headers, "decode": decode, "prepare": prepared}
+        found = harness.interleaved(trials, options.rounds, lambda k: console.print(f"round {k} of {options.rounds}"))
+        sizes = sorted({(r.width, r.height) for r in seen.records.values()})
+        about = {
+            "photographs": len(photographs),
+            "source": "synthetic" if options.data is None else options.data.name,
+            "least": "×".join(map(str, sizes[0])),
+            "most": "×".join(map(str, sizes[-1])),
+            "kilobytes": round(sum(r.size for r in seen.records.values()) / len(photographs) / 1000),
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    rows: list[dict[str, Any]] = [{"name": "labels", "photographs": options.rows, "unit": "s"}]
+    rows += [{"name": name, **about, "unit": "photographs/s"} for name in ("headers", "decode", "prepare")]
+    rows[-1]["size"] = options.size
+    rows = [row | harness.spread(found[row["name"]]) for row in rows]
+    harness.show("Reading, checking and preparing", rows, ["photographs"])
+    console.print(f"written to {harness.write('data', rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,76 @@
+"""`fastddr prepare` on two ranks, launched as a user would."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import photographs
+from tests_support import ROOT
+
+from fastddr.data import prepare
+from fastddr.data.prepare import Settings
+
+# Several runs in one launch: what each rank was told goes into a file.
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from fastddr import ranks
+from fastddr.data import crop, prepare
+from fastddr.errors import UserError
+
+data, out = sys.argv[1], Path(sys.argv[2])
+told = []
+
+
+def run(size=32, **settings):
+    try:
+        done = prepare.run(data, out / "out", prepare.Settings(size), sheet=4, **settings)
+        told.append([done.done, done.skipped, len(done.bad)])
+    except UserError as error:
+        told.append(str(error))
+
+
+real = crop._write
+if ranks.rank() == 1:
+    def full(target, *_):
+        raise OSError(28, "No space left on device")
+    crop._write = full
+run()                       # one rank's disk is full
+crop._write = real
+run()                       # a photograph is bad
+run(on_bad="exclude")
+run(on_bad="exclude")
+run(size=48)                # other settings
+(out / f"rank-{ranks.rank()}.json").write_text(json.dumps(told))
+"""
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_ranks_make_what_one_makes_and_are_told_the_same(tmp_path: Path) -> None:
+    data = photographs.official(tmp_path / "data")
+    entry = data / "DR_grading" / "test" / "007-0020-000.jpg"
+    entry.write_bytes(entry.read_bytes()[:-40])
+    (tmp_path / "go.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(tmp_path / "go.py"), str(data), str(tmp_path)]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert told == other
+    assert "No space left on device" in told[0]
+    assert "007-0020-000.jpg" in told[1]
+    assert told[2:4] == [[0, 26, 1], [0, 26, 1]]
+    assert "size 32, not 48" in told[4]
+    prepare.run(str(data), tmp_path / "one", Settings(32), sheet=4, on_bad="exclude", workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,10 +94,16 @@ def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:
     return frozenset(found)
 
 
+def _place(seed: int, purpose: str, name: str) -> bytes:
+    bare = os.path.splitext(name.rpartition("/")[2])[0]
+    return hashlib.sha256(f"{seed}/{purpose}/{bare}".encode("utf-8", "surrogateescape")).digest()
+
+
 def _cut(entries: Sequence[Entry], share: float, seed: int, purpose: str) -> frozenset[str]:
     """Paths of a share of the entries, whole patients, the same share of each grade (a patient's is the worst).
 
-    A patient's place in the draw comes from a hash of seed and name, so that one more patient moves no other.
+    A patient's place in the draw comes from a hash of seed and name, so that one more patient moves no other. A
+    photograph's name is taken without folder and extension: its prepared copy falls into the same split.
     """
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -106,7 +113,7 @@ def _cut(entries: Sequence[Entry], share: float, seed: int, purpose: str) -> fro
         strata[max(entry.grade for entry in members)].append(name)
     found: set[str] = set()
     for names in strata.values():
-        drawn = sorted(names, key=lambda n: hashlib.sha256(f"{seed}/{purpose}/{n}".encode("utf-8", "replace")).digest())
+        drawn = sorted(names, key=lambda name: (_place(seed, purpose, name), name))
         count = round(share * len(drawn))
         if len(drawn) >= 3 and share > 0:
             count = max(1, count)

@@ -325,3 +325,11 @@ def test_a_drawn_split_keeps_patients_whole_and_does_not_depend_on_the_order_of_
 def test_kaggle_of_a_small_set_has_three_splits(tmp_path: Path) -> None:
     found, _ = splits.assign(layouts.find(kaggle(tmp_path)), SplitConfig())
     assert {entry.split for entry in found} == {"train", "valid", "test"}
+
+
+def test_a_prepared_copy_is_drawn_into_the_same_splits() -> None:
+    """Other folders and another extension move no photograph."""
+    raw = [Entry(f"all/{number}.tif", number % 5) for number in range(100)]
+    made = [Entry(f"photographs/all/{number}.jpg", number % 5) for number in range(100)]
+    one, other = (splits.assign(Listing("csv", Path("/nowhere"), e), SplitConfig())[0] for e in (raw, made))
+    assert [entry.split for entry in one] == [entry.split for entry in other]

@@ -1,0 +1,200 @@
+"""The folder that `prepare` writes: what is in it, what is finished, and how it changes without ever looking whole
+before it is.
+
+While it is unfinished the label files are away and the photographs lie in a hidden folder, so that no layout finds a
+part of a set and takes it for all of it: class folders need no labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastddr.data import crop
+from fastddr.data.crop import Row
+from fastddr.data.problems import Problem, write_list
+from fastddr.errors import UserError
+
+#: The folder of tables and sheets, and the one of photographs that are not all done yet.
+FOLDER, UNFINISHED = "prepared", ".unfinished"
+
+
+class Output:
+    """OUT; to be opened first."""
+
+    def __init__(self, out: Path, inner: str) -> None:
+        self.out, self.folder, self.hidden = out, out / FOLDER, out / UNFINISHED
+        self.inner = inner
+        """Where in OUT the root of the new set is, with a slash at the end; or empty."""
+        self.settings = self.folder / "settings.json"
+        self.known: dict[str, list[Row]] = {}
+        """What was written down, by output: several rows where a photograph was made more than once."""
+        self.clean = False
+        """Whether it is finished, and nothing of it has changed since."""
+
+    # -------------------------------------------------------------------------------------- before the work
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Make it, or see that it is one of ours with the same settings, and read what is done.
+
+        Raises:
+            UserError: it is neither.
+        """
+        try:
+            there = self.facts()
+            different = [key for key in identity if there[key] != identity[key]]
+        except FileNotFoundError:
+            # A run that was killed at once left an empty folder, or a hidden file in it.
+            if any(path != self.folder for path in (*self.out.glob("*"), *self.folder.glob("[!.]*"))):
+                raise UserError(
+                    f"{self.out}: it is not empty and not made by `fastddr prepare`; give a new folder."
+                ) from None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            put(self.settings, _json(identity))
+            return
+        except NotADirectoryError:
+            raise UserError(f"{self.out}: this is a file; give a new folder.") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.settings}: it cannot be read; remove {self.out} and run again.") from None
+        if different:
+            key = different[0]
+            raise UserError(
+                f"{self.out}: it was prepared with {key} {there[key]}, not {identity[key]}; give another folder, or "
+                "remove this one."
+            )
+        self.known = self._rows()
+        self.clean = not self.hidden.exists() and not self._journals()
+
+    def facts(self) -> dict[str, Any]:
+        """Settings, label files, and how many photographs are on the sheets."""
+        found: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        return found
+
+    def home(self, path: str) -> str:
+        """Where an output is until all is done, relative to OUT."""
+        path = self.inner + path
+        # Files beside the label table are found only by way of it, which is written last.
+        return f"{UNFINISHED}/{path}" if "/" in path else path
+
+    def row(self, path: str, source: str, source_bytes: int) -> Row | None:
+        """What was written down of an output that is there, and made of its source as it is."""
+        rows = self.known.get(path)
+        if rows:
+            for place in (self.home(path), self.inner + path):
+                try:
+                    size = os.stat(self.out / place).st_size
+                except OSError:
+                    continue
+                wanted = (source, source_bytes, size)
+                return next((row for row in rows if (row.source, row.source_bytes, row.bytes) == wanted), None)
+        return None
+
+    def hide(self) -> None:
+        """Take the labels away, and the photographs out of sight: from now on it is unfinished."""
+        self.clean = False
+        self.hidden.mkdir(exist_ok=True)
+        self.remove_labels(keep=())
+        for top in sorted({path.split("/")[0] for path in map(self.inner.__add__, self.known) if "/" in path}):
+            if (self.out / top).exists():
+                os.replace(self.out / top, self.hidden / top)
+
+    # -------------------------------------------------------------------------------------- after the work
+
+    def remove_labels(self, keep: Iterable[str]) -> None:
+        """Remove the label files that were written earlier, but for these."""
+        for label in set(self.facts().get("labels", [])) - set(keep):
+            (self.out / self.inner / label).unlink(missing_ok=True)
+
+    def remove(self, paths: Iterable[str]) -> int:
+        """Remove outputs that were written earlier; how many there were."""
+        count = 0
+        for path in sorted(paths):
+            for place in (self.home(path), self.inner + path):
+                file = self.out / place
+                if file.exists():
+                    file.unlink()
+                    count += 1
+        return count
+
+    def write_tables(self, rows: Sequence[Row], bad: Sequence[Problem], facts: Mapping[str, Any]) -> None:
+        """Fold the journals into one table."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
+        put(self.folder / "prepared.csv", text.getvalue().encode("utf-8", "surrogateescape"))
+        if bad:
+            put(self.folder / "excluded.csv", write_list(bad).encode("utf-8", "surrogateescape"))
+        else:
+            (self.folder / "excluded.csv").unlink(missing_ok=True)
+        for journal in self._journals():
+            journal.unlink()
+        put(self.settings, _json(facts))
+
+    def finish(self, labels: Mapping[str, bytes]) -> None:
+        """The photographs back in sight, and last of all the labels: from now on it is finished."""
+        # What a process that was killed was writing, and folders that are empty without it.
+        for part in [*self.out.glob(f".*{crop.PART}"), *self.folder.glob(f".*{crop.PART}")]:
+            part.unlink()
+        for folder, _, names in os.walk(self.hidden, topdown=False):
+            for name in names:
+                if name.startswith(".") and name.endswith(crop.PART):
+                    os.unlink(os.path.join(folder, name))
+            if folder != str(self.hidden) and not os.listdir(folder):
+                os.rmdir(folder)
+        if self.hidden.exists():
+            for top in sorted(os.listdir(self.hidden)):
+                os.replace(self.hidden / top, self.out / top)
+        for label, content in labels.items():
+            (self.out / self.inner / label).parent.mkdir(parents=True, exist_ok=True)
+            put(self.out / self.inner / label, content)
+        if self.hidden.exists():
+            shutil.rmtree(self.hidden)
+
+    # -------------------------------------------------------------------------------------- what is written down
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob("journal-*.jsonl"))
+
+    def _rows(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for journal in self._journals():
+            for row in crop.rows_of(journal.read_bytes().split(b"\n")):
+                found.setdefault(row.path, []).append(row)
+        try:
+            text = (self.folder / "prepared.csv").read_bytes().decode("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            return found
+        _, *rows = csv.reader(io.StringIO(text, newline=""))
+        for path, source, source_bytes, size, left, top, side, *disc in rows:
+            row = Row(path, source, int(source_bytes), int(size), int(left), int(top), int(side), *disc)
+            found.setdefault(path, []).append(row)
+        return found
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a small file at once or not at all; one that holds the same is left as it is.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        if path.read_bytes() == content:
+            return
+    except FileNotFoundError:
+        pass
+    part = path.with_name(f".{path.name}{crop.PART}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise crop.cannot_write(path, error) from None

@@ -1,0 +1,375 @@
+"""`fastddr prepare`: crop every photograph of a data set to the disc of the retina, once, into a set of its own.
+
+    OUT/...                        the photographs and label files, in the layout of the source
+    OUT/prepared/prepared.csv      a row a photograph: source, square, disc
+    OUT/prepared/settings.json     what all of it was made with
+    OUT/prepared/excluded.csv      what was left out because it could not be used
+    OUT/prepared/sheet-001.jpg     the discs that were hardest to find, to be looked at
+    OUT/prepared/journal-0.jsonl   while it is unfinished: a line a finished photograph, for each rank
+    OUT/.unfinished/...            while it is unfinished: the photographs, out of sight of every layout
+
+A run that was killed goes on where it was. What is in OUT at the end depends on the source and the settings alone: not
+on the number of processes, on kills, or on the day.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fastddr import ranks
+from fastddr.config import SplitConfig
+from fastddr.data import crop, layouts, relabel, splits, survey
+from fastddr.data import sheet as contact
+from fastddr.data.cache import Record
+from fastddr.data.crop import Format, Job, Place, Result, Row
+from fastddr.data.layouts.common import grade_of
+from fastddr.data.output import FOLDER, Output, put
+from fastddr.data.problems import Problem, errors, one_line
+from fastddr.data.relabel import Kept
+from fastddr.data.survey import Progress, Survey
+from fastddr.errors import UserError
+
+#: Of the outputs. Raise it with every change of a byte of them.
+VERSION = 1
+#: Where class folders without splits go: beside them a folder `prepared` would be taken for a misspelt grade.
+_INNER = "photographs/"
+#: Sides that make sense, in pixels.
+_LEAST, _MOST = 16, 8192
+#: Photographs for which one more process pays: it takes a second or two to start.
+_A_WORKER = 64
+#: Faults of a whole set and not of a photograph: no reason to leave one out here, where nothing is trained.
+_LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the outputs are made with."""
+
+    size: int = 512
+    """Side in pixels."""
+    format: Format = "jpeg"
+    """JPEG of quality 100 with full chroma, or PNG."""
+
+    def __post_init__(self) -> None:
+        if not _LEAST <= self.size <= _MOST:
+            raise UserError(f"--size {self.size}: choose from {_LEAST} to {_MOST} pixels.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did."""
+
+    root: Path
+    """Folder of the new set, as a layout has it."""
+    done: int
+    """Photographs made, by all ranks."""
+    skipped: int
+    """Photographs that were done already."""
+    removed: int
+    """Outputs of photographs that are no longer in the source, or left out now."""
+    bad: tuple[Problem, ...] = ()
+    """What could not be used and is left out."""
+    sheets: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences about what differs from the source."""
+
+
+def run(
+    data: str,
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    exclude: frozenset[str] = frozenset(),
+    on_bad: Literal["raise", "exclude"] = "raise",
+    sheet: int = 200,
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> Summary:
+    """Prepare a data set; on every process of `accelerate launch` the same call, and the same answer.
+
+    Args:
+        data: the folder of the data set in any layout, or a label table.
+        out: a new folder, or one that this function filled before: only what is not done is done.
+        settings: of the outputs.
+        exclude: paths to leave out.
+        on_bad: what to do about what cannot be used, when all the rest is done.
+        sheet: photographs on the contact sheets.
+        workers: processes of this rank; None = as many as fall to it.
+        on_progress: called with (done, total) of this rank's part.
+
+    Raises:
+        UserError: the source or `out` cannot be used, or with `on_bad="raise"` something in the source.
+    """
+    main = _Main(data, Path(out), settings or Settings(), exclude, on_bad, sheet)
+    place, jobs = _on_first(main.begin, out)
+    mine = ranks.share(jobs)
+    found: list[Result | str] = []
+    try:
+        with _results(mine, place, workers) as results:
+            for result in results:
+                found.append(result)
+                if on_progress:
+                    on_progress(len(found), len(mine))
+    except UserError as error:  # the other ranks must not wait for this one
+        found.append(str(error))
+    except BrokenProcessPool:
+        found.append(
+            f"{out}: a process that made photographs was killed, as happens when memory runs out; run again: what is "
+            "done is not done again."
+        )
+    found = ranks.gather(found)
+    if said := next((one for one in found if isinstance(one, str)), None):
+        raise UserError(said)
+    return _on_first(lambda: main.end([one for one in found if isinstance(one, Result)]), out)
+
+
+def _on_first(do: Callable[[], T], out: Path) -> T:
+    """What rank 0 makes of `do`, on every rank; what a user can mend is raised on every rank too."""
+    said: list[Any] = []
+    if ranks.rank() == 0:
+        try:
+            said = [("", do())]
+        except UserError as error:
+            said = [(str(error), None)]
+        except OSError as error:
+            said = [(str(crop.cannot_write(error.filename2 or error.filename or out, error)), None)]
+    (text, found), *_ = ranks.gather(said)
+    if text:
+        raise UserError(text)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the work
+
+
+@contextmanager
+def _results(jobs: Sequence[Job], place: Place, workers: int | None) -> Iterator[Iterable[Result]]:
+    """The results of the jobs in their order, each as soon as it is there."""
+    workers = workers or min(ranks.cores(), max(1, len(jobs) // _A_WORKER))
+    make = partial(crop.make, place=place, journal=os.path.join(place.out, FOLDER, f"journal-{ranks.rank()}.jsonl"))
+    if workers == 1:
+        yield map(make, jobs)
+        return
+    # Processes: a quarter of the time is spent with the interpreter's lock held. Spawned, since the caller may hold
+    # threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
+    try:
+        yield pool.map(make, jobs, chunksize=min(8, -(-len(jobs) // workers) or 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _worker() -> None:
+    """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------ rank 0
+
+
+@dataclass
+class _Main:
+    """What rank 0 does before and after the work of all."""
+
+    data: str
+    out: Path
+    settings: Settings
+    exclude: frozenset[str]
+    on_bad: Literal["raise", "exclude"]
+    sheet: int
+    seen: Survey = field(init=False)
+    output: Output = field(init=False)
+
+    def begin(self) -> tuple[Place, list[Job]]:
+        """What is to be done; OUT is then ready for it."""
+        if self.sheet < 0:
+            raise UserError(
+                f"--sheet {self.sheet}: choose how many photographs the contact sheets show, or 0 for none."
+            )
+        self.seen = seen = survey.take(self.data, exclude=self.exclude)
+        out = _resolved(self.out)
+        _refuse_overlap(out, (seen.root, _resolved(Path(self.data))))
+        self.output = output = Output(out, _inner(seen))
+        faulty = {problem.path for problem in self._bad()}
+        sources = self._sources(faulty)
+        output.open(self._identity())
+        if output.known and not output.known.keys() & sources.keys():
+            raise UserError(
+                f"{out}: it was prepared from another data set: none of its {len(output.known)} photographs is in "
+                f"{seen.root}; give another folder."
+            )
+        todo = [path for path, source in sources.items() if source not in faulty and not self._row(path, source)]
+        if self.on_bad == "raise" and not todo:
+            self._refuse_bad()
+        stay = {path for path, source in sources.items() if self.on_bad == "raise" or source not in faulty}
+        if todo or output.known.keys() - stay:
+            output.hide()
+        jobs = []
+        for path in todo:
+            record = seen.records[sources[path]]
+            jobs.append(Job(sources[path], record.size, bool(record.digest), path, output.home(path)))
+        return Place(str(seen.root), str(out), self.settings.size, self.settings.format), jobs
+
+    def end(self, found: Sequence[Result]) -> Summary:
+        """Tables, sheets and labels, when all photographs are there."""
+        seen, output = self.seen, self.output
+        made = {result.row.path: result.row for result in found if result.row}
+        for path, row in made.items():
+            output.known.setdefault(path, []).append(row)
+        seen.learn({result.source: _learnt(seen.records[result.source], result) for result in found})
+        if self.on_bad == "raise":
+            self._refuse_bad()
+        bad = self._bad()
+        faulty = {problem.path for problem in bad}
+        kept = [Kept(e, crop.name_of(e.path, self.settings.format)) for e in seen.entries if e.path not in faulty]
+        if not kept:
+            raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {self.data}` tells why.")
+        rows = []
+        for entry, path in kept:
+            row_ = self._row(path, entry.path)
+            if row_ is None:
+                raise UserError(f"{output.out / path}: it was changed or removed meanwhile; run again.")
+            rows.append(row_)
+        rows.sort()
+        labels = relabel.labels(seen.root, kept, sorted({entry.label for entry in seen.entries if entry.label}))
+        pages = self._sheets(rows)
+        removed = output.remove(output.known.keys() - {row.path for row in rows})
+        output.remove_labels(keep=labels)
+        output.write_tables(rows, bad, self._identity() | {"sheet": self.sheet, "labels": list(labels)})
+        output.finish(labels)
+        return Summary(
+            root=output.out / output.inner,
+            done=len(made),
+            skipped=sum(row.path not in made for row in rows),
+            removed=removed,
+            bad=tuple(bad),
+            sheets=tuple(pages),
+            notes=tuple(self._differences(kept)),
+        )
+
+    def _sources(self, faulty: Container[str]) -> dict[str, str]:
+        """The source of each output, in the survey's order.
+
+        Raises:
+            UserError: two outputs would bear the same name, or one the name of a file of ours.
+        """
+        found: dict[str, str] = {}
+        for entry in self.seen.entries:
+            path = crop.name_of(entry.path, self.settings.format)
+            other = found.get(path)
+            if other is None or other in faulty:
+                found[path] = entry.path
+            elif entry.path not in faulty:
+                raise UserError(
+                    f"{self.seen.root}: {other} and {entry.path} would both become {path}; rename one of them, or "
+                    "leave it out with --exclude."
+                )
+        # A label table may name a photograph by its name alone, and then a sheet would be one more of that name.
+        by_name = any(entry.label.lower().endswith(".csv") for entry in self.seen.entries)
+        for path, source in found.items():
+            if f"{self.output.inner}{path}".startswith(f"{FOLDER}/") or (by_name and contact.is_page(path)):
+                raise UserError(
+                    f"{self.seen.root / source}: it bears a name that prepare needs for its own files; rename it."
+                )
+        return found
+
+    def _row(self, path: str, source: str) -> Row | None:
+        return self.output.row(path, source, self.seen.records[source].size)
+
+    def _identity(self) -> dict[str, Any]:
+        quality = crop.QUALITY if self.settings.format == "jpeg" else None
+        return {
+            "prepare": VERSION, "layout": self.seen.layout, "size": self.settings.size,
+            "format": self.settings.format, "quality": quality, "crop": "disc",
+        }  # fmt: skip
+
+    def _bad(self) -> list[Problem]:
+        """What cannot be used, as far as it is known."""
+        return [problem for problem in errors(self.seen.problems()) if problem.kind not in _LEAKS]
+
+    def _refuse_bad(self) -> None:
+        bad = self._bad()
+        if bad:
+            more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
+            raise UserError(
+                one_line(
+                    f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
+                    f"leave out what is bad with --on-bad exclude; `fastddr check {self.data}` lists all."
+                )
+            )
+
+    def _sheets(self, rows: Sequence[Row]) -> list[Path]:
+        """The contact sheets, drawn anew unless they show just this."""
+        folder = self.output.folder
+        pages = contact.pages(folder, min(self.sheet, len(rows)))
+        old = sorted(folder.glob("sheet-*.jpg"))
+        if not self.output.clean or old != pages or self.output.facts().get("sheet") != self.sheet:
+            chosen = sorted(rows, key=lambda row: (float(row.confidence), row.path))[: self.sheet]
+            for path, content in zip(pages, contact.draw(self.seen.root, chosen, ranks.cores()), strict=True):
+                put(path, content)
+            for path in set(old) - set(pages):
+                path.unlink()
+        return pages
+
+    def _differences(self, kept: Sequence[Kept]) -> list[str]:
+        """What a reader of the new set finds otherwise than in the source: what is drawn by chance may be."""
+        read, _ = splits.assign(layouts.find(self.output.out), SplitConfig())
+        there = {entry.path: entry for entry in read}
+        if {path: (entry.grade, entry.patient) for path, entry in there.items()} != {
+            path: (entry.grade, entry.patient) for entry, path in kept
+        }:
+            raise RuntimeError(f"{self.output.out}: its labels do not say what those of {self.seen.root} say")
+        moved = sum(entry.split != there[path].split for entry, path in kept)
+        if not moved:
+            return []
+        return [
+            f"{moved} of {len(kept)} photographs fall into another split than in {self.data}: the set has no splits of "
+            "its own, and what draws them sees other names or fewer photographs."
+        ]
+
+
+def _inner(seen: Survey) -> str:
+    """Where in OUT the root of the new set is, with a slash at the end; or empty."""
+    if seen.layout == "official" and seen.root.name == "DR_grading":
+        return "DR_grading/"
+    if seen.layout == "folders" and grade_of(seen.entries[0].path.split("/")[0]) is not None:
+        return _INNER
+    return ""
+
+
+def _resolved(path: Path) -> Path:
+    return path.expanduser().resolve()
+
+
+def _refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
+    for source in sources:
+        folder = source if source.is_dir() else source.parent
+        if out == folder or folder in out.parents or out in folder.parents:
+            raise UserError(f"{out}: the output must lie outside of the data set {folder}; give another folder.")
+
+
+def _learnt(record: Record, result: Result) -> Record:
+    if result.kind:
+        return record._replace(kind=result.kind, reason=result.reason)
+    return record._replace(digest=result.digest) if result.digest else record

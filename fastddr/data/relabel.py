@@ -1,0 +1,118 @@
+"""Label files for a prepared set: those of the source, with the outputs' names, and without what was left out.
+
+Of a label file of which every line stays as it is, every byte stays as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastddr.data.layouts import Entry
+from fastddr.data.layouts.table import key_column
+from fastddr.errors import UserError
+
+
+class Kept(NamedTuple):
+    """A photograph that the new labels name."""
+
+    entry: Entry
+    path: str
+    """Of the output, relative to the root of the new set."""
+
+
+def tokens(kept: Sequence[Kept]) -> dict[str, dict[int, tuple[str, str]]]:
+    """What each line of each label file calls its photograph: (before, from now on), by label file and line.
+
+    A name without an extension stays. A name that several outputs bear because of a new extension becomes a path.
+    """
+    names: dict[str, int] = {}
+    for one in kept:
+        name = one.path.rpartition("/")[2]
+        names[name] = names.get(name, 0) + 1
+    renamed = {one.path.rpartition("/")[2] for one in kept if one.path != one.entry.path}
+    found: dict[str, dict[int, tuple[str, str]]] = {}
+    for entry, path in kept:
+        if not entry.label:
+            continue
+        token, name = entry.token, entry.path.rpartition("/")[2]
+        new = path.rpartition("/")[2]
+        if token == name or token.endswith(f"/{name}"):
+            token = token[: len(token) - len(name)] + new
+        if "/" not in token and entry.label.lower().endswith(".csv") and new in renamed and names[new] > 1:
+            token = path
+        found.setdefault(entry.label, {})[entry.line] = (entry.token, token)
+    return found
+
+
+def labels(root: Path, kept: Sequence[Kept], also: Sequence[str] = ()) -> dict[str, bytes]:
+    """The content of each label file of the new set, by path relative to its root.
+
+    Args:
+        root: of the source.
+        kept: what the labels shall name; all other lines go.
+        also: label files to write though nothing in them is kept.
+
+    Raises:
+        UserError: a label file cannot be read, or was changed meanwhile.
+    """
+    of_file = {label: dict[int, tuple[str, str]]() for label in also} | tokens(kept)
+    return {label: _rewritten(root / label, lines) for label, lines in sorted(of_file.items())}
+
+
+def _rewritten(file: Path, lines: Mapping[int, tuple[str, str]]) -> bytes:
+    try:
+        content = file.read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: the label file cannot be read as text ({error}).") from None
+    changed = _table(file, text, lines) if file.suffix.lower() == ".csv" else _lines(file, text, lines)
+    return content if changed is None else changed.encode("utf-8")
+
+
+def _lines(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str | None:
+    """The lines of a text file that stay; None where all do, unchanged."""
+    # Line breaks as Python's text mode takes them, which is how the lines were counted.
+    pieces = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
+    found = []
+    for number, piece in enumerate(pieces, 1):
+        if number in lines:
+            old, new = lines[number]
+            if old not in piece:
+                raise _changed(file, number)
+            found.append(piece.replace(old, new, 1))
+        elif not piece.removeprefix("\ufeff").strip():
+            found.append(piece)
+    if len(pieces) < max(lines, default=0):
+        raise _changed(file, max(lines))
+    return None if found == pieces else "".join(found)
+
+
+def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str | None:
+    """The header and the rows of a table that stay, all columns as they are; None where all do, unchanged."""
+    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    header = next(reader)
+    key = key_column(header)
+    rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    if key is None or not set(lines) <= {number for number, _ in rows}:
+        raise _changed(file, 1)
+    found = [header]
+    for number, row in rows:
+        if number in lines:
+            old, new = lines[number]
+            if row[key].strip() != old.strip():
+                raise _changed(file, number)
+            found.append(row if new == old else [*row[:key], new, *row[key + 1 :]])
+    if found == [header, *(row for _, row in rows)]:
+        return None
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerows(found)
+    return out.getvalue()
+
+
+def _changed(file: Path, line: int) -> UserError:
+    return UserError(f"{file}, line {line}: the label file was changed meanwhile; run again.")

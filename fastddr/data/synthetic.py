@@ -7,6 +7,7 @@ download, and every lesion's place is known. It says nothing about the eyes of p
     ROOT/DR_grading/{train,valid,test}.txt   one `NNN-NNNN-NNN.jpg G` a line, G = 0-4, or 5 = ungradable
     ROOT/DR_grading/lesions.csv              split,name,kind,x,y,radius: a circle in pixels round the lesion
 
+`arrange` tells the other layouts in which the same photographs can be written, `faults` what can be spoilt in them.
 A photograph depends on (seed, split, index, grade, size) and on nothing else, so files are the same bytes
 whatever the number of workers and whatever else is generated. (NumPy and Pillow may change their own bytes
 from one release to the next.)
@@ -27,25 +28,29 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastddr.data.arrange import LAYOUTS, Photograph, folders, layout_of, lesions_file, place, write_labels
 from fastddr.data.eye.anatomy import draw_eye
 from fastddr.data.eye.camera import develop, draw_camera, spoil, stream
+from fastddr.data.eye.canvas import Canvas
 from fastddr.data.eye.lesions import KINDS, Lesion, draw_signs
-from fastddr.data.eye.retina import Canvas, light
+from fastddr.data.eye.retina import light
+from fastddr.data.faults import FAULTS, inject
 from fastddr.data.grades import UNGRADABLE
 from fastddr.errors import UserError
 
 __all__ = [
-    "DDR", "DEFAULT_COUNTS", "DEFAULT_SEED", "DEFAULT_SIZE", "KINDS", "VERSION", "Lesion", "ddr_counts",
-    "default_counts", "default_root", "ensure", "generate", "photo_name", "render",
+    "DDR", "DEFAULT_COUNTS", "DEFAULT_SEED", "DEFAULT_SIZE", "FAULTS", "KINDS", "LAYOUTS", "VERSION", "Lesion",
+    "ddr_counts", "default_counts", "default_root", "ensure", "generate", "photo_name", "render",
 ]  # fmt: skip
 
 #: Of the generator. Raise it with every change that changes a pixel or a file: old folders are then not used.
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "valid", "test")
 #: How many photographs of each grade 0-5 the real DDR holds (Li et al., Information Sciences 2019, table 2).
 DDR = {
@@ -74,6 +79,12 @@ def render(
     The eye and the camera follow from (seed, split, index) alone: with another grade the same eye comes out
     with other signs. Grade 5 is a spoiled photograph of a healthy eye.
     """
+    photo, lesions = _photograph(seed, split, index, grade, size)
+    return np.array(photo), lesions
+
+
+def _photograph(seed: int, split: str, index: int, grade: int, size: int) -> tuple[Image.Image, list[Lesion]]:
+    """`render` as Pillow has it: the way to a file does not lead through an array."""
     if not 0 <= grade <= UNGRADABLE:
         raise ValueError(f"grade {grade} is not one of 0-5")
     eye = draw_eye(stream(seed, split, index, "eye"))
@@ -82,8 +93,8 @@ def render(
         camera = spoil(camera, stream(seed, split, index, "spoil"))
     canvas = Canvas(eye, camera, size)
     lesions = draw_signs(canvas, stream(seed, split, index, "signs"), 0 if grade == UNGRADABLE else grade)
-    channels = light(canvas, stream(seed, split, index, "light"))
-    return develop(channels, camera, stream(seed, split, index, "sensor")), lesions
+    rows = light(canvas, stream(seed, split, index, "light"))
+    return develop(rows, size, camera, stream(seed, split, index, "sensor")), lesions
 
 
 def photo_name(split: str, index: int) -> str:
@@ -124,8 +135,8 @@ def default_counts() -> dict[str, tuple[int, ...]]:
     return dict(DEFAULT_COUNTS)
 
 
-def _plan(counts: Mapping[str, Sequence[int]], seed: int) -> list[tuple[str, int, int]]:
-    """(split, index, grade) of every photograph. Grades are shuffled: neither name nor place tells them."""
+def _plan(counts: Mapping[str, Sequence[int]], seed: int) -> list[Photograph]:
+    """Every photograph. Grades are shuffled: neither name nor place tells them."""
     plan = []
     for split, numbers in counts.items():
         if split not in SPLITS:
@@ -136,26 +147,46 @@ def _plan(counts: Mapping[str, Sequence[int]], seed: int) -> list[tuple[str, int
             )
         grades = np.repeat(np.arange(UNGRADABLE + 1), numbers)
         stream(seed, split, 0, "order").shuffle(grades)
-        plan += [(split, index, int(grade)) for index, grade in enumerate(grades)]
+        plan += [Photograph(split, i, int(grade), photo_name(split, i)) for i, grade in enumerate(grades)]
     return plan
 
 
 # ------------------------------------------------------------------------------------------ generation
 
-_Job = tuple[str, int, str, int, int, int, int]
+
+class _Job(NamedTuple):
+    """One photograph to be made, and how."""
+
+    file: str
+    photo: Photograph
+    seed: int
+    size: int
+    quality: int
+    progressive: float  #: share of the photographs that are
 
 
 def _write(job: _Job) -> list[Lesion]:
     """Render one photograph and save it: what a worker process does."""
-    folder, seed, split, index, grade, size, quality = job
-    photo, lesions = render(seed, split, index, grade, size)
-    path = Path(folder) / split / photo_name(split, index)
-    Image.fromarray(photo).save(path, "JPEG", quality=quality, subsampling="4:2:0")
+    split, index = job.photo.split, job.photo.index
+    photo, lesions = _photograph(job.seed, split, index, job.photo.grade, job.size)
+    # A stream of its own, which is below a larger share whenever it is below a smaller one.
+    progressive = job.progressive > 0 and stream(job.seed, split, index, "progressive").random() < job.progressive
+    photo.save(job.file, "JPEG", quality=job.quality, subsampling="4:2:0", progressive=progressive)
     return lesions
 
 
-def _die_with_parent() -> None:
-    """Let no worker outlive a parent that was killed: it would wait for work for ever."""
+def _keep_memory() -> None:
+    """Let the C library keep what is freed for the next photograph, instead of giving it back to the system.
+
+    glibc mmaps what is as large as the largest block that was freed, and trims its heap at twice that: after one
+    large block, pages no longer come and go by the hundred for each photograph. Elsewhere this does nothing.
+    """
+    np.empty(24 << 20, np.uint8)
+
+
+def _begin_worker() -> None:
+    """Ready a worker process, and let it not outlive a killed parent: it would wait for work for ever."""
+    _keep_memory()
     parent = parent_process()
     if parent is not None:
 
@@ -174,11 +205,12 @@ def _cores() -> int:
 def _lesions_of(jobs: list[_Job], workers: int) -> Iterator[Iterator[list[Lesion]]]:
     """The lesions of each job, in the order of the jobs, each as soon as its photograph is on disk."""
     if workers == 1:
+        _keep_memory()
         yield map(_write, jobs)
         return
     # Spawned, not forked: the caller may hold CUDA and threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         yield pool.map(_write, jobs, chunksize=min(8, -(-len(jobs) // workers)))
     finally:
@@ -192,46 +224,75 @@ def generate(
     size: int = DEFAULT_SIZE,
     seed: int = DEFAULT_SEED,
     quality: int = 95,
+    layout: str = "official",
+    progressive: float = 0.0,
+    corrupt: int = 0,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a synthetic DDR to `root`, which must not exist, and return `root`.
 
-    `counts` says for each split how many photographs of each grade 0-5. `workers` None = as many processes as
-    this one may use cores; 1 = none but this one. `on_progress(done, total)` is called after each photograph.
     All is written to a hidden folder beside `root` and renamed at the end: `root` is whole or is not there.
+
+    Args:
+        root: New folder.
+        counts: For each split, how many photographs of each grade 0-5.
+        size: Side in pixels.
+        seed: Of everything that is random.
+        quality: Of the JPEGs, with 4:2:0 chroma.
+        layout: One of `LAYOUTS`; see `arrange`. `kaggle` leaves out grade 5, `gdrbench` grade 5 and the test split.
+        progressive: Share of the JPEGs that are progressive, 0-1; each with that chance.
+        corrupt: So many photographs, from the splits by turns, get the faults of `faults.FAULTS` in turn.
+            ROOT/faults.csv (path,fault) lists them.
+        workers: None = as many processes as this one may use cores; 1 = none but this one.
+        on_progress: Called with (done, total) after each photograph.
+
+    Raises:
+        UserError: `root` exists, or an argument is out of its range.
     """
     root = Path(root)
     if root.exists() or root.is_symlink():
         raise UserError(f"{root} already exists: choose another folder or remove it first.")
-    for name, value, least, most in (("size", size, 16, 8192), ("quality", quality, 1, 100)):
+    for name, value, least, most in (
+        ("size", size, 16, 8192),
+        ("quality", quality, 1, 100),
+        ("progressive", progressive, 0, 1),
+    ):
         if not least <= value <= most:
-            raise UserError(f"a synthetic set cannot have {name} {value}: choose from {least} to {most}.")
-    plan = _plan(counts, seed)
-    workers = min(_cores() if workers is None else workers, max(len(plan) // 8, 1))
+            raise UserError(f"A synthetic set cannot have {name} {value}: choose from {least} to {most}.")
+    form = layout_of(layout)
+    placed = {photo: where for photo in _plan(counts, seed) if (where := place(form, photo)) is not None}
+    if not placed:
+        raise UserError(f"Layout {layout!r} has no place for any of the photographs: ask for other grades or splits.")
+    if not 0 <= corrupt < len(placed):
+        most = len(placed) - 1
+        raise UserError(f"A set of {most + 1} photographs cannot have {corrupt} faulty ones: choose from 0 to {most}.")
+    workers = min(_cores() if workers is None else workers, max(len(placed) // 8, 1))
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
     try:
         part.chmod(0o777 & ~_umask())
-        base = part / "DR_grading"
-        for split in counts:
-            (base / split).mkdir(parents=True)
-        jobs = [(str(base), seed, split, index, grade, size, quality) for split, index, grade in plan]
+        for folder in folders(form, counts):
+            (part / folder).mkdir(parents=True)
+        jobs = [_Job(str(part / where), photo, seed, size, quality, progressive) for photo, where in placed.items()]
         with (
-            open(base / "lesions.csv", "w", newline="", encoding="utf-8") as file,
+            open(part / lesions_file(form), "w", newline="", encoding="utf-8") as file,
             _lesions_of(jobs, workers) as results,
         ):
             table = csv.writer(file, lineterminator="\n")
             table.writerow(("split", "name", "kind", "x", "y", "radius"))
-            for done, ((split, index, _), lesions) in enumerate(zip(plan, results, strict=True), 1):
-                name = photo_name(split, index)
+            for done, (photo, lesions) in enumerate(zip(placed, results, strict=True), 1):
                 for m in lesions:
-                    table.writerow((split, name, m.kind, f"{m.x:.1f}", f"{m.y:.1f}", f"{m.radius:.1f}"))
+                    table.writerow((photo.split, photo.name, m.kind, f"{m.x:.1f}", f"{m.y:.1f}", f"{m.radius:.1f}"))
                 if on_progress is not None:
-                    on_progress(done, len(plan))
-        for split in counts:
-            lines = (f"{photo_name(s, index)} {grade}\n" for s, index, grade in plan if s == split)
-            (base / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+                    on_progress(done, len(placed))
+        write_labels(form, part, list(counts), list(placed))
+        if corrupt:
+            turn = [FAULTS[i % len(FAULTS)] for i in range(corrupt)]
+            splits = {where: photo.split for photo, where in placed.items()}
+            found = inject(part, list(splits), turn, seed, splits=splits)
+            with open(part / "faults.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows([("path", "fault"), *sorted(found.items())])
         try:
             part.rename(root)
         except OSError as error:

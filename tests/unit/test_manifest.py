@@ -213,7 +213,7 @@ def spoil(folder: Path, what: str) -> None:
         ("doubled", ["train.txt, line 29", "line 1"]),
         ("not a line", ["train.txt, line 2", "justaname.jpg"]),
         ("another folder", ["train.txt, line 2", "is a path"]),
-        ("dangling link", [".jpg", "restore it"]),
+        ("dangling link", [".jpg", "restore what it points at"]),
         ("empty split", ["train.txt", "empty"]),
         ("no label file", ["valid.txt", "missing"]),
         ("no folder", ["test/", "missing"]),

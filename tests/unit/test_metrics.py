@@ -67,10 +67,13 @@ def by_hand(logits: torch.Tensor, grades: torch.Tensor) -> dict[str, Any]:
     present = [g for g in grade_range if (truth == g).any()]
     recall = {g: float((predicted[truth == g] == g).mean()) for g in present}
     f1 = [2 * ((truth == g) & (predicted == g)).sum() / ((truth == g).sum() + (predicted == g).sum()) for g in present]
-    observed = sum((int(t) - int(q)) ** 2 for t, q in zip(truth, predicted, strict=True)) / n
-    expected = sum((int(t) - int(q)) ** 2 for t in truth for q in predicted) / n**2
+    # Grade 5, ungradable, is no step of the scale.
+    scale = [(int(t), int(q)) for t, q in zip(truth, predicted, strict=True) if t < 5 and q < 5]
+    observed = sum((t - q) ** 2 for t, q in scale) * len(scale)
+    expected = sum((t - q) ** 2 for t, _ in scale for _, q in scale)
     aucs = [auc for g in grade_range if (auc := rank_auc(p[:, g], truth == g)) is not None]
-    refer = truth >= 2
+    graded = truth < 5
+    refer, called = truth[graded] >= 2, predicted[graded] >= 2
     return {
         "n": n,
         "loss": float(-np.log(p[np.arange(n), truth]).mean()),
@@ -82,9 +85,9 @@ def by_hand(logits: torch.Tensor, grades: torch.Tensor) -> dict[str, Any]:
         "confusion_matrix": [[int(((truth == t) & (predicted == q)).sum()) for q in grade_range] for t in grade_range],
         "auc": float(np.mean(aucs)) if aucs else None,
         "referable": {
-            "sensitivity": float((predicted[refer] >= 2).mean()) if refer.any() else None,
-            "specificity": float((predicted[~refer] < 2).mean()) if not refer.all() else None,
-            "auc": rank_auc(p[:, 2:].sum(1), refer),
+            "sensitivity": float(called[refer].mean()) if refer.any() else None,
+            "specificity": float((~called[~refer]).mean()) if not refer.all() else None,
+            "auc": rank_auc(p[graded, 2:].sum(1), refer),
         }
         if logits.shape[1] > 2
         else None,
@@ -240,3 +243,17 @@ def test_what_cannot_be_scored_is_refused() -> None:
         figures_from_confusion([[1, 2]])
     with pytest.raises(ValueError, match="length"):
         SplitResult(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.arange(2), ["one.jpg"], "best")
+
+
+def test_ungradable_is_no_step_of_the_scale() -> None:
+    """As a sixth class it leaves kappa alone, and a photograph that is called ungradable counts as referred."""
+    six = np.zeros((6, 6), dtype=int)
+    six[:5, :5] = REPORT
+    six[5, 5], six[5, 0], six[0, 5], six[3, 5] = 300, 46, 20, 7
+    five, found = figures_from_confusion(REPORT), figures_from_confusion(six)
+    assert found["qwk"] == pytest.approx(five["qwk"])
+    assert found["accuracy"] == pytest.approx((np.trace(REPORT) + 300) / six.sum())
+    ill = REPORT[2:]
+    assert found["referable"]["sensitivity"] == pytest.approx((ill[:, 2:].sum() + 7) / (ill.sum() + 7))
+    well = REPORT[:2]
+    assert found["referable"]["specificity"] == pytest.approx(well[:, :2].sum() / (well.sum() + 20))

@@ -17,7 +17,8 @@ from PIL import Image
 from fastddr.data import synthetic
 from fastddr.data.eye.anatomy import draw_eye
 from fastddr.data.eye.camera import draw_camera, stream
-from fastddr.data.eye.retina import Canvas
+from fastddr.data.eye.canvas import Canvas
+from fastddr.data.eye.lesions import draw_signs
 from fastddr.data.synthetic import DDR, KINDS, ddr_counts, default_root, ensure, generate, render
 from fastddr.errors import UserError
 
@@ -114,11 +115,13 @@ def test_lesions_lie_in_the_photographs_that_they_name(made: Path) -> None:
 
 
 def kinds(grade: int, index: int) -> list[str]:
-    return [m.kind for m in render(3, "train", index, grade, 64)[1]]
+    canvas = Canvas(draw_eye(stream(3, "train", index, "eye")), draw_camera(stream(3, "train", index, "camera")), 64)
+    return [m.kind for m in draw_signs(canvas, stream(3, "train", index, "signs"), grade)]
 
 
 def test_healthy_and_ungradable_eyes_have_no_lesions() -> None:
-    assert [kinds(g, i) for g in (0, 5) for i in range(4)] == [[]] * 8
+    assert [kinds(0, i) for i in range(4)] == [[]] * 4
+    assert render(3, "train", 0, 5, 48)[1] == []
 
 
 def test_each_grade_has_its_signs() -> None:
@@ -172,6 +175,21 @@ def test_the_grade_changes_nothing_but_the_lesions(index: int) -> None:
         near |= np.hypot(x - m.x, y - m.y) <= 1.4 * m.radius + 3
     assert change[near].max() > 20, "the lesions cannot be seen"
     assert np.quantile(change[~near], 0.999) < 12, "something else has changed"
+
+
+@pytest.mark.parametrize("grade", [1, 2, 3, 4])
+def test_every_kind_of_lesion_shows_where_the_list_says(grade: int) -> None:
+    size, shown = 256, dict[str, list[bool]]()
+    y, x = np.mgrid[:size, :size] + 0.5
+    for index in range(3):
+        healthy = render(4, "train", index, 0, size)[0].astype(float)
+        ill, found = render(4, "train", index, grade, size)
+        change = np.abs(ill - healthy).max(-1)
+        for m in found:
+            seen = change[np.hypot(x - m.x, y - m.y) <= m.radius + 1].max() > 15
+            shown.setdefault(m.kind, []).append(bool(seen))
+    # Not all: a microaneurysm may lie on a vessel.
+    assert {kind: np.mean(seen) > 0.8 for kind, seen in shown.items()} == dict.fromkeys(shown, True)
 
 
 def test_lesions_have_the_same_places_at_every_size() -> None:

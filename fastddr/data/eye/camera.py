@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ Rng = np.random.Generator
 
 #: Side of the maps of light, pigment and haze; nothing in them is finer than a hundredth of the field.
 SMOOTH = 128
+#: Largest blur, as a standard deviation in pixels, that is drawn or done in a few taps.
+SHARP = 1.4
 
 
 def stream(seed: int, split: str, index: int, purpose: str) -> Rng:
@@ -32,45 +36,150 @@ def stream(seed: int, split: str, index: int, purpose: str) -> Rng:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
+@lru_cache(maxsize=64)
+def _taps(nodes: int, side: int, cubic: bool) -> tuple[tuple[NDArray[np.intp], Map], ...]:
+    """What each of `side` pixels takes from a row of `nodes`: (indices, weights) of 4 taps (cubic) or 2 (linear)."""
+    at = (np.arange(side) + 0.5) * nodes / side - 0.5
+    whole = np.floor(at)
+    t = at - whole
+    weights: tuple[Map, ...] = (1 - t, t)
+    if cubic:
+        weights = (
+            ((-0.5 * t + 1.0) * t - 0.5) * t,
+            (1.5 * t - 2.5) * t * t + 1,
+            ((-1.5 * t + 2.0) * t + 0.5) * t,
+            (0.5 * t - 0.5) * t * t,
+        )
+    first = -1 if cubic else 0
+    return tuple(
+        (np.clip(whole.astype(np.intp) + first + k, 0, nodes - 1), w.astype(np.float32)) for k, w in enumerate(weights)
+    )
+
+
+def _sample(nodes: Map, axis: int, side: int, part: slice, cubic: bool) -> Map:
+    """`nodes` with `side` values along `axis`, of which `part` is returned."""
+    out: Map | None = None
+    for i, w in _taps(nodes.shape[axis], side, cubic):
+        tap = nodes.take(i[part], axis)
+        tap *= w[part] if axis else w[part, None]
+        out = tap if out is None else np.add(out, tap, out=out)
+    assert out is not None
+    return out
+
+
+#: The whole of a map, where only a box of it could be asked for.
+WHOLE = (slice(None), slice(None))
+
+
 def noise(rng: Rng, rows: int, cols: int, side: int) -> Map:
     """Smooth noise, (side side), unit variance at its `rows` × `cols` nodes."""
-    nodes = Image.fromarray(rng.standard_normal((rows, cols), dtype=np.float32))
-    return np.asarray(nodes.resize((side, side), Image.Resampling.BICUBIC))
+    nodes = rng.standard_normal((rows, cols), dtype=np.float32)
+    return _sample(_sample(nodes, 1, side, WHOLE[1], True), 0, side, WHOLE[0], True)
 
 
-def speckle(rng: Rng, side: int) -> Map:
-    """Unrelated noise in each pixel, (side side), unit variance.
+@lru_cache(maxsize=8)
+def _tile(name: str, side: int) -> Map:
+    """Noise of the same kind everywhere, (side side); the same in every process.
 
-    The sum of two random bytes, which takes a quarter of the time of a normal variate and looks the same.
+    `sensor` is unrelated from pixel to pixel (standard deviation 0.8), `chroma` from patch to patch of 2 × 2 (0.35)
+    and `choroid` at 256 nodes a photograph (1), whose side the tile exceeds by `TILE_MARGIN`.
     """
-    dice = rng.integers(0, 256, (2, side, side), dtype=np.uint8)
-    grain = np.add(dice[0], dice[1], dtype=np.float32)
-    grain -= 255
-    grain *= np.float32(1 / 104.5)
-    return grain
+    rng = stream(0, name, 0, "tile")
+    if name == "sensor":
+        return rng.standard_normal((side, side), dtype=np.float32) * np.float32(0.8)
+    if name == "chroma":
+        patches = rng.standard_normal((-(-side // 2),) * 2, dtype=np.float32) * np.float32(0.35)
+        return patches.repeat(2, 1).repeat(2, 0)[:side, :side]
+    nodes = max(256 * side // max(side - TILE_MARGIN, 1), 2)
+    return enlarge(rng.standard_normal((nodes, nodes), dtype=np.float32), side)
 
 
-def enlarge(smooth: Map, side: int) -> Map:
-    """A smooth map at another resolution, (side side); bilinear, for it is done often."""
-    return np.asarray(Image.fromarray(smooth).resize((side, side), Image.Resampling.BILINEAR))
+#: By how much a tile of noise is larger than a photograph.
+TILE_MARGIN = 256
+
+
+def grain(name: str, rng: Rng, side: int) -> Map:
+    """A window of the tile of that name, (side side), turned over at random; not to be written to.
+
+    Noise has no shapes that could be recognised, and fresh noise for each photograph takes as long as its light.
+    """
+    row, column, turn = rng.integers(0, (TILE_MARGIN, TILE_MARGIN, 4))
+    window = _tile(name, side + TILE_MARGIN)[row : row + side, column : column + side]
+    return window[:: -1 if turn & 1 else 1, :: -1 if turn & 2 else 1]
+
+
+def enlarge(smooth: Map, side: int, box: tuple[slice, slice] = WHOLE) -> Map:
+    """A smooth map at another resolution, (side side), or `box` of that; bilinear."""
+    return _sample(_sample(smooth, 1, side, box[1], False), 0, side, box[0], False)
+
+
+class Enlarged:
+    """`enlarge`, some rows at a time."""
+
+    def __init__(self, smooth: Map, side: int) -> None:
+        # Along the rows at once, turned round, for whole rows are gathered sooner than columns.
+        across = np.ascontiguousarray(_Between(np.ascontiguousarray(smooth.T), side).rows(slice(0, side)).T)
+        self._down = _Between(across, side)
+
+    def rows(self, rows: slice) -> Map:
+        """Some rows, (h side)."""
+        return self._down.rows(rows)
+
+
+class _Between:
+    """Linear interpolation along the first axis, to `side` values."""
+
+    def __init__(self, nodes: Map, side: int) -> None:
+        self.nodes, self.side = nodes, side
+        self.times, rest = divmod(side, len(nodes))
+        self.even = rest == 0 and self.times % 2 == 0
+        if self.even:
+            self.first = np.concatenate((nodes[:1], nodes))
+            self.step = np.zeros_like(self.first)
+            np.subtract(nodes[1:], nodes[:-1], out=self.step[1:-1])
+            self.weights = ((np.arange(self.times, dtype=np.float32) + np.float32(0.5)) / self.times)[:, None]
+
+    def rows(self, rows: slice) -> Map:
+        if not self.even:
+            return _sample(self.nodes, 0, self.side, rows, False)
+        # Between any two nodes there are `times` values with the same weights, so nothing is gathered.
+        half = self.times // 2
+        low, high = (rows.start + half) // self.times, -(-(rows.stop + half) // self.times)
+        out = self.step[low:high, None] * self.weights
+        out += self.first[low:high, None]
+        skip = rows.start + half - low * self.times
+        return out.reshape(-1, out.shape[2])[skip : skip + rows.stop - rows.start]
 
 
 def soften(x: Map, sigma: float) -> Map:
-    """`x` (S S), 0-255, after a Gaussian blur of `sigma` pixels; may write into `x`."""
-    if sigma > 1.4:
-        blurred = Image.fromarray(x.astype(np.uint8)).filter(ImageFilter.GaussianBlur(sigma))
-        return np.array(blurred, np.float32)
-    # Five taps along each axis, in place: a third of the time that Pillow takes, and no rounding.
-    near, far = (np.float32(np.exp(-0.5 * (d / sigma) ** 2)) for d in (1, 2))
-    for y in (x, x.T):
-        inner = y[1:-3] + y[3:-1]
-        inner *= near
-        outer = y[:-4] + y[4:]
-        outer *= far
-        inner += outer
-        inner += y[2:-2]
-        np.multiply(inner, 1 / (1 + 2 * near + 2 * far), out=y[2:-2])
+    """`x` (h S), not negative if blurred far, after a Gaussian blur of `sigma` pixels; may write into `x`."""
+    if sigma > SHARP:
+        # Pillow blurs bytes only. What is blurred that far is under haze and noise coarser than a byte's steps.
+        scale = 255 / max(float(x.max()), 1e-6)
+        small = Image.fromarray((x * np.float32(scale) + np.float32(0.5)).astype(np.uint8))
+        return np.asarray(small.filter(ImageFilter.GaussianBlur(sigma))) * np.float32(1 / scale)
+    # Three or five taps along each axis. Along the rows the map is one long line, which is quicker; two rows' ends
+    # meet outside the field or two pixels from its rim.
+    near, far = (float(np.exp(-0.5 * (d / sigma) ** 2)) for d in (1, 2))
+    if sigma < 0.7:
+        near, far = sigma**2 / 2 / (1 - sigma**2), 0.0  # the same variance
+    whole = 1 + 2 * near + 2 * far
+    for y in (x, x.reshape(-1)):
+        sides = y[1:-3] + y[3:-1]
+        sides *= np.float32(near / whole)
+        if far:
+            outer = y[:-4] + y[4:]
+            outer *= np.float32(far / whole)
+            sides += outer
+        y[2:-2] *= np.float32(1 / whole)
+        y[2:-2] += sides
     return x
+
+
+def shoulder(light: Map) -> Map:
+    """Light as the sensor takes it: above 0.72 it fades towards 1, so that an overexposed disc has no hard edge."""
+    over = np.clip(light - np.float32(0.72), 0, None)
+    return np.clip(light, None, 0.72) + over / (over * np.float32(1 / 0.28) + 1)
 
 
 @dataclass(frozen=True)
@@ -148,75 +257,100 @@ def spoil(camera: Camera, rng: Rng) -> Camera:
     return replace(camera, veil=milk, flare=flare, haze=0.35, blur=float(rng.uniform(2, 5)))
 
 
+def field_grid(camera: Camera) -> tuple[Map, Map]:
+    """Place of the nodes of the smooth maps in the field, in field radii: x (1 L) and y (L 1)."""
+    axis = (np.arange(SMOOTH, dtype=np.float32) + np.float32(0.5)) / SMOOTH
+    return (axis[None] - camera.centre[0]) * (2 / camera.radius), (axis[:, None] - camera.centre[1]) * (
+        2 / camera.radius
+    )
+
+
 def stray_light(camera: Camera, rng: Rng) -> Map:
     """How much of the camera's own light veils the retina, 0-1, (L L)."""
-    axis = (np.arange(SMOOTH, dtype=np.float32) + 0.5) / SMOOTH
-    u = (axis[None] - camera.centre[0]) * 2 / camera.radius
-    v = (axis[:, None] - camera.centre[1]) * 2 / camera.radius
-    r = np.hypot(u, v)
-    lit = 0.55 + 0.45 * np.cos(np.arctan2(v, u) - camera.rim_from)
-    veil = camera.rim * lit * np.clip((r - 0.72) / 0.28, 0, 1) ** 2.2
-    veil = veil + camera.haze * (1 + 0.25 * noise(rng, 4, 4, SMOOTH))
+    u, v = field_grid(camera)
+    r = np.sqrt(u * u + v * v)
+    lit = 0.55 + 0.45 * (u * float(np.cos(camera.rim_from)) + v * float(np.sin(camera.rim_from))) / (r + 1e-6)
+    veil = camera.rim * lit * np.clip((r - 0.72) / 0.28, 0, 1) ** 2
+    veil += camera.haze * (1 + 0.25 * noise(rng, 4, 4, SMOOTH))
     if camera.flare:
         # A crescent that creeps in from the rim, and a diffuse ghost.
-        a, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.9, 1.3)
-        d = np.hypot(u + 0.7 * np.cos(a), v + 0.7 * np.sin(a))
-        veil = veil + camera.flare / (1 + np.exp(-(d - reach) / 0.14))
-        x, y = rng.uniform(-0.5, 0.5, 2)
-        veil = veil + 0.5 * camera.flare * np.exp(-((np.hypot(u - x, v - y) / rng.uniform(0.3, 0.6)) ** 2))
-    return np.clip(veil, 0, 0.97).astype(np.float32)
+        a, reach = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0.9, 1.3))
+        d = np.hypot(u + 0.7 * float(np.cos(a)), v + 0.7 * float(np.sin(a)))
+        veil += camera.flare / (1 + np.exp((reach - d) / 0.14))
+        x, y, wide = float(rng.uniform(-0.5, 0.5)), float(rng.uniform(-0.5, 0.5)), float(rng.uniform(0.3, 0.6))
+        veil += 0.5 * camera.flare * np.exp(((u - x) ** 2 + (v - y) ** 2) * (-1 / wide**2))
+    return np.clip(veil, 0, 0.97)
 
 
 def illumination(camera: Camera) -> Map:
     """Light that reaches the retina, about 1, (L L)."""
-    axis = (np.arange(SMOOTH, dtype=np.float32) + 0.5) / SMOOTH
-    u = (axis[None] - camera.centre[0]) * 2 / camera.radius
-    v = (axis[:, None] - camera.centre[1]) * 2 / camera.radius
+    u, v = field_grid(camera)
     light = (1 - camera.vignette * (u * u + v * v) ** 1.2) * (1 + camera.tilt[0] * u + camera.tilt[1] * v)
-    return (np.maximum(light, 0.05) * camera.gain).astype(np.float32)
+    return np.clip(light, 0.05, None) * camera.gain
 
 
-def aperture(camera: Camera, size: int) -> Map:
-    """What part of each pixel lies in the field, 0-1, (S S)."""
-    axis = np.arange(size, dtype=np.float32) + 0.5
-    x, y = axis[None] - camera.centre[0] * size, axis[:, None] - camera.centre[1] * size
+def widened(edge_px: float, camera: Camera, size: int) -> float:
+    """Width in pixels of an edge that was `edge_px` wide, after the camera's optics."""
+    return float(np.hypot(edge_px, 3.5 * camera.blur * size / 512))
+
+
+def aperture(camera: Camera, size: int, rows: slice) -> Map:
+    """What part of each pixel's light comes from the field, 0-1, in some rows of the photograph, (h S)."""
+    axis = np.arange(size, dtype=np.float32) + np.float32(0.5)
+    x, y = axis - camera.centre[0] * size, axis[rows] - camera.centre[1] * size
     unit = camera.radius * size / 2
-    edge = max(size / 512 * 1.6, 0.8)
-    open_ = (unit - np.sqrt(x * x + y * y)) / edge + 0.5
+    edge = widened(max(size / 512 * 1.6, 0.8), camera, size)
+    # How far inside the rim, in widths of the edge: the difference of squares, which is that near the rim.
+    per = 1 / (2 * unit * edge)
+    inside = ((unit * unit - y * y) * per + 0.5)[:, None] - x * x * per
     if np.isfinite(camera.notch):
         # A tab on the rim: a small disc whose middle lies on it.
-        nx, ny = unit * 1.005 * np.cos(camera.notch), unit * 1.005 * np.sin(camera.notch)
-        open_ = np.maximum(open_, (unit * 0.035 - np.sqrt((x - nx) ** 2 + (y - ny) ** 2)) / edge + 0.5)
-    open_ = np.minimum(open_, (camera.crop * unit - np.abs(y)) / edge + 0.5)
-    return np.clip(open_, 0, 1)
+        nx, ny = (float(unit * 1.005 * f(camera.notch)) for f in (np.cos, np.sin))
+        r = unit * 0.035
+        near = slice(*np.searchsorted(x, (nx - r - edge, nx + r + edge)))
+        low, high = np.searchsorted(y, (ny - r - edge, ny + r + edge))
+        if low < high:
+            tab = (r - np.hypot(x[near] - nx, y[low:high, None] - ny)) / edge + 0.5
+            np.maximum(inside[low:high, near], tab, out=inside[low:high, near])
+    if camera.crop < 1:
+        np.minimum(inside, ((camera.crop * unit - np.abs(y)) / edge + 0.5)[:, None], out=inside)
+    return np.clip(inside, 0, 1, out=inside)
 
 
-def develop(channels: list[Map], camera: Camera, rng: Rng) -> NDArray[np.uint8]:
-    """From light at the sensor, three maps (S S) about 0-1, to the photograph, (S S 3)."""
-    size = channels[0].shape[0]
-    field = aperture(camera, size)
-    # Grain of luminance at each pixel, of colour in coarser patches, as a sensor's interpolation leaves it.
-    # There is less of it in the dark.
-    level = (np.float32(0.25) + np.float32(0.75) * field) * np.float32(camera.noise)
-    grain = speckle(rng, size)
-    grain *= level * np.float32(0.8)
-    chroma = level * enlarge(speckle(rng, size // 2), size) * np.float32(0.5)
-    scale = field * np.float32(255 - camera.border)
+def bands(size: int) -> list[slice]:
+    """A photograph's rows in bands: what is made of one at a time stays in the processor's cache."""
+    height = max(2**15 // size, 8)
+    return [slice(top, min(top + height, size)) for top in range(0, size, height)]
+
+
+def develop(light: Callable[[slice], list[Map]], size: int, camera: Camera, rng: Rng) -> Image.Image:
+    """From light at the sensor to the photograph.
+
+    `light` gives for some rows three maps (h S) of about 0-1, red, green and blue, which are written into.
+    """
+    # Grain of luminance at each pixel, of colour in patches of 2 × 2, as a sensor's interpolation leaves it.
+    sensor, patches = grain("sensor", rng, size), grain("chroma", rng, size)
     photo = np.empty((size, size, 3), np.uint8)
-    over = np.empty_like(field)
-    for c, x in enumerate(channels):
-        # A soft shoulder: an overexposed disc fades into white and has no hard edge.
-        np.maximum(x - np.float32(0.72), 0, out=over)
-        x = np.minimum(x, np.float32(0.72))
-        x += over / (over * np.float32(1 / 0.28) + 1)
-        x *= scale
-        x += np.float32(camera.border + 0.5)
-        x = soften(x, camera.blur * size / 512)
-        x += grain
-        x += np.float32(1 - c) * chroma
-        photo[..., c] = np.clip(x, 0, 255, out=x)
-    if camera.jpeg < 100:
-        file = io.BytesIO()
-        Image.fromarray(photo).save(file, "JPEG", quality=camera.jpeg, subsampling=camera.subsampling)
-        photo = np.asarray(Image.open(file))
-    return photo
+    for rows in bands(size):
+        field = aperture(camera, size, rows)
+        level = field * np.float32(0.75 * camera.noise)  # there is less noise in the dark
+        level += np.float32(0.25 * camera.noise)
+        luma = level * sensor[rows]
+        luma += np.float32(camera.border + 0.5)
+        chroma = level
+        chroma *= patches[rows]
+        field *= np.float32(255 - camera.border)
+        for c, x in enumerate(light(rows)):
+            x *= field
+            x += luma
+            if c == 0:
+                x += chroma
+            elif c == 2:
+                x -= chroma
+            photo[rows, :, c] = np.clip(x, 0, 255, out=x)
+    image = Image.fromarray(photo)
+    if camera.jpeg == 100:
+        return image
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=camera.jpeg, subsampling=camera.subsampling)
+    return Image.open(file)

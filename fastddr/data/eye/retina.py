@@ -1,157 +1,46 @@
-"""The retina: a canvas on which vessels and signs are drawn, and the light that comes back from it."""
+"""The retina: its vessels and disc, what covers it, and the light that comes back from all of it."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import numpy as np
 
-from fastddr.data.eye.anatomy import Eye
-from fastddr.data.eye.camera import SMOOTH, Camera, Map, Mask, Rng, enlarge, illumination, noise, speckle, stray_light
+from fastddr.data.eye.camera import (
+    SHARP,
+    SMOOTH,
+    Enlarged,
+    Map,
+    Rng,
+    enlarge,
+    grain,
+    illumination,
+    noise,
+    shoulder,
+    soften,
+    stray_light,
+    widened,
+)
+from fastddr.data.eye.canvas import Canvas, Places
 
-#: How strongly a unit of blood, and of melanin, takes away red, green and blue (natural logarithm).
-BLOOD = (0.34, 0.95, 0.78)
+#: How strongly a unit of blood takes away red, green and blue (natural logarithm): 2, 6 and 5 times `BLOOD`, so
+#: that one exponential and some products make all three.
+BLOOD = 0.16
+BLOOD_POWERS = (2, 6, 5)
+#: The same of melanin.
 MELANIN = (0.55, 0.75, 0.80)
 
 
-class Canvas:
-    """Where things are drawn: maps (S S) of what lies in or on the retina, and the way from eye to pixels."""
-
-    def __init__(self, eye: Eye, camera: Camera, size: int) -> None:
-        self.eye, self.camera, self.size = eye, camera, size
-        self.unit = camera.radius * size / 2  #: pixels in a field radius
-        self.layers: dict[str, Map] = {}
-        self.vitreous: Map | None = None  #: (L L) blood in the vitreous, before everything else
-
-    def layer(self, name: str) -> Map:
-        """The map of that name, zeros at first: blood, melanin, exudate, cotton, pale, core."""
-        if name not in self.layers:
-            self.layers[name] = np.zeros((self.size, self.size), np.float32)
-        return self.layers[name]
-
-    def point_px(self, x: float, y: float) -> tuple[float, float]:
-        """From the eye's coordinates to pixels (x, y), for one point."""
-        c, s = math.cos(self.eye.turn), math.sin(self.eye.turn)
-        flip = -1 if self.eye.mirrored else 1
-        cx, cy = self.camera.centre
-        across, down = c * x - s * y, s * x + c * y
-        return cx * self.size + flip * self.unit * across, cy * self.size + self.unit * down
-
-    def to_px(self, x: Map, y: Map) -> tuple[Map, Map]:
-        """`point_px` for arrays of points."""
-        c, s = np.float32(np.cos(self.eye.turn)), np.float32(np.sin(self.eye.turn))
-        flip = -1 if self.eye.mirrored else 1
-        cx, cy = self.camera.centre
-        x_px = np.float32(cx * self.size) + np.float32(flip * self.unit) * (c * x - s * y)
-        y_px = np.float32(cy * self.size) + np.float32(self.unit) * (s * x + c * y)
-        return np.asarray(x_px, np.float32), np.asarray(y_px, np.float32)
-
-    def smooth_grid(self) -> tuple[Map, Map]:
-        """The eye's coordinates (x, y) of the nodes of the smooth maps, (L L) each."""
-        axis = (np.arange(SMOOTH, dtype=np.float32) + 0.5) / SMOOTH
-        u = (axis[None] - self.camera.centre[0]) * 2 / self.camera.radius * (-1 if self.eye.mirrored else 1)
-        v = (axis[:, None] - self.camera.centre[1]) * 2 / self.camera.radius
-        c, s = np.float32(np.cos(self.eye.turn)), np.float32(np.sin(self.eye.turn))
-        return (c * u + s * v).astype(np.float32), (c * v - s * u).astype(np.float32)
-
-    def stamp(self, name: str, x: Map, y: Map, radius: Map, strength: Map | float) -> None:
-        """Draw round columns of what fills layer `name` at points of the eye; overlaps do not add."""
-        x_px, y_px = self.to_px(x, y)
-        r_px = np.maximum(np.asarray(radius, np.float32) * np.float32(self.unit), np.float32(1e-3))
-        # What is thinner than a pixel is drawn a pixel wide and paler.
-        wide = np.maximum(r_px, np.float32(0.55)) + np.float32(0.45)
-        peak = np.broadcast_to(np.asarray(strength, np.float32), x_px.shape) * np.minimum(r_px / np.float32(0.55), 1)
-        flat, size = self.layer(name).reshape(-1), self.size
-        half = np.ceil(wide).astype(int)
-        inside = (x_px > -wide) & (y_px > -wide) & (x_px < size + wide) & (y_px < size + wide)
-        for h in np.unique(half):
-            pick = (half == h) & inside
-            across, down = x_px[pick][:, None], y_px[pick][:, None]
-            left, top = np.floor(across), np.floor(down)
-            steps = np.arange(-h, h + 1)
-            gx, gy = left.astype(int) + steps, top.astype(int) + steps  # (n, 2h+1) columns and rows
-            middle, per = steps.astype(np.float32) + np.float32(0.5), 1 / wide[pick][:, None]
-            u, v = ((middle + (left - across)) * per) ** 2, ((middle + (top - down)) * per) ** 2
-            u[(gx < 0) | (gx >= size)] = 2  # outside the photograph: no value
-            v[(gy < 0) | (gy >= size)] = 2
-            fill = (1 - v)[:, :, None] - u[:, None, :]
-            some = fill > 0
-            value = (np.sqrt(np.maximum(fill, 0)) * peak[pick][:, None, None])[some]
-            # float32 into float32 at intp: any other types would take `at` its slow way.
-            np.maximum.at(flat, ((gy * size)[:, :, None] + gx[:, None, :])[some], value)
-
-    def trace(self, name: str, x: Map, y: Map, radius: Map, strength: Map | float, keep: Mask | bool = True) -> None:
-        """`stamp` along lines (n k), dense enough to leave no gaps, but not at points that are not `keep`."""
-        length = np.hypot(np.diff(x, axis=1), np.diff(y, axis=1)).sum(1) / (x.shape[1] - 1) * self.unit
-        step = np.maximum(0.8, 0.3 * radius.min(1) * self.unit)
-        dense = np.clip(np.ceil(length / step), 1, 64).astype(int)
-        strength = np.broadcast_to(np.asarray(strength, np.float32), x.shape)
-        keep = np.broadcast_to(keep, x.shape)
-        out: list[list[Map]] = [[], [], [], []]
-        for d in np.unique(dense):
-            rows = dense == d
-            w = (np.arange(d, dtype=np.float32) / d)[None, None]
-            use = (keep[rows, :-1] & keep[rows, 1:])[..., None] & np.ones_like(w, bool)
-            for to, a in zip(out, (x, y, radius, strength), strict=True):
-                a = a[rows]
-                to.append((a[:, :-1, None] * (1 - w) + a[:, 1:, None] * w)[use])
-        px, py, pr, ps = (np.concatenate(a) for a in out)
-        near = px**2 + py**2 < 1.05
-        self.stamp(name, px[near], py[near], pr[near], ps[near])
-
-    def blob(
-        self,
-        name: str,
-        rng: Rng,
-        x: float,
-        y: float,
-        radius: float,
-        strength: float,
-        *,
-        soft: float = 0.3,
-        ragged: float = 0.15,
-        stretch: float = 1.0,
-        angle: float = 0.0,
-    ) -> None:
-        """Draw a ragged spot: `soft` = width of its edge over its radius, `stretch` = length over width."""
-        x_px, y_px = self.point_px(x, y)
-        r = max(radius * self.unit, 0.8)
-        h = int(np.ceil(r * stretch * (1 + 2 * ragged + soft) + 2))
-        x0, x1 = max(int(x_px) - h, 0), min(int(x_px) + h + 1, self.size)
-        y0, y1 = max(int(y_px) - h, 0), min(int(y_px) + h + 1, self.size)
-        waves, phases = rng.normal(0, ragged, 3) / (1, 1.5, 2.2), rng.uniform(0, 2 * np.pi, 3)
-        if x0 >= x1 or y0 >= y1:
-            return
-        gx = np.arange(x0, x1, dtype=np.float32)[None] + np.float32(0.5 - x_px)
-        gy = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - y_px)
-        c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        u, v = (c * gx + s * gy) / np.float32(stretch), c * gy - s * gx
-        edge: Map | float = r
-        if r > 2:  # smaller spots have no shape
-            theta = np.arctan2(v, u)
-            for k in range(3):
-                edge = edge + np.float32(r * waves[k]) * np.cos((k + 2) * theta + np.float32(phases[k]))
-        ramp = max(soft * r, 1.0)
-        value = np.clip((edge - np.hypot(u, v)) / ramp + 0.5, 0, 1)
-        value = strength * value * value * (3 - 2 * value)
-        patch = self.layer(name)[y0:y1, x0:x1]
-        np.maximum(patch, value, out=patch)
-
-
 def draw_vessels(canvas: Canvas, swelling: Map | None = None) -> None:
-    """Put the eye's vessels on the canvas; `swelling` (n k) multiplies their radii (venous beading)."""
-    v = canvas.eye.vessels
-    radius = v.radius if swelling is None else v.radius * swelling
-    depth = np.where(v.vein, 0.78, 0.50)[:, None] * np.minimum(radius / 0.012, 1) ** 0.6
-    canvas.trace("blood", v.x, v.y, radius, depth.astype(np.float32), v.seen)
-    roots = v.level == 0
-    canvas.trace(
-        "core",
-        v.x[roots],
-        v.y[roots],
-        radius[roots] * 0.42,
-        np.where(v.vein[roots], 0.12, 0.42)[:, None].astype(np.float32),
-    )
+    """Put the eye's vessels on the canvas; `swelling` (n k) multiplies the large ones' radii (venous beading)."""
+    roots = canvas.eye.vessels
+    for v, wider in ((roots, swelling), (canvas.eye.branches, None)):
+        radius = v.radius if wider is None else v.radius * wider
+        depth = np.where(v.vein, np.float32(0.78), np.float32(0.50))[:, None] * np.minimum(radius / 0.012, 1) ** 0.6
+        canvas.trace("blood", v.x, v.y, radius, depth, v.seen)
+    radius = roots.radius if swelling is None else roots.radius * swelling
+    core = np.where(roots.vein, np.float32(0.12), np.float32(0.42))[:, None]
+    canvas.trace("core", roots.x, roots.y, radius * np.float32(0.42), core)
 
 
 #: Colour of what covers the retina, from that of bare retina in the same light: (factor, offset) for each of
@@ -170,76 +59,194 @@ def _disc(canvas: Canvas, rng: Rng, glow: float) -> tuple[tuple[slice, slice], M
     eye, camera, size = canvas.eye, canvas.camera, canvas.size
     r_px = eye.disc_radius * canvas.unit
     x_px, y_px = canvas.point_px(*eye.disc)
-    h = int(1.6 * r_px) + 3
+    h = int(1.6 * r_px + 2 * camera.blur * size / 512) + 3
     box = (
         slice(max(int(y_px) - h, 0), max(int(y_px) + h, 0)),
         slice(max(int(x_px) - h, 0), max(int(x_px) + h, 0)),
     )
     v, u = (np.arange(size, dtype=np.float32)[b] for b in box)
-    u = (u + 0.5 - x_px)[None] / r_px * (-1 if eye.mirrored else 1)
-    v = (v + 0.5 - y_px)[:, None] / r_px
-    wobble = 0.03 * np.cos(2 * np.arctan2(v, u) + rng.uniform(0, 6)) + 0.02 * np.cos(3 * np.arctan2(v, u))
+    u = (u + float(0.5 - x_px))[None] * float((-1 if eye.mirrored else 1) / r_px)
+    v = (v + float(0.5 - y_px))[:, None] / float(r_px)
+    # An outline of two and three waves: powers of the direction as a complex number.
+    far = np.sqrt(u * u + v * v) + np.float32(1e-3)
+    c1, s1 = u / far, v / far
+    c2, s2 = c1 * c1 - s1 * s1, 2 * c1 * s1
+    phase = float(rng.uniform(0, 6))
+    wobble = 0.03 * float(np.cos(phase)) * c2 - 0.03 * float(np.sin(phase)) * s2 + 0.02 * (c2 * c1 - s2 * s1)
     rho = np.hypot(u / 0.93, v) * (1 + wobble)
-    edge = np.clip((1 - rho) / rng.uniform(0.10, 0.22) + 0.5, 0, 1)
-    cup = np.clip((eye.cup - np.hypot((u - 0.12) / 0.9, v)) / 0.30 + 0.5, 0, 1)
-    cup = cup * (1 + 0.06 * enlarge(rng.standard_normal((9, 9), dtype=np.float32), 2 * h)[: len(v), : u.shape[1]])
+    blur = widened(0, camera, size) / r_px
+    edge = np.clip((1 - rho) / float(np.hypot(rng.uniform(0.10, 0.22), blur)) + 0.5, 0, 1)
+    cup = np.clip((eye.cup - np.hypot((u - 0.12) / 0.9, v)) / float(np.hypot(0.30, blur)) + 0.5, 0, 1)
+    uneven = enlarge(rng.standard_normal((9, 9), dtype=np.float32), 2 * h)[: len(v), : u.shape[1]]
+    cup *= 1 + np.float32(0.06) * uneven
     # The nasal rim is redder than the temporal one; a scleral crescent hugs the temporal edge.
-    warm = np.clip(0.5 - 0.5 * u, 0, 1) * 0.16
-    moon = eye.crescent * np.exp(-(((rho - 1.08) / 0.10) ** 2)) * np.clip(u * 1.6 - 0.4, 0, 1)
-    alpha = np.maximum(edge * 0.96, moon * 0.7).astype(np.float32)
+    warm = np.clip(0.5 - 0.5 * u, 0, 1) * np.float32(0.16)
+    alpha = edge * np.float32(0.96)
+    if eye.crescent:
+        moon = np.exp(-(((rho - 1.08) / float(np.hypot(0.10, 0.7 * blur))) ** 2)) * np.clip(u * 1.6 - 0.4, 0, 1)
+        alpha = np.maximum(alpha, moon * np.float32(0.7 * eye.crescent))
     colours = []
     for c, base in enumerate(camera.base):
         rim, mid = (k[c][0] * base + k[c][1] for k in (DISC_RIM, DISC_CUP))
-        colours.append(((rim + (mid - rim) * cup) * (1 - warm * (0.3, 1.0, 1.0)[c]) * glow).astype(np.float32))
+        colours.append((rim + (mid - rim) * cup) * (1 - warm * (0.3, 1.0, 1.0)[c]) * glow)
     return box, alpha, colours
 
 
-def light(canvas: Canvas, rng: Rng) -> list[Map]:
-    """What comes back from the eye to the camera: red, green and blue, (S S) each, about 0-1."""
+def _pigment(canvas: Canvas, rng: Rng, fovea: Map) -> Map:
+    """Melanin, (L L): patches of all sizes, the macula, and the choroid's vessels as paler bands between them."""
+    eye = canvas.eye
+
+    def sharp(nodes: int) -> float:
+        """What the camera's blur leaves of noise with so many nodes across."""
+        return float(np.exp(-0.5 * (np.pi * canvas.camera.blur * nodes / 512) ** 2))
+
+    melanin = np.full_like(fovea, 0.12 + eye.pigment * 0.5 + 0.3 * eye.choroid * 0.15)
+    for n, size in ((4, 0.10), (9, 0.06), (24, 0.035), (50, 0.02)):
+        melanin += noise(rng, n, n, SMOOTH) * np.float32(size * (0.6 + eye.pigment) * sharp(n))
+    bands = noise(rng, 26, 15, SMOOTH) + np.float32(0.6) * noise(rng, 20, 26, SMOOTH)
+    bands = np.exp(bands * bands * np.float32(-1 / 0.45**2))
+    melanin -= bands * np.clip((fovea - 0.15) / 0.4, 0, 1) * np.float32(eye.choroid * 0.15 * sharp(26))
+    square = fovea * fovea
+    melanin += 0.34 * (np.exp(square * (-1 / 0.17**2)) + np.exp(square * (-1 / 0.075**2)))
+    return melanin
+
+
+def _gloss(canvas: Canvas, rng: Rng, from_disc: Map, angle: tuple[Map, Map], fovea: Map) -> Map | None:
+    """What the inner surface of the retina mirrors, (L L), if anything."""
+    eye = canvas.eye
+    gloss: Map | None = None
+    if eye.sheen:
+        # Nerve fibres: a sheen in fine streaks that fan out from the disc and thicken along the arcades.
+        streaks = noise(rng, 5, 120, SMOOTH)
+        theta = np.arctan2(angle[1], angle[0])
+        rows = np.clip(from_disc * 70, 0, SMOOTH - 1).astype(np.intp)
+        streaks = streaks[rows, ((theta / (2 * np.pi) + 0.5) * (SMOOTH - 1)).astype(np.intp)]
+        fan = np.exp(-(((np.abs(theta) - 1.15) / 0.5) ** 2) - from_disc / 0.45)
+        gloss = 0.16 * eye.sheen * fan * (1 + 0.55 * streaks)
+        gloss += 0.05 * eye.sheen * np.exp(-(((fovea - 0.16) / 0.035) ** 2))
+    if eye.reflex:
+        narrow, wide = 0.016**2, 0.016**2 + 2 * (canvas.camera.blur / 256) ** 2  # the blur spreads its light
+        spot = 0.22 * eye.reflex * narrow / wide * np.exp(fovea * fovea * (-1 / wide))
+        gloss = spot if gloss is None else gloss + spot
+    return gloss
+
+
+class _Spots:
+    """A layer where it has anything, which is on few pixels: places in the order of the rows, and how much."""
+
+    def __init__(self, layer: Map) -> None:
+        self.size = layer.shape[1]
+        self.at = np.flatnonzero(layer)
+        self.much = layer.reshape(-1)[self.at]
+
+    def rows(self, rows: slice) -> tuple[Places, Map, Places]:
+        """Of those rows: places in them, how much, and places in the smooth maps."""
+        first, last = np.searchsorted(self.at, (rows.start * self.size, rows.stop * self.size))
+        at = self.at[first:last]
+        row, column = np.divmod(at, self.size)
+        node = row * SMOOTH // self.size * SMOOTH + column * SMOOTH // self.size
+        return at - rows.start * self.size, self.much[first:last], node
+
+
+def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
+    """What comes back from the eye to the sensor, after the optics.
+
+    Returns what gives for some rows of the photograph red, green and blue, (h S) each, about 0-1.
+    """
     eye, camera, size = canvas.eye, canvas.camera, canvas.size
+    sigma = camera.blur * size / 512
+    for name in ("blood", "melanin", *COVERS):
+        canvas.settle(name)
     x, y = canvas.smooth_grid()
-    fovea = np.hypot(x - eye.fovea[0], (y - eye.fovea[1]) * 1.08)
     dx, dy = x - eye.disc[0], y - eye.disc[1]
-    from_disc, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
+    fovea, from_disc = np.hypot(x - eye.fovea[0], (y - eye.fovea[1]) * 1.08), np.hypot(dx, dy)
+    melanin = _pigment(canvas, rng, fovea)
+    gloss = _gloss(canvas, rng, from_disc, (dx, dy), fovea)
+    glow = illumination(camera) * (1 + 0.10 * np.exp(from_disc * from_disc * -4))
+    box, alpha, colours = _disc(canvas, rng, float(glow.flat[int(np.argmin(from_disc))]))
+    veil = stray_light(camera, rng)
+    clear, stray = 1 - veil, shoulder(veil)
+    veil_at_disc, clear_at_disc = enlarge(veil, size, box), enlarge(clear, size, box)
+    choroid = grain("choroid", rng, size)
 
-    # Pigment: patches of all sizes, the macula, and the choroid's vessels as paler bands between them.
-    cloud = sum(a * noise(rng, n, n, SMOOTH) for n, a in ((4, 0.10), (9, 0.06), (24, 0.035), (50, 0.02)))
-    bands = noise(rng, 26, 15, SMOOTH) + 0.6 * noise(rng, 20, 26, SMOOTH)
-    bands = np.exp(-((bands / 0.45) ** 2)) * np.clip((fovea - 0.15) / 0.4, 0, 1)
-    melanin = 0.12 + eye.pigment * 0.5 + cloud * (0.6 + eye.pigment) - eye.choroid * 0.15 * (bands - 0.3)
-    melanin = melanin + 0.34 * np.exp(-((fovea / 0.17) ** 2)) + 0.34 * np.exp(-((fovea / 0.075) ** 2))
-
-    # Nerve fibres: a sheen in fine streaks that fan out from the disc and thicken along the arcades.
-    streaks = noise(rng, 5, 120, SMOOTH)
-    rows = np.clip(from_disc * 70, 0, SMOOTH - 1).astype(int)
-    streaks = streaks[rows, ((angle / (2 * np.pi) + 0.5) * (SMOOTH - 1)).astype(int)]
-    fan = np.exp(-(((np.abs(angle) - 1.15) / 0.5) ** 2)) * np.exp(-from_disc / 0.45)
-    gloss = 0.16 * eye.sheen * fan * (1 + 0.55 * streaks)
-    gloss = gloss + 0.05 * eye.sheen * np.exp(-(((fovea - 0.16) / 0.035) ** 2))
-    gloss = gloss + 0.22 * eye.reflex * np.exp(-((fovea / 0.016) ** 2))
-
-    glow = illumination(camera) * (1 + 0.10 * np.exp(-((from_disc / 0.5) ** 2)))
-    at_disc = float(glow.flat[int(np.argmin(from_disc))])
-    box, alpha, colours = _disc(canvas, rng, at_disc)
-    veil = enlarge(stray_light(camera, rng), size)
-    grain = 1 + np.float32(0.016) * enlarge(speckle(rng, 200), size)
     blood = canvas.layer("blood")
     if "core" in canvas.layers:  # the reflex along a vessel's middle
-        blood = blood * (1 - canvas.layers["core"])
-    covers = [(canvas.layers[k], rule) for k, rule in COVERS.items() if k in canvas.layers]
-    glow_full = enlarge(glow.astype(np.float32), size) if covers else grain
-    out: list[Map] = []
+        blood *= 1 - canvas.layers["core"]
+    if sigma > SHARP:
+        blood = soften(blood, sigma)
+    covers = [
+        (_Spots(canvas.layers[name] if canvas.blur else soften(canvas.layers[name], sigma)), rule)
+        for name, rule in COVERS.items()
+        if name in canvas.layers
+    ]
+    scars = _Spots(canvas.layers["melanin"]) if "melanin" in canvas.layers else None
+
+    haze = Enlarged(stray, size)
+    backs, discs, lids, clouds = [], [], [], []
     for c, base in enumerate(camera.base):
-        k = np.float32(MELANIN[c])
-        bare = (base * np.exp(-k * melanin) + gloss * (0.75, 0.9, 0.8)[c]) * glow
-        back = enlarge(bare.astype(np.float32), size) * grain
-        if "melanin" in canvas.layers:
-            back *= np.exp(-k * canvas.layers["melanin"])
-        back[box] += alpha * (colours[c] - back[box])
-        back *= np.exp(-np.float32(BLOOD[c]) * blood)
-        for cover, rule in covers:
-            back += cover * (np.float32(rule[c][0] * base + rule[c][1]) * glow_full - back)
+        # The veil is before everything, so it is added last. The sensor's shoulder is put to the bare retina under
+        # it, which is smooth; what lies on the retina only takes light away. (The shoulder is concave, so the veil's
+        # own is never more than that of both.)
+        tint = np.float32(camera.veil[c])
+        fogged = veil * tint
+        bare = np.exp(melanin * np.float32(-MELANIN[c])) * np.float32(base)
+        if gloss is not None:
+            bare += gloss * np.float32((0.75, 0.9, 0.8)[c])
+        bare *= glow
+        bare *= clear
+        bare += fogged
+        backs.append(Enlarged(shoulder(bare) - stray * tint, size))
+        discs.append(shoulder(colours[c] * clear_at_disc + veil_at_disc * tint))
+        lit = glow * clear
+        lids.append(
+            [
+                (shoulder(lit * np.float32(rule[c][0] * base + rule[c][1]) + fogged) - stray * tint).reshape(-1)
+                for _, rule in covers
+            ]
+        )
         if canvas.vitreous is not None:
-            back *= enlarge(np.exp(-np.float32(BLOOD[c]) * canvas.vitreous), size)
-        out.append(back + veil * (np.float32(camera.veil[c]) - back))
-    return out
+            clouds.append(Enlarged(np.exp(canvas.vitreous * np.float32(-BLOOD * BLOOD_POWERS[c])), size))
+
+    def band(rows: slice) -> list[Map]:
+        # All that absorbs as blood does is blurred once, and not in three channels; the choroid's grain is in it.
+        if sigma > SHARP:
+            absorbing = blood[rows] * np.float32(-BLOOD)
+        else:
+            above = min(rows.start, 2)
+            absorbing = blood[rows.start - above : rows.stop + 2] * np.float32(-BLOOD)
+            absorbing = soften(absorbing, sigma)[above : above + rows.stop - rows.start]
+        absorbing += choroid[rows] * np.float32(0.018 * BLOOD)
+        once = np.exp(absorbing, out=absorbing)
+        twice = once * once
+        sixfold = twice * twice
+        once *= sixfold  # five times
+        sixfold *= twice
+        fog = haze.rows(rows)
+        first, last = max(box[0].start, rows.start), min(box[0].stop, rows.stop)
+        in_band = slice(first - rows.start, last - rows.start), box[1]
+        in_box = slice(first - box[0].start, last - box[0].start)
+        under_scars = scars.rows(rows) if scars is not None else None
+        under_lids = [spots.rows(rows) for spots, _ in covers]
+        out: list[Map] = []
+        for c, passed in enumerate((twice, sixfold, once)):
+            back = backs[c].rows(rows)
+            tinted = fog * np.float32(camera.veil[c])
+            if under_scars is not None:
+                at, much, _ = under_scars
+                back.reshape(-1)[at] *= np.exp(much * np.float32(-MELANIN[c]))
+            if first < last:
+                disc = discs[c][in_box] - tinted[in_band]
+                disc -= back[in_band]
+                disc *= alpha[in_box]
+                back[in_band] += disc
+            back *= passed
+            for (at, much, node), lid in zip(under_lids, lids[c], strict=True):
+                under = back.reshape(-1)[at]
+                back.reshape(-1)[at] = under + much * (lid[node] - under)
+            if clouds:
+                back *= clouds[c].rows(rows)
+            back += tinted
+            out.append(back)
+        return out
+
+    return band

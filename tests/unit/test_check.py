@@ -1,0 +1,125 @@
+"""`fastddr check`: what it prints, what it writes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from photographs import LAYOUTS, SET, draw, folders, official
+
+from fastddr.__main__ import main
+from fastddr.data import manifest, problems
+
+
+def check(*arguments: object) -> int:
+    return main(["check", *map(str, arguments)])
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    code = check(*arguments, "--json")
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return official(tmp_path / "DDR-dataset")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_clean_set_in_every_layout(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = LAYOUTS[name](tmp_path / "set")
+    code, found = as_json(capsys, root)
+    assert code == 0
+    assert found["layout"] == name
+    assert found["problems"] == []
+    assert found["fingerprint"] == manifest.read(root).fingerprint
+    graded = [photo.grade for photo in SET if photo.split != "test" or name != "gdrbench"]
+    for grade in range(5):
+        assert sum(of_split[str(grade)] for of_split in found["counts"].values()) == graded.count(grade)
+    if name in ("official", "folders", "csv"):
+        assert found["counts"]["test"] == {"0": 2, "1": 1, "2": 2, "3": 1, "4": 1, "5": 1}
+        assert found["notes"] == []
+    assert check(root) == 0
+    text = capsys.readouterr().out
+    assert "No errors: every photograph decodes" in text
+    assert ("DDR's own" in text) == (name in ("official", "kaggle", "gdrbench"))
+    assert ("by chance (seed 0)" in text) == (name == "kaggle")
+
+
+def test_errors_are_listed_and_the_list_mends_the_set(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "DR_grading/train/007-0000-000.jpg").write_bytes(b"")
+    whole = (data / "DR_grading/train/007-0001-000.jpg").read_bytes()
+    (data / "DR_grading/train/007-0001-000.jpg").write_bytes(whole[:-2])
+    draw(data / "DR_grading/train/007-0002-000.jpg", 99, progressive=True)
+    (data / "DR_grading/test/007-0019-000.jpg").unlink()
+    listed = tmp_path / "bad.csv"
+    code, found = as_json(capsys, data, "--fix-list", listed)
+    assert code == 1
+    assert [(p["path"], p["kind"], p["severity"]) for p in found["problems"]] == [
+        ("test/007-0019-000.jpg", "missing", "error"),
+        ("train/007-0000-000.jpg", "empty", "error"),
+        ("train/007-0001-000.jpg", "truncated", "error"),
+        ("train/007-0002-000.jpg", "progressive", "note"),
+    ]
+    assert found["problems"][0]["reason"] == "test.txt, line 1: there is no such photograph"
+    assert problems.read_list(listed) == {p["path"] for p in found["problems"] if p["severity"] == "error"}
+    assert found["progressive"] == pytest.approx(1 / (len(SET) - 2))
+    assert check(data) == 1
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for said in (
+        "3 errors. Training stops at them",
+        "the file is empty",
+        "breaks off in the middle",
+        "progressive JPEG",
+    ):
+        assert said in text
+    assert check(data, "--exclude", listed) == 0
+
+
+def test_a_check_looks_again_though_size_and_time_are_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rot on a disk changes neither."""
+    import os
+
+    path = data / "DR_grading/train/007-0000-000.jpg"
+    assert check(data) == 0
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-2] + b"\0\0")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert check(data) == 1
+
+
+def test_what_cannot_be_read_at_all_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bare").mkdir()
+    folders(tmp_path / "set")
+    for arguments, said in [
+        ((tmp_path / "nowhere",), "no such folder"),
+        ((tmp_path / "bare",), "no known layout"),
+        ((tmp_path / "set", "--exclude", tmp_path / "no.csv"), "this list cannot be read"),
+        ((tmp_path / "set", "--fix-list", tmp_path / "no" / "bad.csv"), "No such file or directory"),
+        ((tmp_path / "set", "--splitting.test-share", "0.9"), "must leave photographs for train and valid"),
+    ]:
+        assert check(*arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.startswith("fastddr: ")
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_photographs_of_every_shape_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folders(tmp_path)
+    draw(root / "train/0/big.png", 70, size=(300, 200))
+    draw(root / "train/0/full.jpg", 71, subsampling=0)
+    _, found = as_json(capsys, root)
+    assert found["sizes"][0] == {"width": 40, "height": 32, "photographs": len(SET) + 1}
+    assert found["sizes"][1] == {"width": 300, "height": 200, "photographs": 1}
+    assert found["formats"] == {"JPEG": len(SET) + 1, "PNG": 1}
+    assert found["sampling"] == {"4:2:0": len(SET), "4:4:4": 1}
+    check(root)
+    text = capsys.readouterr().out
+    assert "40×32 (97%), 300×200 (3%); short side 32 to 200, median 32 px" in text
+    assert "JPEG 97%, PNG 3%" in text

@@ -69,9 +69,15 @@ def test_two_sets_side_by_side_are_one_sentence_that_names_them(tmp_path: Path) 
 
 @pytest.mark.parametrize("extension", [".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".tif", ".TIFF"])
 def test_extensions_in_any_case(extension: str, tmp_path: Path) -> None:
-    found = layouts.find(official(tmp_path, extension=extension))
-    assert len(found.entries) == len(SET)
-    assert not found.problems
+    official(tmp_path / "one", extension=extension)
+    draw(tmp_path / "two" / "train" / "3" / f"a{extension}")
+    draw(tmp_path / "three" / "photographs" / f"a{extension}")
+    write_csv(tmp_path / "three" / "t.csv", ["id_code", "diagnosis"], [["a", 3]])
+    for name, photographs in [("one", len(SET)), ("two", 1), ("three", 1)]:
+        found = layouts.find(tmp_path / name)
+        assert len(found.entries) == photographs
+        assert all((found.root / entry.path).is_file() for entry in found.entries)
+        assert not found.problems
 
 
 def test_photographs_without_a_label_are_orphans(tmp_path: Path) -> None:

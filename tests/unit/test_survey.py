@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,16 +58,19 @@ def _sixteen_bits(path: Path) -> None:
     Image.fromarray(np.arange(40 * 32, dtype=np.uint16).reshape(32, 40)).save(path, "PNG")
 
 
-def _bomb(path: Path) -> None:
-    import struct
-    import zlib
+def _floats(path: Path) -> None:
+    Image.fromarray(np.zeros((32, 40), dtype=np.float32)).save(path, "TIFF")
+
+
+def _rgb_png(width: int, height: int, bits: int, rows: bytes) -> Callable[[Path], object]:
+    """A PNG that Pillow does not write: 16-bit RGB, or one whose header claims more than it holds."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 64)), chunk(b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def _scan(content: bytes) -> bytes:
@@ -91,9 +97,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "scan": ("corrupt", _bytes(_scan)),
     "gif": ("format", lambda path: draw(path, 99, format="GIF")),
     "webp": ("format", lambda path: draw(path, 99, format="WEBP")),
-    "bomb": ("dimensions", _bomb),
+    "bomb": ("dimensions", _rgb_png(60_000, 60_000, 8, b"\0" * 64)),
+    "small bomb": ("dimensions", _rgb_png(12_000, 12_000, 8, b"\0" * 64)),
     "tiny": ("dimensions", lambda path: draw(path, 99, size=(3, 40))),
     "16-bit": ("16-bit", _sixteen_bits),
+    "16-bit rgb": ("16-bit", _rgb_png(16, 12, 16, (b"\0" + b"\x12\x34" * 48) * 12)),
+    "floats": ("16-bit", _floats),
     "gone": ("missing", lambda path: path.unlink()),
     "link": ("broken-link", _link),
     "folder": ("format", lambda path: (path.unlink(), path.mkdir())),
@@ -199,8 +208,11 @@ def test_looking_afresh_takes_nothing_from_the_cache(data: Path) -> None:
 
 def test_a_broken_cache_is_made_anew(data: Path) -> None:
     checked(data)
-    (stored,) = [p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text(errors="surrogateescape")]
-    for content in ("", "{", "[]", '{"version": 1, "photographs": {"a": [1]}}', '{"version": 0}'):
+    (stored,) = [
+        p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text(errors="surrogateescape")
+    ]
+    older = json.dumps(json.loads(stored.read_text()) | {"version": 0})
+    for content in ("", "{", "[]", '{"version": 1, "photographs": {"a": [1]}}', older):
         stored.write_text(content)
         assert len(survey.take(data).undecoded()) == len(SET)
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +29,7 @@ class Check:
     Exit code 0 = no errors, 1 = errors, 2 = the set cannot be read at all. What is found is remembered for training.
     """
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Folder of the photographs (any layout), or a label table (.csv)."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print JSON instead of tables."""
@@ -37,7 +37,8 @@ class Check:
     """Write the errors as CSV, which training takes as --exclude."""
     exclude: Path | None = None
     """Such a list; what stands in it is left out."""
-    splitting: SplitConfig = SplitConfig()  # noqa: RUF009  (frozen)
+    splitting: SplitConfig = field(default_factory=SplitConfig)
+    """How to split what has no splits of its own."""
 
     def run(self) -> int:
         """The exit code."""
@@ -48,6 +49,8 @@ class Check:
         console, main = Console(stderr=True), ranks.rank() == 0
         check_splitting(self.splitting, "command line")
         exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
+        if self.fix_list and main:
+            self.fix_list.open("a").close()  # a place that cannot be written is told before the work, not after
         with EpochBar(console, "reading headers", quiet=not main) as bar:
             seen = survey.take(
                 self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True
@@ -65,8 +68,11 @@ class Check:
                 json.dump(checks.as_json(seen, listed), sys.stdout, indent=1)
                 print()
             else:
-                checks.show(seen, listed, Console(highlight=False))
-        return EXIT_NOT_CLEAN if bad else 0
+                checks.show(seen, listed, Console(highlight=False), self.fix_list)
+            sys.stdout.flush()
+        # The launcher ends all ranks when one ends with an error: they wait, and leave the verdict to rank 0.
+        ranks.join()
+        return EXIT_NOT_CLEAN if bad and main else 0
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ class Prepare:
     was; a second run does nothing.
     """
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Folder of the photographs (any layout), or a label table (.csv)."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """New folder for the prepared ones, or one to go on with."""
     size: int = 512
     """Side in pixels."""
@@ -125,7 +131,7 @@ class Prepare:
 class Synth:
     """Write a synthetic data set, in DDR's own proportions of split and grade."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """New folder for it."""
     count: int = 1000
     """How many photographs; at least 36."""

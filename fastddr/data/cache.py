@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +70,7 @@ def load(root: Path) -> dict[str, Record]:
 def store(root: Path, records: Mapping[str, Record]) -> None:
     """Keep the records; those of photographs that are not named are forgotten."""
     path = _file(root)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     text = json.dumps({"version": _VERSION, "root": str(root), "photographs": records}, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,4 +78,5 @@ def store(root: Path, records: Mapping[str, Record]) -> None:
         os.replace(temporary, path)
     except OSError:
         # Without a cache every start looks at the photographs again: slower, but right.
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

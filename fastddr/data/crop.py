@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,11 @@ Format = Literal["jpeg", "png"]
 QUALITY = 100
 #: Of the PNGs. The files are a sixth larger than with Pillow's own level and take a fifth of the time.
 _COMPRESSION = 1
+#: A photograph with a longer side is refused: should no disc be found, the square round all of it would be above the
+#: number of pixels at which Pillow refuses a picture.
+LONGEST = math.isqrt(2 * photograph.MAX_PIXELS)
+#: Rows that are padded and resized at a time.
+_STRIP = 256
 #: Ends the hidden name of what is being written.
 PART = ".part"
 
@@ -124,9 +130,18 @@ def make(job: Job, place: Place, journal: str) -> Result:
 
 
 def cut(image: Image.Image, left: int, top: int, side: int, size: int) -> Image.Image:
-    """A square of a photograph at another size, antialiased; black where the square reaches out of the photograph."""
-    whole = image.crop((left, top, left + side, top + side))
-    return whole.resize((size, size), Image.Resampling.LANCZOS)
+    """A square of a photograph at another size, antialiased; black where the square reaches out of the photograph.
+
+    It is resized in width a strip at a time, then in height. Pillow does the same with the whole square, to the same
+    bytes, but needs memory for all of it.
+    """
+    narrow = Image.new("RGB", (size, side))
+    end = min(top + side, image.height)
+    for start in range(max(top, 0), end, _STRIP):
+        lines = min(_STRIP, end - start)
+        strip = image.crop((left, start, left + side, start + lines))
+        narrow.paste(strip.resize((size, lines), Image.Resampling.LANCZOS), (0, start - top))
+    return narrow.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _upright(file: str) -> Image.Image:

@@ -145,6 +145,10 @@ def of(
     entries = [entry for entry in seen.entries if entry.path not in paths]
     if not entries:
         raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {seen.data}` tells why.")
+    for needed in ("train", "valid"):
+        if all(entry.split != needed for entry in entries):
+            named = " and ".join(split for split in SPLITS if any(entry.split == split for entry in entries))
+            raise UserError(f"{seen.root}: the split {needed!r} is missing; the photographs are in {named} alone.")
     notes = list(seen.notes)
     if bad:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(p.kind for p in bad).items()))

@@ -18,11 +18,14 @@ from typing import Any
 
 from fastddr.data import crop
 from fastddr.data.crop import Row
+from fastddr.data.layouts import Entry
 from fastddr.data.problems import Problem, write_list
 from fastddr.errors import UserError
 
 #: The folder of tables and sheets, and the one of photographs that are not all done yet.
 FOLDER, UNFINISHED = "prepared", ".unfinished"
+#: The table of what is left out.
+_ABSENT = "absent.csv"
 
 
 class Output:
@@ -122,15 +125,13 @@ class Output:
                     count += 1
         return count
 
-    def write_tables(self, rows: Sequence[Row], bad: Sequence[Problem], facts: Mapping[str, Any]) -> None:
-        """Fold the journals into one table."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
-        put(self.folder / "prepared.csv", text.getvalue().encode("utf-8", "surrogateescape"))
-        if bad:
-            put(self.folder / "excluded.csv", write_list(bad).encode("utf-8", "surrogateescape"))
-        else:
-            (self.folder / "excluded.csv").unlink(missing_ok=True)
+    def write_tables(
+        self, rows: Sequence[Row], bad: Sequence[Problem], absent: Sequence[Entry], facts: Mapping[str, Any]
+    ) -> None:
+        """Fold the journals into one table, and list what is bad and what is left out."""
+        self._table("prepared.csv", as_csv([Row._fields, *rows]))
+        self._table("excluded.csv", write_list(bad) if bad else "")
+        self._table(_ABSENT, _of_absent(absent) if absent else "")
         for journal in self._journals():
             journal.unlink()
         put(self.settings, _json(facts))
@@ -157,6 +158,13 @@ class Output:
 
     # -------------------------------------------------------------------------------------- what is written down
 
+    def _table(self, name: str, text: str) -> None:
+        """Write a table; without text there is none."""
+        if text:
+            put(self.folder / name, text.encode("utf-8", "surrogateescape"))
+        else:
+            (self.folder / name).unlink(missing_ok=True)
+
     def _journals(self) -> list[Path]:
         return sorted(self.folder.glob("journal-*.jsonl"))
 
@@ -174,6 +182,27 @@ class Output:
             row = Row(path, source, int(source_bytes), int(size), int(left), int(top), int(side), *disc)
             found.setdefault(path, []).append(row)
         return found
+
+
+def as_csv(rows: Iterable[Sequence[Any]], delimiter: str = ",") -> str:
+    """A table as text. The module would leave a lone carriage return in a name bare: then all cells are quoted."""
+    rows = list(rows)
+    torn = any("\r" in cell for row in rows for cell in row if isinstance(cell, str))
+    text = io.StringIO(newline="")
+    writer = csv.writer(
+        text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if torn else csv.QUOTE_MINIMAL
+    )
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _of_absent(entries: Sequence[Entry]) -> str:
+    """What is left out, as `layouts.find` reads it."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow(["path", "grade", "patient"])
+    writer.writerows([entry.path, entry.grade, entry.patient or ""] for entry in entries)
+    return text.getvalue()
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

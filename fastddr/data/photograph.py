@@ -27,10 +27,20 @@ from fastddr.data.problems import one_line
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 #: A smaller side is no photograph.
 MIN_SIDE = 8
+#: A longer one, for its short side, is none either.
+LONGEST = 8
 #: What is read, by Pillow's name. MPO is a JPEG with a second picture behind the first.
 _FORMATS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "TIFF": (".tif", ".tiff")}
 #: EXIF orientations (tag 0x0112) that turn a photograph on its side.
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+#: Files that people take for photographs and Pillow does not know: offset, mark, name.
+_OTHERS = (
+    (128, b"DICM", "a DICOM file"),
+    (4, b"ftyp", "a HEIC, AVIF or video file"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+)
 _SAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 
 
@@ -81,6 +91,8 @@ def status(file: str) -> tuple[int, int]:
         raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(found.st_mode):
         raise BadPhotograph("format", "it is a folder or a device, not a file")
+    if not os.access(file, os.R_OK):  # size and time of change would not tell
+        raise BadPhotograph("unreadable", "it cannot be read (no right to)")
     return found.st_size, found.st_mtime_ns
 
 
@@ -151,7 +163,11 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     if image.format not in _FORMATS:
         raise BadPhotograph("format", f"it holds a {image.format} picture")
     width, height = image.size
-    if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
+    if (
+        width * height > MAX_PIXELS
+        or min(width, height) < MIN_SIDE
+        or max(width, height) > LONGEST * min(width, height)
+    ):
         raise BadPhotograph("dimensions", f"it is {width} by {height} pixels")
     # Pillow hides the depth of a 16-bit RGB PNG behind the mode RGB; the raw mode of its tile tells it.
     tiles = getattr(image, "tile", None)
@@ -191,6 +207,8 @@ def _unknown(start: bytes) -> BadPhotograph:
         return BadPhotograph("html", "it is a web page, not a photograph")
     if start.startswith((b"\xff\xd8", b"\x89PNG", b"II*\0", b"MM\0*")):
         return BadPhotograph("truncated", "it breaks off in its header")
+    if (known := next((name for at, mark, name in _OTHERS if start[at:].startswith(mark)), None)) is not None:
+        return BadPhotograph("format", f"it is {known}")
     try:
         start.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -210,9 +228,10 @@ def _decode_jpeg(content: bytes) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(content, colorspace=wanted, strict=True)
     except ValueError as error:
         said = str(error)
-    if "remature end" in said:
+    if "Premature end of JPEG" in said:
         raise BadPhotograph("truncated", "it breaks off in the middle")
-    if "orrupt" in said or "nvalid" in said:
+    # Other warnings, as of odd but harmless scan parameters, are left to Pillow, which stops at real errors.
+    if "Corrupt JPEG data" in said or "Inconsistent" in said:
         raise BadPhotograph("corrupt", f"the decoder complains: {said}")
     return None
 

@@ -4,6 +4,7 @@
     OUT/prepared/prepared.csv      a row a photograph: source, square, disc
     OUT/prepared/settings.json     what all of it was made with
     OUT/prepared/excluded.csv      what was left out because it could not be used
+    OUT/prepared/absent.csv        all that labels name and that was left out: it takes part where splits are drawn
     OUT/prepared/sheet-001.jpg     the discs that were hardest to find, to be looked at
     OUT/prepared/journal-0.jsonl   while it is unfinished: a line a finished photograph, for each rank
     OUT/.unfinished/...            while it is unfinished: the photographs, out of sight of every layout
@@ -22,7 +23,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,6 +34,7 @@ from fastddr.data import crop, layouts, relabel, splits, survey
 from fastddr.data import sheet as contact
 from fastddr.data.cache import Record
 from fastddr.data.crop import Format, Job, Place, Result, Row
+from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import grade_of
 from fastddr.data.output import FOLDER, Output, put
 from fastddr.data.problems import Problem, errors, one_line
@@ -131,7 +133,7 @@ def run(
         )
     found = ranks.gather(found)
     if said := next((one for one in found if isinstance(one, str)), None):
-        raise UserError(said)
+        raise UserError(one_line(said))
     return _on_first(lambda: main.end([one for one in found if isinstance(one, Result)]), out)
 
 
@@ -147,7 +149,7 @@ def _on_first(do: Callable[[], T], out: Path) -> T:
             said = [(str(crop.cannot_write(error.filename2 or error.filename or out, error)), None)]
     (text, found), *_ = ranks.gather(said)
     if text:
-        raise UserError(text)
+        raise UserError(one_line(text))
     return found
 
 
@@ -256,7 +258,8 @@ class _Main:
         pages = self._sheets(rows)
         removed = output.remove(output.known.keys() - {row.path for row in rows})
         output.remove_labels(keep=labels)
-        output.write_tables(rows, bad, self._identity() | {"sheet": self.sheet, "labels": list(labels)})
+        facts = self._identity() | {"sheet": self.sheet, "labels": list(labels)}
+        output.write_tables(rows, bad, self._absent(kept), facts)
         output.finish(labels)
         return Summary(
             root=output.out / output.inner,
@@ -306,7 +309,27 @@ class _Main:
 
     def _bad(self) -> list[Problem]:
         """What cannot be used, as far as it is known."""
-        return [problem for problem in errors(self.seen.problems()) if problem.kind not in _LEAKS]
+        found = [problem for problem in errors(self.seen.problems()) if problem.kind not in _LEAKS]
+        for entry in self.seen.entries:
+            record = self.seen.records[entry.path]
+            if max(record.width, record.height) > crop.LONGEST and not record.kind:
+                size = f"{record.width} by {record.height} pixels, and a side may have {crop.LONGEST:,} here"
+                found.append(Problem(entry.path, "dimensions", f"{entry.where}it is {size}"))
+        return sorted(found)
+
+    def _absent(self, kept: Sequence[Kept]) -> list[Entry]:
+        """What labels of the source name and the new set lacks, by the paths that it would have there."""
+        there = {entry.path for entry, _ in kept}
+        taken = {path for _, path in kept}
+        found = []
+        for entry in sorted([*self.seen.entries, *self.seen.absent], key=lambda entry: entry.path):
+            if entry.path not in there:
+                path = crop.name_of(entry.path, self.settings.format)
+                # Of two that would become one, each is another photograph still.
+                path = entry.path if path in taken else path
+                taken.add(path)
+                found.append(replace(entry, path=path))
+        return sorted(found, key=lambda entry: entry.path)
 
     def _refuse_bad(self) -> None:
         bad = self._bad()
@@ -344,8 +367,8 @@ class _Main:
         if not moved:
             return []
         return [
-            f"{moved} of {len(kept)} photographs fall into another split than in {self.data}: the set has no splits of "
-            "its own, and what draws them sees other names or fewer photographs."
+            f"{moved} of {len(kept)} photographs fall into another split than in {self.data}: its splits are drawn, at "
+            "least in part, and what draws them sees other names or fewer photographs."
         ]
 
 
@@ -353,7 +376,7 @@ def _inner(seen: Survey) -> str:
     """Where in OUT the root of the new set is, with a slash at the end; or empty."""
     if seen.layout == "official" and seen.root.name == "DR_grading":
         return "DR_grading/"
-    if seen.layout == "folders" and grade_of(seen.entries[0].path.split("/")[0]) is not None:
+    if seen.layout == "folders" and grade_of([*seen.entries, *seen.absent][0].path.split("/")[0]) is not None:
         return _INNER
     return ""
 

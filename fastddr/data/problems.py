@@ -31,6 +31,7 @@ ERRORS = {
     "format": "save it as JPEG, PNG or TIFF",
     "dimensions": "replace it",
     "16-bit": "save it with 8 bits a channel",
+    "encoding": "rename it",
     "label": "mend the label file",
     "grade": "mend the label file",
     "doubled": "remove one of the two",
@@ -81,8 +82,8 @@ class Problem:
 
 
 def one_line(text: object) -> str:
-    """A text without line breaks: a file's name, or what a decoder says, may hold some."""
-    return " ".join(str(text).split())
+    """A text that can be printed, without line breaks: a file's name, or what a decoder says, may hold anything."""
+    return " ".join(str(text).encode("utf-8", "replace").decode().split())
 
 
 def errors(problems: Iterable[Problem]) -> list[Problem]:
@@ -121,7 +122,7 @@ def read_list(file: str | Path) -> frozenset[str]:
         UserError: the file cannot be read as such.
     """
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             rows = list(csv.reader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fastddr.data.layouts import Entry
-from fastddr.data.layouts.table import key_column
+from fastddr.data.layouts.table import delimiter, key_column
+from fastddr.data.output import as_csv
 from fastddr.errors import UserError
 
 
@@ -28,25 +31,29 @@ class Kept(NamedTuple):
 def tokens(kept: Sequence[Kept]) -> dict[str, dict[int, tuple[str, str]]]:
     """What each line of each label file calls its photograph: (before, from now on), by label file and line.
 
-    A name without an extension stays. A name that several outputs bear because of a new extension becomes a path.
+    A name without an extension stays, and so do case and backslashes. A name that several outputs bear, in any case,
+    because of a new extension becomes exact: in a table a path.
     """
-    names: dict[str, int] = {}
-    for one in kept:
-        name = one.path.rpartition("/")[2]
-        names[name] = names.get(name, 0) + 1
-    renamed = {one.path.rpartition("/")[2] for one in kept if one.path != one.entry.path}
+    alike = Counter(_name(one.path).lower() for one in kept)
+    renamed = {_name(one.path).lower() for one in kept if one.path != one.entry.path}
     found: dict[str, dict[int, tuple[str, str]]] = {}
     for entry, path in kept:
         if not entry.label:
             continue
-        token, name = entry.token, entry.path.rpartition("/")[2]
-        new = path.rpartition("/")[2]
-        if token == name or token.endswith(f"/{name}"):
-            token = token[: len(token) - len(name)] + new
-        if "/" not in token and entry.label.lower().endswith(".csv") and new in renamed and names[new] > 1:
-            token = path
+        token, name, new = entry.token, _name(entry.path), _name(path)
+        whole, lower = token.lower(), name.lower()
+        if name != new and (whole == lower or whole.endswith((f"/{lower}", f"\\{lower}"))):
+            old = os.path.splitext(name)[1]
+            token = token[: len(token) - len(old)] + os.path.splitext(new)[1]
+        if new.lower() in renamed and alike[new.lower()] > 1:
+            folder, slash, _ = token.rpartition("/")
+            token = path if entry.label.lower().endswith(".csv") else folder + slash + new
         found.setdefault(entry.label, {})[entry.line] = (entry.token, token)
     return found
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def labels(root: Path, kept: Sequence[Kept], also: Sequence[str] = ()) -> dict[str, bytes]:
@@ -94,7 +101,9 @@ def _lines(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
 
 def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str | None:
     """The header and the rows of a table that stay, all columns as they are; None where all do, unchanged."""
-    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    text = text.removeprefix("\ufeff")
+    mark = delimiter(text.partition("\n")[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     header = next(reader)
     key = key_column(header)
     rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
@@ -109,9 +118,7 @@ def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
             found.append(row if new == old else [*row[:key], new, *row[key + 1 :]])
     if found == [header, *(row for _, row in rows)]:
         return None
-    out = io.StringIO(newline="")
-    csv.writer(out, lineterminator="\n").writerows(found)
-    return out.getvalue()
+    return as_csv(found, mark)
 
 
 def _changed(file: Path, line: int) -> UserError:

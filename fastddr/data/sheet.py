@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastddr.data import photograph
 from fastddr.data.crop import Row
+from fastddr.data.problems import one_line
 
 #: Tiles across and down a page, and the side of a tile's picture, in pixels.
 _COLUMNS, _ROWS, _SIDE = 10, 10, 230
@@ -93,8 +94,7 @@ def _tile(file: str, row: Row) -> Image.Image:
     tile.paste(picture, (0, 0))
     pen = ImageDraw.Draw(tile)
     font = ImageFont.load_default(_FONT)
-    name = row.path.rpartition("/")[2].encode("utf-8", "replace").decode()
-    pen.text((2, _SIDE + 1), _fitted(name, pen, font), _INK, font)
+    pen.text((2, _SIDE + 1), _fitted(_shown(row.path.rpartition("/")[2]), pen, font), _INK, font)
     pen.text((2, _SIDE + 18), f"{row.method} {float(row.confidence):.2f}", _INK, font)
     return tile
 
@@ -105,6 +105,11 @@ def _brightened(image: Image.Image) -> Image.Image:
     bright = float(np.percentile(levels.max(axis=2), 98))
     factor = min(_MOST, _BRIGHT / max(bright, 1.0))
     return Image.fromarray(np.minimum(levels * factor, 255).astype(np.uint8)) if factor > 1 else image
+
+
+def _shown(name: str) -> str:
+    """A name on one line: what cannot be printed, a control character or what is not UTF-8, as a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in one_line(name))
 
 
 def _fitted(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

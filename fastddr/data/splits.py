@@ -22,9 +22,12 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
     else it is cut off by chance too. What is cut off is stratified by grade and whole patients where these are known.
 
     Raises:
-        UserError: no photograph is in train, or the official test split was asked for and cannot be restored.
+        UserError: some photographs have a split and others none, or the official test split was asked for and cannot be
+            restored.
     """
-    entries = listing.entries
+    there = listing.entries
+    # Without splits of its own a prepared set is split as its source is, whatever was left out of it.
+    entries = there + (listing.absent if all(entry.split is None for entry in there) else [])
     given = {entry.split for entry in entries}
     by = "patient" if any(entry.patient for entry in entries) else "photograph"
     what = f"by chance (seed {config.seed}), stratified by grade, {by} by {by}"
@@ -63,12 +66,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         found = [replace(e, split="valid") if e.path in valid else e for e in entries]
     else:
         notes, found = [], entries
-    missing = [split for split in ("train", "valid") if all(entry.split != split for entry in found)]
-    if missing:
-        raise UserError(
-            f"{listing.root}: the split {missing[0]!r} is missing; the photographs are in {_named(found)} alone."
-        )
-    return found, notes
+    return found[: len(there)], notes
 
 
 _DDR_ALL = tuple(sum(DDR[split][grade] for split in SPLITS) for grade in range(UNGRADABLE))
@@ -77,10 +75,6 @@ _DDR_ALL = tuple(sum(DDR[split][grade] for split in SPLITS) for grade in range(U
 def _by_grade(entries: Sequence[Entry]) -> tuple[int, ...]:
     counts = Counter(entry.grade for entry in entries)
     return tuple(counts[grade] for grade in range(UNGRADABLE))
-
-
-def _named(entries: Sequence[Entry]) -> str:
-    return " and ".join(split for split in SPLITS if any(e.split == split for e in entries)) or "no split"
 
 
 def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:

@@ -54,6 +54,8 @@ class Survey:
     """Sentences for the report."""
     excluded: list[Problem] = field(default_factory=list)
     """What `--exclude` took out."""
+    absent: list[Entry] = field(default_factory=list)
+    """What labels name and `entries` lack: by `--exclude`, or left out when the set was prepared."""
 
     # ------------------------------------------------------------------------------------------ what is wrong
 
@@ -66,8 +68,11 @@ class Survey:
                 found.append(Problem(path, record.kind, entry.where + record.reason))
             if record.traits:
                 found += [Problem(path, trait, f"it is {_TRAITS[trait]}") for trait in record.traits.split(",")]
-            if " " in path or not (path.isascii() and path.isprintable()):
-                found.append(Problem(entry.path, "name", "its name holds a space, a control or a non-ASCII character"))
+            name = path.rpartition("/")[2]
+            if not path.isascii() and any("\udc80" <= letter <= "\udcff" for letter in path):
+                found.append(Problem(path, "encoding", "its name is not UTF-8"))
+            elif " " in name or not (name.isascii() and name.isprintable()):
+                found.append(Problem(path, "name", "its name holds a space, a control or a non-ASCII character"))
         found += self._same_names()
         found += self._same_patients()
         found += self._same_pixels()
@@ -95,7 +100,8 @@ class Survey:
     def _same_pixels(self) -> Iterable[Problem]:
         by_digest: dict[str, list[Entry]] = defaultdict(list)
         for entry in self.entries:
-            if digest := self.records[entry.path].digest:
+            digest = self.records[entry.path].digest
+            if digest and entry.grade != UNKNOWN:
                 by_digest[digest].append(entry)
         for same in by_digest.values():
             yield from _leaks(same, "picture-in-two-splits", "the same picture")
@@ -166,7 +172,7 @@ class Survey:
         """Take over what was found, here or on another rank."""
         self.records.update(found)
         if keep:
-            cache.store(self.root, cache.load(self.root) | _lasting(self.records))
+            _keep(self.root, self.records, cache.load(self.root))
 
 
 _TRAITS = {
@@ -217,6 +223,7 @@ def take(
         records=records,
         label_problems=[problem for problem in listing.problems if problem.path not in exclude],
         notes=listing.notes + notes + _said_of_exclude(left_out, exclude),
+        absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
     )
 
@@ -275,11 +282,21 @@ def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afr
             records.update(zip(chunk, found, strict=True))
             if on_progress:
                 on_progress(len(records), len(paths))
-    # What this list of --exclude leaves out is still known later.
-    known = cached | _lasting(records)
-    if known != cached:
-        cache.store(root, known)
+    _keep(root, records, cached)
     return records
+
+
+def _keep(root: Path, records: dict[str, Record], before: dict[str, Record]) -> None:
+    """Store what is known, over what was known: a header alone does not displace what decoding has told."""
+    # What this list of --exclude leaves out stays known.
+    after = dict(before)
+    for path, record in _lasting(records).items():
+        old = before.get(path)
+        same = old is not None and (old.size, old.changed) == (record.size, record.changed)
+        if record.decoded or not (same and old is not None and old.decoded):
+            after[path] = record
+    if after != before:
+        cache.store(root, after)
 
 
 def _lasting(records: dict[str, Record]) -> dict[str, Record]:

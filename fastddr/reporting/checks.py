@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,8 +41,8 @@ def as_json(seen: Survey, problems: Sequence[Problem]) -> dict[str, Any]:
     }
 
 
-def show(seen: Survey, problems: Sequence[Problem], console: Console) -> None:
-    """Print the tables."""
+def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: Path | None = None) -> None:
+    """Print the tables; `fix_list` is where the errors were written, if they were."""
     console.print(Text(f"{seen.root}", style="bold"), soft_wrap=True)
     console.print(f"layout {seen.layout}, {len(seen.entries):,} photographs, fingerprint {seen.fingerprint[:16]}…")
     for note in seen.notes:
@@ -63,8 +64,12 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console) -> None:
     console.print(
         f"{len(bad):,} errors. Training stops at them; mend them, or leave them out with --on-bad exclude.", style="red"
     )
-    console.print(f"To see or edit the list first: fastddr check {data} --fix-list bad.csv", soft_wrap=True)
-    console.print(f"then: accelerate launch fastddr/train.py --data {data} --exclude bad.csv", soft_wrap=True)
+    if fix_list is None:
+        console.print(f"To see or edit the list first: fastddr check {data} --fix-list bad.csv", soft_wrap=True)
+    else:
+        listed = shlex.quote(str(fix_list))
+        console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)
+        console.print(f"accelerate launch fastddr/train.py --data {data} --exclude {listed}", soft_wrap=True)
 
 
 def _counts(seen: Survey) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastddr.data.grades import ICDR, REFERABLE
-from fastddr.data.problems import Problem
+from fastddr.data.problems import Problem, one_line
 
 DISCLAIMER = "Research use only; not a medical device."
 #: So many of the photographs that were left out stand in report.md; all in left_out.csv.
@@ -162,7 +162,7 @@ def _fact(value: Any) -> str:
 
 def _text(text: str) -> str:
     """One line that breaks no table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return one_line(text).replace("|", "\\|")
 
 
 def _at(values: Mapping[str, Any], keys: Sequence[str]) -> Any:

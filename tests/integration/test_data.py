@@ -136,6 +136,18 @@ def test_a_copy_without_splits_is_split_and_the_report_says_how(tmp_path: Path) 
         train(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--splitting.seed", "1")
 
 
+def test_a_name_that_is_no_utf_8_is_left_out_to_the_end(tmp_path: Path) -> None:
+    root = folders(tmp_path / "set", photos(GRADES))
+    place = root / "train" / "0"
+    try:
+        os.rename(sorted(place.iterdir())[0], os.fsencode(place) + b"/f\xfcr.jpg")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    run = train(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--on-bad", "exclude")
+    assert "train/0/f?r.jpg | encoding" in (run / "report" / "report.md").read_text()
+    assert b"train/0/f\xfcr.jpg" in (run / "report" / "left_out.csv").read_bytes()
+
+
 def test_odd_names_pass_the_whole_way(tmp_path: Path) -> None:
     root = folders(tmp_path / "a set", photos(GRADES))
     name = "an ünusual\nname.jpg"

@@ -11,6 +11,7 @@ from photographs import LAYOUTS, SET, draw, folders, official
 
 from fastddr.__main__ import main
 from fastddr.data import manifest, problems
+from fastddr.errors import UserError
 
 
 def check(*arguments: object) -> int:
@@ -79,6 +80,9 @@ def test_errors_are_listed_and_the_list_mends_the_set(
     ):
         assert said in text
     assert check(data, "--exclude", listed) == 0
+    capsys.readouterr()
+    check(data, "--fix-list", listed)
+    assert f"--exclude {listed}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_check_looks_again_though_size_and_time_are_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +112,25 @@ def test_what_cannot_be_read_at_all_is_exit_code_2(tmp_path: Path, capsys: pytes
         assert said in error
         assert error.startswith("fastddr: ")
         assert len(error.strip().splitlines()) == 1
+
+
+def test_a_set_of_one_split_can_be_checked_but_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folders(tmp_path, [photo for photo in SET if photo.split == "test"])
+    code, found = as_json(capsys, root)
+    assert code == 0
+    assert list(found["counts"]) == ["test"]
+    with pytest.raises(UserError, match=r"the split 'train' is missing; the photographs are in test alone"):
+        manifest.read(root)
+
+
+def test_help_is_for_users(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("check", "prepare", "synth"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert "noqa" not in capsys.readouterr().out
 
 
 def test_photographs_of_every_shape_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

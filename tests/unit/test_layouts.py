@@ -114,7 +114,81 @@ def test_class_folders_without_splits(tmp_path: Path) -> None:
     assert Counter(entry.grade for entry in found.entries) == dict.fromkeys(range(5), 2)
 
 
+def test_photographs_in_no_class_folder_are_orphans(tmp_path: Path) -> None:
+    folders(tmp_path)
+    loose = ["extra/0/a.jpg", "loose.jpg", "train/0/left/b.jpg", "train/c.jpg"]
+    for number, name in enumerate(loose):
+        draw(tmp_path / name, 90 + number)
+    found = layouts.find(tmp_path)
+    assert [(problem.path, problem.kind) for problem in found.problems] == [(name, "orphan") for name in loose]
+    assert any("4 photographs lie in no class folder" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["official", "gdrbench", "kaggle", "csv"])
+def test_a_label_that_differs_from_its_file_in_case_alone(name: str, tmp_path: Path) -> None:
+    root = LAYOUTS[name](tmp_path)
+    before = seen(layouts.find(root))
+    for path in sorted(root.rglob("*.jpg")):
+        path.rename(path.with_suffix(".JPG"))
+    found = layouts.find(root)
+    assert seen(found) == {f"{Path(name).stem}.JPG": grade for name, grade in before.items()}
+    assert all((found.root / entry.path).is_file() for entry in found.entries)
+    assert not found.problems
+
+
+def test_what_lies_beside_a_data_set_and_cannot_be_read_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official(tmp_path / "DDR-dataset")
+    (tmp_path / "notes.csv").write_bytes("größe;zahl\n".encode("latin-1"))
+    (tmp_path / "a").mkdir()
+    listdir = os.listdir
+
+    def refuse(folder: Path) -> list[str]:
+        if folder.name == "a":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert layouts.find(tmp_path).layout == "official"
+
+
+def test_a_class_folder_that_may_not_be_read_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path)
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if str(folder).endswith("train/2"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = layouts.find(tmp_path)
+    assert [(problem.path, problem.kind) for problem in found.problems] == [("train/2", "unreadable")]
+
+
 # ------------------------------------------------------------------------------------------ tables
+
+
+def test_a_table_made_on_windows(tmp_path: Path) -> None:
+    draw(tmp_path / "clinic" / "a.jpg", 1)
+    draw(tmp_path / "clinic" / "b.jpg", 2)
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfpath;grade\r\nclinic\\a.jpg;3\r\nclinic\\b.jpg;2.0\r\n")
+    assert seen(layouts.find(tmp_path)) == {"a.jpg": 3, "b.jpg": 2}
+    (tmp_path / "t.csv").write_bytes("path\tgrade\nclinic/a.jpg\t3\nä.jpg\t1\n".encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        layouts.find(tmp_path)
+
+
+def test_photographs_behind_a_link(tmp_path: Path) -> None:
+    draw(tmp_path / "elsewhere" / "10_left.jpeg", 1)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    write_csv(tmp_path / "set" / "trainLabels.csv", ["image", "level"], [["10_left", 2]])
+    found = layouts.find(tmp_path / "set")
+    assert seen(found) == {"10_left.jpeg": 2}
+    assert not found.problems
 
 
 def test_eyepacs_by_its_header_with_patients(tmp_path: Path) -> None:
@@ -195,10 +269,11 @@ def test_our_own_table_by_file_with_odd_names(tmp_path: Path) -> None:
 def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg", 1)
     draw(tmp_path / "b.jpg", 2)
-    write_csv(tmp_path / "t.csv", ["path", "grade"], [["a.jpg", 3], ["b.jpg", ""]])
+    draw(tmp_path / "c.jpg", 3)
+    write_csv(tmp_path / "t.csv", ["path", "grade"], [["a.jpg", 3], ["b.jpg", ""], ["c.jpg", -1]])
     found = layouts.find(tmp_path)
-    assert seen(found) == {"a.jpg": 3, "b.jpg": -1}
-    assert [(problem.path, problem.kind) for problem in found.problems] == [("b.jpg", "unlabelled")]
+    assert seen(found) == {"a.jpg": 3, "b.jpg": -1, "c.jpg": -1}
+    assert [(p.path, p.kind) for p in found.problems] == [("b.jpg", "unlabelled"), ("c.jpg", "unlabelled")]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +281,11 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
     [
         (["a.jpg", "7", ""], "grade", "grade '7' of a.jpg"),
         (["a.jpg", "cat", ""], "grade", "'cat'"),
+        (["a.jpg", "- 1", ""], "grade", "'- 1'"),
+        (["a.jpg", "1?", ""], "grade", "'1?'"),
+        (["a.jpg", "4+", ""], "grade", "'4+'"),
+        (["a\0.jpg", "1", ""], "label", "cannot hold a NUL"),
+        ([], "label", "name of the photograph is empty"),
         (["", "1", ""], "label", "name of the photograph is empty"),
         (["../a.jpg", "1", ""], "label", "leads out of the folder"),
         (["/etc/a.jpg", "1", ""], "label", "leads out of the folder"),
@@ -217,7 +297,9 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
 def test_a_bad_row_is_named_with_its_line(row: list[str], kind: str, said: str, tmp_path: Path) -> None:
     for number, name in enumerate(["a.jpg", "b.jpg", "one/twice.jpg", "two/twice.jpg"]):
         draw(tmp_path / name, number)
-    write_csv(tmp_path / "labels.csv", ["path", "grade", "split"], [["b.jpg", 0, "train"], row])
+    # The name last, so that a short row lacks it.
+    rows = [["train", 0, "b.jpg"], row[::-1] or ["train"]]
+    write_csv(tmp_path / "labels.csv", ["split", "grade", "path"], rows)
     (problem, *_) = [p for p in layouts.find(tmp_path / "labels.csv").problems if p.kind != "orphan"]
     assert problem.kind == kind
     assert said in problem.reason
@@ -312,11 +394,7 @@ def test_a_drawn_split_keeps_patients_whole_and_does_not_depend_on_the_order_of_
         for eye in range(eyes)
     ]
     config = SplitConfig(test="random", seed=seed)
-    try:
-        found, _ = splits.assign(Listing("csv", Path("/nowhere"), entries), config)
-    except UserError:
-        assert max(Counter(grade for grade, _ in patients).values()) < 4, "too few of each grade to split"
-        return
+    found, _ = splits.assign(Listing("csv", Path("/nowhere"), entries), config)
     where = {entry.path: entry.split for entry in found}
     assert len({(entry.patient, entry.split) for entry in found}) == len(patients)
     for grade in range(5):
@@ -326,6 +404,15 @@ def test_a_drawn_split_keeps_patients_whole_and_does_not_depend_on_the_order_of_
     order.shuffle(entries)
     shuffled, _ = splits.assign(Listing("csv", Path("/nowhere"), entries), config)
     assert {entry.path: entry.split for entry in shuffled} == where
+
+
+def test_what_a_prepared_set_lacks_takes_part_in_the_draw() -> None:
+    whole = whole_ddr()
+    absent, there = whole.entries[:7], whole.entries[7:]
+    found, notes = splits.assign(Listing("kaggle", Path("/nowhere"), there, absent=absent), SplitConfig())
+    before = {entry.path: entry.split for entry in splits.assign(whole, SplitConfig())[0]}
+    assert {entry.path: entry.split for entry in found} == {entry.path: before[entry.path] for entry in there}
+    assert any("restored by file name" in note for note in notes)
 
 
 def test_kaggle_of_a_small_set_has_three_splits(tmp_path: Path) -> None:

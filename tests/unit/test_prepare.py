@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 from eyes import FEW, content, damage, eye, folders, official, quick, run, table, told
 from PIL import Image, JpegImagePlugin
 
-from fastddr.data import crop, layouts, photograph, survey
+from fastddr.data import crop, layouts, photograph, sheet, survey
 from fastddr.data.prepare import Settings
 from fastddr.errors import UserError
 
@@ -84,6 +85,19 @@ def test_what_lies_outside_the_photograph_is_black(tmp_path: Path, real: None) -
     assert (pixels[: int(above) - 4] == 0).all()
     assert (pixels[120 - int(above) + 5 :] == 0).all()
     assert pixels[60, 60].min() > 60
+
+
+@pytest.mark.parametrize(
+    ("left", "top", "side", "size"),
+    [(0, 0, 90, 32), (-13, -40, 170, 64), (10, 3, 50, 120), (-300, -300, 700, 32), (7, -20, 64, 64)],
+)
+def test_a_cut_by_strips_is_the_cut_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, left: int, top: int, side: int, size: int
+) -> None:
+    monkeypatch.setattr(crop, "_STRIP", 17)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    whole = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    assert crop.cut(image, left, top, side, size).tobytes() == whole.tobytes()
 
 
 def test_an_output_is_upright(tmp_path: Path, real: None) -> None:
@@ -245,8 +259,6 @@ def test_two_sources_of_one_output_are_refused(tmp_path: Path) -> None:
 
 
 def test_sheets_show_the_least_confident_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastddr.data import sheet
-
     shown: list[list[str]] = []
     real = sheet.draw
 
@@ -300,9 +312,46 @@ def test_names_that_are_not_unicode_and_very_long_ones(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system takes Unicode names alone")
     eye(data / "train" / "1" / f"{'x' * 251}.jpg", 50)
-    assert run(data, tmp_path / "out", sheet=20).done == 10
-    assert run(data, tmp_path / "out", sheet=20).skipped == 10
+    bad = run(data, tmp_path / "out", sheet=20, on_bad="exclude")
+    assert ([problem.kind for problem in bad.bad], bad.done) == (["encoding"], 9)
+    for name in ("excluded.csv", "absent.csv"):
+        assert b'"train/0/\xff.jpg"' in (tmp_path / "out" / "prepared" / name).read_bytes()
+    assert [entry.path for entry in layouts.find(tmp_path / "out").absent] == ["train/0/\udcff.jpg"]
+    assert run(data, tmp_path / "out", sheet=20, on_bad="exclude").skipped == 9
+
+
+@pytest.mark.parametrize("name", ["a\nb\x07 é.jpg", "\udcff.jpg", "\n.jpg", "\u2028\u202e\x7f.jpg", "目" * 80 + ".jpg"])
+def test_a_sheet_shows_any_name(tmp_path: Path, name: str) -> None:
+    eye(tmp_path / "a.jpg")
+    row = crop.Row(f"train/{name}", "a.jpg", 1, 1, 0, 0, 90, "60.00", "45.00", "36.00", "0.5000", "edge")
+    (page,) = sheet.draw(tmp_path, [row], 1)
+    with Image.open(io.BytesIO(page)) as image:
+        assert min(image.size) > 200
+
+
+def test_odd_names_are_on_the_sheets_and_in_the_tables(tmp_path: Path) -> None:
+    data = folders(tmp_path / "data")
+    odd = ["a\nb é.jpg", "c\rd.jpg", "e\x07\x1b.jpg", 'f", g.jpg', "目 h.jpg"]
+    for number, name in enumerate(odd, 20):
+        eye(data / "train" / "0" / name, number)
+    left_out = frozenset({"train/0/c\rd.jpg", "train/0/a\nb é.jpg"})
+    done = run(data, tmp_path / "out", sheet=20)
+    assert (done.done, len(done.sheets)) == (13, 1)
+    assert sorted(row["path"] for row in table(tmp_path / "out")) == sorted(e.path for e in survey.take(data).entries)
+    again = run(data, tmp_path / "out", sheet=20)
+    assert (again.done, again.skipped) == (0, 13)
     assert told(tmp_path / "out") == told(data)
+    assert run(data, tmp_path / "out", sheet=20, exclude=left_out).removed == 2
+    assert {entry.path for entry in layouts.find(tmp_path / "out").absent} == left_out
+
+
+def test_an_error_about_an_odd_name_is_one_line(tmp_path: Path) -> None:
+    data = folders(tmp_path / "data")
+    for number, extension in enumerate(["jpg", "png"], 20):
+        eye(data / "train" / "0" / f"a\nb.{extension}", number)
+    with pytest.raises(UserError, match="would both become") as error:
+        run(data, tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 def test_out_holds_neither_times_nor_places(tmp_path: Path) -> None:

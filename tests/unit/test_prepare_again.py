@@ -58,7 +58,7 @@ def test_what_was_checked_before_is_not_decoded_twice(tmp_path: Path, monkeypatc
     assert run(data, tmp_path / "out").done == 8
 
 
-def test_what_is_decoded_here_is_known_to_a_check(tmp_path: Path) -> None:
+def test_what_is_decoded_here_is_known_to_a_survey_so_training_does_not_decode_it_again(tmp_path: Path) -> None:
     data = official(tmp_path / "data")
     assert len(survey.take(data).undecoded()) == 8
     run(data, tmp_path / "out")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 from photographs import LAYOUTS, SET, Photo, draw, folders, labelled, official, write_csv
@@ -99,6 +100,10 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "webp": ("format", lambda path: draw(path, 99, format="WEBP")),
     "bomb": ("dimensions", _rgb_png(60_000, 60_000, 8, b"\0" * 64)),
     "small bomb": ("dimensions", _rgb_png(12_000, 12_000, 8, b"\0" * 64)),
+    "ribbon": ("dimensions", lambda path: draw(path, 99, size=(400, 40))),
+    "dicom": ("format", _bytes(lambda content: b"\0" * 128 + b"DICM" + content)),
+    "heic": ("format", _bytes(lambda content: b"\0\0\0\x18ftypheic" + content)),
+    "pdf": ("format", _bytes(lambda content: b"%PDF-1.4\n" + content)),
     "tiny": ("dimensions", lambda path: draw(path, 99, size=(3, 40))),
     "16-bit": ("16-bit", _sixteen_bits),
     "16-bit rgb": ("16-bit", _rgb_png(16, 12, 16, (b"\0" + b"\x12\x34" * 48) * 12)),
@@ -198,6 +203,43 @@ def test_a_verdict_is_remembered_and_a_repaired_file_is_looked_at_again(
     assert mended.undecoded() == [FIRST]
     mended.decode(mended.undecoded(), threads=1)
     assert found_in(mended) == {}
+
+
+def test_a_look_afresh_that_is_interrupted_forgets_nothing(data: Path) -> None:
+    checked(data)
+    survey.take(data, afresh=True)
+    assert survey.take(data).undecoded() == []
+
+
+def test_a_right_that_is_taken_away_is_seen_in_spite_of_the_cache(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes neither size nor time of change. As root everything may be read, so the refusal is made up."""
+    checked(data)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(FIRST) and access(path, mode))
+    assert found_in(survey.take(data)) == {SPOILED: {"unreadable"}}
+    monkeypatch.undo()
+    assert survey.take(data).undecoded() == [], "what is known of it stays known"
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "file"))
+    assert found_in(checked(data)) == {}
+    assert len(survey.take(data).undecoded()) == len(SET)
+
+
+def test_odd_but_harmless_scan_parameters_are_no_damage(data: Path) -> None:
+    """libjpeg remarks on them; the pixels are whole."""
+    content = bytearray((data / FIRST).read_bytes())
+    start = content.index(b"\xff\xda")
+    length = int.from_bytes(content[start + 2 : start + 4], "big")
+    content[start + 2 + length - 2] = 0  # the end of the spectral selection, 63 in a sequential scan
+    with pytest.raises(ValueError, match="Invalid SOS"):
+        simplejpeg.decode_jpeg(bytes(content), strict=True)
+    (data / FIRST).write_bytes(content)
+    assert found_in(checked(data)) == {}
 
 
 def test_looking_afresh_takes_nothing_from_the_cache(data: Path) -> None:
@@ -306,9 +348,15 @@ def test_a_name_that_is_no_text_at_all(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system takes no such name")
     seen = checked(root)
-    assert len(manifest.of(seen)) == len(SET) + 1
+    (problem,) = seen.problems()
+    assert problem.kind == "encoding"
     assert survey.take(root).undecoded() == []
-    assert manifest.of(seen).fingerprint
+    with pytest.raises(UserError, match=r"f\?r.jpg: its name is not UTF-8; rename it"):
+        manifest.of(seen)
+    assert len(manifest.of(seen, "exclude")) == len(SET)
+    with (tmp_path / "bad.csv").open("w", encoding="utf-8", errors="surrogateescape") as stream:
+        stream.write(problems.write_list([problem]))
+    assert problems.read_list(tmp_path / "bad.csv") == {problem.path}
 
 
 # ------------------------------------------------------------------------------------------ lists

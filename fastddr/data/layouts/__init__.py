@@ -9,9 +9,10 @@ csv, ...    a label table, known by its header (`table.py`)
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
-from fastddr.data.layouts.common import PHOTOGRAPHS, SPLITS, Entry, Listing, subfolders
+from fastddr.data.layouts.common import PHOTOGRAPHS, PREPARED, SPLITS, Entry, Listing, subfolders
 from fastddr.data.layouts.folders import folders
 from fastddr.data.layouts.lines import gdrbench, official
 from fastddr.data.layouts.table import table, tables
@@ -19,8 +20,9 @@ from fastddr.errors import UserError
 
 __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
 
-#: How far below the given folder a data set is looked for: the parent of DDR-dataset holds DDR-dataset/DR_grading.
-_DEPTH = 2
+#: How far below the given folder a data set is looked for. Two above IDRiD's "B. Disease Grading", its tables are three
+#: below.
+_DEPTH = 3
 
 
 def find(data: str | Path) -> Listing:
@@ -38,7 +40,7 @@ def find(data: str | Path) -> Listing:
         raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")
     place = place.resolve()
     if place.is_file() and place.suffix.lower() == ".csv":
-        return table(place)
+        return _with_absent(table(place))
     if not place.is_dir():
         raise UserError(
             f"--data {data}: this is a file; give the folder that holds the photographs, or a label table (.csv)."
@@ -52,7 +54,7 @@ def find(data: str | Path) -> Listing:
             where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
             raise UserError(f"{place}: several data sets lie below it ({where}); give one of these folders.")
         if found:
-            return found[0][1]
+            return _with_absent(found[0][1])
         level = [below for folder in level for below in subfolders(folder)]
     raise UserError(
         f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
@@ -61,4 +63,21 @@ def find(data: str | Path) -> Listing:
 
 
 def _in(folder: Path, top: Path, *, strict: bool) -> Listing | None:
-    return official(folder) or gdrbench(folder) or tables(folder, top) or folders(folder, strict=strict)
+    try:
+        return official(folder) or gdrbench(folder) or tables(folder, top) or folders(folder, strict=strict)
+    except PermissionError:
+        if strict:
+            raise
+        return None  # a neighbour of the data set, like lost+found
+
+
+def _with_absent(listing: Listing) -> Listing:
+    """The listing of a prepared set, with what `fastddr prepare` left out of it."""
+    for folder in (listing.root / PREPARED, listing.root.parent / PREPARED):
+        file = folder / "absent.csv"
+        if file.is_file():
+            with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+                for row in csv.DictReader(stream):
+                    listing.absent.append(Entry(row["path"], int(row["grade"]), None, row["patient"] or None))
+            break
+    return listing

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from fastddr.data.grades import UNGRADABLE
 from fastddr.data.problems import Problem
 
 SPLITS = ("train", "valid", "test")
+#: Where `fastddr prepare` keeps its tables and sheets.
+PREPARED = "prepared"
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 #: Names of splits and grades, spelled without case, spaces, dashes and underscores.
 _SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
@@ -60,6 +64,8 @@ class Listing:
     """Of the labels, and what has none."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the report."""
+    absent: list[Entry] = field(default_factory=list)
+    """Photographs that `fastddr prepare` left out of this set: they take part where splits are drawn."""
 
 
 def spelled(name: str) -> str:
@@ -74,6 +80,9 @@ def split_of(name: str) -> str | None:
 
 def grade_of(name: str) -> int | None:
     """The grade that a name says ("2", "Moderate NPDR", "Grade 2", "2_moderate"), else None."""
+    # "-1" and "4+" are spelled like grades, and are none.
+    if not re.fullmatch(r"[^\W_]+(?:[ _-]+[^\W_]+)*", name):
+        return None
     if (grade := _GRADE_NAMES.get(spelled(name))) is not None:
         return grade
     match = re.fullmatch(r"(?:grade|class|level)?[\s_-]*([0-5])(?:[\s_-]+(\D+))?", name, re.IGNORECASE)
@@ -96,12 +105,53 @@ def photographs(folder: Path) -> list[str]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted, without the hidden ones and without those that may not be looked into."""
+    """Folders in a folder, sorted, without the hidden ones, that of `fastddr prepare`, and what may not be read."""
     try:
         with os.scandir(folder) as found:
-            return [Path(e.path) for e in sorted(found, key=lambda e: e.name) if e.is_dir() and e.name[0] != "."]
+            names = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
     except OSError:
         return []
+    return [folder / name for name in names if not _prepared(folder, name)]
+
+
+def _prepared(folder: Path, name: str) -> bool:
+    """Whether this is where `fastddr prepare` keeps its tables and sheets, which are no data set."""
+    return name == PREPARED and (folder / name / "settings.json").is_file()
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Paths of all photographs below a folder, through links too, but not of what `fastddr prepare` drew."""
+    seen: set[tuple[int, int]] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            below[:] = []
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(n for n in below if not n.startswith(".") and not _prepared(Path(folder), n))
+        relative = os.path.relpath(folder, root).replace(os.sep, "/")
+        for name in sorted(names):
+            if is_photograph(name):
+                yield name if relative == "." else f"{relative}/{name}"
+
+
+class Case:
+    """The names in folders as they are written on disk, for labels that differ from them in case."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folders: dict[str, dict[str, list[str]]] = {}
+
+    def path(self, path: str) -> str:
+        """The path, or the only one in its folder that differs from it in case alone."""
+        folder, _, name = path.rpartition("/")
+        if folder not in self._folders:
+            found = self._folders[folder] = defaultdict(list)
+            with suppress(OSError), os.scandir(self.root / folder) as there:
+                for entry in there:
+                    found[entry.name.lower()].append(entry.name)
+        same = self._folders[folder].get(name.lower(), [])
+        return path if name in same or len(same) != 1 else f"{folder}/{same[0]}"
 
 
 def some(names: Sequence[str]) -> str:

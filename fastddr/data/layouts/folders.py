@@ -13,10 +13,10 @@ from fastddr.data.layouts.common import (
     Listing,
     grade_of,
     is_photograph,
-    photographs,
     some,
     split_of,
     subfolders,
+    walk,
 )  # fmt: skip
 from fastddr.data.problems import Problem
 from fastddr.errors import UserError
@@ -49,14 +49,13 @@ def folders(root: Path, *, strict: bool) -> Listing | None:
                 listing.notes.append("There is no test split (no folder test/), so nothing is scored on it.")
             continue
         before = len(listing.entries)
-        loose = photographs(splits[split])
-        _leave_out(listing, splits[split], loose, "orphan", "lies beside the class folders", "photographs")
         for folder in subfolders(splits[split]):
             _class_folder(listing, folder, split)
         if len(listing.entries) == before:
             raise UserError(
                 f"{splits[split]}: the split {split!r} is empty; it should hold class folders with photographs."
             )
+    _orphans(listing)
     return listing
 
 
@@ -68,7 +67,19 @@ def _without_splits(root: Path, below: list[Path]) -> Listing | None:
     for folder in below:
         # Beside grades, a folder that is none is a misspelt one as likely as not.
         _class_folder(listing, folder, None)
+    _orphans(listing)
     return listing if listing.entries else None
+
+
+def _orphans(listing: Listing) -> None:
+    """Photographs below the root that lie in no class folder."""
+    named = {entry.path for entry in listing.entries}
+    orphans = sorted(path for path in walk(listing.root) if path not in named)
+    listing.problems.extend(Problem(path, "orphan", "it lies in no class folder of a split") for path in orphans)
+    if orphans:
+        listing.notes.append(
+            f"{len(orphans)} photographs lie in no class folder of a split and are left out: {some(orphans)}."
+        )
 
 
 def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
@@ -79,11 +90,13 @@ def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
             f"{', '.join(ICDR)}."
         )
     relative = folder.relative_to(listing.root).as_posix()
-    if below := [entry.name for entry in subfolders(folder)]:
-        listing.notes.append(f"Folders below {relative}/ are not read and left out: {some(below)}.")
-    with os.scandir(folder) as found:
-        # A link to nothing is no file, but it was meant to be one.
-        names = sorted(e.name for e in found if (e.is_file() or e.is_symlink()) and not e.name.startswith("."))
+    try:
+        with os.scandir(folder) as found:
+            # A link to nothing is no file, but it was meant to be one.
+            names = sorted(e.name for e in found if (e.is_file() or e.is_symlink()) and not e.name.startswith("."))
+    except OSError as error:
+        listing.problems.append(Problem(relative, "unreadable", f"this folder cannot be read ({error.strerror})"))
+        return
     other = [name for name in names if not is_photograph(name)]
     _leave_out(listing, folder, other, "other-file", f"is not {', '.join(PHOTOGRAPHS)}", "files")
     listing.entries.extend(Entry(f"{relative}/{name}", grade, split) for name in names if is_photograph(name))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastddr.data.grades import UNGRADABLE
-from fastddr.data.layouts.common import SPLITS, Entry, Listing, photographs, some
+from fastddr.data.layouts.common import SPLITS, Case, Entry, Listing, photographs, some
 from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
 
@@ -108,6 +108,7 @@ def _read(label_file: Path, split: str, locate: Callable[[str], str | None], wan
     """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
     label = label_file.relative_to(listing.root).as_posix()
     known: dict[str, int] = {}
+    case = Case(listing.root)
 
     def wrong(kind: str, number: int, reason: str, path: str | None = None) -> None:
         listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
@@ -119,7 +120,8 @@ def _read(label_file: Path, split: str, locate: Callable[[str], str | None], wan
             wrong("label", number, f"{line.strip()!r} is not `name.jpg grade`")
             continue
         name, grade = parts[0], int(parts[1])
-        path = locate(name)
+        path = None if "\0" in name else locate(name)
+        path = path and case.path(path)
         if path is None:
             wrong("label", number, f"{name} is a path that is not read here: give {wanted}")
         elif grade > UNGRADABLE:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
-from fastddr.data.layouts.common import Entry, Listing, grade_of, is_photograph, some, spelled, split_of
+from fastddr.data.layouts.common import Entry, Listing, grade_of, some, spelled, split_of, walk
 from fastddr.data.problems import Problem, one_line
 from fastddr.errors import UserError
 
@@ -48,6 +48,11 @@ class _Table:
         """The column of the first of these names that there is."""
         return next((self.header.index(name) for name in names if name in self.header), None)
 
+    def token(self, row: Sequence[str]) -> str:
+        """What a row calls its photograph."""
+        key = _pair(self.header)[0]
+        return row[key] if key < len(row) else ""
+
 
 def tables(folder: Path, top: Path) -> Listing | None:
     """The listing of the label tables in a folder; None where there are none.
@@ -66,7 +71,7 @@ def table(file: Path) -> Listing:
     Raises:
         UserError: its header is not one of those that are known.
     """
-    found = _read(file)
+    found = _read(file, asked=True)
     if found is None:
         raise UserError(f"{file}: this is no label table; its header should be path,grade[,split][,patient].")
     return _listing([found], file.parent, file.parent)
@@ -75,21 +80,43 @@ def table(file: Path) -> Listing:
 def key_column(header: Sequence[str]) -> int | None:
     """The column that names the photographs in a label table with this header; None where it is no label table."""
     names = [spelled(cell) for cell in header]
-    return next((names.index(key) for key, grade in _HEADERS if key in names and grade in names), None)
+    return _pair(names)[0] if _known(names) else None
 
 
-def _read(file: Path) -> _Table | None:
-    """The table in a file, None where it is no label table."""
+def delimiter(first_line: str) -> str:
+    """What separates the cells of a table, by its header: a comma, else a semicolon or a tab."""
+    return next((mark for mark in (",", ";", "\t") if mark in first_line), ",")
+
+
+def _known(header: Sequence[str]) -> str | None:
+    return next((name for pair, name in _HEADERS.items() if set(pair) <= set(header)), None)
+
+
+def _pair(header: Sequence[str]) -> tuple[int, int]:
+    """The columns of name and grade in a header that is known."""
+    return next((header.index(key), header.index(grade)) for key, grade in _HEADERS if {key, grade} <= set(header))
+
+
+def _read(file: Path, asked: bool = False) -> _Table | None:
+    """The table in a file, None where it is no label table; what is come across and cannot be read is none."""
     try:
+        with file.open("rb") as raw:
+            first = raw.readline(1 << 16).decode("utf-8-sig", "replace")
+        mark = delimiter(first)
+        header = [spelled(cell) for cell in next(csv.reader([first], delimiter=mark), [])]
+        layout = _known(header)
+        if layout is None:
+            return None
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            header = [spelled(cell) for cell in next(reader, [])]
-            layout = next((name for pair, name in _HEADERS.items() if set(pair) <= set(header)), None)
-            if layout is None:
-                return None
+            reader = csv.reader(stream, delimiter=mark)
+            next(reader)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: this table cannot be read ({one_line(error)}).") from None
+    except OSError as error:
+        if not asked:
+            return None
+        raise UserError(f"{file}: this table cannot be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: this table cannot be read ({one_line(error)}); save it as UTF-8.") from None
     if layout == "aptos" and spelled(file.stem) == "drgrading":
         layout = "kaggle"
     return _Table(file, layout, header, rows)
@@ -101,21 +128,24 @@ class _Index:
     def __init__(self, root: Path) -> None:
         self.paths: set[str] = set()
         self.by_name: dict[str, list[str]] = defaultdict(list)
-        for folder, below, names in os.walk(root):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            relative = os.path.relpath(folder, root).replace(os.sep, "/")
-            for name in names:
-                if is_photograph(name):
-                    path = name if relative == "." else f"{relative}/{name}"
-                    self.paths.add(path)
-                    self.by_name[name].append(path)
-                    self.by_name[os.path.splitext(name)[0]].append(path)
+        for path in walk(root):
+            name = path.rpartition("/")[2]
+            self.paths.add(path)
+            for bare in (name, os.path.splitext(name)[0]):
+                self.by_name[bare].append(path)
+        # Asked where nothing is written just so.
+        self._any_case: dict[str, list[str]] = defaultdict(list)
+        for path in self.paths:
+            self._any_case[path.lower()].append(path)
+        for bare, paths in self.by_name.items():
+            self._any_case[bare.lower()] += paths
 
     def find(self, token: str, split: str | None) -> list[str]:
-        """The photographs that a token may mean: a path, else a name; where several bear it, those of the split."""
+        """The photographs that a token may mean: a path, else a name, else one of them in another case; where several
+        bear it, those of the split."""
         if token in self.paths:
             return [token]
-        found = sorted(set(self.by_name.get(token, [])))
+        found = sorted(set(self.by_name.get(token) or self._any_case.get(token.lower(), [])))
         if len(found) > 1 and split is not None:
             found = [p for p in found if _split_in(p.split("/")[:-1]) == split] or found
         return found
@@ -144,7 +174,7 @@ def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
 
 def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
     splits = _splits_of_files(found)
-    tokens = [row[t.cells(*(k for k, _ in _HEADERS)) or 0].strip() for t in found for _, row in t.rows[:50] if row]
+    tokens = [t.token(row).strip().replace("\\", "/") for t in found for _, row in t.rows[:50]]
     root, index = folder, _Index(folder)
     while root != top and not any(index.find(token, None) for token in tokens):
         root = root.parent
@@ -171,9 +201,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
 
 def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> None:
     label = found.file.relative_to(listing.root).as_posix()
-    key, grade_column = next(
-        (found.header.index(k), found.header.index(g)) for k, g in _HEADERS if {k, g} <= set(found.header)
-    )
+    grade_column = _pair(found.header)[1]
     split_column, patient_column = found.cells("split"), found.cells("patient", "patientid")
     gradable_column = found.cells("adjudicatedgradable")
     known: dict[str, int] = {}
@@ -186,16 +214,21 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> N
             return row[column].strip() if column is not None and column < len(row) else ""
 
         # Not stripped: a name may begin or end in a space, and is looked for as it stands first.
-        token = row[key] if row[key] in index.paths or row[key] in index.by_name else cell(key)
-        if not token:
-            wrong("label", "the name of the photograph is empty")
+        token = found.token(row)
+        token = token if token in index.paths or token in index.by_name else token.strip()
+        if not token or "\0" in token:
+            wrong("label", "the name of the photograph is empty" if not token else "a name cannot hold a NUL")
             continue
-        if os.path.isabs(token) or ".." in token.replace("\\", "/").split("/"):
+        # Written on Windows.
+        named = token if token in index.paths else token.replace("\\", "/")
+        if os.path.isabs(named) or ".." in named.split("/"):
             wrong("label", f"{token} leads out of the folder of the table: give a path below it")
             continue
         # A cell that ran through pandas beside an empty one is "2.0".
         text = re.sub(r"(?<=\d)\.0+$", "", cell(grade_column))
-        grade = UNGRADABLE if cell(gradable_column) in ("0", "0.0") else grade_of(text) if text else UNKNOWN
+        grade = grade_of(text) if text not in ("", str(UNKNOWN)) else UNKNOWN
+        if cell(gradable_column) in ("0", "0.0"):
+            grade = UNGRADABLE
         if grade is None:
             wrong("grade", f"grade {text!r} of {token} is not one of 0-4 (ICDR) or 5 (ungradable)")
             continue
@@ -204,11 +237,11 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> N
         if said and own is None:
             wrong("label", f"the split {said!r} of {token} is not train, valid or test")
             continue
-        candidates = index.find(token, own)
+        candidates = index.find(named, own)
         if len(candidates) > 1:
             wrong("ambiguous", f"{token} may be {some(candidates)}")
             continue
-        path = candidates[0] if candidates else token
+        path = candidates[0] if candidates else named
         if path in known:
             wrong("doubled", f"{label}, line {line}: {token} stands already in line {known[path]}", path)
             continue

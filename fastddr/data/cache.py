@@ -62,7 +62,8 @@ def load(root: Path) -> dict[str, Record]:
         stored = json.loads(_file(root).read_text(encoding="utf-8", errors="surrogateescape"))
         if stored["version"] != _VERSION:
             return {}
-        return {path: Record._make(values) for path, values in stored["photographs"].items()}
+        rows = zip(*(stored[column] for column in Record._fields), strict=True)
+        return dict(zip(stored["path"], map(Record._make, rows), strict=True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # no cache yet, or a broken one: it is made anew
 
@@ -71,7 +72,10 @@ def store(root: Path, records: Mapping[str, Record]) -> None:
     """Keep the records; those of photographs that are not named are forgotten."""
     path = _file(root)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    text = json.dumps({"version": _VERSION, "root": str(root), "photographs": records}, ensure_ascii=False)
+    # By column: a list a field is read twice as fast as a list a photograph.
+    columns = dict(zip(Record._fields, zip(*records.values(), strict=True), strict=True)) if records else {}
+    whole = {"version": _VERSION, "root": str(root), "path": list(records), **columns}
+    text = json.dumps(whole, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")

@@ -23,7 +23,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -328,7 +328,7 @@ class _Main:
                 # Of two that would become one, each is another photograph still.
                 path = entry.path if path in taken else path
                 taken.add(path)
-                found.append(replace(entry, path=path))
+                found.append(entry._replace(path=path))
         return sorted(found, key=lambda entry: entry.path)
 
     def _refuse_bad(self) -> None:

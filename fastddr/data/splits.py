@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fastddr.config import SplitConfig
 from fastddr.data.grades import DDR, UNGRADABLE
@@ -51,7 +50,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         valid = _cut(rest, share, config.seed, "valid")
         notes.append(f"Of the rest, {share:.0%} for valid were drawn {what}.")
         found = [
-            replace(e, split="test" if e.path in test else "valid" if e.path in valid else "train") for e in entries
+            e._replace(split="test" if e.path in test else "valid" if e.path in valid else "train") for e in entries
         ]
     elif None in given:
         lacking = next(entry for entry in entries if entry.split is None)
@@ -63,7 +62,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         train = [entry for entry in entries if entry.split == "train"]
         valid = _cut(train, share, config.seed, "valid")
         notes = [f"The set has no valid split: {share:.0%} of train were drawn for it {what}."]
-        found = [replace(e, split="valid") if e.path in valid else e for e in entries]
+        found = [e._replace(split="valid") if e.path in valid else e for e in entries]
     else:
         notes, found = [], entries
     return found[: len(there)], notes

@@ -9,13 +9,16 @@ Training, `fastddr check` and `fastddr prepare` see a data set through this, so 
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import itertools
 import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +34,8 @@ from fastddr.data.problems import NOTES, Problem, errors
 Progress = Callable[[int, int], None]
 #: Files a thread takes at once while headers are read.
 _CHUNK = 256
+#: Seconds a file from which on the storage, and not the interpreter, is what is waited for; then so many threads wait.
+_SLOW, _THREADS = 1e-3, 16
 #: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill.
 _SAVE_EVERY = 20.0
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
@@ -205,6 +210,29 @@ def take(
     Raises:
         UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
     """
+    with _no_collector():
+        return _take(data, splitting, exclude, on_progress, afresh)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without the garbage collector, which would look through so many new tuples again and again, and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _take(
+    data: str | Path,
+    splitting: SplitConfig | None,
+    exclude: frozenset[str],
+    on_progress: Progress | None,
+    afresh: bool,
+) -> Survey:
     listing = layouts.find(data)
     # Split first: what is left out later must not move others from one split to another.
     entries, notes = splits.assign(listing, splitting or SplitConfig())
@@ -255,8 +283,11 @@ def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afr
     """A record of each file; from the cache where size and time of change are the same."""
     cached = cache.load(root)
 
+    folder, fresh = f"{root}/", 0
+
     def look(path: str) -> Record:
-        file = os.path.join(root, path)
+        nonlocal fresh
+        file = folder + path
         try:
             size, changed = photograph.status(file)
         except BadPhotograph as bad:
@@ -264,6 +295,7 @@ def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afr
         old = cached.get(path)
         if not afresh and old is not None and (old.size, old.changed) == (size, changed):
             return old
+        fresh += 1
         try:
             found = photograph.header(file)
         except BadPhotograph as bad:
@@ -277,12 +309,18 @@ def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afr
 
     records: dict[str, Record] = {}
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    with photograph.strict_sizes(), ThreadPoolExecutor(8) as pool:
-        for chunk, found in zip(chunks, pool.map(look_at, chunks), strict=True):
+    with photograph.strict_sizes(), ThreadPoolExecutor(_THREADS) as pool:
+        began = time.perf_counter()
+        first = [look_at(chunk) for chunk in chunks[:1]]
+        # Threads hide the latency of a network; where there is none they only fight for the interpreter.
+        slow = time.perf_counter() - began > _SLOW * _CHUNK
+        rest = (pool.map if slow else map)(look_at, chunks[1:])
+        for chunk, found in zip(chunks, itertools.chain(first, rest), strict=True):
             records.update(zip(chunk, found, strict=True))
             if on_progress:
                 on_progress(len(records), len(paths))
-    _keep(root, records, cached)
+    if fresh:
+        _keep(root, records, cached)
     return records
 
 

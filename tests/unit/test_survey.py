@@ -214,6 +214,7 @@ def test_a_look_afresh_that_is_interrupted_forgets_nothing(data: Path) -> None:
 def test_a_right_that_is_taken_away_is_seen_in_spite_of_the_cache(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It changes neither size nor time of change. As root everything may be read, so the refusal is made up."""
     checked(data)
+    (data / FIRST).chmod(0)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(FIRST) and access(path, mode))
     assert found_in(survey.take(data)) == {SPOILED: {"unreadable"}}
@@ -254,7 +255,7 @@ def test_a_broken_cache_is_made_anew(data: Path) -> None:
         p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text(errors="surrogateescape")
     ]
     older = json.dumps(json.loads(stored.read_text()) | {"version": 0})
-    for content in ("", "{", "[]", '{"version": 1, "photographs": {"a": [1]}}', older):
+    for content in ("", "{", "[]", '{"version": 1, "path": ["a"], "size": [1]}', older):
         stored.write_text(content)
         assert len(survey.take(data).undecoded()) == len(SET)
 

@@ -6,9 +6,9 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.problems import Problem
@@ -28,9 +28,8 @@ _GRADE_NAMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A photograph that a layout names; it may be missing on disk."""
+class Entry(NamedTuple):
+    """A photograph that a layout names; it may be missing on disk. A tuple, because there may be a million of them."""
 
     path: str
     """Relative to the listing's root, with forward slashes."""
@@ -98,12 +97,6 @@ def is_photograph(name: str) -> bool:
     return name.lower().endswith(PHOTOGRAPHS) and not name.startswith(".")
 
 
-def photographs(folder: Path) -> list[str]:
-    """Names of the photographs in a folder, sorted."""
-    with os.scandir(folder) as found:
-        return sorted(entry.name for entry in found if is_photograph(entry.name))
-
-
 def subfolders(folder: Path) -> list[Path]:
     """Folders in a folder, sorted, without the hidden ones, that of `fastddr prepare`, and what may not be read."""
     try:
@@ -135,23 +128,35 @@ def walk(root: Path) -> Iterator[str]:
                 yield name if relative == "." else f"{relative}/{name}"
 
 
-class Case:
-    """The names in folders as they are written on disk, for labels that differ from them in case."""
+class Names:
+    """The names in folders, each read once: for labels that differ from their files in case, and for orphans."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._folders: dict[str, dict[str, list[str]]] = {}
+        self._names: dict[str, frozenset[str]] = {}
+        self._any_case: dict[str, dict[str, list[str]]] = {}
+
+    def of(self, folder: str) -> frozenset[str]:
+        """All names in a folder, none where it may not be read."""
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(self.root / folder))
+            except OSError:
+                self._names[folder] = frozenset()
+        return self._names[folder]
 
     def path(self, path: str) -> str:
         """The path, or the only one in its folder that differs from it in case alone."""
         folder, _, name = path.rpartition("/")
-        if folder not in self._folders:
-            found = self._folders[folder] = defaultdict(list)
-            with suppress(OSError), os.scandir(self.root / folder) as there:
-                for entry in there:
-                    found[entry.name.lower()].append(entry.name)
-        same = self._folders[folder].get(name.lower(), [])
-        return path if name in same or len(same) != 1 else f"{folder}/{same[0]}"
+        names = self.of(folder)
+        if name in names:
+            return path
+        if folder not in self._any_case:
+            self._any_case[folder] = defaultdict(list)
+            for other in names:
+                self._any_case[folder][other.lower()].append(other)
+        same = self._any_case[folder].get(name.lower(), [])
+        return f"{folder}/{same[0]}" if len(same) == 1 else path
 
 
 def some(names: Sequence[str]) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastddr.data.grades import UNGRADABLE
-from fastddr.data.layouts.common import SPLITS, Case, Entry, Listing, photographs, some
+from fastddr.data.layouts.common import SPLITS, Entry, Listing, Names, is_photograph, some
 from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
 
+#: What no file's name is: a path, this folder or the one above, a NUL.
+_NO_NAME = re.compile(r"[/\\\0]|^\.\.?$")
 #: What GDRBench calls its lists, and which split that is.
 _BENCH_LISTS = {"train": "train", "crossval": "valid", "test": "test"}
 
@@ -19,7 +22,7 @@ def official(folder: Path) -> Listing | None:
     """DDR as released: a folder and a label file for each split, lines `007-0004-000.jpg 0`."""
     if not any((folder / f"{split}.txt").is_file() for split in SPLITS):
         return None
-    listing = Listing("official", folder, [])
+    listing, names = Listing("official", folder, []), Names(folder)
     for split in SPLITS:
         label_file = folder / f"{split}.txt"
         if not label_file.is_file():
@@ -31,13 +34,13 @@ def official(folder: Path) -> Listing | None:
             raise UserError(f"{folder}: the folder {split}/ of the photographs in {split}.txt is missing.")
 
         def locate(name: str, split: str = split) -> str | None:
-            return None if "/" in name or "\\" in name or name in (".", "..") else f"{split}/{name}"
+            return None if _NO_NAME.search(name) else f"{split}/{name}"
 
         wanted = f"the name of a photograph in {split}/"
-        named = _read(label_file, split, locate, wanted, listing)
+        named = _read(label_file, split, locate, wanted, listing, names)
         if not named:
             _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
-        _orphans(listing, split, {path.rpartition("/")[2] for path in named}, f"{split}.txt")
+        _orphans(listing, names, split, {path.rpartition("/")[2] for path in named}, f"{split}.txt")
     return listing
 
 
@@ -56,7 +59,7 @@ def gdrbench(folder: Path) -> Listing | None:
     there = [name for name in sets if (folder / "images" / name).is_dir()]
     if not there:
         return None
-    listing = Listing("gdrbench", folder, [])
+    listing, names = Listing("gdrbench", folder, []), Names(folder)
     chosen = asked or ("DDR" if "DDR" in there else there[0])
     if asked is None and len(there) > 1:
         if chosen != "DDR":
@@ -67,13 +70,14 @@ def gdrbench(folder: Path) -> Listing | None:
 
     def locate(name: str) -> str | None:
         parts = name.split("/")
-        return f"images/{name}" if parts[0] == chosen and ".." not in parts and "\\" not in name else None
+        bad = parts[0] != chosen or any(_NO_NAME.search(part) for part in parts)
+        return None if bad else f"images/{name}"
 
     named: set[str] = set()
     for ending, split in _BENCH_LISTS.items():
         label_file = folder / "splits" / f"{chosen}_{ending}.txt"
         if label_file.is_file():
-            named |= _read(label_file, split, locate, f"a path in images/, like {chosen}/nodr/x.jpg", listing)
+            named |= _read(label_file, split, locate, f"a path in images/, like {chosen}/nodr/x.jpg", listing, names)
         elif split == "test":
             listing.notes.append("There is no test split (GDRBench has none), so nothing is scored on it.")
     if not named:
@@ -85,7 +89,7 @@ def gdrbench(folder: Path) -> Listing | None:
         homes[home].add(name)
     for home, inside in sorted(homes.items()):
         if (folder / home).is_dir():
-            _orphans(listing, home, inside, "splits/")
+            _orphans(listing, names, home, inside, "splits/")
     return listing
 
 
@@ -95,8 +99,8 @@ def _refuse_empty(listing: Listing, place: Path, what: str) -> None:
     raise UserError(f"{wrong[0].sentence(listing.root)}." if wrong else f"{place}: {what}.")
 
 
-def _orphans(listing: Listing, folder: str, named: set[str], labels: str) -> None:
-    orphans = [name for name in photographs(listing.root / folder) if name not in named]
+def _orphans(listing: Listing, names: Names, folder: str, named: set[str], labels: str) -> None:
+    orphans = sorted(name for name in names.of(folder) - named if is_photograph(name))
     listing.problems.extend(Problem(f"{folder}/{name}", "orphan", f"it has no line in {labels}") for name in orphans)
     if orphans:
         listing.notes.append(
@@ -104,11 +108,12 @@ def _orphans(listing: Listing, folder: str, named: set[str], labels: str) -> Non
         )
 
 
-def _read(label_file: Path, split: str, locate: Callable[[str], str | None], wanted: str, listing: Listing) -> set[str]:
+def _read(
+    label_file: Path, split: str, locate: Callable[[str], str | None], wanted: str, listing: Listing, names: Names
+) -> set[str]:
     """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
     label = label_file.relative_to(listing.root).as_posix()
     known: dict[str, int] = {}
-    case = Case(listing.root)
 
     def wrong(kind: str, number: int, reason: str, path: str | None = None) -> None:
         listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
@@ -116,12 +121,13 @@ def _read(label_file: Path, split: str, locate: Callable[[str], str | None], wan
     for number, line in _lines(label_file):
         # From the right: a name may hold spaces.
         parts = line.strip().rsplit(None, 1)
-        if len(parts) < 2 or not (parts[1].isascii() and parts[1].isdigit()):
+        if len(parts) < 2 or not parts[1].isdecimal():
             wrong("label", number, f"{line.strip()!r} is not `name.jpg grade`")
             continue
         name, grade = parts[0], int(parts[1])
-        path = None if "\0" in name else locate(name)
-        path = path and case.path(path)
+        path = locate(name)
+        if path is not None:
+            path = names.path(path)
         if path is None:
             wrong("label", number, f"{name} is a path that is not read here: give {wanted}")
         elif grade > UNGRADABLE:

@@ -127,6 +127,7 @@ def read(
     return of(survey.take(data, splitting, exclude, on_progress), on_bad, ungradable)
 
 
+@survey.no_collector()
 def of(
     seen: Survey,
     on_bad: Literal["raise", "exclude"] = "raise",

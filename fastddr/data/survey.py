@@ -42,6 +42,18 @@ _SAVE_EVERY = 20.0
 _OUTER = ("missing", "broken-link", "unreadable", "format")
 
 
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Without the garbage collector, which would look through so many new tuples again and again, and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 @dataclass
 class Survey:
     """A data set as it is. Made by `take`."""
@@ -190,6 +202,7 @@ _TRAITS = {
 assert set(_TRAITS) <= set(NOTES)
 
 
+@no_collector()
 def take(
     data: str | Path,
     splitting: SplitConfig | None = None,
@@ -210,29 +223,6 @@ def take(
     Raises:
         UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
     """
-    with _no_collector():
-        return _take(data, splitting, exclude, on_progress, afresh)
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Without the garbage collector, which would look through so many new tuples again and again, and find nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _take(
-    data: str | Path,
-    splitting: SplitConfig | None,
-    exclude: frozenset[str],
-    on_progress: Progress | None,
-    afresh: bool,
-) -> Survey:
     listing = layouts.find(data)
     # Split first: what is left out later must not move others from one split to another.
     entries, notes = splits.assign(listing, splitting or SplitConfig())

@@ -230,8 +230,10 @@ def take(
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
     kept.sort(key=lambda entry: (order[entry.split or ""], entry.path))
-    present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
-    left_out = sorted(exclude & present)
+    left_out: list[str] = []
+    if exclude:
+        present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
+        left_out = sorted(exclude & present)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh)
     return Survey(
         data=str(data),

@@ -114,6 +114,7 @@ def _read(
     """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
     label = label_file.relative_to(listing.root).as_posix()
     known: dict[str, int] = {}
+    here = names.of(split) if listing.layout == "official" else frozenset()
 
     def wrong(kind: str, number: int, reason: str, path: str | None = None) -> None:
         listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
@@ -125,8 +126,9 @@ def _read(
             wrong("label", number, f"{line.strip()!r} is not `name.jpg grade`")
             continue
         name, grade = parts[0], int(parts[1])
-        path = locate(name)
-        if path is not None:
+        path: str | None = f"{split}/{name}"
+        # What stands in the split's folder is no path; else it is looked at more closely.
+        if name not in here and (path := locate(name)) is not None:
             path = names.path(path)
         if path is None:
             wrong("label", number, f"{name} is a path that is not read here: give {wanted}")

@@ -149,6 +149,34 @@ def as_crops(affine: Float[np.ndarray, "n 2 3"], image_size: int) -> Crops | Non
     return Crops(x=whole[:, 0], y=whole[:, 1], hflip=flipped[:, 0], vflip=flipped[:, 1])
 
 
+def inverse(affine: Float[np.ndarray, "n 2 3"]) -> Float[np.ndarray, "n 2 3"]:
+    """The maps backwards: from image to canvas coordinates."""
+    linear = np.linalg.inv(affine[:, :, :2])
+    return np.concatenate([linear, -linear @ affine[:, :, 2:]], axis=2)
+
+
+def boxes(
+    affine: Float[np.ndarray, "n 2 3"],
+    canvas_width: Int[np.ndarray, " n"],
+    canvas_height: Int[np.ndarray, " n"],
+    image_size: int,
+) -> Int[np.ndarray, "n 4"]:
+    """The part of each canvas that its image is made of, as (left, top, right, bottom) in whole pixels.
+
+    A bilinear warp reads nothing outside of it but what lies outside the canvas, which is black: the map of the box
+    is the map of the canvas with (left, top) taken into its offset. One pixel is spared for rounding in float32. A
+    box is never empty; where an image lies wholly off its canvas, the box is the canvas's nearest pixel.
+    """
+    ends = np.array([0.5, image_size - 0.5])
+    # The middles of the image's four corner pixels, (4, 3).
+    corners = np.stack([*(axis.ravel() for axis in np.meshgrid(ends, ends)), np.ones(4)], axis=1)
+    seen = np.einsum("nij,kj->nik", inverse(affine), corners)
+    size = np.stack([canvas_width, canvas_height], axis=1)
+    low = np.clip(np.floor(seen.min(axis=2) - 0.5).astype(np.int64) - 1, 0, size - 1)
+    high = np.clip(np.floor(seen.max(axis=2) - 0.5).astype(np.int64) + 3, low + 1, size)
+    return np.concatenate([low, high], axis=1)
+
+
 def only_crops(augment: AugmentConfig) -> bool:
     """Whether every map of this policy is a window, perhaps mirrored (`as_crops` never gives None)."""
     return augment.rotate == 0 and augment.scale == (1.0, 1.0)

@@ -174,3 +174,33 @@ def test_brightness_multiplies_and_contrast_stretches_about_the_mean() -> None:
     stretched = (rgb(AugmentConfig(contrast=0.2), colour) - mean) / (colour - mean)
     assert np.ptp(stretched, axis=1).max() < 1e-4
     assert np.ptp(stretched[:, 0]) > 0.2
+
+
+@given(seeds, st.integers(40, 200), st.integers(40, 200), st.booleans())
+def test_a_box_holds_all_that_the_image_is_made_of(seed: int, width: int, height: int, far: bool) -> None:
+    """What lies outside the boxes may be anything: the warped images do not change."""
+    rows = sampling.numbers(4, seed, 0)
+    size = np.full(4, width), np.full(4, height)
+    affine = sampling.training_maps(rows, *size, 32, ROTATING).affine
+    if far:
+        affine[:, :, 2] += 500 * (rows[:, :2] - 0.5)
+    boxes = sampling.boxes(affine, *size, 32)
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= [width, height]).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    centres = np.stack(np.meshgrid(np.arange(32) + 0.5, np.arange(32) + 0.5), axis=-1).reshape(-1, 2)
+    for box, back in zip(boxes, sampling.inverse(affine), strict=True):
+        x, y = (centres @ back[:, :2].T + back[:, 2] - 0.5).T
+        for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            column, row = np.floor(x).astype(int) + dx, np.floor(y).astype(int) + dy
+            on_canvas = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            inside = (column >= box[0]) & (column < box[2]) & (row >= box[1]) & (row < box[3])
+            assert inside[on_canvas].all()
+
+
+def test_a_box_of_a_window_is_hardly_larger_than_the_window() -> None:
+    rows = sampling.numbers(50, 0, 0)
+    size = np.full(50, 512), np.full(50, 512)
+    boxes = sampling.boxes(sampling.training_maps(rows, *size, 256, AugmentConfig()).affine, *size, 256)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert ((sides >= 256) & (sides <= 259)).all()

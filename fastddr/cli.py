@@ -6,8 +6,10 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastddr.config import Config, check, flatten, load_preset, preset_names
+from fastddr.config.sections import governed
 from fastddr.errors import UserError, nearest
 
 
@@ -21,6 +23,9 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     import tyro
 
     base = load_preset(_preset_argument(arguments))
+    # As in YAML, a policy sets all that it governs, and the other flags lie over it. A wrong name is tyro's to refuse.
+    policy = governed(_last_value(arguments, "--augment.policy"))
+    base = replace(base, augment=replace(base.augment, **policy))
     console = io.StringIO()
     try:
         with contextlib.redirect_stderr(console):
@@ -40,14 +45,20 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
 
 
 def _preset_argument(arguments: Sequence[str]) -> str:
-    found = Config.preset
-    for position, argument in enumerate(arguments):
-        if argument == "--preset":
-            if position + 1 == len(arguments):
-                raise UserError("--preset needs a name; known are: " + ", ".join(preset_names()) + ".")
-            found = arguments[position + 1]
-        elif argument.startswith("--preset="):
-            found = argument.removeprefix("--preset=")
+    if list(arguments[-1:]) == ["--preset"]:
+        raise UserError("--preset needs a name; known are: " + ", ".join(preset_names()) + ".")
+    found = _last_value(arguments, "--preset")
+    return Config.preset if found is None else found
+
+
+def _last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """What the flag is set to where it stands last, before the command line is parsed; None where it does not."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == flag:
+            found = following
+        elif argument.startswith(flag + "="):
+            found = argument.removeprefix(flag + "=")
     return found
 
 

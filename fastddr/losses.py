@@ -21,14 +21,22 @@ class CrossEntropy(nn.CrossEntropyLoss):
     def forward(
         self,
         logits: Float[Tensor, "b classes"],
-        grades: Int[Tensor, " b"],
+        grades: Int[Tensor, " b"] | Float[Tensor, "b classes"],
         valid: Bool[Tensor, " b"] | None = None,
     ) -> Float[Tensor, ""]:
-        """One float32 number. Without `valid` all count; a batch of padding alone has the loss 0, not NaN."""
+        """One float32 number. Without `valid` all count; a batch of padding alone has the loss 0, not NaN.
+
+        `grades` are numbers of classes, or where photographs were mixed the share of each class, of any float dtype.
+        """
+        soft = grades.is_floating_point()
+        grades = grades.float() if soft else grades.long()
         if valid is None:
-            return super().forward(logits.float(), grades.long())
+            return super().forward(logits.float(), grades)
+        if soft:
+            each = F.cross_entropy(logits.float(), grades, reduction="none", label_smoothing=self.label_smoothing)
+            return each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
         # A masked sum keeps every shape fixed and asks the device nothing.
-        targets = grades.long().masked_fill(~valid, self.ignore_index)
+        targets = grades.masked_fill(~valid, self.ignore_index)
         total = F.cross_entropy(
             logits.float(),
             targets,
@@ -40,7 +48,8 @@ class CrossEntropy(nn.CrossEntropyLoss):
 
 
 def build(name: str = "cross_entropy", *, label_smoothing: float = 0.0) -> nn.Module:
-    """A module that takes logits (b, classes), grades (b) and optionally valid (b) to one float32 number.
+    """A module that takes logits (b, classes), grades (b) or shares of them (b, classes), and optionally valid (b) to
+    one float32 number.
 
     Raises UserError for an unknown loss and for a label smoothing that is not in [0, 1).
     """

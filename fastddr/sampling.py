@@ -18,11 +18,14 @@ from jaxtyping import Bool, Float, Int
 
 from fastddr.config import AugmentConfig
 
-#: Random numbers a photograph has in an epoch. Fixed columns: a new use takes a spare one, and no other moves.
+#: Random numbers a photograph has in an epoch, from each of its streams. Fixed columns: a new use takes a spare one
+#: (14 to 23 are free), and no other moves.
 _COLUMNS = 12
-_X, _Y, _HFLIP, _VFLIP, _ANGLE, _SCALE, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(10)
-#: Streams of the generator that must not share numbers.
-_ORDER, _PHOTOGRAPH = 0, 1
+_X, _Y, _HFLIP, _VFLIP, _ANGLE, _SCALE, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _SHIFT_X, _SHIFT_Y = range(12)
+_AREA, _RATIO = 12, 13
+#: Streams of the generator that must not share numbers. A photograph has two: a longer row from one would change
+#: all of its numbers, and with them the figures that were published with a seed.
+_ORDER, _PHOTOGRAPH, _PHOTOGRAPH_MORE = 0, 1, 2
 
 #: Weights of R, G, B in luma (ITU-R BT.601), the grey that saturation and hue turn about.
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -58,9 +61,10 @@ def order(ids: Int[np.ndarray, " n"], seed: int, epoch: int) -> Int[np.ndarray, 
     return ids[np.argsort(_generator(seed, _ORDER, epoch).random(len(ids)), kind="stable")]
 
 
-def numbers(count: int, seed: int, epoch: int) -> Float[np.ndarray, "count 12"]:
+def numbers(count: int, seed: int, epoch: int) -> Float[np.ndarray, "count 24"]:
     """Row i: the uniform numbers in [0, 1) of photograph i in this epoch, whatever `count` is."""
-    return _generator(seed, _PHOTOGRAPH, epoch).random((count, _COLUMNS))
+    streams = (_PHOTOGRAPH, _PHOTOGRAPH_MORE)
+    return np.hstack([_generator(seed, stream, epoch).random((count, _COLUMNS)) for stream in streams])
 
 
 def canvas_size(
@@ -97,7 +101,7 @@ def schedule(
 
 
 def training_maps(
-    rows: Float[np.ndarray, "n 12"],
+    rows: Float[np.ndarray, "n 24"],
     canvas_width: Int[np.ndarray, " n"],
     canvas_height: Int[np.ndarray, " n"],
     image_size: int,
@@ -105,11 +109,21 @@ def training_maps(
 ) -> Maps:
     """The augmented maps of n photographs, from their random numbers and the sizes of their canvases.
 
-    A random window is turned and scaled about its middle, and mirrored; where nothing turns or scales, it
-    lies on whole pixels. What falls outside the canvas is black.
+    A random window becomes the image, which is then turned and scaled about its middle, mirrored and shifted. What
+    falls outside the canvas is black. Without `augment.resized_crop` the window is as large as the image and lies on
+    whole pixels. With it the window has a random area and ratio and lies anywhere inside the canvas, as torchvision's
+    RandomResizedCrop ("inception cropping": Szegedy et al., "Going Deeper with Convolutions", 2015, section 6).
+
+    A configuration that `fastddr.config.check` passed never shrinks by more than 1.25.
     """
-    x = np.floor(rows[:, _X] * (canvas_width - image_size + 1))
-    y = np.floor(rows[:, _Y] * (canvas_height - image_size + 1))
+    size = np.full((len(rows), 2), float(image_size))
+    if augment.resized_crop is None:
+        x = np.floor(rows[:, _X] * (canvas_width - image_size + 1))
+        y = np.floor(rows[:, _Y] * (canvas_height - image_size + 1))
+    else:
+        size = _resized(rows, np.minimum(canvas_width, canvas_height), augment.resized_crop, augment.ratio)
+        x = rows[:, _X] * (canvas_width - size[:, 0])
+        y = rows[:, _Y] * (canvas_height - size[:, 1])
     mirror_x = np.where(augment.hflip & (rows[:, _HFLIP] < 0.5), -1.0, 1.0)
     mirror_y = np.where(augment.vflip & (rows[:, _VFLIP] < 0.5), -1.0, 1.0)
     angle = np.deg2rad(augment.rotate) * (2 * rows[:, _ANGLE] - 1)
@@ -119,7 +133,12 @@ def training_maps(
     linear = np.empty((len(rows), 2, 2))
     linear[:, 0, 0], linear[:, 0, 1] = mirror_x * cos, -mirror_x * sin
     linear[:, 1, 0], linear[:, 1, 1] = mirror_y * sin, mirror_y * cos
-    return Maps(_about_middle(linear, x, y, image_size), _colour(rows, augment))
+    if augment.resized_crop is not None:
+        linear *= (image_size / size)[:, None, :]
+    affine = _about_middle(linear, np.stack([x, y], axis=1) + size / 2, image_size)
+    if augment.translate:
+        affine[:, :, 2] += augment.translate * image_size * (2 * rows[:, [_SHIFT_X, _SHIFT_Y]] - 1)
+    return Maps(affine, _colour(rows, augment))
 
 
 def evaluation_maps(
@@ -132,8 +151,9 @@ def evaluation_maps(
     x = (canvas_width - image_size) // 2
     y = (canvas_height - image_size) // 2
     linear = np.broadcast_to(np.eye(2), (len(canvas_width), 2, 2))
+    middle = np.stack([x, y], axis=1) + image_size / 2
     colour = np.broadcast_to(_normalisation(augment), (len(canvas_width), 3, 4))
-    return Maps(_about_middle(linear, x, y, image_size), colour.astype(np.float32))
+    return Maps(_about_middle(linear, middle, image_size), colour.astype(np.float32))
 
 
 def as_crops(affine: Float[np.ndarray, "n 2 3"], image_size: int) -> Crops | None:
@@ -179,7 +199,8 @@ def boxes(
 
 def only_crops(augment: AugmentConfig) -> bool:
     """Whether every map of this policy is a window, perhaps mirrored (`as_crops` never gives None)."""
-    return augment.rotate == 0 and augment.scale == (1.0, 1.0)
+    still = augment.rotate == 0 and augment.scale == (1.0, 1.0) and augment.translate == 0
+    return still and augment.resized_crop is None
 
 
 def only_normalises(augment: AugmentConfig) -> bool:
@@ -187,12 +208,25 @@ def only_normalises(augment: AugmentConfig) -> bool:
     return not (augment.brightness or augment.contrast or augment.saturation or augment.hue)
 
 
+def _resized(
+    rows: Float[np.ndarray, "n 24"],
+    short: Int[np.ndarray, " n"],
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Float[np.ndarray, "n 2"]:
+    """Width and height of random windows: an area, as a share of the square of this side, and a ratio of the two."""
+    share = area[0] + (area[1] - area[0]) * rows[:, _AREA]
+    # Uniform in its logarithm, so that 2:1 is as frequent as 1:2.
+    wide = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * rows[:, _RATIO])
+    # A side as long as the canvas's may come out longer by a rounding.
+    return np.minimum(np.sqrt(np.stack([share * wide, share / wide], axis=1)), 1) * short[:, None]
+
+
 def _about_middle(
-    linear: Float[np.ndarray, "n 2 2"], x: np.ndarray, y: np.ndarray, image_size: int
+    linear: Float[np.ndarray, "n 2 2"], middle: Float[np.ndarray, "n 2"], image_size: int
 ) -> Float[np.ndarray, "n 2 3"]:
-    """The map with this linear part that takes the middle of the window at (x, y) to the image's middle."""
+    """The map with this linear part that takes this point of the canvas to the image's middle."""
     half = image_size / 2
-    middle = np.stack([x + half, y + half], axis=1)
     offset = half - np.einsum("nij,nj->ni", linear, middle)
     return np.concatenate([linear, offset[:, :, None]], axis=2)
 
@@ -202,7 +236,7 @@ def _normalisation(augment: AugmentConfig) -> Float[np.ndarray, "3 4"]:
     return np.concatenate([np.diag(1 / (255 * std)), (-mean / std)[:, None]], axis=1)
 
 
-def _colour(rows: Float[np.ndarray, "n 12"], augment: AugmentConfig) -> Float[np.ndarray, "n 3 4"]:
+def _colour(rows: Float[np.ndarray, "n 24"], augment: AugmentConfig) -> Float[np.ndarray, "n 3 4"]:
     """Hue, saturation, contrast, brightness and normalisation, in this order, folded into one map."""
     if only_normalises(augment):
         return np.broadcast_to(_normalisation(augment).astype(np.float32), (len(rows), 3, 4))

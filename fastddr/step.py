@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,16 @@ class Tally:
         """All sums zero."""
         return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)))
 
-    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
-        """Count one micro batch in: its mean loss and its (b, C) logits."""
-        self.loss += loss.detach().double() * len(batch.grade)
-        self.correct += (logits.detach().argmax(1) == batch.grade).sum()
-        self.count += len(batch.grade)
+    def add(self, loss: Tensor, logits: Tensor, grade: Tensor) -> None:
+        """Count one micro batch in: its mean loss, its logits (b, C) and its grades (b), or their shares (b, C).
+
+        Of a mixed photograph the grade with the larger share is the right one.
+        """
+        if grade.ndim == 2:
+            grade = grade.argmax(1)
+        self.loss += loss.detach().double() * len(grade)
+        self.correct += (logits.detach().argmax(1) == grade).sum()
+        self.count += len(grade)
 
     def stack(self) -> Tensor:
         """(3,): loss, correct, count."""
@@ -45,6 +50,7 @@ def training_step(
     optimizer: Optimizer,
     tally: Tally,
     clip_norm: float | None = None,
+    mix: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Forward and backward of every micro batch of a global batch, then one update of the weights.
 
@@ -52,18 +58,22 @@ def training_step(
         accelerator: knows precision, ranks and how many micro batches make a step.
         model: prepared by the accelerator; images (b, 3, h, w) to logits (b, C).
         micro_batches: this rank's part of one global batch, `accelerator.gradient_accumulation_steps` of them.
-        criterion: logits and grades to the mean loss.
+        criterion: logits and grades, or shares of them, to the mean loss.
         optimizer: prepared by the accelerator; it steps at the last micro batch only.
         tally: counts loss and correct photographs in.
         clip_norm: global L2 norm that the gradient is clipped to.
+        mix: number of the micro batch, its images and grades to mixed images and shares (b, C) of the grades.
     """
-    for batch in micro_batches:
+    for microstep, batch in enumerate(micro_batches):
+        image, grade = batch.image, batch.grade
+        if mix is not None:
+            image, grade = mix(microstep, image, grade)
         with accelerator.accumulate(model):
-            logits = model(batch.image)
-            loss = criterion(logits, batch.grade)
+            logits = model(image)
+            loss = criterion(logits, grade)
             accelerator.backward(loss)
             if clip_norm is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        tally.add(loss, logits, batch)
+        tally.add(loss, logits, grade)

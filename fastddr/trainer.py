@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -16,12 +17,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastddr import checkpoints, loaders, losses, models, optimizers, ranks, reporting, runs, runtime
+from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, reporting, runs, runtime
 from fastddr.config import Config, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.loaders.run import RunLoaders
 from fastddr.meters import Waited, Window, memory, versions
 from fastddr.progress import EpochBar
 from fastddr.reporting.facts import facts
@@ -50,7 +52,7 @@ class Trainer:
         self.progress = Progress()
         self.finished = False
         self.tracker: Tracker | None = None
-        self._opened: list[loaders.Loader] = []
+        self.loaders: RunLoaders | None = None
         self._named = config.run_dir is not None
         self._began = False
         self._closed = False
@@ -92,22 +94,21 @@ class Trainer:
             )
         for decision in self.runtime.decisions:
             self.console.print(f"  {decision}")
+        self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
 
         self.manifest = source.open_data(config, self.console)
-        loader, reason = loaders.choose(config.loader)
-        self.console.print(f"  loader {loader}: {reason}")
+        self.loaders = RunLoaders(config, self.manifest, self.runtime, lambda line: self.console.print(f"  {line}"))
         # What auto became is stored, and used again by a resume.
         chosen: dict[str, Any] = {
             "run_dir": str(where),
-            "loader": loader,
+            "loader": self.loaders.choice.loader,
             "precision": self.runtime.precision,
             "micro_batch_size": self.runtime.micro_batch_size,
             "threads": self.runtime.threads,
         }
         self.config = replace(config, **chosen)
-        self.train_loader = self._loader("train", train=True)
+        self.train_loader, self.valid_loader = self.loaders.train, self.loaders.valid
         self.steps_per_epoch = self.train_loader.task.steps
-        self.valid_loader = self._loader("valid")
 
         model = models.build(
             config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
@@ -152,35 +153,6 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------------------------------ set-up
-
-    def _loader(self, split: str, train: bool = False) -> loaders.Loader:
-        config, run = self.config, self.runtime
-        full = not train and config.evaluation.field == "full"
-        evaluated = (config.evaluation.batch_size or run.micro_batch_size) * run.world
-        task = loaders.Task(
-            files=self.manifest.files(),
-            grades=self.manifest.grade,
-            widths=self.manifest.width,
-            heights=self.manifest.height,
-            ids=self.manifest.ids(split),
-            train=train,
-            image_size=config.image_size,
-            canvas=config.image_size if full else config.canvas,
-            augment=config.augment,
-            seed=config.seed,
-            batch_size=config.batch_size if train else evaluated,
-            accumulation=run.accumulation if train else 1,
-            rank=run.rank,
-            world=run.world,
-            device=run.device,
-            dtype=run.image_dtype,
-            threads=config.loading.threads or ranks.cores(),
-            prefetch=config.loading.prefetch,
-        )
-        # An evaluation on one repeated batch would be a wrong figure, not a fast one.
-        loader = loaders.build(config.loader if train or config.loader != "replay" else "auto", task)
-        self._opened.append(loader)
-        return loader
 
     def _begin(self) -> None:
         """Make the folder of a new run. A default name that another run took meanwhile gets a number."""
@@ -255,6 +227,7 @@ class Trainer:
                     self.optimizer,
                     tally,
                     config.optimizer.clip_norm,
+                    None if self.mixer is None else partial(self.mixer, progress.step),
                 )
                 if self.ema is not None and config.optimizer.ema_decay is not None:
                     optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay)
@@ -262,7 +235,7 @@ class Trainer:
                 last = done == self.steps_per_epoch
                 if last or progress.step % config.tracking.log_every_steps == 0:
                     self._log_window(window, tally, batches.waited, lr)
-                bar.update(done, window.rate, window.wait_share)
+                bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
                 due = config.save_every_steps and progress.step % config.save_every_steps == 0
                 if due and not last:
                     self._save(best=False)
@@ -364,7 +337,8 @@ class Trainer:
         weights = f"best (step {progress.best_step}, epoch {progress.best_epoch})"
         for split in manifest.SPLITS:
             if self.manifest.has(split):
-                loader = self.valid_loader if split == "valid" else self._loader(split)
+                assert self.loaders is not None
+                loader = self.valid_loader if split == "valid" else self.loaders.once(split)
                 results[split] = self._score(loader, weights)
                 loader.close()
         assert self.tracker is not None
@@ -430,5 +404,5 @@ class Trainer:
                 stack.callback(self.accelerator.end_training)
             if self.tracker is not None:
                 stack.callback(self.tracker.finish, failed=failed)
-            for loader in self._opened:
-                stack.callback(loader.close)
+            if self.loaders is not None:
+                stack.callback(self.loaders.close)

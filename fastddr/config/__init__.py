@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from fastddr.config.augment import check_augment
 from fastddr.config.sections import (
     AugmentConfig,
     CNNConfig,
@@ -28,6 +30,7 @@ from fastddr.config.sections import (
     SplitConfig,
     SyntheticConfig,
     TrackingConfig,
+    governed,
 )  # fmt: skip
 from fastddr.errors import UserError, nearest
 
@@ -71,8 +74,9 @@ class Config:
     """Peak learning rate."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the card has it, else fp16, fp32 on a CPU."""
-    loader: Literal["auto", "dali", "torchvision", "replay"] = "auto"
-    """`auto`: dali where it is installed, else torchvision. `replay` repeats one batch: a benchmark's ceiling."""
+    loader: Literal["auto", "dali", "resident", "torchvision", "replay"] = "auto"
+    """`resident` decodes once and keeps; `dali` and `torchvision` decode in every epoch. `auto`: resident where the
+    photographs fit, else dali, else torchvision. `replay` repeats one batch: a benchmark's ceiling."""
     seed: int = 0
     """Of weights, order, windows and colours."""
     save_every_steps: int | None = None
@@ -107,9 +111,10 @@ class Config:
 
 #: Keys that may change when a run is resumed. All others are the run's identity. The data may move: what
 #: holds it to the run is the manifest's fingerprint, not its path, nor how it was checked and what was left out.
+#: Of a policy only the values count, which are keys of their own.
 RUNTIME_KEYS = (
     "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "tracking", "loading",
-    "evaluation.batch_size",
+    "evaluation.batch_size", "augment.policy",
 )  # fmt: skip
 
 
@@ -176,9 +181,12 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
     Raises:
         UserError: an unknown key (with the nearest known one) or a value of the wrong kind.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     def overlay(below: dict[str, Any], above: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        if prefix == "augment.":
+            # A layer that names a policy begins at that policy; its other keys lie over it, in any order.
+            below |= governed(above.get("policy"))
         for key, value in above.items():
             dotted = f"{prefix}{key}"
             if key not in below:
@@ -194,12 +202,20 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
     merged = overlay(asdict(base or Config()), tree, "")
     try:
         # Through JSON, so that a YAML list may fill a tuple while everything else stays strict.
-        config: Config = TypeAdapter(Config).validate_json(json.dumps(merged, default=str), strict=True)
+        config: Config = _validator().validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _field_names())
         raise UserError(f"{where}: {key}: {first['msg']}, but it is {first['input']!r}.") from None
     return check(config, where)
+
+
+@cache
+def _validator() -> Any:
+    """Made once: it takes longer than all that it validates."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
 
 
 def _field_names() -> set[str]:
@@ -280,7 +296,10 @@ def check(config: Config, where: str) -> Config:
 
     for key in ("epochs", "batch_size", "image_size", "canvas"):
         need(getattr(config, key) >= 1, f"{key} is {getattr(config, key)}, but must be at least 1.")
-    for key in ("save_every_steps", "threads", "loading.threads", "evaluation.batch_size", "synthetic.photographs"):
+    for key in (
+        "save_every_steps", "threads", "loading.threads", "loading.prefetch", "evaluation.batch_size",
+        "synthetic.photographs",
+    ):  # fmt: skip
         value = flatten(config)[key]
         need(value is None or value >= 1, f"{key} is {value}, but must be at least 1.")
     micro = config.micro_batch_size
@@ -292,21 +311,17 @@ def check(config: Config, where: str) -> Config:
     )
     need(config.lr > 0, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
-    need(config.loading.prefetch >= 1, f"loading.prefetch is {config.loading.prefetch}, but must be at least 1.")
+    store = config.loading.store_gib
+    need(store is None or store > 0, f"loading.store_gib is {store}, but must be above 0.")
     check_splitting(config.splitting, where)
     need(config.tracking.log_every_steps >= 1, "tracking.log_every_steps must be at least 1.")
-    low, high = config.augment.scale
-    need(
-        0.8 <= low <= high,
-        f"augment.scale is {low} to {high}, but must rise from at least 0.8: a map that shrinks by more than "
-        "1.25 would alias; for a wider view take a smaller canvas.",
-    )
-    for key in ("brightness", "contrast", "saturation"):
-        value = getattr(config.augment, key)
-        need(0 <= value <= 1, f"augment.{key} is {value}, but must be from 0 to 1.")
-    need(0 <= config.augment.hue <= 0.5, f"augment.hue is {config.augment.hue}, but must be from 0 to 0.5.")
-    need(0 <= config.augment.rotate <= 180, f"augment.rotate is {config.augment.rotate}, but must be 0 to 180.")
-    need(min(config.augment.std) > 0, f"augment.std is {config.augment.std}, but must be above 0.")
+    check_augment(config.augment, config.image_size, config.canvas, where)
+    if config.augment.mixup or config.augment.cutmix:
+        need(
+            config.batch_size > 1 and micro != 1,
+            "augment.mixup and augment.cutmix mix the photographs of a micro batch, so it cannot be 1; raise "
+            f"{'micro_batch_size' if config.batch_size > 1 else 'batch_size'} or set both to 0.",
+        )
     need(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing must be from 0 to below 1.")
     ratio = config.optimizer.warmup_ratio
     need(0 <= ratio < 1, f"optimizer.warmup_ratio is {ratio}, but must be from 0 to below 1.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 #: Means and standard deviations of ImageNet's RGB values in [0, 1], the field's habit for fundus photographs too.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,8 +48,11 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What varies from epoch to epoch. All of it is one affine map and one colour map a photograph."""
+    """What varies from epoch to epoch: one affine map and one colour map a photograph, and mixing within a batch."""
 
+    policy: Literal["none", "report", "fundus"] = "report"
+    """Sets all maps below at once; what else is given lies over it. `none`: the random window alone. `report`: with
+    flips. `fundus`: also any rotation, scale 0.87 to 1.15 and mild colour."""
     hflip: bool = True
     """Mirror left and right, with probability 1/2."""
     vflip: bool = True
@@ -58,6 +61,13 @@ class AugmentConfig:
     """Rotate by up to so many degrees either way."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Scale by a factor from this range."""
+    resized_crop: tuple[float, float] | None = None
+    """Range of the window's area, as a share of the square of the canvas's short side; the window is resized to
+    image_size. By default it has image_size itself, and nothing is resized."""
+    ratio: tuple[float, float] = (1.0, 1.0)
+    """Range of width to height of such a resized window."""
+    translate: float = 0.0
+    """Shift by up to this share of image_size either way, in both axes."""
     brightness: float = 0.0
     """Multiply by up to 1 ± this."""
     contrast: float = 0.0
@@ -66,10 +76,38 @@ class AugmentConfig:
     """Stretch about the grey axis by up to 1 ± this."""
     hue: float = 0.0
     """Turn about the grey axis by up to this share of a full turn either way."""
+    mixup: float = 0.0
+    """Blend pairs of photographs and of grades; the alpha of the Beta distribution of their shares. 0 = off."""
+    cutmix: float = 0.0
+    """Paste a box of one photograph into another, and mix their grades by area; alpha as in mixup. 0 = off. With both
+    on, a fair coin decides for each micro batch."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from RGB in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Divided by, after that."""
+
+
+#: The settings of AugmentConfig that its `policy` sets: all that maps are drawn from. Mixing and normalisation are not.
+GOVERNED = (
+    "policy", "hflip", "vflip", "rotate", "scale", "resized_crop", "ratio", "translate", "brightness", "contrast",
+    "saturation", "hue",
+)  # fmt: skip
+
+#: What each `augment.policy` stands for.
+POLICIES = {
+    "none": AugmentConfig(policy="none", hflip=False, vflip=False),
+    "report": AugmentConfig(),
+    # Flips, ±180°, 0.87-1.15 and mild colour: what lifted published graders of fundus photographs.
+    "fundus": AugmentConfig(
+        policy="fundus", rotate=180.0, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02
+    ),
+}
+
+
+def governed(policy: object) -> dict[str, Any]:
+    """The settings that a policy of this name stands for; none where there is no such policy."""
+    found = POLICIES.get(policy) if isinstance(policy, str) else None
+    return {} if found is None else {key: getattr(found, key) for key in GOVERNED}
 
 
 @dataclass(frozen=True)
@@ -133,8 +171,13 @@ class LoadingConfig:
 
     threads: int | None = None
     """Decoding threads (DALI) or worker processes (torchvision); by default the cores of this rank."""
-    prefetch: int = 2
-    """Batches decoded ahead."""
+    prefetch: int | None = None
+    """Batches decoded ahead; by default what is best on this machine."""
+    store: Literal["auto", "vram", "ram", "mmap", "none"] = "auto"
+    """Where `resident` keeps decoded photographs: the GPU's memory, this process's memory, or a file that ranks share
+    and that is kept between runs. `none` keeps nothing. `auto`: the first of vram, ram, mmap that they fit into."""
+    store_gib: float | None = None
+    """Most memory (or disk) that they may take, a rank, in GiB; by default a part of what is free."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from fastddr.config import (
     load_preset,
     preset_names,
 )
+from fastddr.config.sections import GOVERNED, POLICIES, AugmentConfig
 from fastddr.errors import UserError
 
 
@@ -94,6 +96,35 @@ def test_a_saved_configuration_is_a_preset(tmp_path: Path) -> None:
         (["--image-size", "600"], "image_size 600", "canvas"),
         (["--augment.scale", "0.5", "1"], "augment.scale", "0.8"),
         (["stray"], "stray", "dashes"),
+        (["--augment.policy", "fundsu"], "fundsu", "fundus"),
+        (["--augment.policy=fundsu"], "fundsu", "fundus"),
+        (["--augment.policy"], "--augment.policy", "value"),
+        (["--augment.polcy", "none"], "--augment.polcy", "--augment.policy"),
+        (["--augment.scale", "0.9", "inf"], "augment.scale", "0.8"),
+        (["--augment.scale", "nan", "1"], "augment.scale", "0.8"),
+        (["--augment.translate", "1.1"], "augment.translate", "from 0 to 1"),
+        (["--augment.translate", "-0.1"], "augment.translate", "from 0 to 1"),
+        (["--augment.resized-crop", "0", "1"], "augment.resized_crop", "above 0"),
+        (["--augment.resized-crop", "0.5", "0.4"], "augment.resized_crop", "rise"),
+        (["--augment.resized-crop", "0.5", "1.1"], "augment.resized_crop", "at most 1"),
+        (["--augment.resized-crop", "1e-9", "1"], "augment.resized_crop", "the least is 1"),
+        (["--augment.resized-crop", "0.5"], "--augment.resized-crop", "0.5"),
+        (["--augment.ratio", "0.75", "1.3"], "augment.ratio", "augment.resized_crop"),
+        (["--augment.resized-crop", "0.2", "0.4", "--augment.ratio", "0", "1"], "augment.ratio", "above 0"),
+        (["--augment.resized-crop", "0.2", "0.4", "--augment.ratio", "1.2", "1"], "augment.ratio", "rise"),
+        (["--augment.resized-crop", "0.2", "0.8", "--augment.ratio", "0.75", "1.25"], "augment.ratio", "most 0.75"),
+        (
+            ["--augment.resized-crop", "0.2", "1", "--augment.scale", "0.8", "1"],
+            "augment.scale from 0.8",
+            "canvas to 224",
+        ),
+        (["--preset", "report-cnn", "--augment.resized-crop", "0.2", "0.8"], "canvas 512", "area to 0.39"),
+        (["--augment.mixup", "-1"], "augment.mixup", "0 (off)"),
+        (["--augment.cutmix", "nan"], "augment.cutmix", "0 (off)"),
+        (["--augment.cutmix", "1", "--micro-batch-size", "1"], "augment.cutmix", "raise micro_batch_size"),
+        (["--augment.mixup", "1", "--batch-size", "1"], "augment.mixup", "raise batch_size"),
+        (["--augment.std", "1", "nan", "1"], "augment.std", "above 0"),
+        (["--augment.mean", "0", "inf", "0"], "augment.mean", "three numbers"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(arguments: list[str], offender: str, hint: str) -> None:
@@ -104,6 +135,22 @@ def test_a_wrong_command_line_is_one_sentence(arguments: list[str], offender: st
     assert hint in sentence
     assert "\n" not in sentence
     assert not any(mark in sentence for mark in "╭│─")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--augment.scale", "0.8", "1"],
+        ["--augment.resized-crop", "0.1", "1", "--image-size", "256", "--canvas", "320"],
+        ["--augment.resized-crop", "0.1", "1", "--image-size", "256", "--canvas", "256", "--augment.scale", "0.8", "1"],
+        # 3/4 × 4/3 is 1: a window as wide as the canvas, or as high.
+        ["--augment.resized-crop", "0.5", "0.75", "--augment.ratio", "0.75", str(4 / 3), "--canvas", "280"],
+        ["--augment.translate", "1", "--augment.rotate", "180", "--augment.hue", "0.5", "--augment.contrast", "1"],
+        ["--augment.mixup", "1", "--augment.cutmix", "1", "--micro-batch-size", "2"],
+    ],
+)
+def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
+    parse(arguments, "x")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +167,11 @@ def test_a_wrong_command_line_is_one_sentence(arguments: list[str], offender: st
         ("epochs: yes", "epochs"),
         ("epochs: '3'", "epochs"),
         ("lr: true", "lr"),
+        ("augment: {policy: fundsu}", "augment.policy: Input should be 'none', 'report' or 'fundus'"),
+        ("augment: {policy: null}", "augment.policy"),
+        ("augment: {policy: [fundus]}", "augment.policy"),
+        ("augment: {resized_crop: [0.5]}", "augment.resized_crop"),
+        ("augment: {mixup: 1}\nmicro_batch_size: 1", "mixup"),
     ],
 )
 def test_a_wrong_yaml_is_one_sentence_that_names_the_file(tmp_path: Path, text: str, said: str) -> None:
@@ -148,3 +200,76 @@ def test_identity_and_runtime_keys() -> None:
     known = flatten(base)
     for key in RUNTIME_KEYS:
         assert any(k == key or k.startswith(key + ".") for k in known), f"{key} is no key"
+
+
+# ---------------------------------------------------------------------------------------------- policies
+
+
+def test_policies_bear_their_names_and_govern_all_maps() -> None:
+    assert POLICIES["report"] == AugmentConfig()
+    for name, augment in POLICIES.items():
+        assert augment.policy == name
+        assert from_mapping({"augment": {"policy": name}}, "test").augment == augment
+        assert parse(["--augment.policy", name], "x").augment == augment
+        assert parse([f"--augment.policy={name}"], "x").augment == augment
+    assert set(asdict(AugmentConfig())) - set(GOVERNED) == {"mixup", "cutmix", "mean", "std"}
+
+
+def test_presets_augment_as_they_did_before_there_were_policies() -> None:
+    for name, flips in (
+        ("quickstart", True),
+        ("report-convmixer", True),
+        ("report-cnn", False),
+        ("report-resnet", False),
+    ):
+        augment = load_preset(name).augment
+        assert replace(augment, policy="report") == AugmentConfig(hflip=flips, vflip=flips), name
+
+
+#: Away from every policy in all that they govern, and in what they do not.
+FAR: dict[str, Any] = {
+    "policy": "report", "hflip": False, "vflip": True, "rotate": 10.0, "scale": [0.9, 1.0], "resized_crop": [0.2, 0.25],
+    "ratio": [0.9, 1.1], "translate": 0.1, "brightness": 0.5, "contrast": 0.6, "saturation": 0.7, "hue": 0.1,
+    "mixup": 0.2, "cutmix": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_layer_that_names_a_policy_begins_at_that_policy(name: str, tmp_path: Path) -> None:
+    below = from_mapping({"augment": FAR}, "below")
+    # The keys of a layer lie over its policy, in whatever order they stand.
+    for section in ({"policy": name, "rotate": 30}, {"rotate": 30, "policy": name}):
+        above = from_mapping({"augment": section}, "above", below).augment
+        kept = {key: tuple(FAR[key]) if isinstance(FAR[key], list) else FAR[key] for key in FAR if key not in GOVERNED}
+        assert above == replace(POLICIES[name], rotate=30.0, **kept)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(below))
+    for flags in (
+        ["--augment.policy", name, "--augment.rotate", "30"],
+        ["--augment.rotate=30", f"--augment.policy={name}"],
+        ["--augment.policy", "none", "--augment.rotate", "30", "--augment.policy", name],
+    ):
+        assert parse(["--preset", str(file), *flags], "x").augment == above
+
+
+def test_a_layer_without_a_policy_leaves_what_is_below() -> None:
+    below = from_mapping({"augment": {"policy": "fundus", "hue": 0.1}}, "below")
+    assert from_mapping({"augment": {"rotate": 5}, "epochs": 3}, "above", below).augment == replace(
+        POLICIES["fundus"], hue=0.1, rotate=5.0
+    )
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_stored_configuration_keeps_its_values_whatever_its_policy(name: str) -> None:
+    other = from_mapping({"augment": FAR}, "below")
+    for values in ({}, FAR | {"policy": name}):
+        config = from_mapping({"augment": {"policy": name} | values}, "first")
+        stored = yaml.safe_load(dump(config))
+        assert from_mapping(stored, "again") == config
+        assert from_mapping(stored, "again", other) == config, "also over a base of another policy"
+
+
+def test_help_names_the_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--augment.policy", "fundus", "--help"], "x")
+    assert "none,report,fundus" in capsys.readouterr().out.replace(" ", "")

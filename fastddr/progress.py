@@ -33,9 +33,15 @@ class EpochBar:
         images_per_second: float | None = None,
         data_wait: float | None = None,
         total: int | None = None,
+        kept: float | None = None,
     ) -> None:
-        """Move to `done` of the total; the two figures are of the last logged steps."""
+        """Move to `done` of the total; the first two figures are of the last logged steps.
+
+        `kept` is the share of the photographs that are decoded and kept, shown until it is all of them.
+        """
         speed = "" if images_per_second is None else f"{images_per_second:,.0f} images/s, data wait {data_wait:.0%}"
+        if kept is not None and kept < 1:
+            speed = f"{speed}, decoded and kept {kept:.0%}".removeprefix(", ")
         self._progress.update(self._bar, completed=done, total=total, speed=speed)
 
     def __enter__(self) -> EpochBar:

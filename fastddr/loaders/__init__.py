@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from fastddr.errors import UserError
 from fastddr.loaders import dali
 from fastddr.loaders.base import Batch, Loader, Task
+from fastddr.loaders.capacity import Free, least, measure
+from fastddr.loaders.choosing import Choice, choose, streaming
 from fastddr.loaders.replay import ReplayLoader
+from fastddr.loaders.resident import ResidentLoader
 from fastddr.loaders.vision import VisionLoader
 
-__all__ = ["Batch", "Loader", "Task", "build", "choose"]
+__all__ = ["Batch", "Choice", "Free", "Loader", "Task", "build", "choose", "least", "measure", "streaming"]
 
 
-def choose(name: str) -> tuple[str, str]:
-    """The loader that `name` stands for, and the reason.
+def build(name: str, task: Task, say: Callable[[str], None] | None = None) -> Loader:
+    """The loader of this name. `auto` is chosen for this task alone, as for many epochs (see `choose`).
 
-    Raises:
-        UserError: two builds of DALI are installed over each other.
+    `say` is told what a user should know of the loading.
     """
-    if name != "auto":
-        return name, "--loader asked for it"
-    if dali.installed():
-        return "dali", "NVIDIA DALI is installed"
-    return "torchvision", "NVIDIA DALI is not installed, which would be faster (Linux only)"
-
-
-def build(name: str, task: Task) -> Loader:
-    """The loader of this name (`auto` is resolved by `choose`)."""
-    name, _ = choose(name)
+    if name == "auto":
+        chosen = choose(name, [task], epochs=2, free=measure(task.device, 1))
+        return build(chosen.loader, replace(task, store=chosen.store), say)
     match name:
         case "dali":
             return dali.DaliLoader(task)
+        case "resident":
+            return ResidentLoader(task, say)
         case "torchvision":
             return VisionLoader(task)
         case "replay":
-            return ReplayLoader(task, lambda inner: build("auto", inner))
-    raise UserError(f"--loader {name}: there is no such loader; known are: auto, dali, torchvision, replay.")
+            return ReplayLoader(task, lambda inner: build(streaming()[0], inner))
+    raise UserError(f"--loader {name}: there is no such loader; known are: auto, dali, resident, torchvision, replay.")

@@ -7,10 +7,14 @@ A loader is told everything by a `Task` and adds nothing to it: ids, windows, mi
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +27,9 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.config import AugmentConfig
 from fastddr.errors import UserError
+
+#: Where the resident loader keeps decoded photographs.
+StoreName = Literal["auto", "vram", "ram", "mmap", "none"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,12 @@ class Task:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     threads: int = 1
-    prefetch: int = 2
+    prefetch: int | None = None
+    """Batches on their way; None: what the loader knows to be best."""
+    store: StoreName = "auto"
+    """Where the resident loader keeps decoded photographs."""
+    budget: int | None = None
+    """Most bytes that it may keep; None: a part of what is free."""
 
     def __post_init__(self) -> None:
         if self.train and len(self.ids) < self.batch_size:
@@ -166,6 +178,7 @@ class Loader(DataLoaderStateMixin, ABC):
         self._drop_last = task.train
         self._running: Generator[Tensor, None, None] | None = None
         self._closed = False
+        _alive.add(self)
 
     def __len__(self) -> int:
         return self.task.steps * self.task.accumulation
@@ -181,10 +194,19 @@ class Loader(DataLoaderStateMixin, ABC):
         self._stop()
         return self._walk(epoch, start_step * self.task.accumulation)
 
+    @property
+    def kept(self) -> float | None:
+        """Share of the photographs that are decoded and kept; None where none are."""
+        return None
+
     def close(self) -> None:
         """Let go of threads, processes and buffers. Safe to call again."""
         self._stop()
         self._closed = True
+
+    def abandon(self) -> None:
+        """In a process forked from the one that made this loader: closed, without ending what the other still uses."""
+        self._running, self._closed = None, True
 
     @abstractmethod
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
@@ -209,7 +231,10 @@ class Loader(DataLoaderStateMixin, ABC):
         device = self.task.device
 
         def sent(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+            here = torch.from_numpy(np.ascontiguousarray(values))
+            # Pinned, because a copy from pageable memory may wait for all that was queued before it. PyTorch keeps the
+            # pinned memory until the copy is done, and uses it again.
+            return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
         return Batch(
             # First to the device, then to the dtype: in one call the cast would be made on the host.
@@ -224,6 +249,24 @@ class Loader(DataLoaderStateMixin, ABC):
             images, self._running = self._running, None
             self.end()
             images.close()
+
+
+#: For `_abandon_all`.
+_alive: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for loader in list(_alive):
+        loader.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
+
+def keep_for_ever(thing: object) -> None:
+    """Nothing in this process will end it: it gets a reference that nobody holds."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def name_unreadable(files: Sequence[str]) -> str | None:

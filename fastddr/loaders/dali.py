@@ -1,24 +1,32 @@
 """NVIDIA DALI: files read, decoded, warped and normalised in C++ or on the GPU. The only room that imports it.
 
-Python hands over a batch's paths and maps and receives a finished batch. Two graphs: where every map is a window
-of the canvas, perhaps mirrored, only the window is made (and only the window decoded, where the photograph is its
-own canvas); else the canvas is made and warped. `device_id=None` runs the same graph on the CPU.
+Python hands over a batch's paths and maps and receives a finished batch. The graph is one chain, and the policy, never
+a photograph, says which links it has:
+
+1. Read the file and decode the region of it that the image is made of.
+2. Resize the region to its pixels of the canvas, unless every photograph is its own canvas.
+3. Mirror it, where every map is a window; else warp it.
+4. Colour: the normalisation alone, or a matrix for each photograph.
+
+`device_id=None` runs the chain on the CPU.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from fastddr import sampling
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, name_unreadable
+from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable
 
 
 def installed() -> bool:
@@ -54,12 +62,11 @@ class DaliLoader(Loader):
                 "--loader dali: NVIDIA DALI is not installed; `pip install nvidia-dali-cuda130` (Linux only), or "
                 "choose --loader torchvision."
             )
-        # Paths as bytes, ready to be handed over: no encoding in the loop.
-        self._paths = [np.frombuffer(os.fsencode(file), dtype=np.uint8) for file in task.files]
+        self._paths = _paths(task)
         self._pipeline: Any = None
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
-        depth, wanted = self.task.prefetch, len(requests) - start
+        depth, wanted = _depth(self.task), len(requests) - start
         sent = received = 0
         try:
             while received < wanted:
@@ -89,34 +96,10 @@ class DaliLoader(Loader):
                     self._pipeline = None
 
     def _feed(self, requests: Requests, k: int) -> None:
-        feed = self._pipeline.feed_input
-        feed("path", [self._paths[id_] for id_ in requests.id[k]])
-        if self.task.only_crops:
-            crops = sampling.as_crops(requests.affine[k], self.task.image_size)
-            assert crops is not None, "the policy said that every map is a window"
-            start = np.stack([crops.x, crops.y], axis=1)
-            if self.task.canvas_is_source:
-                feed("start", start.astype(np.int32))
-            else:
-                # Where the window lies in the photograph: (y, x), as DALI's resize has it.
-                scale = np.stack(
-                    [
-                        requests.source_height[k] / requests.canvas_height[k],
-                        requests.source_width[k] / requests.canvas_width[k],
-                    ],
-                    axis=1,
-                )
-                feed("roi_start", (start[:, ::-1] * scale).astype(np.float32))
-                feed("roi_end", ((start[:, ::-1] + self.task.image_size) * scale).astype(np.float32))
-            feed("hflip", crops.hflip.astype(np.int32))
-            feed("vflip", crops.vflip.astype(np.int32))
-        else:
-            feed("canvas", np.stack([requests.canvas_height[k], requests.canvas_width[k]], axis=1).astype(np.float32))
-            linear = np.linalg.inv(requests.affine[k, :, :, :2])
-            inverse = np.concatenate([linear, -linear @ requests.affine[k, :, :, 2:]], axis=2)
-            feed("inverse", inverse.astype(np.float32))
-        if not self.task.only_normalises:
-            feed("colour", requests.colour[k].astype(np.float32))
+        # One array for a whole batch: as a list of 64 the paths alone would take four times as long.
+        self._pipeline.feed_input("path", self._paths[requests.id[k]])
+        for name, values in _inputs(self.task, requests, k).items():
+            self._pipeline.feed_input(name, values)
 
     def _receive(self, requests: Requests, k: int) -> Tensor:
         stream = torch.cuda.current_stream(self.task.device) if self.task.device.type == "cuda" else None
@@ -140,7 +123,89 @@ class DaliLoader(Loader):
         self._pipeline = None
 
 
+def _abandon_pipelines() -> None:
+    """In a process forked from one that has pipelines: they are never ended.
+
+    A fork has them without their threads, and ending one would wait for those for ever: also at the very end, when
+    Python lets go of everything.
+    """
+    module = sys.modules.get("nvidia.dali.pipeline")
+    if module is not None:
+        known = module.Pipeline._pipes
+        for weak in list(known):
+            keep_for_ever(weak())
+        known.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_pipelines)
+
+
+def _depth(task: Task) -> int:
+    """Batches on their way. With 1 nothing is decoded while a batch is computed on.
+
+    On the CPU 2, 3 and 4 are equally fast, and each batch more costs its memory. A GPU waits for nobody: a third batch
+    is there where one was slow to read (not measured yet).
+    """
+    return task.prefetch or (3 if task.device.type == "cuda" else 2)
+
+
+def _paths(task: Task) -> UInt8[np.ndarray, "n length"]:
+    """The absolute path of each file as bytes, all of one length by slashes in front, which change nothing."""
+    here = os.fsencode(os.getcwd())
+    paths = [os.path.join(here, os.fsencode(file)) for file in task.files]
+    length = max(map(len, paths), default=0)
+    joined = b"".join(path.rjust(length, b"/") for path in paths)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(paths), length)
+
+
+def _inputs(task: Task, requests: Requests, k: int) -> dict[str, np.ndarray]:
+    """What the graph wants to know about a micro batch, besides the paths, one row for each photograph."""
+    inputs: dict[str, np.ndarray] = {}
+    affine = requests.affine[k]
+    if task.only_crops:
+        crops = sampling.as_crops(affine, task.image_size)
+        assert crops is not None, "the policy said that every map is a window"
+        corner = np.stack([crops.x, crops.y], axis=1)
+        box = np.concatenate([corner, corner + task.image_size], axis=1)
+        if _mirrors(task):
+            inputs |= {"hflip": crops.hflip.astype(np.int32), "vflip": crops.vflip.astype(np.int32)}
+    else:
+        box = sampling.boxes(affine, requests.canvas_width[k], requests.canvas_height[k], task.image_size)
+        back = sampling.inverse(affine)
+        back[:, :, 2] -= box[:, :2]
+        if task.device.type != "cuda":
+            # As a projective map, that `_warp` may take OpenCV's.
+            back = np.concatenate([back, np.broadcast_to([0.0, 0.0, 1.0], (len(back), 1, 3))], axis=1)
+        inputs["back"] = back.astype(np.float32)
+    start, end = box[:, :2], box[:, 2:]
+    if not task.canvas_is_source:
+        inputs["size"] = (end - start)[:, ::-1].astype(np.float32)
+        source = np.stack([requests.source_width[k], requests.source_height[k]], axis=1)
+        scale = source / np.stack([requests.canvas_width[k], requests.canvas_height[k]], axis=1)
+        low, high = start * scale, end * scale
+        # How far the antialiasing filter reads, and one pixel for rounding.
+        reach = np.maximum(scale, 1) + 1
+        start = np.maximum(np.floor(low - reach), 0).astype(np.int64)
+        end = np.minimum(np.ceil(high + reach), source).astype(np.int64)
+        # Within the region, and as (y, x): so DALI's resize has it.
+        inputs["roi_start"] = (low - start)[:, ::-1].astype(np.float32)
+        inputs["roi_end"] = (high - start)[:, ::-1].astype(np.float32)
+    inputs |= {"start": start.astype(np.int32), "shape": (end - start).astype(np.int32)}
+    if not task.only_normalises:
+        inputs["colour"] = requests.colour[k].astype(np.float32)
+    return inputs
+
+
+def _mirrors(task: Task) -> bool:
+    """Whether windows may come mirrored."""
+    return task.train and (task.augment.hflip or task.augment.vflip)
+
+
 def _build(task: Task) -> Any:
+    # Larger buffers come from DALI's own pool instead of `malloc`, which would give them back to the system and fetch
+    # them anew, page by page, for each batch. Read when DALI first allocates.
+    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
     from nvidia.dali import Pipeline
 
     gpu = task.device.type == "cuda"
@@ -148,7 +213,7 @@ def _build(task: Task) -> Any:
         batch_size=task.micro_batch_size,
         num_threads=max(1, task.threads),
         device_id=(task.device.index or 0) if gpu else None,
-        prefetch_queue_depth=task.prefetch,
+        prefetch_queue_depth=_depth(task),
         exec_dynamic=True,
         seed=0,  # nothing in the graph is random
     )
@@ -159,45 +224,140 @@ def _build(task: Task) -> Any:
 
 
 def _graph(task: Task) -> Any:
-    """From paths and maps to normalised windows (h, w, 3) in float32."""
+    """From paths and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32."""
     from nvidia.dali import fn, types
 
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-    size = task.image_size
-    # libjpeg smooths the upsampled chroma; without this the GPU decoder would give other pixels.
-    decoding = {
-        "device": "mixed" if task.device.type == "cuda" else "cpu",
-        "output_type": types.RGB,
-        "jpeg_fancy_upsampling": True,
-    }
-    resampling = {"interp_type": types.INTERP_LINEAR, "antialias": True}
-    encoded = fn.io.file.read(given("path", types.UINT8, 1))
-    if task.only_crops:
-        if task.canvas_is_source:
-            start = given("start", types.INT32, 1)
-            window = fn.decoders.image_slice(encoded, start=start, shape=[size, size], axis_names="WH", **decoding)
-        else:
-            window = fn.resize(
-                fn.decoders.image(encoded, **decoding),
-                size=[size, size],
-                roi_start=given("roi_start", types.FLOAT, 1),
-                roi_end=given("roi_end", types.FLOAT, 1),
-                **resampling,
-            )
-        window = fn.flip(window, horizontal=given("hflip", types.INT32, 0), vertical=given("vflip", types.INT32, 0))
-    else:
-        canvas = fn.resize(fn.decoders.image(encoded, **decoding), size=given("canvas", types.FLOAT, 1), **resampling)
-        window = fn.warp_affine(
-            canvas,
-            matrix=given("inverse", types.FLOAT, 2),
-            size=[size, size],
-            fill_value=0,
+    pixels = fn.decoders.image_slice(
+        fn.io.file.read(given("path", types.UINT8, 1)),
+        start=given("start", types.INT32, 1),
+        shape=given("shape", types.INT32, 1),
+        axis_names="WH",
+        output_type=types.RGB,
+        **_decoding(task),
+    )
+    if not task.canvas_is_source:
+        pixels = fn.resize(
+            pixels,
+            size=given("size", types.FLOAT, 1),
+            roi_start=given("roi_start", types.FLOAT, 1),
+            roi_end=given("roi_end", types.FLOAT, 1),
             interp_type=types.INTERP_LINEAR,
-            inverse_map=True,
+            antialias=True,
         )
+    if not task.only_crops:
+        pixels = _warp(pixels, given("back", types.FLOAT, 2), task)
+    elif _mirrors(task):
+        pixels = fn.flip(pixels, horizontal=given("hflip", types.INT32, 0), vertical=given("vflip", types.INT32, 0))
     if task.only_normalises:
         mean, std = ([255 * value for value in values] for values in (task.augment.mean, task.augment.std))
-        return fn.crop_mirror_normalize(window, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
-    return fn.coord_transform(window, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
+        # DALI has no bfloat16: that is cast from float32, on the device.
+        dtype = types.FLOAT16 if task.dtype == torch.float16 else types.FLOAT
+        return fn.crop_mirror_normalize(pixels, mean=mean, std=std, dtype=dtype, output_layout="HWC")
+    return fn.coord_transform(pixels, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
+
+
+def _decoding(task: Task) -> dict[str, Any]:
+    """Where and how photographs are decoded."""
+    if task.device.type != "cuda":
+        return {"device": "cpu"}
+    return {
+        "device": "mixed",
+        # libjpeg smooths the upsampled chroma; without this the GPU would give other pixels. nvJPEG before 13.2 cannot
+        # do it at the edge of a region; nvImageCodec then decodes regions on the host: slower, with the same pixels.
+        "jpeg_fancy_upsampling": True,
+        # All that the JPEG engines of the card can take, and not DALI's 65 % of a batch: which photographs the engines
+        # get would depend on their places in the batch, and so might their last levels. Not measured yet.
+        "hw_decoder_load": 1.0,
+    }
+
+
+def _warp(pixels: Any, back: Any, task: Task) -> Any:
+    """The box of a canvas through its map, bilinear, blending into black outside; in float32, so not rounded again."""
+    from nvidia.dali import fn, types
+
+    settings = {"size": [task.image_size] * 2, "interp_type": types.INTERP_LINEAR, "inverse_map": True}
+    if task.device.type == "cuda":
+        return fn.warp_affine(pixels, matrix=back, fill_value=0, dtype=types.FLOAT, **settings)
+    # On the CPU OpenCV's projective warp: some five times as fast as DALI's affine one, and nearer to the exact value
+    # (0.01 level where that is off by up to 1.3, since it adds up its coordinates along a row).
+    pixels = fn.cast(pixels, dtype=types.FLOAT)
+    settings |= {"border_mode": "constant", "fill_value": [0.0, 0.0, 0.0], "pixel_origin": "corner"}
+    return fn.experimental.warp_perspective(pixels, matrix=back, **settings)
+
+
+class Canvases:
+    """Whole canvases of photographs as uint8, for a store; decoded ahead, in the order asked for."""
+
+    def __init__(self, task: Task, together: int) -> None:
+        """`together`: how many photographs are decoded at once."""
+        self._task = task
+        self._together = together
+        self._paths = [np.frombuffer(os.fsencode(file), dtype=np.uint8) for file in task.files]
+        self._width, self._height = sampling.canvas_size(task.widths, task.heights, task.canvas)
+
+    def walk(self, ids: Int[np.ndarray, " n"]) -> Generator[list[tuple[int, Tensor]], None, None]:
+        """Yields (id, canvas (height, width, 3)) of some photographs at a time, on the device.
+
+        Raises:
+            UserError: a photograph that cannot be decoded, by name.
+        """
+        from nvidia.dali import Pipeline, fn, types
+
+        task, gpu = self._task, self._task.device.type == "cuda"
+        chunks = [ids[start : start + self._together] for start in range(0, len(ids), self._together)]
+
+        # DALI warns of an input that its graph does not use.
+        scaled = not task.canvas_is_source
+
+        def inputs() -> Any:
+            for chunk in chunks:
+                size = np.stack([self._height[chunk], self._width[chunk]], axis=1).astype(np.float32)
+                paths = [self._paths[id_] for id_ in chunk]
+                yield (paths, size) if scaled else (paths,)
+
+        pipeline = Pipeline(
+            batch_size=self._together,
+            num_threads=max(1, task.threads),
+            device_id=(task.device.index or 0) if gpu else None,
+            prefetch_queue_depth=2,
+            exec_dynamic=True,
+            seed=0,  # nothing in the graph is random
+        )
+        with pipeline:
+            path, *size = fn.external_source(
+                source=inputs(),
+                num_outputs=1 + scaled,
+                dtype=[types.UINT8, types.FLOAT][: 1 + scaled],
+                ndim=[1, 1][: 1 + scaled],
+            )
+            canvas = fn.decoders.image(
+                fn.io.file.read(path),
+                device="mixed" if gpu else "cpu",
+                output_type=types.RGB,
+                jpeg_fancy_upsampling=True,  # as in the streaming graph
+            )
+            if scaled:
+                canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
+            pipeline.set_outputs(canvas)
+        for chunk in chunks:
+            try:
+                (output,) = pipeline.run(torch.cuda.current_stream(task.device) if gpu else None)
+            except RuntimeError as error:
+                # It may be of the chunk after this one, which is already on its way.
+                bad = name_unreadable([task.files[id_] for id_ in ids])
+                if bad is None:
+                    raise
+                raise UserError(
+                    f"{bad}: this photograph cannot be decoded; replace it or take it out of the set."
+                ) from error
+            yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
+
+
+def version() -> str:
+    """Version of the DALI that is installed."""
+    from nvidia.dali import __version__
+
+    return str(__version__)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastddr import sampling
 from fastddr.data.photograph import upright
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, name_unreadable
+from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable
 
 
 class _Item(NamedTuple):
@@ -86,34 +86,54 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         bad = name_unreadable([item.file]) or item.file
         raise UserError(f"{bad}: this photograph cannot be decoded; replace it or take it out of the set.") from None
-    canvas = (item.canvas_width, item.canvas_height)
-    crops = sampling.as_crops(item.affine[None], size) if only_crops else None
-    if crops is not None:
-        x, y = int(crops.x[0]), int(crops.y[0])
-        if photograph.size == canvas:
-            window = photograph.crop((x, y, x + size, y + size))
-        else:
-            # Only the window is resampled, from where it lies in the photograph; PIL's filter reads past the box.
-            scale_x, scale_y = photograph.width / canvas[0], photograph.height / canvas[1]
-            box = (x * scale_x, y * scale_y, (x + size) * scale_x, (y + size) * scale_y)
-            box = (box[0], box[1], min(box[2], photograph.width), min(box[3], photograph.height))
-            window = photograph.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        if crops.hflip[0]:
-            window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if crops.vflip[0]:
-            window = window.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    else:
-        if photograph.size != canvas:
-            photograph = photograph.resize(canvas, Image.Resampling.BILINEAR)
-        linear = np.linalg.inv(item.affine[:, :2])
-        inverse = np.concatenate([linear, -linear @ item.affine[:, 2:]], axis=1)
-        window = photograph.transform(
-            (size, size), Image.Transform.AFFINE, tuple(inverse.ravel()), Image.Resampling.BILINEAR
-        )
-    pixels = np.asarray(window, dtype=np.float32)
+    pixels = _window(photograph, item, size) if only_crops else _warped(photograph, item, size)
     if only_crops and not np.count_nonzero(item.colour[:, :3] - np.diag(np.diag(item.colour))):
         return pixels * np.diag(item.colour) + item.colour[:, 3]
     return pixels @ item.colour[:, :3].T + item.colour[:, 3]
+
+
+def _window(photograph: Image.Image, item: _Item, size: int) -> Float[np.ndarray, "h w 3"]:
+    crops = sampling.as_crops(item.affine[None], size)
+    assert crops is not None, "the policy said that every map is a window"
+    x, y = int(crops.x[0]), int(crops.y[0])
+    window = _part(photograph, item, (x, y, x + size, y + size))
+    if crops.hflip[0]:
+        window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if crops.vflip[0]:
+        window = window.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return np.asarray(window, dtype=np.float32)
+
+
+def _warped(photograph: Image.Image, item: _Item, size: int) -> Float[np.ndarray, "h w 3"]:
+    width, height = np.array([item.canvas_width]), np.array([item.canvas_height])
+    left, top, right, bottom = sampling.boxes(item.affine[None], width, height, size)[0].tolist()
+    part = _part(photograph, item, (left, top, right, bottom))
+    # With a black frame, which PIL then repeats outside: by itself it would repeat the photograph's last pixel for
+    # half a pixel, and not blend into the black.
+    framed = part.crop((-1, -1, part.width + 1, part.height + 1))
+    back = sampling.inverse(item.affine[None])[0]
+    back[:, 2] += (1 - left, 1 - top)
+    window = framed.transform((size, size), Image.Transform.AFFINE, tuple(back.ravel()), Image.Resampling.BILINEAR)
+    pixels = np.asarray(window, dtype=np.float32)
+    # PIL's warp cuts fractions off; half a level makes up for it on average. What is black stays so.
+    return pixels + np.float32(0.5) * (pixels > 0)
+
+
+def _part(photograph: Image.Image, item: _Item, box: tuple[int, int, int, int]) -> Image.Image:
+    """A box (left, top, right, bottom) of the canvas."""
+    width, height = item.canvas_width, item.canvas_height
+    if photograph.size == (width, height):
+        return photograph.crop(box)
+    # Only the box is resampled, from where it lies in the photograph; PIL's filter reads past it.
+    left, top, right, bottom = box
+    scale_x, scale_y = photograph.width / width, photograph.height / height
+    source = (
+        left * scale_x,
+        top * scale_y,
+        min(right * scale_x, photograph.width),
+        min(bottom * scale_y, photograph.height),
+    )
+    return photograph.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=source)
 
 
 def _clean_processes() -> BaseContext:
@@ -142,6 +162,7 @@ class VisionLoader(Loader):
             batch_sampler=self._batches,
             num_workers=task.threads,
             persistent_workers=task.threads > 0,
+            # For each worker; None: two.
             prefetch_factor=task.prefetch if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
             collate_fn=_collate,
@@ -163,3 +184,8 @@ class VisionLoader(Loader):
         super().close()
         # The only public way to end persistent workers is to drop the loader.
         self.__dict__.pop("_loader", None)
+
+    def abandon(self) -> None:
+        """As `Loader.abandon`: a fork that lets go of the workers would end them in the process that they work for."""
+        super().abandon()
+        keep_for_ever(self.__dict__.pop("_loader", None))

@@ -38,7 +38,7 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("loader", ["dali", "resident", "torchvision"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_damaged_photograph_stops_a_run_before_its_first_step(
     loader: str, split: str, copy: Path, tmp_path: Path

@@ -61,7 +61,7 @@ def test_a_run_folder_holds_everything(run: Path) -> None:
 def test_the_stored_configuration_says_what_auto_became(run: Path) -> None:
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert stored["precision"] == "fp32"
-    assert stored["loader"] in ("dali", "torchvision")
+    assert stored["loader"] == "resident"
     assert stored["threads"] == 1
     assert config.load_preset(str(run / "config.yaml")).epochs == 2
 
@@ -354,3 +354,12 @@ def test_help_and_version(tmp_path: Path) -> None:
     wrong = fastddr_command(sys.executable, "-m", "fastddr", "trian", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "did you mean 'train'" in wrong.stderr
+
+
+@pytest.mark.parametrize("store", ["mmap", "none"])
+def test_where_photographs_are_kept_changes_nothing(store: str, run: Path, tiny: Path, tmp_path: Path) -> None:
+    """The run of the fixture kept them in RAM."""
+    other = train(tiny, tmp_path / "run", "--loader", "resident", "--loading.store", store)
+    expected, seen = weights(run), weights(other)
+    assert all(torch.equal(expected[name], seen[name]) for name in expected)
+    assert (other / "report" / "predictions.csv").read_text() == (run / "report" / "predictions.csv").read_text()

@@ -1,0 +1,74 @@
+"""Whole canvases without DALI: Pillow in threads. With it: `dali.Canvases`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import PIL
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from fastddr import sampling
+from fastddr.data.photograph import upright
+from fastddr.errors import UserError
+from fastddr.loaders import dali
+from fastddr.loaders.base import Task, name_unreadable
+
+
+def decoder() -> str:
+    """What decodes here, with its version: canvases of another decoder may differ in the last level."""
+    if dali.installed():
+        return f"dali {dali.version()}"
+    return f"pillow {PIL.__version__}"
+
+
+def build(task: Task, together: int) -> dali.Canvases | PillowCanvases:
+    """The decoder of this machine. `together`: how many photographs are decoded at once."""
+    return dali.Canvases(task, together) if dali.installed() else PillowCanvases(task, together)
+
+
+class PillowCanvases:
+    """Pillow in as many threads as the task has; it lets go of Python's lock while it decodes and scales."""
+
+    def __init__(self, task: Task, together: int) -> None:
+        self._task = task
+        self._together = together
+        self._width, self._height = sampling.canvas_size(task.widths, task.heights, task.canvas)
+
+    def walk(self, ids: Int[np.ndarray, " n"]) -> Generator[list[tuple[int, Tensor]], None, None]:
+        """Yields (id, canvas (height, width, 3)) of some photographs at a time.
+
+        Raises:
+            UserError: a photograph that cannot be decoded, by name.
+        """
+        chunks = [ids[start : start + self._together] for start in range(0, len(ids), self._together)]
+        with ThreadPoolExecutor(max(1, self._task.threads)) as pool:
+            ahead = [[pool.submit(self._canvas, int(id_)) for id_ in chunk] for chunk in chunks[:2]]
+            try:
+                for number, chunk in enumerate(chunks):
+                    made = [future.result() for future in ahead.pop(0)]
+                    for later in chunks[number + 2 : number + 3]:
+                        ahead.append([pool.submit(self._canvas, int(id_)) for id_ in later])
+                    yield list(zip(map(int, chunk), made, strict=True))
+            finally:
+                for futures in ahead:
+                    for future in futures:
+                        future.cancel()
+
+    def _canvas(self, id_: int) -> Tensor:
+        file = self._task.files[id_]
+        try:
+            photograph = upright(file)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            bad = name_unreadable([file]) or file
+            raise UserError(
+                f"{bad}: this photograph cannot be decoded; replace it or take it out of the set."
+            ) from None
+        size = (int(self._width[id_]), int(self._height[id_]))
+        if photograph.size != size:
+            photograph = photograph.resize(size, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(photograph))

@@ -1,0 +1,128 @@
+"""How much memory is free, measured, and how much of it decoded photographs may take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastddr.data.cache import folder
+from fastddr.loaders.base import Task
+
+Where = Literal["vram", "ram", "mmap"]
+
+#: Share of what is free that may be taken. The model needs most of a GPU; page cache and others the rest of RAM.
+SHARES: dict[Where, float] = {"vram": 0.25, "ram": 0.5, "mmap": 0.5}
+
+
+class Free(NamedTuple):
+    """Bytes that are free for this rank. `vram` is 0 without a GPU."""
+
+    vram: int
+    ram: int
+    """This rank's part of the machine's, or of the container's."""
+    mmap: int
+    """For a file that all ranks of the machine share: what both its RAM and the cache folder's disk have."""
+
+    def allowed(self, where: Where, budget: int | None) -> int:
+        """How many bytes may be taken there."""
+        share = int(SHARES[where] * getattr(self, where))
+        return share if budget is None else min(budget, share)
+
+
+def measure(device: torch.device, local_ranks: int) -> Free:
+    """What is free now, on this machine with so many ranks on it."""
+    ram = free_ram()
+    disk = shutil.disk_usage(_existing(folder())).free
+    vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    # A file larger than the page cache would be read from the disk in every epoch: slower than decoding on many.
+    return Free(vram=vram, ram=ram // local_ranks, mmap=min(ram, disk))
+
+
+def least(found: Sequence[Free]) -> Free:
+    """What every rank has, so that all of them choose the same."""
+    return Free(*(min(values) for values in zip(*found, strict=True)))
+
+
+def free_ram() -> int:
+    """Bytes of RAM that this process can still get: of the machine, and of its control groups (SLURM, containers)."""
+    available = _available()
+    if available is None:  # not Linux: what is free is unknown, so half of what there is
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([available, *_in_groups()])
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What the limits of this process's control groups leave, its own and those above it.
+
+    In a container the group's path may be one that only the host can see; the root is then the container's group.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):  # version 1
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for place in (group, *(parent for parent in group.parents if parent.is_relative_to(base))):
+            found = _left(place, *names)
+            if found is not None:
+                left.append(found)
+    return left
+
+
+def _left(group: Path, limit: str, used: str, dropped: str) -> int | None:
+    """What one group's limit leaves, None where it has none; page cache that can be dropped counts as free."""
+    try:
+        most = (group / limit).read_text(encoding="ascii").strip()
+        taken = int((group / used).read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    if most == "max":
+        return None
+    cache = int(stat[stat.index(dropped) + 1]) if dropped in stat else 0
+    return max(0, int(most) - taken + cache)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def decoding_ms(task: Task, most: int = 8) -> float:
+    """What it costs to decode a photograph, in milliseconds of one core, from some of them; 0 if none can be."""
+    from fastddr.data.photograph import upright
+
+    ids = task.ids[:: max(1, len(task.ids) // most)][:most]
+    took = []
+    for id_ in ids.tolist():
+        began = time.perf_counter()
+        try:
+            upright(task.files[id_])
+        except (OSError, SyntaxError, ValueError):
+            # Whoever loads it says what is wrong with it.
+            continue
+        took.append(time.perf_counter() - began)
+    return 1000 * sorted(took)[len(took) // 2] if took else 0.0

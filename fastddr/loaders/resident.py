@@ -1,0 +1,205 @@
+"""Photographs decoded once and kept: each epoch then only gathers, warps and colours.
+
+The first epoch decodes what it meets, in its own order and ahead of the batches, so that the first step waits for one
+batch and not for the set. Whole canvases are kept (uint8), so a window is as good in every epoch.
+
+On a GPU one kernel (`kernels.warp`) makes a batch from the store: straight from the GPU's own memory, or from boxes
+that are gathered on the host into a ring of pinned slots and copied by a stream of their own while the model computes.
+On a CPU windows are copied slice by slice; advanced indexing would be a hundred times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from fastddr import sampling
+from fastddr.errors import UserError
+from fastddr.kernels import warp as kernels
+from fastddr.loaders import canvases, stores
+from fastddr.loaders.base import Loader, Requests, Task
+from fastddr.loaders.capacity import measure
+from fastddr.loaders.choosing import choose
+from fastddr.loaders.ring import Ring
+
+#: Photographs that are decoded at once while the store is filled.
+_TOGETHER = 32
+
+
+class ResidentLoader(Loader):
+    """Keeps decoded photographs in VRAM, RAM or a file. `task.store` says where; `auto` takes the first that fits."""
+
+    name = "resident"
+
+    def __init__(self, task: Task, say: Callable[[str], None] | None = None) -> None:
+        """`say` is told, once an epoch, what had to be decoded again.
+
+        Raises:
+            UserError: the photographs do not fit where they shall be kept, or a GPU has no Triton.
+        """
+        if task.store == "auto":
+            task = replace(task, store=choose("resident", [task], epochs=2, free=measure(task.device, 1)).store)
+        super().__init__(task)
+        if task.device.type == "cuda" and not kernels.triton_installed():
+            raise UserError(
+                "--loader resident: a GPU needs Triton for it; `pip install triton`, or take --loader dali."
+            )
+        self._say = say or (lambda line: None)
+        self._store = stores.build(task, canvases.decoder())
+        self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
+        self._ring = Ring(task.device) if self._store.device != task.device else None
+
+    def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
+        for k in self._filled(requests, start):
+            if self.task.device.type == "cuda":
+                yield self._on_gpu(requests, k)
+            else:
+                images = self._windows(requests, k).float() if self.task.only_crops else self._warped(requests, k)
+                yield kernels.coloured(images, torch.from_numpy(requests.colour[k].astype(np.float32)))
+
+    def raw_windows(self, epoch: int = 0) -> Iterator[UInt8[Tensor, "b h w 3"]]:
+        """The uint8 windows of an epoch on the host, neither coloured nor sent: the store alone, for benchmarks.
+
+        Raises:
+            ValueError: a policy that does more than to cut and mirror windows.
+        """
+        if not self.task.only_crops:
+            raise ValueError("there are windows only where every map is one")
+        requests = self.task.requests(epoch)
+        for k in self._filled(requests, 0):
+            yield self._windows(requests, k)
+
+    def _filled(self, requests: Requests, start: int) -> Generator[int, None, None]:
+        """The micro batches from `start` on, each as soon as all of its photographs are in the store."""
+        store = self._store
+        order = requests.id[start:].reshape(-1)
+        _, first = np.unique(order, return_index=True)
+        order = order[np.sort(first)]
+        decoded = self._canvases.walk(order[store.missing(order)])
+        again: list[int] = []
+        try:
+            for k in range(start, len(requests)):
+                ids = requests.id[k]
+                damaged = store.damaged(ids)
+                if damaged:
+                    again += damaged
+                    self._fill(self._canvases.walk(np.array(damaged)))
+                while store.missing(ids).any():
+                    if not self._fill(decoded, chunks=1):
+                        raise RuntimeError(f"photographs {ids[store.missing(ids)]} were not decoded")
+                yield k
+                # The padding of an evaluation repeats its last photograph, in the next batch too.
+                store.release(np.setdiff1d(ids, requests.id[k + 1 :][:1]))
+        finally:
+            decoded.close()
+            # The last batch's, and what was decoded ahead of a loop that was left.
+            store.release(order)
+            if again:
+                self._say(
+                    f"{getattr(store, 'path', 'the store')}: {len(again)} photographs were not as they had been "
+                    "written, and were decoded again."
+                )
+
+    def _fill(self, decoded: Generator[list[tuple[int, Tensor]], None, None], chunks: int | None = None) -> int:
+        """Put what comes next, or all of it, into the store; how many photographs that were."""
+        count = 0
+        for made in islice(decoded, chunks):
+            for id_, canvas in made:
+                self._store.put(id_, canvas)
+            count += len(made)
+        return count
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the task's photographs that are in the store; None where it keeps none."""
+        if isinstance(self._store, stores.Transient) or self._closed:
+            return None
+        return 1 - float(self._store.missing(self.task.ids).mean())
+
+    # ------------------------------------------------------------------------------------------ on a CPU
+
+    def _windows(self, requests: Requests, k: int) -> UInt8[Tensor, "b h w 3"]:
+        size = self.task.image_size
+        crops = sampling.as_crops(requests.affine[k], size)
+        assert crops is not None, "the policy said that every map is a window"
+        images = torch.empty(len(requests.id[k]), size, size, 3, dtype=torch.uint8)
+        for image, id_, x, y, hflip, vflip in zip(
+            images, requests.id[k].tolist(), crops.x, crops.y, crops.hflip, crops.vflip, strict=True
+        ):
+            window = self._store.get(id_)[y : y + size, x : x + size]
+            mirrored = [axis for axis, on in ((0, vflip), (1, hflip)) if on]
+            image.copy_(window.flip(mirrored) if mirrored else window)
+        return images
+
+    def _warped(self, requests: Requests, k: int) -> Float[Tensor, "b h w 3"]:
+        boxes, back = self._boxes(requests, k)
+        views = [
+            self._store.get(id_)[top:bottom, left:right]
+            for id_, (left, top, right, bottom) in zip(requests.id[k].tolist(), boxes.tolist(), strict=True)
+        ]
+        return kernels.sampled(views, torch.from_numpy(back.astype(np.float32)), self.task.image_size)
+
+    # ------------------------------------------------------------------------------------------ on a GPU
+
+    def _on_gpu(self, requests: Requests, k: int) -> Float[Tensor, "b h w 3"]:
+        store, ids = self._store, requests.id[k]
+        if self._ring is None:
+            size = np.stack([store.place.width[ids], store.place.height[ids]], axis=1)
+            back = sampling.inverse(requests.affine[k])
+            if isinstance(store, stores.Transient):
+                pixels = torch.cat([store.get(id_).reshape(-1) for id_ in ids.tolist()])
+                return self._kernel(pixels, _ends(size) - size.prod(axis=1) * 3, size, back, requests.colour[k])
+            return self._kernel(store.pixels, store.place.offset[ids], size, back, requests.colour[k])
+        boxes, back = self._boxes(requests, k)
+        size = boxes[:, 2:] - boxes[:, :2]
+        ends = _ends(size)
+        offset = ends - size.prod(axis=1) * 3
+        with self._ring.slot(int(ends[-1])) as slot:
+            for id_, begin, (left, top, right, bottom) in zip(ids.tolist(), offset, boxes.tolist(), strict=True):
+                box = store.get(id_)[top:bottom, left:right]
+                slot.host[begin : begin + box.numel()].view(box.shape).copy_(box)
+            return self._kernel(self._ring.send(slot, int(ends[-1])), offset, size, back, requests.colour[k])
+
+    def _kernel(
+        self, pixels: Tensor, offset: np.ndarray, size: np.ndarray, back: np.ndarray, colour: np.ndarray
+    ) -> Tensor:
+        task = self.task
+
+        def sent(values: np.ndarray, dtype: Any) -> Tensor:
+            return torch.from_numpy(values.astype(dtype)).to(task.device, non_blocking=True)
+
+        return kernels.warp(
+            pixels,
+            sent(offset, np.int64),
+            sent(size, np.int32),
+            sent(back, np.float32),
+            sent(colour, np.float32),
+            task.image_size,
+            task.dtype,
+        )
+
+    def _boxes(self, requests: Requests, k: int) -> tuple[Int[np.ndarray, "b 4"], Float[np.ndarray, "b 2 3"]]:
+        """The box of each canvas that its image needs, and the map from the image into that box."""
+        affine = requests.affine[k]
+        boxes = sampling.boxes(affine, requests.canvas_width[k], requests.canvas_height[k], self.task.image_size)
+        back = sampling.inverse(affine)
+        back[:, :, 2] -= boxes[:, :2]
+        return boxes, back
+
+    def close(self) -> None:
+        """Frees the photographs; a file stays for the next run."""
+        super().close()
+        self._store.close()
+        self._ring = None
+
+
+def _ends(size: Int[np.ndarray, "b 2"]) -> Int[np.ndarray, " b"]:
+    """Where each of these boxes, of width and height, ends if they lie one behind the other."""
+    return np.cumsum(size.prod(axis=1) * 3)

@@ -1,0 +1,89 @@
+"""The loaders of one run: chosen together, since training and validation share what memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+from fastddr import ranks
+from fastddr.config import Config
+from fastddr.data.manifest import Manifest
+from fastddr.loaders import build
+from fastddr.loaders.base import Loader, Task
+from fastddr.loaders.capacity import least, measure
+from fastddr.loaders.choosing import choose, streaming
+from fastddr.runtime import Runtime
+
+
+class RunLoaders:
+    """Opens the loaders of a run and closes them together.
+
+    `train` and `valid` are read in every epoch and opened at once; `once` opens one for a single reading.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, runtime: Runtime, say: Callable[[str], None]) -> None:
+        """Choose the loader and where it keeps photographs, the same on all ranks.
+
+        Raises:
+            UserError: what was asked for has no room, or the batch is larger than the training split.
+        """
+        self._config, self._manifest, self._runtime, self._say = config, manifest, runtime, say
+        tasks = self._task("train", train=True), self._task("valid")
+        free = least(ranks.gather([measure(runtime.device, ranks.local_world())]))
+        self.choice = choose(config.loader, tasks, config.epochs, free)
+        kept = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
+        say(f"loader {self.choice.loader}{kept}: {self.choice.reason}")
+        self._opened: list[Loader] = []
+        self.train, self.valid = (self._open(task) for task in tasks)
+
+    def once(self, split: str) -> Loader:
+        """A loader to score a split with, as validation does; close it after that."""
+        task = self._task(split)
+        if self.choice.store != "mmap":
+            # Nothing is kept of what is read once. A file is another matter: later runs read it too.
+            task = replace(task, store="none")
+        return self._open(task)
+
+    def close(self) -> None:
+        """Close them all. Safe to call again."""
+        with ExitStack() as stack:
+            for loader in self._opened:
+                stack.callback(loader.close)
+
+    def _open(self, task: Task) -> Loader:
+        name = self.choice.loader
+        if name == "replay" and not task.train:
+            # An evaluation on one repeated batch would be a wrong figure, not a fast one.
+            name, _ = streaming()
+        loader = build(name, task if task.store == "none" else replace(task, store=self.choice.store), self._say)
+        self._opened.append(loader)
+        return loader
+
+    def _task(self, split: str, train: bool = False) -> Task:
+        config, manifest, run = self._config, self._manifest, self._runtime
+        full = not train and config.evaluation.field == "full"
+        evaluated = (config.evaluation.batch_size or run.micro_batch_size) * run.world
+        budget = config.loading.store_gib
+        return Task(
+            files=manifest.files(),
+            grades=manifest.grade,
+            widths=manifest.width,
+            heights=manifest.height,
+            ids=manifest.ids(split),
+            train=train,
+            image_size=config.image_size,
+            canvas=config.image_size if full else config.canvas,
+            augment=config.augment,
+            seed=config.seed,
+            batch_size=config.batch_size if train else evaluated,
+            accumulation=run.accumulation if train else 1,
+            rank=run.rank,
+            world=run.world,
+            device=run.device,
+            dtype=run.image_dtype,
+            threads=config.loading.threads or ranks.cores(),
+            prefetch=config.loading.prefetch,
+            store=config.loading.store,
+            budget=None if budget is None else int(budget * 2**30),
+        )

@@ -1,0 +1,161 @@
+"""Which loader `auto` becomes, and where photographs are kept: by what is free, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import task
+
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.loaders import capacity, choose, dali
+from fastddr.loaders.base import Task
+from fastddr.loaders.capacity import Free
+
+#: Of the tiny set: 27 and 11 canvases of 80 × 80.
+NEED = (27 + 11) * 80 * 80 * 3
+PLENTY = Free(vram=100 * NEED, ram=100 * NEED, mmap=100 * NEED)
+
+
+@pytest.fixture(autouse=True)
+def _with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "installed", lambda: True)
+    monkeypatch.setattr("fastddr.loaders.choosing.triton_installed", lambda: True)
+
+
+@pytest.fixture
+def tasks(tiny: Path) -> list[Task]:
+    found = manifest.read(tiny)
+    return [task(found), task(found, "valid")]
+
+
+def on_gpu(tasks: list[Task]) -> list[Task]:
+    return [replace(one, device=torch.device("cuda", 0)) for one in tasks]
+
+
+@pytest.mark.parametrize(
+    ("free", "loader", "store"),
+    [
+        (Free(4 * NEED, 0, 0), "resident", "vram"),
+        (Free(4 * NEED - 4, 2 * NEED, 0), "resident", "ram"),
+        (Free(0, 2 * NEED - 2, 2 * NEED), "resident", "mmap"),
+        (Free(4 * NEED - 4, 2 * NEED - 2, 2 * NEED - 2), "dali", "none"),
+    ],
+    ids=["vram", "ram", "mmap", "streaming"],
+)
+def test_auto_takes_the_first_place_with_room(free: Free, loader: str, store: str, tasks: list[Task]) -> None:
+    chosen = choose("auto", on_gpu(tasks), 10, free)
+    assert (chosen.loader, chosen.store) == (loader, store)
+    assert "GiB" in chosen.reason
+
+
+def test_without_a_gpu_there_is_no_vram(tasks: list[Task]) -> None:
+    assert choose("auto", tasks, 10, PLENTY).store == "ram"
+    with pytest.raises(UserError, match="there is no GPU"):
+        choose("resident", [replace(one, store="vram") for one in tasks], 10, PLENTY)
+
+
+def test_a_budget_is_the_most_that_is_taken(tasks: list[Task]) -> None:
+    exact = [replace(one, budget=NEED) for one in tasks]
+    assert choose("auto", exact, 10, PLENTY).loader == "resident"
+    less = [replace(one, budget=NEED - 1) for one in tasks]
+    assert choose("auto", less, 10, PLENTY).loader == "dali"
+    with pytest.raises(UserError, match=r"more than is allowed \(ram .*GiB, mmap .*GiB\); take --loader dali"):
+        choose("resident", less, 10, PLENTY)
+
+
+def test_a_place_that_was_asked_for_is_the_only_one(tasks: list[Task]) -> None:
+    asked: Any
+    for asked in ("ram", "mmap", "none"):
+        assert choose("resident", [replace(one, store=asked) for one in tasks], 10, PLENTY).store == asked
+    with pytest.raises(UserError, match=r"allowed \(mmap"):
+        choose("resident", [replace(one, store="mmap") for one in tasks], 10, PLENTY._replace(mmap=0))
+
+
+def test_one_epoch_decodes_nothing_twice(tasks: list[Task]) -> None:
+    chosen = choose("auto", tasks, 1, PLENTY)
+    assert (chosen.loader, chosen.store) == ("dali", "none")
+    assert "one epoch" in chosen.reason
+    assert choose("resident", tasks, 1, PLENTY).loader == "resident", "asked for is asked for"
+
+
+def test_the_reason_says_what_decoding_costs(tasks: list[Task]) -> None:
+    assert "ms a photograph" in choose("auto", tasks, 2, PLENTY).reason
+    assert capacity.decoding_ms(tasks[0]) > 0
+
+
+def test_without_dali_and_without_triton(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastddr.loaders.choosing.triton_installed", lambda: False)
+    chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
+    assert chosen.loader == "dali"
+    assert "Triton" in chosen.reason
+    monkeypatch.setattr(dali, "installed", lambda: False)
+    chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
+    assert chosen.loader == "torchvision"
+    assert "not installed" in chosen.reason
+    assert choose("auto", tasks, 10, PLENTY).loader == "resident", "a CPU needs neither"
+
+
+def test_other_loaders_are_taken_at_their_word(tasks: list[Task]) -> None:
+    for name in ("dali", "torchvision", "replay"):
+        assert choose(name, tasks, 10, PLENTY) == choose(name, tasks, 10, Free(0, 0, 0))
+        assert choose(name, tasks, 10, PLENTY).store == "none"
+
+
+# ------------------------------------------------------------------------------------------ what is free
+
+
+def test_all_ranks_go_by_the_least() -> None:
+    assert capacity.least([Free(3, 20, 9), Free(5, 10, 30)]) == Free(3, 10, 9)
+
+
+def test_ranks_of_a_machine_share_its_memory_but_not_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "free_ram", lambda: 8000)
+    one, four = (capacity.measure(torch.device("cpu"), ranks) for ranks in (1, 4))
+    assert (one.ram, four.ram) == (8000, 2000)
+    assert one.mmap == four.mmap == 8000
+    assert one.vram == 0
+
+
+def test_free_memory_is_measured() -> None:
+    assert capacity.free_ram() > 10e6
+
+
+GROUPS = {
+    "version 2": (
+        "0::/job\n",
+        "job",
+        {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 50\n"},
+    ),
+    "version 1": (
+        "3:cpu:/x\n2:memory:/job\n",
+        "memory/job",
+        {
+            "memory.limit_in_bytes": "1000",
+            "memory.usage_in_bytes": "700",
+            "memory.stat": "total_inactive_file 50\n",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_the_limit_of_a_job_or_a_container_counts(version: str, tmp_path: Path) -> None:
+    own, place, files = GROUPS[version]
+    (tmp_path / "self").write_text(own)
+    group = tmp_path / "groups" / place
+    (group / "step").mkdir(parents=True)
+    for name, content in files.items():
+        (group / name).write_text(content)
+    assert capacity._in_groups(tmp_path / "groups", tmp_path / "self") == [350]
+    # A limit above the process's own group counts as well; a group without one does not.
+    (tmp_path / "self").write_text(own.replace("/job", "/job/step"))
+    assert capacity._in_groups(tmp_path / "groups", tmp_path / "self") == [350]
+    if version == "version 2":
+        (group / "memory.max").write_text("max\n")
+        assert capacity._in_groups(tmp_path / "groups", tmp_path / "self") == []
+    assert capacity._in_groups(tmp_path / "groups", tmp_path / "nothing") == []

@@ -1,0 +1,93 @@
+"""The loaders of a run: chosen together, the same on all ranks, and what is read once is not kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tests_support import settings
+
+from fastddr.config import Config
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.loaders import dali
+from fastddr.loaders import run as run_module
+from fastddr.loaders.capacity import Free
+from fastddr.loaders.run import RunLoaders
+from fastddr.runtime import Runtime
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "cache"))
+
+
+def opened(config: Config, data: Path, said: list[str]) -> RunLoaders:
+    runtime = Runtime(
+        accelerator=Accelerator(cpu=True),
+        device=torch.device("cpu"),
+        precision="fp32",
+        threads=1,
+        rank=0,
+        world=1,
+        micro_batch_size=4,
+        accumulation=2,
+        decisions=(),
+    )
+    return RunLoaders(config, manifest.read(data), runtime, said.append)
+
+
+def names(loaders: RunLoaders) -> list[tuple[str, str]]:
+    return [(loader.name, loader.task.store) for loader in (loaders.train, loaders.valid, loaders.once("test"))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--loader", "resident", "--loading.store", "ram"], [*[("resident", "ram")] * 2, ("resident", "none")]),
+        (["--loader", "resident", "--loading.store", "mmap"], [("resident", "mmap")] * 3),
+        (["--loader", "resident", "--loading.store", "none"], [("resident", "none")] * 3),
+        (["--loader", "torchvision"], [("torchvision", "none")] * 3),
+    ],
+)
+def test_which_loaders_a_run_has(flags: list[str], expected: list[tuple[str, str]], tiny: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    loaders = opened(settings(tiny, tmp_path / "run", *flags), tiny, said)
+    assert names(loaders) == expected
+    assert len(said) == 1
+    assert said[0].startswith(f"loader {expected[0][0]}")
+    loaders.close()
+    loaders.close()
+
+
+def test_replay_never_scores_a_split(tiny: Path, tmp_path: Path) -> None:
+    loaders = opened(settings(tiny, tmp_path / "run", "--loader", "replay"), tiny, [])
+    streaming = "dali" if dali.installed() else "torchvision"
+    assert [name for name, _ in names(loaders)] == ["replay", streaming, streaming]
+    loaders.close()
+
+
+def test_training_and_validation_share_the_budget(tiny: Path, tmp_path: Path) -> None:
+    """27 and 11 photographs: what holds either, but not both, is too little."""
+    need = (27 + 11) * 80 * 80 * 3 / 2**30
+    flags = ["--loader", "resident", "--loading.store-gib"]
+    opened(settings(tiny, tmp_path / "run", *flags, str(need * 1.01)), tiny, []).close()
+    with pytest.raises(UserError, match="more than is allowed"):
+        opened(settings(tiny, tmp_path / "run", *flags, str(need * 0.99)), tiny, [])
+
+
+def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "measure", lambda device, ranks: Free(0, 10**9, 10**9))
+    monkeypatch.setattr(run_module.ranks, "gather", lambda items: [*items, Free(0, 1000, 1000)])
+    loaders = opened(settings(tiny, tmp_path / "run"), tiny, [])
+    assert loaders.choice.loader in ("dali", "torchvision")
+    loaders.close()
+
+
+def test_an_evaluation_of_the_full_field_has_its_own_canvas(tiny: Path, tmp_path: Path) -> None:
+    loaders = opened(settings(tiny, tmp_path / "run", "--evaluation.field", "full"), tiny, [])
+    assert (loaders.train.task.canvas, loaders.valid.task.canvas) == (80, 64)
+    assert next(iter(loaders.valid.epoch())).image.shape[-2:] == (64, 64)
+    loaders.close()

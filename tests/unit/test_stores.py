@@ -1,0 +1,239 @@
+"""Where decoded photographs are kept: right after a crash, a bad disk, a full one, and between runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests_support import ROOT, task
+
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.loaders import stores
+from fastddr.loaders.base import Task
+
+
+@pytest.fixture
+def wanted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "cache"))
+    return task(manifest.read(tiny), store="mmap")
+
+
+def canvas(id_: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(id_).integers(0, 256, (80, 80, 3), dtype=np.uint8))
+
+
+def test_every_canvas_has_its_place_and_no_two_overlap(wanted: Task) -> None:
+    where = stores.place(replace(wanted, widths=wanted.widths + np.arange(len(wanted.files)) % 7))
+    ids = np.unique(wanted.ids)
+    ends = where.offset[ids] + where.width[ids] * where.height[ids] * 3
+    assert where.offset[ids][0] == 0
+    assert (where.offset[ids][1:] == ends[:-1]).all()
+    assert ends[-1] == where.total
+    others = np.setdiff1d(np.arange(len(wanted.files)), ids)
+    assert (where.offset[others] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["ram", "mmap", "none"])
+def test_what_was_put_is_got(name: Any, wanted: Task) -> None:
+    store = stores.build(replace(wanted, store=name), "test 1")
+    ids = wanted.ids[:5]
+    assert store.missing(ids).all()
+    for id_ in ids.tolist():
+        store.put(id_, canvas(id_))
+    assert not store.missing(ids).any()
+    assert store.missing(wanted.ids[5:]).all()
+    assert all(torch.equal(store.get(id_), canvas(id_)) for id_ in ids.tolist())
+    assert store.damaged(ids) == []
+    store.release(ids)
+    assert store.missing(ids).all() == (name == "none"), "only the transient store lets go of what was used"
+    store.close()
+    store.close()
+
+
+def opened(wanted: Task, decoder: str = "test 1") -> stores.Mapped:
+    return stores.Mapped(wanted, decoder)
+
+
+def test_a_file_is_there_for_the_next_run_and_shared(wanted: Task) -> None:
+    one, other = opened(wanted), opened(wanted)
+    one.put(3, canvas(3))
+    assert not other.missing(np.array([3])).any(), "another process sees it at once"
+    assert torch.equal(other.get(3), canvas(3))
+    one.close()
+    other.close()
+    again = opened(wanted)
+    assert not again.missing(np.array([3])).any()
+    assert again.damaged(np.array([3])) == []
+    assert torch.equal(again.get(3), canvas(3))
+
+
+def test_only_what_is_filled_takes_room_on_the_disk(wanted: Task) -> None:
+    many = replace(wanted, widths=wanted.widths * 20, heights=wanted.heights * 20, canvas=1600)
+    store = opened(many)
+    assert store.path.stat().st_size > 300e6
+    assert store.path.stat().st_blocks * 512 < 1e6
+
+
+def test_pixels_that_changed_on_the_disk_are_found_once(wanted: Task) -> None:
+    store = opened(wanted)
+    for id_ in (3, 4):
+        store.put(id_, canvas(id_))
+    store.close()
+    again = opened(wanted)
+    with again.path.open("r+b") as file:
+        file.seek(-again.place.total + int(again.place.offset[4]) + 100, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    assert again.damaged(np.array([3, 4])) == [4]
+    again.put(4, canvas(4))
+    assert again.damaged(np.array([3, 4])) == []
+
+
+def test_a_state_without_its_pixels_is_damage(wanted: Task) -> None:
+    """After a power cut the states may be on the disk and the pixels not."""
+    store = opened(wanted)
+    store.put(3, canvas(3))
+    store._write(store._states_at + 5, b"\x01")
+    store.close()
+    again = opened(wanted)
+    assert not again.missing(np.array([5])).any()
+    assert again.damaged(np.array([3, 5])) == [5]
+
+
+def test_a_kill_between_pixels_and_state_leaves_it_missing(wanted: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(wanted)
+
+    class Killed(BaseException):
+        pass
+
+    for fatal in (1, 2):
+        calls = []
+
+        def write(where: int, data: Any, calls: list[int] = calls, fatal: int = fatal) -> None:
+            calls.append(where)
+            if len(calls) > fatal:
+                raise Killed
+
+        monkeypatch.setattr(store, "_write", write)
+        with pytest.raises(Killed):
+            store.put(3, canvas(3))
+        assert opened(wanted).missing(np.array([3])).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "version", "junk", "empty"])
+def test_a_file_that_is_not_ours_is_made_anew(damage: str, wanted: Task) -> None:
+    store = opened(wanted)
+    store.put(3, canvas(3))
+    store.close()
+    content = bytearray(store.path.read_bytes())
+    match damage:
+        case "cut":
+            content = content[:-1000]
+        case "longer":
+            content += b"x"
+        case "version":
+            at = content.index(b'"version": 1')
+            content[at : at + 12] = b'"version": 0'
+        case "junk":
+            content[:4096] = b"\xff" * 4096
+        case "empty":
+            content = bytearray()
+    store.path.write_bytes(content)
+    again = opened(wanted)
+    assert again.missing(np.array([3])).all()
+    again.put(3, canvas(3))
+    assert torch.equal(again.get(3), canvas(3))
+
+
+def test_changed_photographs_another_decoder_and_another_canvas_have_another_file(wanted: Task, tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(os.path.commonpath(wanted.files), root)
+    moved = replace(
+        wanted, files=[str(root / os.path.relpath(f, os.path.commonpath(wanted.files))) for f in wanted.files]
+    )
+    first = opened(moved)
+    assert opened(moved).path == first.path
+    assert opened(replace(moved, canvas=64)).path != first.path
+    assert first.path.exists(), "another canvas is another file, and both stay"
+    newer = opened(moved, "test 2")
+    assert newer.path != first.path
+    assert not first.path.exists(), "what nobody can use any more is removed"
+    file = Path(moved.files[2])
+    os.utime(file, ns=(1, 1))
+    assert opened(moved, "test 2").path != newer.path
+    first.put(3, canvas(3))
+    assert torch.equal(first.get(3), canvas(3)), "who has an old file open goes on with it"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_photograph_missing(
+    wanted: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(wanted)
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\).*--loading.store"):
+            store.put(3, canvas(3))
+    assert store.missing(np.array([3])).all()
+    store.put(3, canvas(3))
+    assert torch.equal(store.get(3), canvas(3))
+
+
+def test_a_cache_that_cannot_be_used_is_one_sentence(
+    wanted: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be used.*FASTDDR_CACHE"):
+        opened(wanted)
+
+
+def test_memory_that_cannot_be_had_is_one_sentence(wanted: Task) -> None:
+    huge = replace(wanted, widths=wanted.widths * 100_000, heights=wanted.heights * 100_000, canvas=8_000_000)
+    with pytest.raises(UserError, match=r"no room for .* GiB of decoded photographs in cpu memory"):
+        stores.build(replace(huge, store="ram"), "test 1")
+
+
+WRITER = """
+import sys, numpy as np, torch
+from pathlib import Path
+from fastddr.data import manifest
+from fastddr.loaders import stores
+from tests_support import task
+wanted = task(manifest.read(sys.argv[1]), store="mmap")
+for round in range(8):
+    store = stores.Mapped(wanted, f"test {round}")
+    for id_ in range(20):
+        pixels = np.random.default_rng(id_).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+        store.put(id_, torch.from_numpy(pixels))
+        assert np.array_equal(store.get(id_).numpy(), pixels)
+    assert store.damaged(np.arange(20)) == []
+    store.close()
+"""
+
+
+def test_processes_that_make_and_fill_one_file_at_once_do_not_disturb_each_other(wanted: Task, tiny: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tiny)], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for writer in writers:
+        _, said = writer.communicate(timeout=120)
+        assert writer.returncode == 0, said
+    assert not list((Path(os.environ["FASTDDR_CACHE"]) / "resident").glob("*.partial"))

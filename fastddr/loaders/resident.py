@@ -54,7 +54,8 @@ class ResidentLoader(Loader):
         self._say = say or (lambda line: None)
         self._store = stores.build(task, canvases.decoder())
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
-        self._ring = Ring(task.device) if self._store.device != task.device else None
+        # By type: on several ranks Accelerate calls the CPU cpu:0.
+        self._ring = Ring(task.device) if task.device.type != self._store.device.type else None
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         for k in self._filled(requests, start):

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests_support import ROOT, launch
+from tests_support import ROOT, launch, task
 
 from fastddr.data import manifest
+from fastddr.loaders import canvases, stores
 
 SMALL = [
     "--epochs", "2", "--batch-size", "8", "--micro-batch-size", "2", "--image-size", "64", "--canvas", "80",
@@ -54,10 +55,12 @@ state.accelerator.end_training()
 
 @pytest.fixture(scope="module")
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run trained by two ranks."""
+    """A run trained by two ranks, which share one file of decoded photographs."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(2, ROOT / "fastddr" / "train.py", "--data", str(tiny), "--run-dir", "run", *SMALL, cwd=folder)
+    kept = ["--loader", "resident", "--loading.store", "mmap"]
+    done = launch(2, ROOT / "fastddr" / "train.py", "--data", str(tiny), "--run-dir", "run", *SMALL, *kept, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "loader resident in mmap" in done.stdout
     return folder / "run"
 
 
@@ -73,6 +76,11 @@ def test_two_ranks_train_and_report_like_one(run: Path, tiny: Path) -> None:
     with (run / "report" / "predictions.csv").open(newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file)]
     assert paths == [found.path[i] for split in manifest.SPLITS for i in found.ids(split)]
+    store = stores.Mapped(task(found, store="mmap"), canvases.decoder())
+    wanted = np.concatenate([found.ids(split) for split in manifest.SPLITS])
+    assert not store.missing(wanted).any(), "each rank filled its part of the same file"
+    assert len(store.damaged(wanted)) == 0
+    store.close()
 
 
 @pytest.fixture(scope="module")

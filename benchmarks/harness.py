@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -24,7 +25,7 @@ from rich.table import Table
 from fastddr.ranks import available_cores
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy")
+_PACKAGES = ("fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy", "simplejpeg", "spdl", "torchcodec")
 
 
 def interleaved(
@@ -69,6 +70,11 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def hardware_name(found: Mapping[str, Any]) -> str:
+    """The machine in a few words: its GPU, or its number of cores."""
+    return str(found["gpu"] or f"{found['cores']}-core CPU")
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -79,9 +85,58 @@ def _cpu_name() -> str:
 
 
 def _memory_bytes() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _processes(group: int) -> dict[int, list[str]]:
+    """The processes of a process group, each with the fields of its /proc/PID/stat from the third on.
+
+    All zeros where there is no /proc: macOS.
+    """
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # The second field is a name in brackets, which may hold blanks and brackets itself.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[2]) == group:
+            found[int(folder.name)] = fields
+    return found
+
+
+def cpu_seconds(group: int) -> float:
+    """Processor time that the living processes of a group have taken, in user mode and in the kernel."""
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in _processes(group).values())
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def busy_seconds() -> float:
+    """Processor time that all processes of the machine have taken since it started; 0 where there is no /proc."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, *rest = map(int, stat.read_text().splitlines()[0].split()[1:])
+    # Interrupts and what the host of a virtual machine took for others; guests are in `user` already.
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(group: int) -> tuple[int, int]:
+    """(Bytes of memory that the processes of a group hold, how many of these are pages of files).
+
+    A page that several processes map counts for each by its share (PSS), so that nothing is counted twice. Pages of
+    files (libraries, a memory-mapped store) are the system's to drop when memory is short.
+    """
+    whole = files = 0
+    for process in _processes(group):
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines[1:]}
+        whole += int(kilobytes.get("Pss", 0)) * 1024
+        files += int(kilobytes.get("Pss_File", 0)) * 1024
+    return whole, files
 
 
 def versions() -> dict[str, str]:
@@ -99,8 +154,7 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -
     now = datetime.now(UTC)
     hardware = machine()
     if out is None:
-        label = hardware["gpu"] or f"{hardware['cores']}-core-cpu"
-        out = RESULTS / f"{benchmark}_{'-'.join(str(label).lower().split())}_{now:%Y-%m-%d}.json"
+        out = RESULTS / f"{benchmark}_{'-'.join(hardware_name(hardware).lower().split())}_{now:%Y-%m-%d}.json"
     script = Path(sys.argv[0])
     record = {
         "benchmark": benchmark,
@@ -125,7 +179,7 @@ def _public(arguments: Sequence[str]) -> list[str]:
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:
-    """The rows as a table: name, median, interval, and the columns named in `extra`."""
+    """The rows as a table: name, median, interval, and the columns named in `extra`; what a row lacks stays empty."""
     table = Table(title=title, title_justify="left")
     for heading in ("", "median", "95 % interval", "unit", *extra):
         table.add_column(heading, justify="left" if heading in ("", "unit") else "right")
@@ -134,4 +188,5 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = (
         figures = [f"{row[key]:,.{digits}f}" for key in ("median", "low", "high")]
         cells = [str(row["name"]), figures[0], f"{figures[1]} – {figures[2]}", str(row["unit"])]
         table.add_row(*cells, *(str(row.get(key, "")) for key in extra))
-    Console(soft_wrap=True).print(table)
+    # A file or a pipe says it is 80 wide, and names would be cut into pieces.
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150).print(table)

@@ -1,45 +1,69 @@
-"""Images a second of the loaders, side by side on the same photographs and the same cores.
+"""Images a second of loaders, fastddr's and others', side by side on the same photographs and the same cores.
 
-    python benchmarks/loader.py                      # synthetic 512² JPEGs, quality 95, 4:2:0
-    python benchmarks/loader.py --data DDR-dataset   # your own
+    python benchmarks/loader.py                                       # synthetic 512² JPEGs
+    python benchmarks/loader.py --data DDR-masters --policies report  # your own
+    python benchmarks/loader.py --loaders dali resident:mmap torchvision:workers=0 spdl
+    python benchmarks/loader.py --step dali resident                  # and how long a training step waits for data
 
-The report's policy: a random 256 px window of a 512 px canvas, flips, normalisation. Each round runs every loader for
-some seconds in turn; the first round warms up (page cache, pipelines, workers) and is not counted. `replay` gives one
-finished batch again and again: what the rest of the loop costs.
+Every loader lives in processes of its own (`trials`), which are halted while another one's turn is measured. In each
+round every loader has one turn of some seconds, in full swing; the rounds come after a warm-up, which is a whole epoch
+for loaders that keep what they decode. Intervals are those of the median over the rounds, ratios are taken round by
+round. `peers` says what the peers do, `limits` what the lines in the picture are, `stages` how the profile comes about.
+
+An epoch is made as long as DDR's training split: the list of photographs is repeated, each a photograph of its own. A
+set of a few batches would show how loaders begin and end an epoch, and not how fast they are.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import harness
+import limits
 import numpy as np
+import sources
+import stages
+import targets
 import torch
 import tyro
+from peers import PEERS
 from rich.console import Console
+from trials import OURS, Spec, Trial
 
-from fastddr import loaders
-from fastddr.config import AugmentConfig
-from fastddr.data import manifest, synthetic
+from fastddr.config.sections import POLICIES
+from fastddr.data import manifest
 from fastddr.data.grades import UNGRADABLE
-from fastddr.loaders import dali
-from fastddr.progress import EpochBar
+from fastddr.errors import UserError
+from fastddr.loaders import Task
 from fastddr.ranks import available_cores
 
 
 @dataclass
 class Options:
-    """Compare the loaders."""
+    """Compare loaders."""
 
     data: Path | None = None
-    """Folder of photographs; by default a synthetic set in the user's cache."""
+    """Folder of photographs; by default synthetic ones, in the user's cache."""
+    encodings: tuple[Literal["95-420", "100-444"], ...] = ("95-420", "100-444")
+    """Of the synthetic photographs: JPEG quality and chroma."""
     photographs: int | None = None
     """Size of the synthetic set; by default that of the quickstart."""
     size: int = 512
     """Side of the synthetic photographs in pixels."""
+    length: int = 6260
+    """Photographs in an epoch, at least: the set is repeated. 0 = the set as it is."""
+    loaders: tuple[str, ...] = (
+        "dali", "resident:mmap", "resident", "torchvision", "torchvision:workers=0", "replay", *PEERS,
+    )  # fmt: skip
+    """Names with options: `dali`, `resident:mmap`, `torchvision:workers=0`; also workers=, prefetch=, store_gib=."""
+    policies: tuple[str, ...] = ("report", "fundus")
+    """What is done to a photograph. `report`: window and flips. `fundus`: also rotation, scale and colour."""
     image_size: int = 256
     """Side of the window."""
     canvas: int = 512
@@ -48,109 +72,266 @@ class Options:
     """Photographs in a batch."""
     threads: int | None = None
     """Decoding threads or worker processes; by default the cores of this process."""
-    policy: Literal["report", "fundus"] = "report"
-    """`report`: window and flips. `fundus`: also rotation, scale and colour."""
-    rounds: int = 9
-    """Counted rounds."""
+    rounds: int = 7
+    """Turns of each loader, at least 5."""
     seconds: float = 2.0
-    """How long each loader runs in a round, at least."""
+    """How long a turn is, at least."""
+    profile: bool = True
+    """Also measure what stops `dali`, `resident` and `torchvision`."""
+    step: tuple[str, ...] = ()
+    """Loaders of which the share of a training step that is spent waiting for data is measured as well."""
+    step_model: tuple[int, int, int, int] = (512, 12, 9, 8)
+    """ConvMixer for that: width, depth, kernel, patch. On a CPU take a small one."""
+    steps: int = 30
+    """Counted steps of that, after 5 that are not."""
     out: Path | None = None
-    """The JSON; by default results/loader_HARDWARE_DATE.json."""
+    """The JSON; by default results/loader_HARDWARE_DATE.json. The picture lies beside it."""
 
 
-POLICIES = {
-    "report": AugmentConfig(),
-    "fundus": AugmentConfig(rotate=180.0, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
-}
+#: Share of the cores that other processes may take before figures are called disturbed.
+_DISTURBED = 0.1
+STORE_ALONE = "resident store alone, uint8"
+KERNEL_ALONE = "resident kernel alone"
 
 
-class Trial:
-    """A loader that can be run for some seconds."""
-
-    def __init__(self, name: str, task: loaders.Task, seconds: float) -> None:
-        self.loader = loaders.build(name, task)
-        self.seconds = seconds
-        self.epoch = 0
-
-    def __call__(self) -> float:
-        """Images a second over whole epochs."""
-        images, began = 0, time.perf_counter()
-        while (took := time.perf_counter() - began) < self.seconds:
-            for batch in self.loader.epoch(self.epoch):
-                images += len(batch.id)
-            if self.loader.task.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.epoch += 1
-        return images / took
-
-
-def _synthetic(options: Options, console: Console) -> Path:
-    counts = synthetic.ddr_counts(options.photographs) if options.photographs else synthetic.default_counts()
-    with EpochBar(console, "making the synthetic photographs, once", sum(map(sum, counts.values()))) as bar:
-        return synthetic.ensure(counts, options.size, on_progress=lambda done, _: bar.update(done))
-
-
-def main(options: Options) -> None:
-    """Measure, print and write."""
-    console = Console(soft_wrap=True)
-    root = options.data or _synthetic(options, console)
+def make_task(root: Path, policy: str, options: Options) -> tuple[Task, float]:
+    """The task, and the mean size of a file in kilobytes."""
     found = manifest.read(root)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    cores = options.threads or available_cores()
-    task = loaders.Task(
-        files=found.files(),
-        grades=found.grade,
-        widths=found.width,
-        heights=found.height,
-        # All splits: nothing is learnt here, and longer epochs are nearer to a real set's.
-        ids=np.flatnonzero(found.grade < UNGRADABLE),
+    # All splits: nothing is learnt here, and longer epochs are nearer to a real set's.
+    ids = np.flatnonzero(found.grade < UNGRADABLE)
+    times = max(1, -(-options.length // len(ids)))
+    files = found.files()
+    task = Task(
+        files=[files[id_] for id_ in ids] * times,
+        grades=np.tile(found.grade[ids], times),
+        widths=np.tile(found.width[ids], times),
+        heights=np.tile(found.height[ids], times),
+        ids=np.arange(len(ids) * times),
         train=True,
         image_size=options.image_size,
         canvas=options.canvas,
-        augment=POLICIES[options.policy],
+        augment=POLICIES[policy],
         seed=0,
         batch_size=options.batch_size,
-        device=device,
-        threads=cores,
+        device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
+        threads=options.threads or available_cores(),
     )
-    settings: dict[str, tuple[str, dict[str, Any]]] = {
-        "dali": ("dali", {"threads": cores}),
-        f"torchvision, {cores} workers": ("torchvision", {"threads": cores}),
-        "torchvision, 0 workers": ("torchvision", {"threads": 0}),
-        "replay": ("replay", {"threads": cores}),
-    }
-    if not dali.installed():
-        console.print("NVIDIA DALI is not installed, so it is left out; see the README.")
-        del settings["dali"]
-    trials = {
-        label: Trial(name, replace(task, **changes), options.seconds) for label, (name, changes) in settings.items()
-    }
-    console.print(f"{len(task.ids)} photographs, {cores} threads, {device}; {options.rounds} rounds …")
-    harness.interleaved(trials, rounds=1)
-    speeds = harness.interleaved(trials, options.rounds)
-    for trial in trials.values():
-        trial.loader.close()
+    return task, float(found.size[ids].mean()) / 1000
 
-    what = {
-        "policy": options.policy,
-        "image_size": options.image_size,
-        "canvas": options.canvas,
-        "batch_size": options.batch_size,
-        "photographs": "synthetic, quality 95, 4:2:0" if options.data is None else options.data.name,
-        "mean_kilobytes": round(float(found.size.mean()) / 1000, 1),
-        "device": device.type,
-    }
-    rows: list[dict[str, Any]] = [
-        {"name": label, **what, **settings[label][1], **harness.spread(values), "unit": "images/s"}
-        for label, values in speeds.items()
-    ]
-    baseline = f"torchvision, {cores} workers"
-    if "dali" in speeds:
-        ratio = harness.ratio(speeds["dali"], speeds[baseline])
-        rows.append({"name": f"dali / {baseline}", **what, **ratio, "unit": "×"})
-    harness.show(f"Loaders: {options.image_size} px windows of a {options.canvas} px canvas, {options.policy}", rows)
-    console.print(f"written to {harness.write('loader', rows, options.out)}")
+
+class Panel:
+    """All that is measured for one kind of photographs and one policy."""
+
+    def __init__(self, task: Task, about: Mapping[str, Any], options: Options, console: Console) -> None:
+        self.task, self.about, self.options, self.console = task, dict(about), options, console
+        self.trials: dict[str, Trial] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.speeds: dict[str, list[float]] = {}
+        self.kinds: dict[str, str] = {}
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+    def begin(self, specs: Sequence[Spec]) -> None:
+        """Start the loaders; what cannot run here is left out, and said why."""
+        for spec in specs:
+            try:
+                trial = Trial(spec, self.task)
+            except UserError as problem:
+                self._say(f"{spec.label} is left out: {str(problem).rstrip('.')}.")
+                continue
+            self.trials[spec.label] = trial
+            began = time.perf_counter()
+            trial.warm()
+            self._say(f"  {spec.label} has warmed up in {time.perf_counter() - began:.0f} s")
+
+    @staticmethod
+    def _kind(name: str) -> str:
+        if name == "replay":
+            return "ceiling"
+        return "peer" if name in PEERS else "fastddr"
+
+    def race(self) -> None:
+        """All rounds."""
+        turns: dict[str, Any] = {
+            label: lambda trial=trial: trial(self.options.seconds) for label, trial in self.trials.items()
+        }
+        self.kinds = {label: self._kind(trial.spec.name) for label, trial in self.trials.items()}
+        store = next((trial for trial in self.trials.values() if trial.spec.name == "resident"), None)
+        if store is not None and store.task.only_crops and store.task.device.type == "cpu":
+            if store.ask("raw", 0.1) is None:
+                self._say(f"{STORE_ALONE} is left out: this resident loader has no raw_windows.")
+            else:
+                turns[STORE_ALONE] = lambda: store.ask("raw", self.options.seconds).rate
+                self.kinds[STORE_ALONE] = "store"
+        self.speeds = harness.interleaved(
+            turns, self.options.rounds, lambda k: self._say(f"  round {k} of {self.options.rounds}")
+        )
+        for label, values in self.speeds.items():
+            row = {"name": label, "kind": self.kinds[label], **self.about, **harness.spread(values)}
+            self.rows.append(row | {"unit": "images/s"} | self._cost(self.trials.get(label)))
+        others = [row["others_cpu_share"] for row in self.rows if "others_cpu_share" in row]
+        if others and max(others) > _DISTURBED:
+            self._say(
+                f"Other processes took up to {100 * max(others):.0f} % of the cores meanwhile; "
+                "measure again on an idle machine."
+            )
+        self._kernel()
+
+    def _cost(self, trial: Trial | None) -> dict[str, Any]:
+        if trial is None:
+            return {}
+        whole, files = trial.memory
+        mine, others = trial.cpu_shares(available_cores())
+        found: dict[str, Any] = {
+            "loader": trial.spec.name,
+            **trial.spec.options,
+            "cpu_share": round(mine, 3),
+            "others_cpu_share": round(others, 3),
+            "ram_gib": round(whole / 2**30, 2),
+            "ram_of_files_gib": round(files / 2**30, 2),
+        }
+        if trial.warmth.vram is not None:
+            found["vram_gib"] = round(trial.warmth.vram / 2**30, 2)
+        if trial.warmth.first_epoch is not None:
+            found["first_epoch_seconds"] = round(trial.warmth.first_epoch, 1)
+        return found
+
+    def _kernel(self) -> None:
+        for trial in self.trials.values():
+            rates = trial.ask("kernel", 0.2) if trial.spec.name == "resident" else None
+            if rates is not None:
+                self.speeds[KERNEL_ALONE] = rates
+                row = {"name": KERNEL_ALONE, "kind": "store", **self.about, **harness.spread(rates)}
+                self.rows.append(row | {"unit": "images/s"})
+                return
+
+    def profile(self) -> None:
+        """What stops each of fastddr's loaders, and the physical limits."""
+        self._limits()
+        for label, trial in self.trials.items():
+            if not self.options.profile or trial.spec.name in PEERS:
+                continue
+            found = trial.ask("stages", float(np.median(self.speeds[label])), min(self.options.seconds / 6, 0.5))
+            if found is None:
+                continue
+            self._say(stages.sentence(label, found.shares))
+            self.rows += [
+                {"name": f"{label}: {stage}", "kind": "profile", **self.about, **harness.spread(values)}
+                | {"unit": "% of the time"}
+                for stage, values in found.shares.items()
+            ]
+            if found.decode_only and label == "dali":
+                self._limit("DALI, reading and decoding alone", found.decode_only)
+
+    def _limits(self) -> None:
+        cores, rounds = self.task.threads, self.options.rounds
+        seconds = min(self.options.seconds / 6, 0.5)
+        files = limits.spaced(self.task.files, 64)
+        if all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
+            rates = limits.decoded(files, seconds, rounds)
+            self._limit(f"libjpeg-turbo, whole photographs, one core × {cores}", [cores * rate for rate in rates])
+        bandwidth = limits.copied(self.task.device, cores, rounds)
+        cost = limits.bytes_moved(self.task.image_size, self.task.dtype)
+        self._limit("copying", [rate / cost for rate in bandwidth])
+        self.rows[-1]["gigabytes_per_second"] = round(float(np.median(bandwidth)) / 1e9, 1)
+
+    def _limit(self, name: str, rates: Sequence[float]) -> None:
+        self.speeds[name] = list(rates)
+        row = {"name": name, "kind": "limit", **self.about, **harness.spread(rates), "unit": "images/s"}
+        self.rows.append(row)
+
+    def compare(self) -> None:
+        """Ratios and targets."""
+        found = targets.of(self.speeds, self.kinds, self.about, gpu=self.task.device.type == "cuda")
+        for row in found:
+            self.rows.append({"kind": "target" if "target" in row else "ratio", **self.about, **row})
+
+    def close(self) -> None:
+        """End all loaders."""
+        for trial in self.trials.values():
+            trial.close()
+        self.trials = {}
+
+
+def measure(panel: Panel, specs: Sequence[Spec]) -> list[dict[str, Any]]:
+    """One panel from its beginning to its end."""
+    try:
+        panel.begin(specs)
+        panel.race()
+        panel.profile()
+        panel.compare()
+    finally:
+        panel.close()
+    return panel.rows
+
+
+def report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A panel's tables of speeds and limits, of ratios, and its targets."""
+    title = f"{rows[0]['photographs']}, {rows[0]['policy']}"
+    columns = ("cpu_share", "ram_gib", "ram_of_files_gib", "vram_gib", "first_epoch_seconds")
+    speeds = [row for row in rows if row["kind"] in ("fastddr", "store", "peer", "ceiling", "limit")]
+    harness.show(title, speeds, [column for column in columns if any(column in row for row in speeds)])
+    others = [row for row in rows if row["kind"] in ("ratio", "wait")]
+    if others:
+        harness.show(f"{title}: ratios and waiting", others)
+    for row in rows:
+        if row["kind"] == "target":
+            console.print(targets.sentence(row), highlight=False, markup=False)
+
+
+def main(options: Options) -> None:
+    """Measure, print, write and draw."""
+    # Not at the top, because each loader's process imports this file: what it does not need would be in its memory.
+    import plots
+    import waiting
+
+    console = Console(soft_wrap=True)
+    if options.rounds < 5:
+        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
+    unknown = [policy for policy in options.policies if policy not in POLICIES]
+    if unknown:
+        raise UserError(f"--policies {' '.join(unknown)}: known are {', '.join(POLICIES)}.")
+    specs = [Spec.parse(text) for text in options.loaders]
+    waiters = [Spec.parse(text) for text in options.step]
+    if any(spec.name not in OURS for spec in waiters):
+        raise UserError(f"--step: it can measure {', '.join(OURS)}.")
+    rows: list[dict[str, Any]] = []
+    kinds = sources.roots(options.data, options.encodings, options.photographs, options.size, console)
+    for photographs, root in kinds:
+        for policy in options.policies:
+            task, kilobytes = make_task(root, policy, options)
+            about = {
+                "photographs": photographs,
+                "policy": policy,
+                "mean_kilobytes": round(kilobytes, 1),
+                "image_size": options.image_size,
+                "canvas": options.canvas,
+                "batch_size": options.batch_size,
+                "epoch": len(task.ids),
+                "threads": task.threads,
+                "device": task.device.type,
+            }
+            console.print(f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}")
+            found = measure(Panel(task, about, options, console), specs)
+            if policy == options.policies[0]:
+                for spec in waiters:
+                    found.append(about | waiting.share(spec, task, options.step_model, options.steps))
+            rows += found
+            report(found, console)
+    where = harness.write("loader", rows, options.out)
+    hardware = harness.hardware_name(harness.machine())
+    picture = plots.loaders(
+        rows, f"Loaders, {options.image_size} px windows of a {options.canvas} px canvas, {hardware}",
+        where.with_suffix(".png"),
+    )  # fmt: skip
+    console.print(f"written to {where} and {picture.name}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    # As Ctrl-C: the halted loaders must be ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"loader.py: {mistake}") from None

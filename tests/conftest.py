@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from fastddr.data.manifest import Manifest
 
 # Before anything of fastddr is imported: every jaxtyping annotation of the package is checked in every test.
 install_import_hook("fastddr", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
@@ -34,6 +38,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastddr.data import synthetic
 
     return synthetic.generate(tmp_path_factory.mktemp("data") / "tiny", counts=TINY, size=TINY_SIZE, workers=1)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Seven photographs a split, of many shapes and sizes (`photographs.mixed`)."""
+    import photographs
+
+    from fastddr.data import manifest
+
+    return manifest.read(photographs.mixed(tmp_path_factory.mktemp("data") / "mixed"))
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Nineteen photographs a split that are no plain RGB JPEG (`photographs.ODD`), as large as their canvas."""
+    import photographs
+
+    from fastddr.data import manifest
+
+    return manifest.read(photographs.odd(tmp_path_factory.mktemp("data") / "odd"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

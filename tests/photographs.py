@@ -115,3 +115,56 @@ def labelled(root: Path, of: Iterable[Photo] = SET) -> Path:
 
 
 LAYOUTS = {"official": official, "kaggle": kaggle, "gdrbench": gdrbench, "folders": folders, "csv": labelled}
+
+# ------------------------------------------------------------------------------------------ for loaders
+
+#: Photographs that are no plain RGB JPEG: what `draw` is told of each.
+ODD: dict[str, dict[str, Any]] = {
+    "greyscale": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+    "progressive": {"progressive": True},
+    **{f"turned {way}": {"orientation": way} for way in range(2, 9)},
+    "png": {"format": "PNG"},
+    "grey png": {"format": "PNG", "mode": "L"},
+    "palette": {"format": "PNG", "mode": "P"},
+    "transparent": {"format": "PNG", "mode": "RGBA"},
+    "turned png": {"format": "PNG", "orientation": 6},
+    "tiff": {"format": "TIFF"},
+    "lzw tiff": {"format": "TIFF", "compression": "tiff_lzw"},
+    "cmyk tiff": {"format": "TIFF", "mode": "CMYK"},
+    "turned tiff": {"format": "TIFF", "orientation": 6},
+}
+
+#: Sizes of the photographs of `mixed`; the fourth lies on its side.
+SHAPES = [(80, 80), (120, 80), (80, 131), (300, 211), (97, 401), (60, 50), (160, 160)]
+
+
+def mixed(root: Path) -> Path:
+    """Photographs of many shapes, smooth so that a resampling can be compared, for an 80 px canvas."""
+    rng = np.random.default_rng(5)
+    for split in ("train", "valid", "test"):
+        for number, (width, height) in enumerate(SHAPES):
+            noise = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+            exif = Image.Exif()
+            if number == 3:
+                exif[0x0112] = 6
+            path = root / split / str(number % 5) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=95, exif=exif)
+    return root
+
+
+def odd(root: Path) -> Path:
+    """The photographs of `ODD`, all of them called .jpg, as large as their 80 px canvas."""
+    for split in ("train", "valid", "test"):
+        for number, (name, settings) in enumerate(ODD.items()):
+            path = root / split / str(number % 5) / f"{name}.jpg"
+            draw(path, number, size=(100, 80), **{"format": "JPEG"} | settings)
+    return root
+
+
+def picture(path: Path, pixels: np.ndarray, **settings: Any) -> Path:
+    """These pixels (height, width, 3) to the bit: a PNG, whatever it is called."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, "PNG", **settings)
+    return path

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastddr import cli, loaders
 from fastddr.config import AugmentConfig, Config
 from fastddr.data.manifest import Manifest
@@ -70,3 +72,17 @@ def task(found: Manifest, split: str = "train", **changes: Any) -> loaders.Task:
         "threads": 1,
     }
     return loaders.Task(**(settings | changes))
+
+
+def batches(name: str, wanted: loaders.Task, epoch: int = 0, start: int = 0) -> list[loaders.Batch]:
+    """An epoch of a loader that is closed again."""
+    loader = loaders.build(name, wanted)
+    try:
+        return list(loader.epoch(epoch, start))
+    finally:
+        loader.close()
+
+
+def same(one: loaders.Batch, other: loaders.Batch) -> bool:
+    """To the bit."""
+    return all(torch.equal(getattr(one, f), getattr(other, f)) for f in ("image", "grade", "id", "valid"))

@@ -251,8 +251,14 @@ class Loader(DataLoaderStateMixin, ABC):
             images.close()
 
 
-#: For `_abandon_all`.
+#: The loaders of this process that somebody holds.
 _alive: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Close every loader that somebody holds."""
+    for loader in list(_alive):
+        loader.close()
 
 
 def _abandon_all() -> None:

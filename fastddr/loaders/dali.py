@@ -13,10 +13,11 @@ a photograph, says which links it has:
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fastddr import sampling
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable
+from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever, name_unreadable
 
 
 def installed() -> bool:
@@ -68,10 +69,12 @@ class DaliLoader(Loader):
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         depth, wanted = _depth(self.task), len(requests) - start
         sent = received = 0
+        # Whether it is known what the pipeline holds: Ctrl-C may come in the midst of a call to it.
+        known = False
         try:
             while received < wanted:
                 if self._pipeline is None:
-                    self._pipeline = _build(self.task)
+                    self._pipeline = self._build()
                     # DALI's very first run fills the whole queue, so it wants as many inputs; where the epoch
                     # is shorter than the queue, its last batch stands in, and is thrown away below.
                     for k in range(depth):
@@ -84,8 +87,13 @@ class DaliLoader(Loader):
                     sent += 1
                 image = self._receive(requests, start + received)
                 received += 1
+                known = True
                 yield image
+                known = False
+            known = True
         finally:
+            if not known:
+                self._pipeline = None
             # What is still on its way must not turn up in the next epoch.
             while self._pipeline is not None and received < sent:
                 received += 1
@@ -94,6 +102,9 @@ class DaliLoader(Loader):
                 except RuntimeError:
                     # Nobody wants this batch, so nobody need hear of it; the pipeline is built anew when needed.
                     self._pipeline = None
+
+    def _build(self) -> Any:
+        return _build(self.task)
 
     def _feed(self, requests: Requests, k: int) -> None:
         # One array for a whole batch: as a list of 64 the paths alone would take four times as long.
@@ -122,12 +133,18 @@ class DaliLoader(Loader):
         super().close()
         self._pipeline = None
 
+    def abandon(self) -> None:
+        """As `Loader.abandon`: nothing is received from the pipeline any more, and it is never ended."""
+        super().abandon()
+        keep_for_ever(self._pipeline)
+        self._pipeline = None
+
 
 def _abandon_pipelines() -> None:
-    """In a process forked from one that has pipelines: they are never ended.
+    """In a process forked from one that has pipelines, a loader's or a store's: they are never ended.
 
     A fork has them without their threads, and ending one would wait for those for ever: also at the very end, when
-    Python lets go of everything.
+    DALI ends all pipelines that it knows.
     """
     module = sys.modules.get("nvidia.dali.pipeline")
     if module is not None:
@@ -202,12 +219,16 @@ def _mirrors(task: Task) -> bool:
     return task.train and (task.augment.hflip or task.augment.vflip)
 
 
-def _build(task: Task) -> Any:
+def _build(task: Task, source: Callable[[Task], Any] | None = None) -> Any:
+    """The pipeline. `source` makes the operator that gives it pixels; by default they are read and decoded."""
     # Larger buffers come from DALI's own pool instead of `malloc`, which would give them back to the system and fetch
     # them anew, page by page, for each batch. Read when DALI first allocates.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
     from nvidia.dali import Pipeline
 
+    # As the interpreter ends DALI ends its pipelines. After its import, and so called before that: the loaders.
+    atexit.unregister(close_all)
+    atexit.register(close_all)
     gpu = task.device.type == "cuda"
     pipeline = Pipeline(
         batch_size=task.micro_batch_size,
@@ -218,26 +239,43 @@ def _build(task: Task) -> Any:
         seed=0,  # nothing in the graph is random
     )
     with pipeline:
-        pipeline.set_outputs(_graph(task))
+        pipeline.set_outputs(_graph(task, (source or _decoded)(task)))
     pipeline.build()
     return pipeline
 
 
-def _graph(task: Task) -> Any:
-    """From paths and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32."""
+def _external(name: str, dtype: str, ndim: int, **settings: Any) -> Any:
+    from nvidia.dali import fn, types
+
+    return fn.external_source(name=name, dtype=getattr(types, dtype), ndim=ndim, **settings)
+
+
+def _decoded(task: Task) -> Any:
+    """The part of each photograph that its image needs, read and decoded."""
+    from nvidia.dali import fn, types
+
+    return fn.decoders.image_slice(
+        fn.io.file.read(_external("path", "UINT8", 1)),
+        start=_external("start", "INT32", 1),
+        shape=_external("shape", "INT32", 1),
+        axis_names="WH",
+        output_type=types.RGB,
+        **_decoding(task),
+    )
+
+
+def given_pixels(task: Task) -> Any:
+    """The same, from the host's memory."""
+    return _external("pixels", "UINT8", 3, layout="HWC", no_copy=True)
+
+
+def _graph(task: Task, pixels: Any) -> Any:
+    """From pixels and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32."""
     from nvidia.dali import fn, types
 
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-    pixels = fn.decoders.image_slice(
-        fn.io.file.read(given("path", types.UINT8, 1)),
-        start=given("start", types.INT32, 1),
-        shape=given("shape", types.INT32, 1),
-        axis_names="WH",
-        output_type=types.RGB,
-        **_decoding(task),
-    )
     if not task.canvas_is_source:
         pixels = fn.resize(
             pixels,
@@ -295,7 +333,7 @@ class Canvases:
         """`together`: how many photographs are decoded at once."""
         self._task = task
         self._together = together
-        self._paths = [np.frombuffer(os.fsencode(file), dtype=np.uint8) for file in task.files]
+        self._paths = _paths(task)
         self._width, self._height = sampling.canvas_size(task.widths, task.heights, task.canvas)
 
     def walk(self, ids: Int[np.ndarray, " n"]) -> Generator[list[tuple[int, Tensor]], None, None]:
@@ -315,7 +353,7 @@ class Canvases:
         def inputs() -> Any:
             for chunk in chunks:
                 size = np.stack([self._height[chunk], self._width[chunk]], axis=1).astype(np.float32)
-                paths = [self._paths[id_] for id_ in chunk]
+                paths = self._paths[chunk]
                 yield (paths, size) if scaled else (paths,)
 
         pipeline = Pipeline(

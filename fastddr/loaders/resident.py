@@ -5,7 +5,8 @@ batch and not for the set. Whole canvases are kept (uint8), so a window is as go
 
 On a GPU one kernel (`kernels.warp`) makes a batch from the store: straight from the GPU's own memory, or from boxes
 that are gathered on the host into a ring of pinned slots and copied by a stream of their own while the model computes.
-On a CPU windows are copied slice by slice; advanced indexing would be a hundred times slower.
+On a CPU windows are copied slice by slice (advanced indexing would be a hundred times slower), and DALI mirrors, warps
+and colours them; without DALI PyTorch does.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.kernels import warp as kernels
-from fastddr.loaders import canvases, stores
+from fastddr.loaders import canvases, dali, stores
 from fastddr.loaders.base import Loader, Requests, Task
 from fastddr.loaders.capacity import measure
 from fastddr.loaders.choosing import choose
+from fastddr.loaders.finisher import Finisher
 from fastddr.loaders.ring import Ring
 
 #: Photographs that are decoded at once while the store is filled.
@@ -54,11 +56,23 @@ class ResidentLoader(Loader):
         self._say = say or (lambda line: None)
         self._store = stores.build(task, canvases.decoder())
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
+        # On a CPU DALI finishes batches in its own threads. PyTorch's would wait for each other after each photograph,
+        # which is slow where anything else uses the cores.
+        self._finisher: Finisher | None = None
+        if task.device.type == "cpu" and dali.installed():
+            self._finisher = Finisher(self.task, self._store.get)
         # By type: on several ranks Accelerate calls the CPU cpu:0.
         self._ring = Ring(task.device) if task.device.type != self._store.device.type else None
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
-        for k in self._filled(requests, start):
+        filled = self._filled(requests, start)
+        if self._finisher is not None:
+            try:
+                yield from self._finisher.images(requests, start, filled)
+            finally:
+                filled.close()
+            return
+        for k in filled:
             if self.task.device.type == "cuda":
                 yield self._on_gpu(requests, k)
             else:
@@ -66,16 +80,20 @@ class ResidentLoader(Loader):
                 yield kernels.coloured(images, torch.from_numpy(requests.colour[k].astype(np.float32)))
 
     def raw_windows(self, epoch: int = 0) -> Iterator[UInt8[Tensor, "b h w 3"]]:
-        """The uint8 windows of an epoch on the host, neither coloured nor sent: the store alone, for benchmarks.
+        """The uint8 windows of an epoch on the host, as they are gathered: neither mirrored nor coloured nor sent.
+
+        The store alone, for benchmarks. Each batch is written over by the next.
 
         Raises:
-            ValueError: a policy that does more than to cut and mirror windows.
+            ValueError: a policy that does more than to cut and mirror windows, or DALI is not installed.
         """
-        if not self.task.only_crops:
-            raise ValueError("there are windows only where every map is one")
-        requests = self.task.requests(epoch)
+        if not self.task.only_crops or self._finisher is None:
+            raise ValueError("there are windows only on a CPU with DALI, and where every map is one")
+        requests, size = self.task.requests(epoch), self.task.image_size
+        out = np.empty((self.task.micro_batch_size, size, size, 3), dtype=np.uint8)
         for k in self._filled(requests, 0):
-            yield self._windows(requests, k)
+            self._finisher.windows(requests, k, out)
+            yield torch.from_numpy(out)
 
     def _filled(self, requests: Requests, start: int) -> Generator[int, None, None]:
         """The micro batches from `start` on, each as soon as all of its photographs are in the store."""
@@ -197,6 +215,8 @@ class ResidentLoader(Loader):
     def close(self) -> None:
         """Frees the photographs; a file stays for the next run."""
         super().close()
+        if self._finisher is not None:
+            self._finisher.close()
         self._store.close()
         self._ring = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -149,6 +150,11 @@ def _clean_processes() -> BaseContext:
     return context
 
 
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes; the one in front ends the workers, which have nothing to say to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class VisionLoader(Loader):
     """PIL and worker processes. `threads` is the number of workers; 0 decodes in the main process."""
 
@@ -166,6 +172,7 @@ class VisionLoader(Loader):
             prefetch_factor=task.prefetch if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
             collate_fn=_collate,
+            worker_init_fn=_ignore_ctrl_c,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.
             generator=torch.Generator().manual_seed(0),

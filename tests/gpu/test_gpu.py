@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from reference import REAL
 from tests_support import task
 
 from fastddr import loaders
@@ -17,51 +20,205 @@ from fastddr.config import AugmentConfig
 from fastddr.data import manifest
 
 pytestmark = pytest.mark.gpu
-STD = 255 * torch.tensor(AugmentConfig().std).view(1, 3, 1, 1)
+CARD = torch.device("cuda", 0)
+POLICIES = {
+    "none": AugmentConfig(hflip=False, vflip=False),
+    "report": AugmentConfig(),
+    "fundus": AugmentConfig(rotate=180, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
+}
+#: Grey levels by which the card's JPEG decoder may be off libjpeg's: at worst, and on average. Its IDCT and its colours
+#: round otherwise. Assumed, not measured yet.
+DECODED, DECODED_MEAN = 3.01, 0.5
+#: What half precision adds to a normalised value of up to 2.7, in grey levels (of 255, a standard deviation of 0.3).
+ROUNDED = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.8}
 
 #: In a process of its own: a decoder that crashes must fail the test and not end the session.
 COMPARE = """
-import sys, torch
-from dataclasses import replace
-sys.path.insert(0, sys.argv[2])
+import json, sys
+from dataclasses import fields, replace
+sys.path.insert(0, sys.argv[1])
+import numpy as np, torch
 from fastddr import loaders
+from fastddr.config import AugmentConfig
 from fastddr.data import manifest
+from reference import compared
 from tests_support import task
-found = manifest.read(sys.argv[1])
-wanted = task(found, "test", canvas=int(sys.argv[3]), image_size=64, batch_size=13)
-gpu = loaders.build("dali", replace(wanted, device=torch.device("cuda", 0)))
-cpu = loaders.build("torchvision", replace(wanted, threads=0))
-one, other = next(gpu.epoch()), next(cpu.epoch())
-assert one.image.device.type == "cuda" and one.image.is_contiguous(memory_format=torch.channels_last)
-levels = ((one.image.cpu() - other.image) * 255 * torch.tensor(wanted.augment.std).view(1, 3, 1, 1)).abs()
-print(levels.max().item(), levels.mean().item())
+name, data, canvas, policy, dtype = sys.argv[2:]
+found = manifest.read(data)
+# JSON has no tuples.
+chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(policy).items()}
+augment = AugmentConfig(**chosen)
+wanted = task(found, canvas=int(canvas), image_size=64, batch_size=8, augment=augment, threads=2)
+wanted = replace(wanted, device=torch.device("cuda", 0), dtype=getattr(torch, dtype))
+loader = loaders.build(name, wanted)
+most, total, count = 0.0, 0.0, 0
+for k, batch in enumerate(loader.epoch()):
+    assert batch.image.device.type == batch.grade.device.type == batch.valid.device.type == "cuda"
+    assert batch.image.dtype == wanted.dtype
+    assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    for image in compared(batch, wanted, wanted.requests(0), k):
+        levels = np.abs(image.levels)
+        # At the very edge of a reduced canvas filters are cut off differently.
+        within = levels[np.abs(image.inside) > 1.5] if int(canvas) != 80 else levels
+        most, total, count = max(most, within.max()), total + within.sum(), count + within.size
+loader.close()
+print(most, total / count)
 """
 
 
-@pytest.mark.parametrize("canvas", [80, 72], ids=["window", "whole"])
-def test_the_gpu_decoder_gives_the_pixels_of_pil(tiny: Path, canvas: int) -> None:
-    """Within 3 levels at worst and half a level on average: the GPU's IDCT and upsampling round otherwise."""
-    arguments = [sys.executable, "-c", COMPARE, str(tiny), str(Path(__file__).parents[1]), str(canvas)]
+def off(name: str, data: Path, canvas: int, policy: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest and mean difference from the reference in grey levels."""
+    chosen = {field.name: getattr(POLICIES[policy], field.name) for field in fields(AugmentConfig)}
+    given = [str(data), str(canvas), json.dumps(chosen), str(dtype).removeprefix("torch.")]
+    arguments = [sys.executable, "-c", COMPARE, str(Path(__file__).parents[1]), name, *given]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    most, mean = map(float, done.stdout.split())
-    assert most <= 3.01
-    assert mean <= 0.5
+    most, mean = map(float, done.stdout.split()[-2:])
+    return most, mean
 
 
-@pytest.mark.parametrize("name", ["dali", "torchvision", "replay"])
-def test_batches_are_on_the_card_in_the_training_dtype(name: str, tiny: Path) -> None:
-    wanted = replace(task(manifest.read(tiny)), device=torch.device("cuda", 0), dtype=torch.bfloat16)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("canvas", [80, 72], ids=["own canvas", "scaled"])
+@pytest.mark.parametrize("name", REAL)
+def test_the_pixels_on_the_card_are_those_of_the_reference(name: str, canvas: int, policy: str, tiny: Path) -> None:
+    """Regions and whole photographs, decoded on the card; JPEGs of 4:2:0, with fancy upsampling on."""
+    most, mean = off(name, tiny, canvas, policy, torch.float32)
+    # A warp by PIL cuts fractions off, and scaling rounds to whole levels.
+    more = (1.01 if canvas != 80 else 0) + (1.01 if name == "torchvision" and policy == "fundus" else 0)
+    assert most <= DECODED + more
+    assert mean <= DECODED_MEAN + more / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", ["report", "fundus"])
+@pytest.mark.parametrize("name", REAL)
+def test_every_training_dtype(name: str, policy: str, dtype: torch.dtype, tiny: Path) -> None:
+    most, mean = off(name, tiny, 80, policy, dtype)
+    # The colour map of `fundus` may have darkened an image, and its inverse then stretches the rounding.
+    stretched = ROUNDED[dtype] * (3 if policy == "fundus" else 1)
+    assert most <= DECODED + stretched + (1.01 if name == "torchvision" and policy == "fundus" else 0)
+    assert mean <= DECODED_MEAN + stretched
+
+
+@pytest.mark.parametrize("policy", ["report", "fundus"])
+@pytest.mark.parametrize("canvas", [80, 72], ids=["own canvas", "scaled"])
+@pytest.mark.parametrize("name", REAL)
+def test_a_photograph_does_not_depend_on_its_place_in_a_batch(name: str, canvas: int, policy: str, tiny: Path) -> None:
+    """DALI's default gives one part of a batch to the JPEG engines and the rest to CUDA."""
+    found = manifest.read(tiny)
+    ids = found.ids("train")[:24]
+
+    def images(**changes: Any) -> dict[int, torch.Tensor]:
+        wanted = task(found, **{"ids": ids, "canvas": canvas, "augment": POLICIES[policy], "threads": 2} | changes)
+        loader = loaders.build(name, replace(wanted, device=CARD))
+        made = {
+            int(id_): image
+            for batch in loader.epoch()
+            for id_, image, valid in zip(batch.id.tolist(), batch.image, batch.valid.tolist(), strict=True)
+            if valid
+        }
+        loader.close()
+        assert len(made) == 24
+        return made
+
+    # Training's maps belong to the photograph and not to its place.
+    expected = images(batch_size=24)
+    for batch_size in (12, 3, 1):
+        for id_, image in images(batch_size=batch_size).items():
+            assert torch.equal(image, expected[id_]), (id_, batch_size)
+    # An evaluation is in the order of the ids.
+    expected = images(batch_size=24, train=False)
+    for order in (ids[::-1].copy(), np.roll(ids, 7)):
+        for id_, image in images(batch_size=24, train=False, ids=order).items():
+            assert torch.equal(image, expected[id_]), id_
+
+
+@pytest.mark.parametrize("name", [*REAL, "replay"])
+def test_batches_stay_as_they_were_and_come_again(name: str, tiny: Path) -> None:
+    wanted = replace(task(manifest.read(tiny)), device=CARD, dtype=torch.bfloat16)
     loader = loaders.build(name, wanted)
     kept = [(batch.image, batch.image.clone()) for batch in loader.epoch()]
     again = [batch.image for batch in loader.epoch()]
     loader.close()
     for (image, copy), repeated in zip(kept, again, strict=True):
         assert image.device.type == "cuda"
-        assert image.dtype == torch.bfloat16
-        assert image.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(image, copy), "a batch that is kept is not written over"
         assert torch.equal(image, repeated)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_host_never_waits_for_the_card(name: str, tiny: Path) -> None:
+    """PyTorch refuses every call that makes the host wait. What DALI does inside is not seen by it."""
+    loader = loaders.build(name, replace(task(manifest.read(tiny)), device=CARD, dtype=torch.float16))
+    list(loader.epoch(0))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in loader.epoch(1):
+            batch.image.sum()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loader.close()
+
+
+#: Memory of the card over 20 epochs, the odd ones left early, and after `close`: of PyTorch, and of all together.
+MEMORY = """
+import gc, json, sys
+from dataclasses import fields, replace
+sys.path.insert(0, sys.argv[1])
+import torch
+from fastddr import loaders
+from fastddr.data import manifest
+from tests_support import task
+device = torch.device("cuda", 0)
+torch.zeros(1, device=device)
+
+def used():
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, whole = torch.cuda.mem_get_info(device)
+    return {"torch": torch.cuda.memory_allocated(device) / 2**20, "card": (whole - free) / 2**20}
+
+def walk(loader, epochs):
+    for number in range(epochs):
+        for k, batch in enumerate(loader.epoch(number)):
+            if number % 2 and k == 1:
+                break
+
+def build():
+    return loaders.build(sys.argv[2], replace(task(manifest.read(sys.argv[3]), threads=2), device=device))
+
+loader = build()
+walk(loader, 4)
+found = {"before": used()}
+walk(loader, 20)
+found["after 20 epochs"] = used()
+loader.close()
+del loader
+found["closed"] = used()
+for _ in range(5):
+    loader = build()
+    walk(loader, 2)
+    loader.close()
+    del loader
+found["after 5 loaders"] = used()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_memory_of_the_card_is_flat_and_given_back(name: str, tiny: Path) -> None:
+    """Of the card as a whole: nobody else may use it meanwhile."""
+    arguments = [sys.executable, "-c", MEMORY, str(Path(__file__).parents[1]), name, str(tiny)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["after 20 epochs"]["torch"] <= seen["before"]["torch"] + 1, seen
+    assert seen["after 20 epochs"]["card"] <= seen["before"]["card"] + 32, seen
+    assert seen["closed"]["torch"] <= 1, seen
+    # DALI keeps its pool for the next pipeline.
+    assert seen["after 5 loaders"]["card"] <= seen["closed"]["card"] + 32, seen
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])

@@ -62,6 +62,8 @@ def test_without_a_gpu_there_is_no_vram(tasks: list[Task]) -> None:
 def test_a_budget_is_the_most_that_is_taken(tasks: list[Task]) -> None:
     exact = [replace(one, budget=NEED) for one in tasks]
     assert choose("auto", exact, 10, PLENTY).loader == "resident"
+    # It only lowers the limit: half of what is free stays for others.
+    assert choose("auto", exact, 10, Free(0, 2 * NEED - 2, 2 * NEED - 2)).loader == "dali"
     less = [replace(one, budget=NEED - 1) for one in tasks]
     assert choose("auto", less, 10, PLENTY).loader == "dali"
     with pytest.raises(UserError, match=r"more than is allowed \(ram .*GiB, mmap .*GiB\); take --loader dali"):

@@ -1,0 +1,372 @@
+"""How others load the same photographs: what `benchmarks/loader.py` measures fastddr's loaders against.
+
+Each peer does the whole work: read the JPEG, decode it, a random window of the canvas, random flips, for the policies
+with colour a random turn, scale and jitter, and normalisation, to float32 batches (b, 3, h, w) in the main process,
+shuffled, epoch after epoch. Windows and turns come from the peer's own random numbers, in its own documented way. The
+window is cut before it is turned, which is the least work: the corners get black, where fastddr's loaders show what is
+there. Number of workers, batch and prefetch are the same for all.
+
+`pip install -e ".[peers]"` installs what can be had from the registry. SPDL's own decoder also wants FFmpeg's libraries
+(4 to 9), which its wheels do not bring: `apt install ffmpeg` on Debian and Ubuntu. FFCV is not here: it installs from
+source only, against OpenCV's and libturbojpeg's headers, and reads a file of its own form instead of photographs.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastddr.loaders import Task
+
+
+class Peer(ABC):
+    """Batches of images, for ever."""
+
+    name: ClassVar[str]
+    #: Batches that each worker may have made before anybody asks, as `DataLoader` has it by default.
+    prefetch: ClassVar[int] = 2
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.files = [task.files[id_] for id_ in task.ids]
+
+    @classmethod
+    def missing(cls, task: Task) -> str | None:
+        """Why this peer cannot do the task here; None if it can."""
+        del task
+        return None
+
+    @abstractmethod
+    def batches(self) -> Iterator[Tensor]:
+        """Normalised images on the device, without end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of threads and processes."""
+
+
+# ------------------------------------------------------------------------------------- torchvision, worker processes
+
+
+class _Photographs(Dataset[tuple[Tensor, int]]):
+    """As `torchvision.datasets.ImageFolder`, but for a list of files."""
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        grades: Sequence[int],
+        load: Callable[[str], Any],
+        transform: Callable[[Any], Tensor],
+    ) -> None:
+        self.files, self.grades, self.load, self.transform = files, grades, load, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.load(self.files[index])), self.grades[index]
+
+
+class _InWorkers(Peer):
+    """torchvision's transforms in the workers of a `DataLoader`."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        grades = [int(task.grades[id_]) for id_ in task.ids]
+        workers = task.threads
+        self.loader: Any = DataLoader(
+            _Photographs(self.files, grades, self.load, self.transform()),
+            batch_size=task.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=self.prefetch if workers > 0 else None,
+            pin_memory=task.device.type == "cuda",
+        )
+
+    @staticmethod
+    @abstractmethod
+    def load(file: str) -> Any:
+        """The decoded photograph."""
+
+    @abstractmethod
+    def transform(self) -> Callable[[Any], Tensor]:
+        """From that to a normalised window."""
+
+    def batches(self) -> Iterator[Tensor]:
+        while True:
+            for images, _ in self.loader:
+                yield images.to(self.task.device, non_blocking=True)
+
+    def close(self) -> None:
+        self.loader = None  # the only public way to end persistent workers
+
+
+class TorchPil(_InWorkers):
+    """The report's way, and that of torchvision's training references: PIL, then `torchvision.transforms`.
+
+    `ImageFolder`'s loader, `RandomCrop`, flips, `ToTensor`, `Normalize`.
+    """
+
+    name = "torch-pil"
+
+    @staticmethod
+    def load(file: str) -> Image.Image:
+        with open(file, "rb") as stream:
+            return Image.open(stream).convert("RGB")
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        from torchvision import transforms
+
+        task, augment = self.task, self.task.augment
+        steps: list[Any] = [] if task.canvas_is_source else [transforms.Resize(task.canvas)]
+        steps.append(transforms.RandomCrop(task.image_size))
+        if not task.only_crops:
+            bilinear = transforms.InterpolationMode.BILINEAR
+            steps.append(transforms.RandomAffine(augment.rotate, scale=augment.scale, interpolation=bilinear))
+        steps += [transforms.RandomHorizontalFlip()] * augment.hflip + [transforms.RandomVerticalFlip()] * augment.vflip
+        if not task.only_normalises:
+            steps.append(transforms.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
+        return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(augment.mean, augment.std)])
+
+
+class TorchDecodeJpeg(_InWorkers):
+    """`torchvision.io.decode_jpeg` (libjpeg-turbo) and `transforms.v2` on uint8 tensors, until `Normalize`.
+
+    What torchvision's documentation recommends for speed ("Performance considerations" of its transforms).
+    """
+
+    name = "torch-decode-jpeg"
+
+    @staticmethod
+    def load(file: str) -> Tensor:
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+        return decode_jpeg(read_file(file), mode=ImageReadMode.RGB)
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        return _tensor_transform(self.task)
+
+
+class TorchCodec(TorchDecodeJpeg):
+    """The same with TorchCodec's decoder, to which torchvision's documentation sends its readers since 0.29."""
+
+    name = "torchcodec"
+
+    @classmethod
+    def missing(cls, task: Task) -> str | None:
+        if find_spec("torchcodec") is None:
+            return 'TorchCodec is not installed; `pip install -e ".[peers]"`'
+        try:
+            from torchcodec.decoders import decode_jpeg  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"TorchCodec cannot be loaded ({str(error).splitlines()[0]})"
+        return None
+
+    @staticmethod
+    def load(file: str) -> Tensor:
+        from torchcodec.decoders import decode_jpeg
+
+        photograph: Tensor = decode_jpeg(file)  # type: ignore[assignment]  # of one file it is one tensor
+        return photograph
+
+
+def _tensor_transform(task: Task) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import InterpolationMode, v2
+
+    augment = task.augment
+    steps: list[Any] = [] if task.canvas_is_source else [v2.Resize(task.canvas, antialias=True)]
+    steps.append(v2.RandomCrop(task.image_size))
+    if not task.only_crops:
+        steps.append(v2.RandomAffine(augment.rotate, scale=augment.scale, interpolation=InterpolationMode.BILINEAR))
+    steps += [v2.RandomHorizontalFlip()] * augment.hflip + [v2.RandomVerticalFlip()] * augment.vflip
+    if not task.only_normalises:
+        steps.append(v2.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.mean, augment.std)])
+
+
+# ------------------------------------------------------------------------------------------------------ SPDL, threads
+
+
+class _InThreads(Peer):
+    """A `spdl.pipeline`: whole batches, as many at once as there are workers, each in a thread.
+
+    The threads stay and the source never ends, so no epoch waits for the next. Inside a thread PyTorch gets one core.
+    """
+
+    @classmethod
+    def missing(cls, task: Task) -> str | None:
+        if find_spec("spdl") is None:
+            return 'SPDL is not installed; `pip install -e ".[peers]"`'
+        return None
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        from spdl.pipeline import PipelineBuilder
+
+        workers = max(1, task.threads)
+        torch.set_num_threads(1)
+        self.mean = 255 * torch.tensor(task.augment.mean)
+        self.std = 255 * torch.tensor(task.augment.std)
+        builder: Any = PipelineBuilder()
+        self.pipeline: Any = (
+            builder.add_source(self._paths())
+            .aggregate(task.batch_size)
+            .pipe(self._batch, concurrency=workers, name=f"load_{self.name}")
+            .add_sink(self.prefetch)
+            .build(num_threads=workers)
+        )
+        self.pipeline.start()
+
+    def _paths(self) -> Generator[str, None, None]:
+        while True:
+            yield from random.sample(self.files, len(self.files))
+
+    @abstractmethod
+    def _batch(self, files: list[str]) -> Tensor:
+        """The images of these files."""
+
+    def batches(self) -> Iterator[Tensor]:
+        for images in self.pipeline:
+            yield images.to(self.task.device, non_blocking=True)
+
+    def close(self) -> None:
+        self.pipeline.stop()
+
+
+class Spdl(_InThreads):
+    """SPDL as its documentation has it for images: `spdl.io`, that is FFmpeg's decoder and filters, in threads.
+
+    Window and flips are FFmpeg filters, applied before the conversion to RGB ("Using filters for augmentation"); FFmpeg
+    lays the window on even pixels where chroma is subsampled. `convert_frames` makes one contiguous batch ("Migrating
+    from PyTorch DataLoader").
+    """
+
+    name = "spdl"
+
+    @classmethod
+    def missing(cls, task: Task) -> str | None:
+        absent = super().missing(task)
+        if absent is not None:
+            return absent
+        import spdl.io.utils
+
+        try:
+            spdl.io.utils.get_ffmpeg_versions()
+        except RuntimeError:
+            return "SPDL finds none of FFmpeg's libraries, which its wheels do not bring; `apt install ffmpeg`"
+        if not (task.only_crops and task.only_normalises):
+            return "its filters have no jitter of colours that would be the same work, so it runs `report` only"
+        return None
+
+    def _batch(self, files: list[str]) -> Tensor:
+        import spdl.io
+
+        frames = [spdl.io.decode_packets(spdl.io.demux_image(file), filter_desc=self._filters()) for file in files]
+        images: Tensor = spdl.io.to_torch(spdl.io.convert_frames(frames))
+        return images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+
+    def _filters(self) -> str | None:
+        import spdl.io
+
+        size, augment = self.task.image_size, self.task.augment
+        filters = []
+        if not self.task.canvas_is_source:
+            short = self.task.canvas
+            filters.append(f"scale='if(gt(iw,ih),-1,{short})':'if(gt(iw,ih),{short},-1)'")
+        filters.append(f"crop={size}:{size}:{random.random():.4f}*(iw-ow):{random.random():.4f}*(ih-oh)")
+        filters += ["hflip"] * (augment.hflip and random.random() < 0.5)
+        filters += ["vflip"] * (augment.vflip and random.random() < 0.5)
+        description: str | None = spdl.io.get_video_filter_desc(filter_desc=",".join(filters), pix_fmt="rgb24")
+        return description
+
+
+class SpdlDecodeJpeg(_InThreads):
+    """SPDL's pipeline around torchvision's decoder and transforms, which let go of the GIL.
+
+    Its documentation's first step of a migration: any function that lets go of the GIL may be a stage.
+    """
+
+    name = "spdl-decode-jpeg"
+
+    def __init__(self, task: Task) -> None:
+        self.transform = _tensor_transform(task)
+        super().__init__(task)
+
+    def _batch(self, files: list[str]) -> Tensor:
+        return torch.stack([self.transform(TorchDecodeJpeg.load(file)) for file in files])
+
+
+# ---------------------------------------------------------------------------------------------- torchvision, on a GPU
+
+
+class TorchvisionGpu(Peer):
+    """`torchvision.io.decode_jpeg(list of bytes, device="cuda")`, that is nvJPEG, a batch at a time.
+
+    As its documentation recommends, all files of a batch go into one call. Threads read the next batches meanwhile;
+    each photograph gets its window, and the batch is normalised at once, on the GPU.
+    """
+
+    name = "torchvision-gpu"
+
+    @classmethod
+    def missing(cls, task: Task) -> str | None:
+        if task.device.type != "cuda":
+            return "it decodes on a GPU, and PyTorch sees none here"
+        if not (task.only_crops and task.only_normalises):
+            return "its transforms would turn and colour one photograph at a time on the GPU, so it runs `report` only"
+        return None
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.threads = ThreadPoolExecutor(max(1, task.threads))
+
+    def _read(self, files: list[str]) -> list[Tensor]:
+        from torchvision.io import read_file
+
+        return [read_file(file) for file in files]
+
+    def _batches_of_files(self) -> Generator[list[str], None, None]:
+        size = self.task.batch_size
+        while True:
+            files = random.sample(self.files, len(self.files))
+            yield from (files[start : start + size] for start in range(0, len(files) - size + 1, size))
+
+    def batches(self) -> Iterator[Tensor]:
+        from torchvision.io import ImageReadMode, decode_jpeg
+        from torchvision.transforms import v2
+
+        task, augment = self.task, self.task.augment
+        # Each worker one batch ahead.
+        wanted = self._batches_of_files()
+        reading = [self.threads.submit(self._read, next(wanted)) for _ in range(max(1, task.threads))]
+        window = v2.Compose(
+            ([] if task.canvas_is_source else [v2.Resize(task.canvas, antialias=True)])
+            + [v2.RandomCrop(task.image_size)]
+            + [v2.RandomHorizontalFlip()] * augment.hflip
+            + [v2.RandomVerticalFlip()] * augment.vflip
+        )
+        finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.mean, augment.std)])
+        while True:
+            read = reading.pop(0).result()
+            reading.append(self.threads.submit(self._read, next(wanted)))
+            decoded = decode_jpeg(read, mode=ImageReadMode.RGB, device=task.device)
+            yield finish(torch.stack([window(photograph) for photograph in decoded]))
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
+
+
+PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (TorchPil, TorchDecodeJpeg, TorchCodec, Spdl, SpdlDecodeJpeg, TorchvisionGpu)
+}

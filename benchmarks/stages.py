@@ -1,0 +1,292 @@
+"""What stops a loader: how much of its time goes into reading, decoding, warping, normalising, copying and Python.
+
+A stage's share is what it adds to the time of one image when it is put behind the stages before it, so a stage that
+runs beside a slower one adds nothing. `Python` is what is left over: feeding, batching, passing between processes.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import harness
+import numpy as np
+import torch
+from PIL import Image
+
+from fastddr.data.photograph import upright
+from fastddr.loaders import Loader, Task, dali, vision
+
+#: Rounds in which the stages are timed, in turn.
+ROUNDS = 5
+#: Stages of DALI's operators; what is not named here is geometry.
+_OPERATORS = {
+    "Read": "read",
+    "Image": "decode",
+    "ImageSlice": "decode",
+    "CropMirrorNormalize": "normalise",
+    "CoordTransform": "colour and normalise",
+    "ColorTwist": "colour and normalise",
+    "Copy": "copy",
+}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The shares of a loader's stages, round by round."""
+
+    shares: Mapping[str, Sequence[float]]
+    """Per cent of the time of an image."""
+    decode_only: Sequence[float]
+    """Images a second of reading and decoding and nothing more; empty where that is not a stage."""
+
+
+def of(loader: Loader, rate: float, seconds: float) -> Stages | None:
+    """The stages of a loader that runs at `rate` images a second; None where they are not known.
+
+    `seconds`: how long each stage is run, a round.
+    """
+    match loader.name:
+        case "dali":
+            return _dali(loader, rate, seconds)
+        case "torchvision":
+            return _torchvision(loader, rate, seconds)
+        case "resident":
+            return _resident(loader, rate, seconds)
+    return None
+
+
+def sentence(label: str, shares: Mapping[str, Sequence[float]]) -> str:
+    """`dali: decode 78 %, normalise 12 %, Python 3 %`, the largest first."""
+    medians = {stage: float(np.median(values)) for stage, values in shares.items()}
+    said = (f"{stage} {medians[stage]:.0f} %" for stage in sorted(medians, key=medians.__getitem__, reverse=True))
+    return f"{label}: {', '.join(said)}"
+
+
+def _shares(added: Mapping[str, Sequence[float]], whole: float) -> dict[str, list[float]]:
+    """Per cent from seconds an image; what the stages do not explain of `whole` is Python's."""
+    found: dict[str, list[float]] = {stage: [] for stage in (*added, "Python")}
+    for seconds in zip(*added.values(), strict=True):
+        round_ = {stage: max(value, 0.0) for stage, value in zip(added, seconds, strict=True)}
+        round_["Python"] = round_.get("Python", 0.0) + max(whole - sum(round_.values()), 0.0)
+        total = sum(round_.values())
+        for stage, value in round_.items():
+            found[stage].append(100 * value / total)
+    return found
+
+
+def _repeated(work: Callable[[], int], seconds: float) -> Callable[[], float]:
+    """A trial: seconds an image, of some work that returns how many images it was done for."""
+
+    def trial() -> float:
+        images, began = 0, time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds or not images:
+            images += work()
+        return took / images
+
+    return trial
+
+
+# ------------------------------------------------------------------------------------------------------------- dali
+
+
+class _Cut:
+    """A pipeline whose graph ends early: it takes the inputs that it still has, and no others."""
+
+    def __init__(self, build: Callable[[], Any], stage: str) -> None:
+        self.names: set[str] = set()
+
+        def graph(task: Task, pixels: Any) -> Any:
+            node = _ends(whole(task, pixels))[stage]
+            self.names = _ancestors(node)
+            return node
+
+        whole = dali._graph
+        with patch.object(dali, "_graph", graph):
+            self.pipeline = build()
+
+    def feed_input(self, name: str, value: Any) -> None:
+        if name in self.names:
+            self.pipeline.feed_input(name, value)
+
+
+def _ends(node: Any) -> dict[str, Any]:
+    """The last node of each stage on the way of the photograph, from its path to `node`."""
+    way = [node]
+    while inputs := way[-1].source.inputs:
+        way.append(inputs[0])
+    ends: dict[str, Any] = {}
+    for step in reversed(way):
+        operator = re.fullmatch(r"__(\w+?)_\d+", step.name)
+        # Without an operator's name: the external source that the paths come from.
+        stage = _OPERATORS.get(operator[1], "warp") if operator else "Python"
+        ends.pop(stage, None)  # so that the stages stand in the order of their ends
+        ends[stage] = step
+    return ends
+
+
+def _ancestors(node: Any) -> set[str]:
+    return {node.name}.union(*(_ancestors(before) for before in node.source.inputs))
+
+
+def _dali(loader: Any, rate: float, seconds: float) -> Stages:
+    task = loader.task
+    requests = task.requests(0)
+    names: list[str] = []
+
+    def note(task: Task, pixels: Any) -> Any:
+        names.extend(_ends(node := whole(task, pixels)))
+        return node
+
+    whole = dali._graph
+    with patch.object(dali, "_graph", note):
+        loader._build()
+    cuts = {stage: _Cut(loader._build, stage) for stage in names}
+    batches = itertools.cycle(range(len(requests)))
+
+    def send(cut: _Cut) -> None:
+        loader._pipeline = cut
+        loader._feed(requests, next(batches))
+        cut.pipeline.schedule_run()
+
+    def receive_one(cut: _Cut) -> int:
+        cut.pipeline.outputs()
+        send(cut)
+        return task.micro_batch_size
+
+    for cut in cuts.values():
+        # DALI's first run fills its whole queue.
+        loader._pipeline = cut
+        for _ in range(cut.pipeline.prefetch_queue_depth):
+            loader._feed(requests, next(batches))
+        cut.pipeline.schedule_run()
+    try:
+        found = harness.interleaved(
+            {stage: _repeated(lambda cut=cut: receive_one(cut), seconds) for stage, cut in cuts.items()},  # type: ignore[misc]
+            ROUNDS + 1,
+        )
+    finally:
+        loader._pipeline = None
+    found = {stage: values[1:] for stage, values in found.items()}  # the first round warms up
+    added = {names[0]: found[names[0]]}
+    for before, stage in itertools.pairwise(names):
+        added[stage] = [a - b for a, b in zip(found[stage], found[before], strict=True)]
+    return Stages(_shares(added, 1 / rate), [1 / value for value in found.get("decode", [])])
+
+
+# ------------------------------------------------------------------------------------------------------ torchvision
+
+
+def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
+    """One after another in this process, with one core: a worker does the same."""
+    task = loader.task
+    requests = task.requests(0)
+    items = itertools.cycle(
+        vision._Item(task.files[id_], affine, colour, int(width), int(height))
+        for id_, affine, colour, width, height in zip(
+            requests.id[0],
+            requests.affine[0],
+            requests.colour[0],
+            requests.canvas_width[0],
+            requests.canvas_height[0],
+            strict=True,
+        )
+    )
+    window = np.zeros((task.image_size, task.image_size, 3), dtype=np.uint8)
+    colour = requests.colour[0][0]
+    encoded = {file: open(file, "rb").read() for file in {task.files[id_] for id_ in requests.id[0]}}  # noqa: SIM115
+
+    def read() -> int:
+        with open(next(items).file, "rb") as file:
+            file.read()
+        return 1
+
+    def decode() -> int:
+        with Image.open(io.BytesIO(encoded[next(items).file])) as image:
+            image.convert("RGB")
+        return 1
+
+    def opened() -> int:
+        upright(next(items).file)
+        return 1
+
+    def rendered() -> int:
+        vision.render(next(items), task.image_size, task.only_crops)
+        return 1
+
+    def normalised() -> int:
+        pixels = window.astype(np.float32)
+        mixed = pixels * np.diag(colour) if task.only_normalises else pixels @ colour[:, :3].T
+        mixed += colour[:, 3]
+        return 1
+
+    works = {"read": read, "decode": decode, "opened": opened, "rendered": rendered, "normalised": normalised}
+    found = harness.interleaved({name: _repeated(work, seconds) for name, work in works.items()}, ROUNDS)
+    colours = "normalise" if task.only_normalises else "colour and normalise"
+    geometry = [
+        whole - opened_ - normal
+        for whole, opened_, normal in zip(found["rendered"], found["opened"], found["normalised"], strict=True)
+    ]
+    added = {"read": found["read"], "decode": found["decode"], "warp": geometry, colours: found["normalised"]}
+    # As many photographs are worked on at once as there are workers.
+    return Stages(_shares(added, max(task.threads, 1) / rate), [])
+
+
+# --------------------------------------------------------------------------------------------------------- resident
+
+
+def _resident(loader: Any, rate: float, seconds: float) -> Stages:
+    task = loader.task
+    if loader._finisher is not None:
+        # Everything is in the store by now, so nothing has to be made ready.
+        loader._finisher._fed = len(task.requests(0))
+        found = _dali(loader._finisher, rate, seconds).shares
+        # What its first operator is fed with is gathered from the store.
+        return Stages({stage.replace("Python", "gather, Python"): values for stage, values in found.items()}, [])
+
+    def asked() -> int:
+        return task.requests(0).id.size
+
+    found = harness.interleaved({"Python": _repeated(asked, seconds)}, ROUNDS)
+    found["copy, kernel, waiting"] = [1 / rate - known for known in found["Python"]]
+    return Stages(_shares(found, 1 / rate), [])
+
+
+def kernel(loader: Any, seconds: float) -> list[float]:
+    """Images a second of the kernel that makes a batch from a store on the GPU, and nothing else.
+
+    The same batch again and again, from arguments that are on the GPU already. Measured by the GPU's clock.
+    """
+    from fastddr.loaders import resident
+
+    calls: list[tuple[Any, ...]] = []
+    whole = resident.kernels.warp
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return whole(*arguments)
+
+    with patch.object(resident.kernels, "warp", noted):
+        for _ in itertools.islice(loader.epoch(0), 2):
+            pass
+    rates = []
+    batch, times = loader.task.micro_batch_size, 20
+    for _ in range(ROUNDS + 1):
+        images, milliseconds = 0, 0.0
+        while milliseconds < 1000 * seconds:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(times):
+                whole(*calls[0])
+            end.record()
+            end.synchronize()
+            images += times * batch
+            milliseconds += start.elapsed_time(end)
+        rates.append(1000 * images / milliseconds)
+    return rates[1:]

@@ -1,0 +1,364 @@
+"""Loaders that take turns: each lives in a process group of its own and is halted while another runs.
+
+So memory and processor time are the loader's own, no loader works ahead on the cores of another, and a turn measures a
+loader in full swing: what it had made before it was halted is taken first and not timed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import harness
+import stages
+import torch
+from peers import PEERS
+
+from fastddr import loaders
+from fastddr.data import cache
+from fastddr.errors import UserError
+from fastddr.loaders import Task, dali
+
+#: Names of fastddr's own loaders that can be measured.
+OURS = ("dali", "resident", "torchvision", "replay")
+STORES = ("auto", "vram", "ram", "mmap")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A loader or a peer, and its options."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """From `NAME[:OPTION[,OPTION]]`, an option being `key=value` or a kind of store.
+
+        Raises:
+            UserError: there is no such loader or option.
+        """
+        name, _, rest = text.partition(":")
+        if name not in OURS and name not in PEERS:
+            raise UserError(f"--loaders {text}: known are {', '.join([*OURS, *PEERS])}.")
+        options = {}
+        for option in filter(None, rest.split(",")):
+            key, equals, value = option.partition("=")
+            if not equals and name == "resident" and option in STORES:
+                key, value = "store", option
+            elif key not in ("workers", "prefetch", "store_gib") or not value.replace(".", "", 1).isdigit():
+                raise UserError(f"--loaders {text}: options are workers=N, prefetch=N, store_gib=X and, of resident, "
+                                f"{', '.join(STORES)}.")  # fmt: skip
+            options[key] = value
+        return cls(name, options)
+
+    @property
+    def label(self) -> str:
+        """How the loader is called in tables."""
+        said = [value if key == "store" else f"{key}={value}" for key, value in self.options.items()]
+        return ", ".join([self.name, *said])
+
+    def task(self, task: Task) -> Task:
+        """The task with this loader's options."""
+        changes: dict[str, Any] = {}
+        if "workers" in self.options:
+            changes["threads"] = int(self.options["workers"])
+        if "prefetch" in self.options:
+            changes["prefetch"] = int(self.options["prefetch"])
+        if "store" in self.options:
+            changes["store"] = self.options["store"]
+        if "store_gib" in self.options:
+            changes["budget"] = int(float(self.options["store_gib"]) * 2**30)
+        return replace(task, **changes)
+
+    def missing(self, task: Task) -> str | None:
+        """Why it cannot be measured here; None if it can."""
+        if self.name in PEERS:
+            return PEERS[self.name].missing(task)
+        if self.name == "dali" and not dali.installed():
+            return "NVIDIA DALI is not installed; see the README"
+        return None
+
+
+class Turn(NamedTuple):
+    """What one turn of a loader came to."""
+
+    images: int
+    seconds: float
+    cpu: float
+    """Seconds of processor time of the whole process group."""
+    others: float
+    """Seconds of processor time of everything else on the machine."""
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / self.seconds
+
+
+class Warm(NamedTuple):
+    """What the warm-up came to."""
+
+    first_epoch: float | None
+    """Seconds of the first epoch, of loaders that keep what they decode."""
+    vram: int | None
+    """Most bytes of the GPU that were taken since its context was there."""
+
+
+# ------------------------------------------------------------------------------------------------- the loader's process
+
+
+class _Source:
+    """What a loader's process does when it is asked."""
+
+    def __init__(self, spec: Spec, task: Task) -> None:
+        self.spec, self.task = spec, task
+        self.gpu = task.device.type == "cuda"
+        self.free = self._free()
+        self.peer = PEERS[spec.name](task) if spec.name in PEERS else None
+        self.loader = None if self.peer is not None else loaders.build(spec.name, task)
+        self.stream: Generator[int, None, None] | None = None
+        self.least = self.free
+        # Batches that may be ready when a turn begins, and one more; and those that workers bring all at once.
+        self.ready, self.burst = max(2 * task.threads, 4) + 1, max(task.threads, 1)
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self.task.device)[0] if self.gpu else 0
+
+    def _sizes(self) -> Generator[int, None, None]:
+        if self.peer is not None:
+            for images in self.peer.batches():
+                yield len(images)
+        else:
+            assert self.loader is not None
+            for epoch in itertools.count():
+                for batch in self.loader.epoch(epoch):
+                    yield len(batch.image)
+
+    def _next(self, stream: Generator[int, None, None] | None = None) -> int:
+        if stream is None:
+            self.stream = stream = self.stream or self._sizes()
+        return next(stream)
+
+    def _synchronize(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize(self.task.device)
+
+    def warm(self) -> Warm:
+        """One whole epoch of a loader that keeps what it decodes; of any other, some batches."""
+        began, images = time.perf_counter(), 0
+        keeps = self.spec.name == "resident"
+        wanted = len(self.task.ids) if keeps else 2 * self.ready * self.task.batch_size
+        while images < wanted:
+            images += self._next()
+            if self.gpu:
+                self.least = min(self.least, self._free())
+            # An epoch leaves out its last, partial batch.
+            if keeps and wanted - images < self.task.batch_size:
+                break
+        self._synchronize()
+        took = time.perf_counter() - began if keeps else None
+        for _ in range(self.ready):
+            self._next()
+            if self.gpu:
+                self.least = min(self.least, self._free())
+        return Warm(took, self.free - self.least if self.gpu else None)
+
+    def turn(self, seconds: float) -> Turn:
+        """Batches for so many seconds, or a little longer, until all workers have brought as many."""
+        return self._timed(seconds, None)
+
+    def raw(self, seconds: float) -> Turn | None:
+        """The same, of the store alone: windows in uint8, neither warped nor coloured. None if there is no such way."""
+        raw_windows = getattr(self.loader, "raw_windows", None)
+        if raw_windows is None or not self.task.only_crops:
+            return None
+        self._rest()
+        return self._timed(seconds, (len(images) for epoch in itertools.count() for images in raw_windows(epoch)))
+
+    def _timed(self, seconds: float, stream: Generator[int, None, None] | None) -> Turn:
+        for _ in range(self.ready):
+            self._next(stream)
+        self._synchronize()
+        group = os.getpgid(0)
+        cpu, busy, began = harness.cpu_seconds(group), harness.busy_seconds(), time.perf_counter()
+        images, batches = 0, 0
+        while time.perf_counter() - began < seconds or batches % self.burst:
+            images += self._next(stream)
+            batches += 1
+        self._synchronize()
+        took = time.perf_counter() - began
+        cpu = harness.cpu_seconds(group) - cpu
+        return Turn(images, took, cpu, max(harness.busy_seconds() - busy - cpu, 0.0))
+
+    def stages(self, rate: float, seconds: float) -> stages.Stages | None:
+        """What stops it, by its stages; None of a loader of which that is not known."""
+        self._rest()
+        return None if self.loader is None else stages.of(self.loader, rate, seconds)
+
+    def kernel(self, seconds: float) -> list[float] | None:
+        """Images a second of the kernel alone, of a store in the GPU's memory; None of any other loader."""
+        if not self.gpu or self.spec.name != "resident":
+            return None
+        self._rest()
+        return stages.kernel(self.loader, seconds)
+
+    def _rest(self) -> None:
+        """End the epoch that is under way."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def close(self) -> None:
+        """Ends the loader."""
+        self._rest()
+        (self.peer or self.loader).close()  # type: ignore[union-attr]
+
+
+def _serve(pipe: Connection, spec: Spec, task: Task, folder: str) -> None:
+    os.setpgid(0, 0)
+    # A store that is kept between runs would be found full by the next benchmark.
+    os.environ["FASTDDR_CACHE"] = folder
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: a halted process would outlive a killed parent for ever.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # Ctrl-C is for the parent, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        # Here and not in the parent: some peers catch signals as soon as they are imported.
+        missing = spec.missing(task)
+        if missing is not None:
+            pipe.send(missing)
+            return
+        source = _Source(spec, task)
+    except (UserError, ImportError) as error:
+        pipe.send(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        return
+    pipe.send(None)
+    try:
+        while (question := pipe.recv()) is not None:
+            name, arguments = question
+            try:
+                pipe.send(getattr(source, name)(*arguments))
+            except UserError as error:
+                pipe.send(error)
+    except EOFError:
+        return
+    source.close()
+
+
+# ------------------------------------------------------------------------------------------------- the benchmark's side
+
+
+class Trial:
+    """A loader in its own process group, halted while it is not asked.
+
+    Raises:
+        UserError: the loader cannot be built; why, in a sentence.
+    """
+
+    def __init__(self, spec: Spec, task: Task) -> None:
+        self.spec = spec
+        self.task = spec.task(task)
+        self.memory: tuple[int, int] = (0, 0)
+        self.warmth = Warm(None, None)
+        self.turns: list[Turn] = []
+        # A fresh interpreter: a forked one would have this one's threads and CUDA context by halves.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        cache.folder().mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.mkdtemp(prefix="benchmark-", dir=cache.folder())
+        self._process = context.Process(target=_serve, args=(other, spec, self.task, self._folder), name=spec.label)
+        self._process.start()
+        other.close()
+        ready = False
+        try:
+            problem = self._receive()
+            if problem is not None:
+                raise UserError(problem)
+            ready = True
+        finally:
+            if not ready:
+                self.close()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"the process of {self.spec.label} has died ({self._process.exitcode})") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def _signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def ask(self, question: str, *arguments: object) -> Any:
+        """Let the loader go on, and answer; then halt it."""
+        self._signal(signal.SIGCONT)
+        self._pipe.send((question, arguments))
+        answer = self._receive()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def warm(self) -> None:
+        """The warm-up, in which memory is looked at again and again: not while the speed is measured."""
+        done = threading.Event()
+
+        def look() -> None:
+            pause = 0.1
+            while not done.wait(pause):
+                began = time.perf_counter()
+                if self._process.pid is not None:
+                    self.memory = max(self.memory, harness.memory(self._process.pid))
+                # Linux walks all pages for it, which takes its time where there are gigabytes.
+                pause = max(0.1, 20 * (time.perf_counter() - began))
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            self.warmth = self.ask("warm")
+        finally:
+            done.set()
+            looking.join()
+        # Halted, but all there.
+        self.memory = max(self.memory, harness.memory(self._process.pid or 0))
+
+    def __call__(self, seconds: float) -> float:
+        """Images a second in a turn of so many seconds."""
+        turn: Turn = self.ask("turn", seconds)
+        self.turns.append(turn)
+        return turn.rate
+
+    def cpu_shares(self, cores: int) -> tuple[float, float]:
+        """Shares of what the cores had to give over all turns: this loader's, and everybody else's."""
+        given = cores * sum(turn.seconds for turn in self.turns)
+        return sum(turn.cpu for turn in self.turns) / given, sum(turn.others for turn in self.turns) / given
+
+    def close(self) -> None:
+        """End the loader, its workers and its process."""
+        self._signal(signal.SIGCONT)
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(10)
+        if self._process.is_alive():
+            self._signal(signal.SIGKILL)
+            self._process.join()
+        self._pipe.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

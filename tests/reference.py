@@ -1,0 +1,83 @@
+"""What every loader is measured by: plain, slow and obviously right, in NumPy and PIL.
+
+A loader that is to be compared belongs in `REAL`, which all tests of loaders share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from jaxtyping import Float
+from PIL import Image, ImageOps
+
+from fastddr import loaders
+from fastddr.loaders import dali
+from fastddr.loaders.base import Requests
+
+needs_dali = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed (Linux only)")
+#: The loaders that make pixels. All of them must agree with `reference`.
+REAL: list[Any] = [pytest.param("dali", marks=needs_dali), "torchvision"]
+
+
+def canvas(file: str, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
+    """The photograph upright and scaled, rounded to whole levels as loaders keep it."""
+    with Image.open(file) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    if upright.size != (width, height):
+        # Antialiased: PIL's bilinear filter grows with the reduction.
+        upright = upright.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(upright, dtype=np.float64)
+
+
+def seen_at(affine: Float[np.ndarray, "2 3"], image_size: int) -> Float[np.ndarray, "h w 2"]:
+    """The point (x, y) of the canvas that each pixel's middle shows."""
+    middles = np.arange(image_size) + 0.5
+    x, y = np.meshgrid(middles, middles)
+    there = np.stack([x, y], axis=-1) - affine[:, 2]
+    return there @ np.linalg.inv(affine[:, :2]).T
+
+
+def reference(
+    file: str,
+    affine: Float[np.ndarray, "2 3"],
+    colour: Float[np.ndarray, "3 4"],
+    canvas_width: int,
+    canvas_height: int,
+    image_size: int,
+) -> Float[np.ndarray, "h w 3"]:
+    """The image that these maps make of a photograph, normalised: bilinear, blending into black around the canvas."""
+    pixels = np.pad(canvas(file, canvas_width, canvas_height), ((1, 1), (1, 1), (0, 0)))
+    # In the padded canvas, and counted from the middle of its first pixel.
+    x, y = np.moveaxis(seen_at(affine, image_size) + 0.5, -1, 0)
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    window = np.zeros((image_size, image_size, 3))
+    for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
+        weight = (1 - np.abs(x - column)) * (1 - np.abs(y - row))
+        # The padding is black, and so is everything beyond it.
+        near = pixels[np.clip(row, 0, canvas_height + 1), np.clip(column, 0, canvas_width + 1)]
+        window += weight[..., None] * near
+    return window @ colour[:, :3].T.astype(np.float64) + colour[:, 3]
+
+
+class Compared(NamedTuple):
+    """An image beside its reference."""
+
+    id: int
+    levels: Float[np.ndarray, "h w 3"]
+    """Difference in grey levels (of 255) before the colour map, so that its contrast does not stretch it."""
+    inside: Float[np.ndarray, "h w"]
+    """How far within its canvas each pixel lies, in canvas pixels; negative: outside, where the image is black."""
+
+
+def compared(batch: loaders.Batch, task: loaders.Task, requests: Requests, k: int) -> Iterator[Compared]:
+    """Every image of micro batch k with its reference."""
+    for b, image in enumerate(batch.image.permute(0, 2, 3, 1).double().cpu().numpy()):
+        size = (int(requests.canvas_width[k, b]), int(requests.canvas_height[k, b]))
+        id_, affine, colour = int(requests.id[k, b]), requests.affine[k, b], requests.colour[k, b].astype(np.float64)
+        expected = reference(task.files[id_], affine, colour, *size, task.image_size)
+        point = seen_at(affine, task.image_size)
+        inside = np.minimum(point, np.array(size) - point).min(axis=-1)
+        yield Compared(id_, (image - expected) @ np.linalg.inv(colour[:, :3]).T, inside)

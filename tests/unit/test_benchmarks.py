@@ -1,0 +1,181 @@
+"""The benchmark of loaders: one run on a few small photographs, and the parts that need none."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastddr import loaders
+from fastddr.config import AugmentConfig
+from fastddr.errors import UserError
+from fastddr.loaders import dali
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of `benchmarks` by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def task(**changes: Any) -> loaders.Task:
+    settings: dict[str, Any] = {
+        "files": ["photograph.jpg"] * 8,
+        "grades": np.zeros(8, dtype=np.int64),
+        "widths": np.full(8, 64),
+        "heights": np.full(8, 64),
+        "ids": np.arange(8),
+        "train": True,
+        "image_size": 32,
+        "canvas": 64,
+        "augment": AugmentConfig(),
+        "seed": 0,
+        "batch_size": 4,
+    }
+    return loaders.Task(**settings | changes)
+
+
+@pytest.mark.slow
+def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
+    ours = ["dali", "resident:ram"] if dali.installed() else ["torchvision:workers=0"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-B", str(BENCHMARKS / "loader.py")),
+            *("--data", str(tiny), "--out", str(tmp_path / "r.json")),
+            *("--image-size", "32", "--canvas", "64", "--batch-size", "8", "--length", "0", "--threads", "1"),
+            *("--rounds", "5", "--seconds", "0.05", "--policies", "report"),
+            *("--loaders", *ours, "torch-pil", "torchvision-gpu"),
+            *("--step", ours[-1], "--step-model", "8", "1", "3", "8", "--steps", "10"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "torchvision-gpu is left out: it decodes on a GPU" in done.stdout
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert {"benchmark", "machine", "versions", "date", "command", "rows"} <= set(record)
+    assert str(tmp_path) not in record["command"]
+    rows = record["rows"]
+    for row in rows:
+        assert {"name", "kind", "photographs", "policy", "median", "low", "high", "unit", "n"} <= set(row), row
+        assert row["low"] <= row["median"] <= row["high"]
+    by_name = {row["name"]: row for row in rows}
+    for name in ("torch-pil", ours[0].replace(":", ", ")):
+        row = by_name[name]
+        assert (row["unit"], row["n"], row["threads"], row["batch_size"]) == ("images/s", 5, row["threads"], 8)
+        if sys.platform == "linux":
+            assert 0 <= row["cpu_share"] < 1.5
+            assert row["ram_gib"] > 0.05
+    assert by_name["copying"]["kind"] == "limit"
+    assert by_name["libjpeg-turbo, whole photographs, one core × 1"]["median"] > 0
+    wait = next(row for row in rows if row["name"].startswith("data wait"))
+    assert 0 <= wait["median"] <= 100
+    shares = [row for row in rows if row["kind"] == "profile" and row["name"].startswith(ours[0].replace(":", ", "))]
+    assert {row["name"].partition(": ")[2] for row in shares} >= {"read", "decode", "Python"}
+    assert all(0 <= row["median"] <= 100 for row in shares)
+    if dali.installed():
+        assert "target: dali / torch-pil ≥ 3.00:" in done.stdout
+        assert by_name["resident store alone, uint8"]["median"] > 0
+        assert by_name["DALI, reading and decoding alone"]["median"] > by_name["dali"]["median"] / 2
+
+
+def test_a_peer_that_is_not_installed_is_left_out(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = benchmark("peers")
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for name in ("spdl", "spdl-decode-jpeg", "torchcodec"):
+        assert "not installed" in peers.PEERS[name].missing(task())
+    assert "GPU" in peers.PEERS["torchvision-gpu"].missing(task())
+    assert peers.PEERS["torch-pil"].missing(task()) is None
+
+
+def test_names_and_options_of_loaders(benchmark: Any) -> None:
+    spec = benchmark("trials").Spec
+    assert spec.parse("dali").label == "dali"
+    assert spec.parse("torchvision:workers=0").task(task(threads=4)).threads == 0
+    mapped = spec.parse("resident:mmap,store_gib=0.5")
+    assert mapped.label == "resident, mmap, store_gib=0.5"
+    assert (mapped.task(task()).store, mapped.task(task()).budget) == ("mmap", 2**29)
+    for wrong in ("dolly", "dali:mmap", "torchvision:workers=many", "resident:disk"):
+        with pytest.raises(UserError, match=wrong.partition(":")[0]):
+            spec.parse(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+@pytest.mark.parametrize("policy", ["report", "fundus"])
+def test_peers_give_normalised_batches(benchmark: Any, tiny: Path, policy: str) -> None:
+    peers = benchmark("peers")
+    turned = {"rotate": 180.0, "scale": (0.9, 1.1), "brightness": 0.2, "hue": 0.02} if policy == "fundus" else {}
+    files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
+    wanted = task(
+        files=files, widths=np.full(8, 80), heights=np.full(8, 80), threads=0, augment=AugmentConfig(**turned)
+    )
+    for name in ("torch-pil", "torch-decode-jpeg", "torchcodec", "spdl", "spdl-decode-jpeg"):
+        if peers.PEERS[name].missing(wanted) is not None:
+            continue
+        threads = torch.get_num_threads()
+        peer = peers.PEERS[name](wanted)
+        try:
+            images = next(peer.batches())
+        finally:
+            peer.close()
+            torch.set_num_threads(threads)
+        assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32), name
+        # From black to white, in ImageNet's normalisation.
+        assert -2.2 < images.min() < 0 < images.max() < 2.7, name
+
+
+def test_targets_are_judged(benchmark: Any) -> None:
+    targets = benchmark("targets")
+    speeds = {"dali": [1400.0] * 5, "torch-pil": [400.0] * 5, "spdl": [1500.0] * 5}
+    kinds = {"dali": "fastddr", "torch-pil": "peer", "spdl": "peer"}
+    about = {"policy": "report", "photographs": "synthetic, quality 95, 4:2:0"}
+    rows = targets.of(speeds, kinds, about, gpu=False)
+    met = {row["name"]: row["met"] for row in rows if "target" in row}
+    assert met == {"dali / torch-pil": True, "dali / spdl, the best peer": False}
+    assert (
+        targets.sentence(next(r for r in rows if "target" in r))
+        == "target: dali / torch-pil ≥ 3.00: 3.50 (3.50-3.50), met"
+    )
+    kernel = {"resident kernel alone": [5e5] * 5, "copying": [1e6] * 5}
+    rows = targets.of(kernel, {}, about, gpu=True)
+    assert [row["met"] for row in rows] == [True, True], "half of the copy bandwidth does, whatever the images"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_and_processor_time_of_a_group(benchmark: Any) -> None:
+    harness = benchmark("harness")
+    whole, files = harness.memory(os.getpgid(0))
+    assert whole > files > 0
+    before = harness.cpu_seconds(os.getpgid(0))
+    while harness.cpu_seconds(os.getpgid(0)) < before + 0.05:
+        pass
+
+
+def test_the_picture_has_a_panel_for_each_policy(benchmark: Any, tmp_path: Path) -> None:
+    plots = benchmark("plots")
+    spread = {"median": 100.0, "low": 90.0, "high": 120.0, "unit": "images/s"}
+    rows = [
+        {"name": name, "kind": kind, "photographs": "some", "policy": policy, **spread}
+        for policy in ("report", "fundus")
+        for name, kind in (("dali", "fastddr"), ("torch-pil", "peer"), ("copying", "limit"), ("dali: read", "profile"))
+    ]
+    assert plots.loaders(rows, "Loaders", tmp_path / "plots" / "p.png").stat().st_size > 10_000

@@ -1,0 +1,370 @@
+"""The life of a loader: left early, begun again, interrupted, forked, closed and forgotten, without anything left."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import REAL, needs_dali
+from tests_support import ROOT, same, task
+
+from fastddr import loaders
+from fastddr.data import manifest
+
+ALL = [*REAL, "replay"]
+PROC = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc (Linux only)")
+
+
+@pytest.fixture(scope="module")
+def found(tiny: Path) -> manifest.Manifest:
+    return manifest.read(tiny)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_leaving_early_and_beginning_again_is_safe(name: str, found: manifest.Manifest) -> None:
+    loader = loaders.build(name, task(found, prefetch=3))
+    whole = list(loader.epoch(0))
+    for stop in (1, 2, 5):
+        for k, batch in enumerate(loader.epoch(0)):
+            assert same(batch, whole[k])
+            if k + 1 == stop:
+                break
+        assert all(same(a, b) for a, b in zip(loader.epoch(0), whole, strict=True))
+    loader.close()
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.epoch(0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_second_iterator_ends_the_first_loudly(name: str, found: manifest.Manifest) -> None:
+    loader = loaders.build(name, task(found))
+    whole = list(loader.epoch(0))
+    first = loader.epoch(0)
+    next(first)
+    assert all(same(a, b) for a, b in zip(loader.epoch(0), whole, strict=True))
+    with pytest.raises(RuntimeError, match="newer epoch"):
+        next(first)
+    loader.close()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_closing_is_quiet_though_a_bad_photograph_is_on_its_way(
+    name: str, tmp_path: Path, found: manifest.Manifest
+) -> None:
+    files = found.files()
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"junk")
+    files[5] = str(bad)
+    loader = loaders.build(name, task(found, files=files, ids=np.arange(8), train=False, prefetch=3))
+    next(loader.epoch(0))
+    loader.close()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_error_in_the_loop_leaves_a_loader_that_can_be_used(name: str, found: manifest.Manifest) -> None:
+    loader = loaders.build(name, task(found))
+    whole = list(loader.epoch(0))
+
+    def fails() -> None:
+        for number, _ in enumerate(loader.epoch(0)):
+            if number == 1:
+                raise ValueError("of the loop")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of the loop"):
+            fails()
+        assert all(same(a, b) for a, b in zip(loader.epoch(0), whole, strict=True))
+    loader.close()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_closing_within_an_epoch_ends_it_loudly(name: str, found: manifest.Manifest) -> None:
+    loader = loaders.build(name, task(found))
+    epoch = loader.epoch(0)
+    next(epoch)
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(epoch)
+    assert loader.gradient_state.active_dataloader is None
+
+
+@needs_dali
+@pytest.mark.parametrize("call", ["feed_input", "schedule_run", "outputs"])
+@pytest.mark.parametrize("after", [True, False])
+def test_ctrl_c_within_dali_mixes_no_batches_up(call: str, after: bool, found: manifest.Manifest) -> None:
+    """Before or after the call did its work: nobody knows which batches are on their way then."""
+    loader = loaders.build("dali", task(found))
+    whole = list(loader.epoch(0))
+    pipeline = loader._pipeline  # type: ignore[attr-defined]
+    plain, calls = getattr(pipeline, call), itertools.count()
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        third = next(calls) == 2
+        result = plain(*arguments, **named) if after or not third else None
+        if third:
+            raise KeyboardInterrupt
+        return result
+
+    setattr(pipeline, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(loader.epoch(0))
+    assert all(same(a, b) for a, b in zip(loader.epoch(0), whole, strict=True))
+    loader.close()
+
+
+# ------------------------------------------------------------------------------------------ in processes of their own
+
+#: What all scripts begin with: a loader of four at a time, with two threads or workers.
+BEGIN = """
+import gc, json, multiprocessing, os, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from fastddr import loaders
+from fastddr.data import manifest
+from tests_support import task
+
+def build():
+    return loaders.build(sys.argv[1], task(manifest.read(sys.argv[2]), threads=2))
+
+def spawned():
+    loader = build()
+    count = len(list(loader.epoch(0)))
+    loader.close()
+    sys.exit(0 if count == 6 else 3)
+
+def forked(how, loader, epoch):
+    for attempt in (lambda: next(epoch), lambda: loader.epoch(0)):
+        try:
+            attempt()
+            os._exit(4)
+        except RuntimeError:
+            pass
+    if how == "closes":
+        loader.close()
+    del loader, epoch
+    gc.collect()
+
+def count():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    of = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            of.append(stat.read_text().rpartition(")")[2].split())
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has just ended
+    return {
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": int(status["Threads"]),
+        "children": sum(int(fields[1]) == os.getpid() for fields in of),
+        "mib": int(status["VmRSS"].split()[0]) / 1024,
+    }
+
+def counted():
+    # The least of several: threads that feed a queue end some time after it.
+    found = []
+    for _ in range(10):
+        gc.collect()
+        found.append(count())
+        time.sleep(0.1)
+    return {what: min(each[what] for each in found) for what in found[0]}
+"""
+
+SCRIPTS = {
+    # Epochs without end, for Ctrl-C.
+    "endless": """
+loader = build()
+for number in range(10**9):
+    for batch in loader.epoch(number):
+        pass
+    if number == 0:
+        print("running", flush=True)
+""",
+    # The interpreter ends in the midst of an epoch, and nobody has closed anything.
+    "forgotten": """
+loader = build()
+list(loader.epoch(0))
+epoch = loader.epoch(1)
+next(epoch)
+print("left", flush=True)
+""",
+    # The parent forks within an epoch and goes on with it.
+    "forking": """
+loader = build()
+list(loader.epoch(0))
+epoch = loader.epoch(0)
+next(epoch)
+codes = []
+for how in ("closes", "forgets"):
+    child = multiprocessing.get_context("fork").Process(target=forked, args=(how, loader, epoch))
+    child.start()
+    child.join(20)
+    codes.append(child.exitcode)
+    child.kill()
+child = multiprocessing.get_context("spawn").Process(target=spawned)
+child.start()
+child.join(60)
+codes.append(child.exitcode)
+child.kill()
+codes.append(sum(1 for _ in epoch))
+loader.close()
+print(json.dumps(codes))
+""",
+    # A fork that ends as a whole interpreter does, letting go of everything.
+    "finalised": """
+loader = build()
+list(loader.epoch(0))
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+for _ in range(200):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    sys.exit("the fork hangs")
+loader.close()
+sys.exit(status)
+""",
+    "again and again": """
+loader = build()
+def leave(epochs):
+    for number in range(epochs):
+        for k, batch in enumerate(loader.epoch(number)):
+            if k == number % 4:
+                break
+leave(10)
+found = {"before": counted()}
+leave(20)
+found["after 20 epochs"] = counted()
+loader.close()
+def rebuild(times):
+    for _ in range(times):
+        loader = build()
+        for batch in loader.epoch(0):
+            break
+        loader.close()
+        del loader, batch
+rebuild(2)
+found["closed"] = counted()
+rebuild(8)
+found["after 8 loaders"] = counted()
+print(json.dumps(found))
+""",
+}
+
+
+class Script:
+    """A script in a session of its own, so that all of its processes can be found."""
+
+    def __init__(self, which: str, name: str, data: Path, folder: Path) -> None:
+        file = folder / "script.py"
+        # Workers import the script, and must not begin it again.
+        main = textwrap.indent(SCRIPTS[which], "    ")
+        file.write_text(f'{BEGIN}\nif __name__ == "__main__":\n{main}')
+        command = [sys.executable, str(file), name, str(data), str(Path(__file__).parents[1])]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def __enter__(self) -> Script:
+        return self
+
+    def end(self, seconds: float = 60) -> tuple[int, str, str]:
+        """Its exit code and what it said."""
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out, err
+
+    def left(self, seconds: float = 5) -> list[str]:
+        """Processes of its session that are there yet, after some time to end."""
+        there: list[str] = []
+        for _ in range(int(seconds * 10)):
+            there = []
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                try:
+                    _, _, fields = stat.read_text().rpartition(")")
+                    state, session = fields.split()[0], int(fields.split()[3])
+                    if session == self.process.pid and state != "Z":
+                        there.append(stat.with_name("cmdline").read_text().replace("\\0", " "))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+            if not there:
+                break
+            time.sleep(0.1)
+        return there
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@PROC
+@pytest.mark.parametrize("name", REAL)
+def test_ctrl_c_ends_everything(name: str, tiny: Path, tmp_path: Path) -> None:
+    with Script("endless", name, tiny, tmp_path) as script:
+        assert script.process.stdout is not None
+        assert script.process.stdout.readline() == "running\n"
+        # To all of its processes, as a terminal does.
+        os.killpg(script.process.pid, signal.SIGINT)
+        code, _, err = script.end(20)
+        assert code == -signal.SIGINT, err
+        assert err.count("KeyboardInterrupt") == 1, "one traceback, and none of a worker"
+        assert script.left() == []
+
+
+@PROC
+@pytest.mark.parametrize("name", REAL)
+def test_an_interpreter_ends_without_close(name: str, tiny: Path, tmp_path: Path) -> None:
+    with Script("forgotten", name, tiny, tmp_path) as script:
+        assert script.end(60) == (0, "left\n", "")
+        assert script.left() == []
+
+
+@PROC
+@pytest.mark.parametrize("name", REAL)
+def test_forks_and_spawned_processes_do_not_hang_or_disturb(name: str, tiny: Path, tmp_path: Path) -> None:
+    """A forked child is refused by its parent's loader and can close or forget it; a spawned one makes its own."""
+    with Script("forking", name, tiny, tmp_path) as script:
+        code, out, err = script.end(120)
+        assert code == 0, err
+        assert json.loads(out) == [0, 0, 0, 5], "three children, and the rest of the parent's epoch"
+        assert script.left() == []
+
+
+@PROC
+@pytest.mark.parametrize("name", [name for name in REAL if name != "torchvision"])
+def test_a_fork_can_end_as_an_interpreter_does(name: str, tiny: Path, tmp_path: Path) -> None:
+    """Not with worker processes: Python itself ends the parent's daemons there."""
+    with Script("finalised", name, tiny, tmp_path) as script:
+        assert script.end(60) == (0, "", "")
+
+
+@PROC
+@pytest.mark.parametrize("name", REAL)
+def test_nothing_grows(name: str, tiny: Path, tmp_path: Path) -> None:
+    """Files, threads, processes and memory, over 20 epochs that are left early and over 8 loaders."""
+    with Script("again and again", name, tiny, tmp_path) as script:
+        code, out, err = script.end(120)
+        assert code == 0, err
+        seen: dict[str, Any] = json.loads(out)
+        for one, other in (("before", "after 20 epochs"), ("closed", "after 8 loaders")):
+            for what in ("files", "threads", "children"):
+                assert seen[other][what] <= seen[one][what], (what, seen)
+            assert seen[other]["mib"] <= seen[one]["mib"] + 24, seen
+        assert script.left() == []

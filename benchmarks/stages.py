@@ -111,9 +111,9 @@ class _Cut:
         with patch.object(dali, "_graph", graph):
             self.pipeline = build()
 
-    def feed_input(self, name: str, value: Any) -> None:
+    def feed_input(self, name: str, value: Any, **settings: Any) -> None:
         if name in self.names:
-            self.pipeline.feed_input(name, value)
+            self.pipeline.feed_input(name, value, **settings)
 
 
 def _ends(node: Any) -> dict[str, Any]:

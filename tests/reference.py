@@ -19,7 +19,7 @@ from fastddr.loaders.base import Requests
 
 needs_dali = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed (Linux only)")
 #: The loaders that make pixels. All of them must agree with `reference`.
-REAL: list[Any] = [pytest.param("dali", marks=needs_dali), "torchvision"]
+REAL: list[Any] = [pytest.param("dali", marks=needs_dali), "resident", "torchvision"]
 
 
 def canvas(file: str, width: int, height: int) -> Float[np.ndarray, "height width 3"]:

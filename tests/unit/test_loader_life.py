@@ -337,6 +337,7 @@ def test_an_interpreter_ends_without_close(name: str, tiny: Path, tmp_path: Path
 
 
 @PROC
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_forks_and_spawned_processes_do_not_hang_or_disturb(name: str, tiny: Path, tmp_path: Path) -> None:
     """A forked child is refused by its parent's loader and can close or forget it; a spawned one makes its own."""
@@ -356,6 +357,7 @@ def test_a_fork_can_end_as_an_interpreter_does(name: str, tiny: Path, tmp_path: 
 
 
 @PROC
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_nothing_grows(name: str, tiny: Path, tmp_path: Path) -> None:
     """Files, threads, processes and memory, over 20 epochs that are left early and over 8 loaders."""

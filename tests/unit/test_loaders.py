@@ -74,9 +74,12 @@ def test_an_evaluation_has_each_photograph_once_and_pads_at_the_tail(name: str, 
 def off_by(name: str, wanted: loaders.Task, epoch: int = 0) -> dict[str, float]:
     """Largest differences from the reference in grey levels: within the canvas, at its edge, and outside.
 
+    `bias` is the mean of them, with their signs, within: what rounds down everywhere is darker.
+
     A pixel that lies up to 1.5 within is made of the outermost pixels of the canvas, among others.
     """
-    worst = {"within": 0.0, "edge": 0.0, "outside": 0.0}
+    worst = {"within": 0.0, "edge": 0.0, "outside": 0.0, "bias": 0.0}
+    biases = []
     requests = wanted.requests(epoch)
     for k, batch in enumerate(batches(name, wanted, epoch)):
         for image in compared(batch, wanted, requests, k):
@@ -87,6 +90,8 @@ def off_by(name: str, wanted: loaders.Task, epoch: int = 0) -> dict[str, float]:
                 ("outside", image.inside < -1.5),
             ):
                 worst[where] = max(worst[where], float(levels[there].max(initial=0)))
+            biases.append(image.levels[image.inside > 1.5])
+    worst["bias"] = abs(float(np.concatenate(biases).mean()))
     return worst
 
 
@@ -104,6 +109,7 @@ def test_where_nothing_is_scaled_the_pixels_are_those_of_the_reference(
         assert off["within"] <= most
         assert off["edge"] <= most
         assert off["outside"] <= EXACT
+        assert off["bias"] <= 0.15
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -117,6 +123,7 @@ def test_scaled_photographs_are_those_of_the_reference(name: str, policy: str, m
         assert off["within"] <= most
         assert off["edge"] <= most
         assert off["outside"] <= EXACT
+        assert off["bias"] <= 0.15
 
 
 @pytest.mark.parametrize("image_size", [64, 80])

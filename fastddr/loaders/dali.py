@@ -107,7 +107,7 @@ class DaliLoader(Loader):
         return _build(self.task)
 
     def _feed(self, requests: Requests, k: int) -> None:
-        # One array for a whole batch: as a list of 64 the paths alone would take four times as long.
+        # One array for a whole batch: as a list the paths would take several times as long.
         self._pipeline.feed_input("path", self._paths[requests.id[k]])
         for name, values in _inputs(self.task, requests, k).items():
             self._pipeline.feed_input(name, values)
@@ -319,8 +319,8 @@ def _warp(pixels: Any, back: Any, task: Task) -> Any:
     settings = {"size": [task.image_size] * 2, "interp_type": types.INTERP_LINEAR, "inverse_map": True}
     if task.device.type == "cuda":
         return fn.warp_affine(pixels, matrix=back, fill_value=0, dtype=types.FLOAT, **settings)
-    # On the CPU OpenCV's projective warp: some five times as fast as DALI's affine one, and nearer to the exact value
-    # (0.01 level where that is off by up to 1.3, since it adds up its coordinates along a row).
+    # On the CPU OpenCV's projective warp: much faster than DALI's affine one, and nearer to the exact value, since that
+    # one adds up its coordinates along a row.
     pixels = fn.cast(pixels, dtype=types.FLOAT)
     settings |= {"border_mode": "constant", "fill_value": [0.0, 0.0, 0.0], "pixel_origin": "corner"}
     return fn.experimental.warp_perspective(pixels, matrix=back, **settings)

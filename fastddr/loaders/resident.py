@@ -5,7 +5,7 @@ batch and not for the set. Whole canvases are kept (uint8), so a window is as go
 
 On a GPU one kernel (`kernels.warp`) makes a batch from the store: straight from the GPU's own memory, or from boxes
 that are gathered on the host into a ring of pinned slots and copied by a stream of their own while the model computes.
-On a CPU windows are copied slice by slice (advanced indexing would be a hundred times slower), and DALI mirrors, warps
+On a CPU windows are copied slice by slice (advanced indexing would be many times slower), and DALI mirrors, warps
 and colours them; without DALI PyTorch does.
 """
 

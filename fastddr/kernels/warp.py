@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -130,13 +131,9 @@ def _warp_triton(
     return images
 
 
-_compiled: list[Any] = []
-
-
+@cache
 def _kernel() -> Any:
     """The kernel, defined at its first use: Triton is only where PyTorch has CUDA, and its import takes a while."""
-    if not _compiled:
-        from fastddr.kernels.warp_triton import warp_kernel
+    from fastddr.kernels.warp_triton import warp_kernel
 
-        _compiled.append(warp_kernel)
-    return _compiled[0]
+    return warp_kernel

@@ -229,19 +229,12 @@ class Loader(DataLoaderStateMixin, ABC):
 
     def _batch(self, image: Tensor, requests: Requests, k: int) -> Batch:
         device = self.task.device
-
-        def sent(values: np.ndarray) -> Tensor:
-            here = torch.from_numpy(np.ascontiguousarray(values))
-            # Pinned, because a copy from pageable memory may wait for all that was queued before it. PyTorch keeps the
-            # pinned memory until the copy is done, and uses it again.
-            return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
-
         return Batch(
             # First to the device, then to the dtype: in one call the cast would be made on the host.
             image=image.to(device, non_blocking=True).to(self.task.dtype).permute(0, 3, 1, 2),
-            grade=sent(self.task.grades[requests.id[k]]),
-            id=sent(requests.id[k]),
-            valid=sent(requests.valid[k]),
+            grade=sent(self.task.grades[requests.id[k]], device),
+            id=sent(requests.id[k], device),
+            valid=sent(requests.valid[k], device),
         )
 
     def _stop(self) -> None:
@@ -273,6 +266,19 @@ if hasattr(os, "register_at_fork"):
 def keep_for_ever(thing: object) -> None:
     """Nothing in this process will end it: it gets a reference that nobody holds."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """The values on the device, without the host waiting for it."""
+    here = torch.from_numpy(np.ascontiguousarray(values))
+    # Pinned, because a copy from pageable memory may wait for all that was queued before it. PyTorch keeps the pinned
+    # memory until the copy is done, and uses it again.
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
+
+
+def undecodable(named: str) -> UserError:
+    """The error of a photograph that cannot be decoded; `named` is what `name_unreadable` says of it, or its file."""
+    return UserError(f"{named}: this photograph cannot be decoded; replace it or take it out of the set.")
 
 
 def name_unreadable(files: Sequence[str]) -> str | None:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastddr import sampling
 from fastddr.data.photograph import upright
-from fastddr.errors import UserError
 from fastddr.loaders import dali
-from fastddr.loaders.base import Task, name_unreadable
+from fastddr.loaders.base import Task, name_unreadable, undecodable
 
 
 def decoder() -> str:
@@ -64,10 +63,7 @@ class PillowCanvases:
         try:
             photograph = upright(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            bad = name_unreadable([file]) or file
-            raise UserError(
-                f"{bad}: this photograph cannot be decoded; replace it or take it out of the set."
-            ) from None
+            raise undecodable(name_unreadable([file]) or file) from None
         size = (int(self._width[id_]), int(self._height[id_]))
         if photograph.size != size:
             photograph = photograph.resize(size, Image.Resampling.BILINEAR)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastddr import sampling
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever, name_unreadable
+from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever, name_unreadable, undecodable
 
 
 def installed() -> bool:
@@ -122,9 +122,7 @@ class DaliLoader(Loader):
             bad = name_unreadable([self.task.files[id_] for id_ in requests.id[k]])
             if bad is None:
                 raise
-            raise UserError(
-                f"{bad}: this photograph cannot be decoded; replace it or take it out of the set."
-            ) from error
+            raise undecodable(bad) from error
         # DALI's dynamic executor hands the buffer over for good: it is freed with the tensor, never reused.
         return torch.from_dlpack(output.as_tensor())
 
@@ -380,17 +378,16 @@ class Canvases:
             if scaled:
                 canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
             pipeline.set_outputs(canvas)
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             try:
                 (output,) = pipeline.run(torch.cuda.current_stream(task.device) if gpu else None)
             except RuntimeError as error:
-                # It may be of the chunk after this one, which is already on its way.
-                bad = name_unreadable([task.files[id_] for id_ in ids])
+                # It may be of those after this one, which are already on their way.
+                near = np.concatenate(chunks[number : number + 3])
+                bad = name_unreadable([task.files[id_] for id_ in near])
                 if bad is None:
                     raise
-                raise UserError(
-                    f"{bad}: this photograph cannot be decoded; replace it or take it out of the set."
-                ) from error
+                raise undecodable(bad) from error
             yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
 
 

@@ -1,7 +1,7 @@
 """Photographs decoded once and kept: each epoch then only gathers, warps and colours.
 
-The first epoch decodes what it meets, in its own order and ahead of the batches, so that the first step waits for one
-batch and not for the set. Whole canvases are kept (uint8), so a window is as good in every epoch.
+The first epoch decodes what it meets, in its own order and ahead of the batches, so that the first step waits for the
+batches on their way and not for the set. Whole canvases are kept (uint8), so a window is as good in every epoch.
 
 On a GPU one kernel (`kernels.warp`) makes a batch from the store: straight from the GPU's own memory, or from boxes
 that are gathered on the host into a ring of pinned slots and copied by a stream of their own while the model computes.
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.kernels import warp as kernels
 from fastddr.loaders import canvases, dali, stores
-from fastddr.loaders.base import Loader, Requests, Task
+from fastddr.loaders.base import Loader, Requests, Task, sent
 from fastddr.loaders.capacity import measure
 from fastddr.loaders.choosing import choose
 from fastddr.loaders.finisher import Finisher
@@ -190,16 +189,12 @@ class ResidentLoader(Loader):
         self, pixels: Tensor, offset: np.ndarray, size: np.ndarray, back: np.ndarray, colour: np.ndarray
     ) -> Tensor:
         task = self.task
-
-        def sent(values: np.ndarray, dtype: Any) -> Tensor:
-            return torch.from_numpy(values.astype(dtype)).to(task.device, non_blocking=True)
-
         return kernels.warp(
             pixels,
-            sent(offset, np.int64),
-            sent(size, np.int32),
-            sent(back, np.float32),
-            sent(colour, np.float32),
+            sent(offset.astype(np.int64), task.device),
+            sent(size.astype(np.int32), task.device),
+            sent(back.astype(np.float32), task.device),
+            sent(colour.astype(np.float32), task.device),
             task.image_size,
             task.dtype,
         )

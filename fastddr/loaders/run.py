@@ -9,6 +9,7 @@ from dataclasses import replace
 from fastddr import ranks
 from fastddr.config import Config
 from fastddr.data.manifest import Manifest
+from fastddr.errors import UserError
 from fastddr.loaders import build
 from fastddr.loaders.base import Loader, Task
 from fastddr.loaders.capacity import least, measure
@@ -35,7 +36,11 @@ class RunLoaders:
         kept = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
         say(f"loader {self.choice.loader}{kept}: {self.choice.reason}")
         self._opened: list[Loader] = []
-        self.train, self.valid = (self._open(task) for task in tasks)
+        try:
+            self.train, self.valid = (self._open(task) for task in tasks)
+        except UserError:  # nobody has this object yet to close what is open
+            self.close()
+            raise
 
     def once(self, split: str) -> Loader:
         """A loader to score a split with, as validation does; close it after that."""

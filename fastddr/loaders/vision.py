@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastddr import sampling
 from fastddr.data.photograph import upright
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable
+from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable, undecodable
 
 
 class _Item(NamedTuple):
@@ -85,8 +85,7 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
     try:
         photograph = upright(item.file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        bad = name_unreadable([item.file]) or item.file
-        raise UserError(f"{bad}: this photograph cannot be decoded; replace it or take it out of the set.") from None
+        raise undecodable(name_unreadable([item.file]) or item.file) from None
     pixels = _window(photograph, item, size) if only_crops else _warped(photograph, item, size)
     if only_crops and not np.count_nonzero(item.colour[:, :3] - np.diag(np.diag(item.colour))):
         return pixels * np.diag(item.colour) + item.colour[:, 3]

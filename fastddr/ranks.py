@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import TypeVar
@@ -66,4 +67,9 @@ def join() -> None:
     if world() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=True).wait_for_everyone()
+        joined_before = bool(PartialState._shared_state)
+        state = PartialState(cpu=True)
+        if not joined_before:
+            # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
+            atexit.register(state.destroy_process_group)
+        state.wait_for_everyone()

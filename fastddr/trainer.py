@@ -198,8 +198,8 @@ class Trainer:
         if self.finished:
             return
         while self.progress.epoch < self.config.epochs:
-            self._train_epoch()
-            self._validate()
+            self.train_epoch()
+            self.validate()
         self._report()
 
     def _lr_factor(self, step: int) -> float:
@@ -207,7 +207,8 @@ class Trainer:
         warmup = min(round(self.config.optimizer.warmup_ratio * total), total - 1)
         return optimizers.lr_factor(step, total, warmup, self.config.optimizer.schedule)
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> float:
+        """The rest of the epoch that `progress` stands in; the seconds for which the host waited for data."""
         config, progress = self.config, self.progress
         first = progress.step - progress.epoch * self.steps_per_epoch
         batches = Waited(self.train_loader.epoch(progress.epoch, start_step=first))
@@ -243,6 +244,7 @@ class Trainer:
             if next(batches, None) is not None:
                 raise RuntimeError("the loader has more batches than its epoch has steps")
         progress.epoch += 1
+        return batches.waited
 
     def _log_window(self, window: Window, tally: Tally, waited: float, lr: float) -> None:
         """Log the means since the last time. Waits for the device: once in so many steps."""
@@ -284,7 +286,8 @@ class Trainer:
         self._need_finite(bool(found.logits.isfinite().all()), "model's output")
         return found
 
-    def _validate(self) -> None:
+    def validate(self) -> dict[str, Any]:
+        """Score the valid split, log, and save a checkpoint; the figures (`metrics.figures`)."""
         progress = self.progress
         found = self._score(self.valid_loader, "current")
         values = figures(found.logits, found.grades)
@@ -306,6 +309,7 @@ class Trainer:
             f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  best' if best else ''}",
             style="green" if best else None,
         )
+        return values
 
     def _save(self, best: bool) -> None:
         if self.runtime.is_main:
@@ -402,6 +406,9 @@ class Trainer:
             # launcher ends them when this process ends.
             if self._began and not (failed and self.runtime.world > 1):
                 stack.callback(self.accelerator.end_training)
+            elif self.finished:
+                # As `end_training` does: a process that ends without leaving its group is aborted now and then.
+                stack.callback(runtime.join().destroy_process_group)
             if self.tracker is not None:
                 stack.callback(self.tracker.finish, failed=failed)
             if self.loaders is not None:

@@ -299,7 +299,7 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
         more = ["--augment.mixup", alpha, "--augment.cutmix", alpha, "--save-every-steps", "1"]
         more += ["--loader", "torchvision", "--check", "header"]
         with Trainer(settings(tiny, tmp_path / name, *more)) as trainer:
-            trainer._train_epoch()
+            trainer.train_epoch()
             return {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
 
     with monkeypatch.context() as patch:

@@ -1,34 +1,24 @@
-"""Loaders that take turns: each lives in a process group of its own and is halted while another runs.
+"""Loaders that take turns: each lives in a process group of its own and is halted while another runs (`halted`).
 
-So memory and processor time are the loader's own, no loader works ahead on the cores of another, and a turn measures a
-loader in full swing: what it had made before it was halted is taken first and not timed.
+A turn measures a loader in full swing: what it had made before it was halted is taken first and not timed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import multiprocessing
 import os
-import shutil
-import signal
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import harness
 import stages
 import torch
+from halted import Halted
 from peers import PEERS
 
 from fastddr import loaders
-from fastddr.data import cache
 from fastddr.errors import UserError
 from fastddr.loaders import Task, dali
 
@@ -228,42 +218,18 @@ class _Source:
         (self.peer or self.loader).close()  # type: ignore[union-attr]
 
 
-def _serve(pipe: Connection, spec: Spec, task: Task, folder: str) -> None:
-    os.setpgid(0, 0)
-    # A store that is kept between runs would be found full by the next benchmark.
-    os.environ["FASTDDR_CACHE"] = folder
-    if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: a halted process would outlive a killed parent for ever.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # Ctrl-C is for the parent, which ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        # Here and not in the parent: some peers catch signals as soon as they are imported.
-        missing = spec.missing(task)
-        if missing is not None:
-            pipe.send(missing)
-            return
-        source = _Source(spec, task)
-    except (UserError, ImportError) as error:
-        pipe.send(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
-        return
-    pipe.send(None)
-    try:
-        while (question := pipe.recv()) is not None:
-            name, arguments = question
-            try:
-                pipe.send(getattr(source, name)(*arguments))
-            except UserError as error:
-                pipe.send(error)
-    except EOFError:
-        return
-    source.close()
+def _source(spec: Spec, task: Task) -> _Source:
+    # In its own process and not in the benchmark's: some peers catch signals as soon as they are imported.
+    missing = spec.missing(task)
+    if missing is not None:
+        raise UserError(missing)
+    return _Source(spec, task)
 
 
 # ------------------------------------------------------------------------------------------------- the benchmark's side
 
 
-class Trial:
+class Trial(Halted):
     """A loader in its own process group, halted while it is not asked.
 
     Raises:
@@ -273,72 +239,14 @@ class Trial:
     def __init__(self, spec: Spec, task: Task) -> None:
         self.spec = spec
         self.task = spec.task(task)
-        self.memory: tuple[int, int] = (0, 0)
         self.warmth = Warm(None, None)
         self.turns: list[Turn] = []
-        # A fresh interpreter: a forked one would have this one's threads and CUDA context by halves.
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        cache.folder().mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.mkdtemp(prefix="benchmark-", dir=cache.folder())
-        self._process = context.Process(target=_serve, args=(other, spec, self.task, self._folder), name=spec.label)
-        self._process.start()
-        other.close()
-        ready = False
-        try:
-            problem = self._receive()
-            if problem is not None:
-                raise UserError(problem)
-            ready = True
-        finally:
-            if not ready:
-                self.close()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(f"the process of {self.spec.label} has died ({self._process.exitcode})") from None
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
-
-    def _signal(self, number: int) -> None:
-        if self._process.pid is not None and self._process.is_alive():
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-
-    def ask(self, question: str, *arguments: object) -> Any:
-        """Let the loader go on, and answer; then halt it."""
-        self._signal(signal.SIGCONT)
-        self._pipe.send((question, arguments))
-        answer = self._receive()
-        self._signal(signal.SIGSTOP)
-        return answer
+        super().__init__(spec.label, _source, spec, self.task)
 
     def warm(self) -> None:
-        """The warm-up, in which memory is looked at again and again: not while the speed is measured."""
-        done = threading.Event()
-
-        def look() -> None:
-            pause = 0.1
-            while not done.wait(pause):
-                began = time.perf_counter()
-                if self._process.pid is not None:
-                    self.memory = max(self.memory, harness.memory(self._process.pid))
-                # Linux walks all pages for it, which takes its time where there are gigabytes.
-                pause = max(0.1, 20 * (time.perf_counter() - began))
-
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        try:
+        """The warm-up, in which memory is looked at."""
+        with self.watched():
             self.warmth = self.ask("warm")
-        finally:
-            done.set()
-            looking.join()
-        # Halted, but all there.
-        self.memory = max(self.memory, harness.memory(self._process.pid or 0))
 
     def __call__(self, seconds: float) -> float:
         """Images a second in a turn of so many seconds."""
@@ -350,15 +258,3 @@ class Trial:
         """Shares of what the cores had to give over all turns: this loader's, and everybody else's."""
         given = cores * sum(turn.seconds for turn in self.turns)
         return sum(turn.cpu for turn in self.turns) / given, sum(turn.others for turn in self.turns) / given
-
-    def close(self) -> None:
-        """End the loader, its workers and its process."""
-        self._signal(signal.SIGCONT)
-        with suppress(OSError):
-            self._pipe.send(None)
-        self._process.join(10)
-        if self._process.is_alive():
-            self._signal(signal.SIGKILL)
-            self._process.join()
-        self._pipe.close()
-        shutil.rmtree(self._folder, ignore_errors=True)

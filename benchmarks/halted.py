@@ -1,0 +1,142 @@
+"""An object in a process group of its own, which is halted while it is not asked.
+
+So memory and processor time are its own, it does not work ahead on the cores of another, and several can take turns
+within one run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import harness
+
+from fastddr.data import cache
+from fastddr.errors import UserError
+
+
+def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], folder: str) -> None:
+    os.setpgid(0, 0)
+    # A store that is kept between runs would be found full by the next benchmark.
+    os.environ["FASTDDR_CACHE"] = folder
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: a halted process would outlive a killed parent for ever.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # Ctrl-C is for the parent, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        made = make(*arguments)
+    except (UserError, ImportError) as error:
+        pipe.send(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        return
+    pipe.send(None)
+    try:
+        while (question := pipe.recv()) is not None:
+            name, given = question
+            try:
+                pipe.send(getattr(made, name)(*given))
+            except UserError as error:
+                pipe.send(error)
+    except EOFError:
+        return
+    made.close()
+
+
+class Halted:
+    """What `make(*arguments)` gives, an object with a method `close`, in a process that is halted between questions.
+
+    Raises:
+        UserError: it cannot be made; why, in a sentence.
+    """
+
+    def __init__(self, label: str, make: Callable[..., Any], *arguments: Any) -> None:
+        self.label = label
+        self.memory: tuple[int, int] = (0, 0)
+        """As `harness.memory`, the most that `watched` has seen."""
+        # A fresh interpreter: a forked one would have this one's threads and CUDA context by halves.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        cache.folder().mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.mkdtemp(prefix="benchmark-", dir=cache.folder())
+        self._process = context.Process(target=_serve, args=(other, make, arguments, self._folder), name=label)
+        self._process.start()
+        other.close()
+        ready = False
+        try:
+            problem = self._receive()
+            if problem is not None:
+                raise UserError(problem)
+            ready = True
+        finally:
+            if not ready:
+                self.close()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"the process of {self.label} has died ({self._process.exitcode})") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def _signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def ask(self, question: str, *arguments: object) -> Any:
+        """Let it go on, and answer by its method of this name; then halt it."""
+        self._signal(signal.SIGCONT)
+        self._pipe.send((question, arguments))
+        answer = self._receive()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    @contextmanager
+    def watched(self) -> Generator[None, None, None]:
+        """Looks at its memory again and again: for a warm-up, not while a speed is measured."""
+        done = threading.Event()
+
+        def look() -> None:
+            pause = 0.1
+            while not done.wait(pause):
+                began = time.perf_counter()
+                if self._process.pid is not None:
+                    self.memory = max(self.memory, harness.memory(self._process.pid))
+                # Linux walks all pages for it, which takes its time where there are gigabytes.
+                pause = max(0.1, 20 * (time.perf_counter() - began))
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            looking.join()
+        # Halted, but all there.
+        self.memory = max(self.memory, harness.memory(self._process.pid or 0))
+
+    def close(self) -> None:
+        """End the object, its workers and its process."""
+        self._signal(signal.SIGCONT)
+        with suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(10)
+        if self._process.is_alive():
+            self._signal(signal.SIGKILL)
+            self._process.join()
+        self._pipe.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

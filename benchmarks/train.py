@@ -1,0 +1,322 @@
+"""How many images a second training comes to, from JPEGs on the disk: fastddr's trainer beside others' loops.
+
+    python benchmarks/train.py                              # synthetic set; on a CPU the quickstart's model
+    python benchmarks/train.py --data DDR-masters --preset report-convmixer --recipes fastddr fastddr:loader=replay timm
+    python benchmarks/train.py --target-qwk 0.75 --seeds 0 1 2 3 4         # and the time to a kappa
+
+A turn is one whole epoch, from the first batch that is asked for to the last update, without validation and checkpoint.
+Every recipe (`recipes` says what each does) lives in processes of its own, which are halted while another's turn is
+measured; one epoch of each is a warm-up, in which the resident loader decodes and a compiler compiles. In each round
+every recipe has one turn; intervals are those of the median over the rounds, ratios are taken round by round.
+
+`fastddr, replay` repeats one batch and so has nothing to load: the ceiling of this model on this machine. A loader that
+never keeps the model waiting comes to 1.0 of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import harness
+import numpy as np
+import sources
+import targets
+import torch
+import tyro
+from halted import Halted
+from recipes import Case, Epoch, Spec, class_folders, make
+from rich.console import Console
+
+from fastddr.config import Config, load_preset
+from fastddr.config import check as check_config
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.ranks import available_cores
+
+
+@dataclass
+class Options:
+    """Compare training loops, end to end."""
+
+    data: Path | None = None
+    """Folder of photographs; by default synthetic ones, in the user's cache."""
+    photographs: int | None = None
+    """Size of the synthetic set; by default that of the quickstart."""
+    length: int | None = None
+    """Training photographs of an epoch, at least: the set is repeated. 0 = the set as it is. By default 6260, as DDR
+    has, on a GPU, and 0 on a CPU."""
+    preset: str | None = None
+    """Where settings start; by default report-convmixer on a GPU, quickstart on a CPU."""
+    recipes: tuple[str, ...] | None = None
+    """Names with options: `fastddr:loader=dali`, `report:workers=0`, `timm:channels_last,compile`."""
+    models: tuple[Literal["convmixer", "cnn", "resnet"], ...] = ()
+    """Models, each with its settings in the preset; by default the preset's own."""
+    precisions: tuple[Literal["auto", "fp32", "bf16", "fp16"], ...] = ("auto",)
+    """Of fastddr and of those peers that have a choice. `auto`: half on a GPU, float32 on a CPU."""
+    image_sizes: tuple[int, ...] = ()
+    """Sides of the window; the canvas keeps its proportion to it. By default the preset's."""
+    batch_sizes: tuple[int, ...] = ()
+    """By default the preset's."""
+    rounds: int = 5
+    """Turns of each recipe, at least 5."""
+    target_qwk: float | None = None
+    """Also measure the time to this quadratic-weighted kappa on valid, from the first step on, validation included,
+    for `qwk_recipes`; every run begins anew and ends with the preset's epochs at the latest."""
+    qwk_recipes: tuple[str, ...] = ("fastddr", "report")
+    """For that."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """For that: of the weights and of the order."""
+    out: Path | None = None
+    """The JSON; by default results/train_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
+
+
+#: Of fastddr's own loaders, each apart; on a GPU timm with what its documentation recommends for speed.
+_CPU = ("fastddr", "fastddr:loader=replay", "fastddr:loader=dali", "fastddr:loader=torchvision", "report",
+        "report:workers=0", "torchvision", "timm", "timm:channels_last")  # fmt: skip
+_GPU = ("fastddr", "fastddr:loader=replay", "fastddr:loader=dali", "fastddr:loader=torchvision", "report",
+        "report:workers=0", "torchvision", "timm", "timm:channels_last", "timm:channels_last,compile")  # fmt: skip
+
+
+class Contender(Halted):
+    """A recipe in its own process group, and its turns."""
+
+    def __init__(self, spec: Spec, case: Case) -> None:
+        self.spec = spec
+        self.turns: list[tuple[Epoch, float]] = []
+        self.first: Epoch | None = None
+        self.gpu_use: float | None = None
+        super().__init__(spec.label, make, spec, case)
+
+    def warm(self) -> None:
+        """One epoch, in which memory is looked at; on a GPU a second one, to see how busy it is."""
+        with self.watched():
+            self.first = self.ask("epoch")
+        if torch.cuda.is_available():
+            with _Utilisation() as seen:
+                self.ask("epoch")
+            self.gpu_use = seen.mean
+
+    def __call__(self) -> float:
+        """Images a second in one epoch."""
+        before = harness.cpu_seconds(self._process.pid or 0)
+        epoch: Epoch = self.ask("epoch")
+        self.turns.append((epoch, harness.cpu_seconds(self._process.pid or 0) - before))
+        return epoch.images / epoch.seconds
+
+    def row(self) -> dict[str, Any]:
+        """What its turns cost."""
+        seconds = sum(epoch.seconds for epoch, _ in self.turns)
+        found: dict[str, Any] = {
+            "recipe": self.spec.name,
+            **self.ask("about"),
+            "images": self.turns[0][0].images,
+            "data_wait": round(sum(epoch.waited for epoch, _ in self.turns) / seconds, 4),
+            "cpu_share": round(sum(cpu for _, cpu in self.turns) / seconds / available_cores(), 3),
+            "ram_gib": round(self.memory[0] / 2**30, 2),
+            "first_epoch_seconds": round(self.first.seconds, 2) if self.first else None,
+        }
+        for name, size in self.ask("vram").items():
+            found[f"vram_{name}_gib"] = round(size / 2**30, 2)
+        return found if self.gpu_use is None else found | {"gpu_use": round(self.gpu_use, 3)}
+
+
+class _Utilisation:
+    """The mean share of the time in which the GPU had work, as `nvidia-smi` sees it."""
+
+    def __init__(self) -> None:
+        self.mean: float | None = None
+
+    def __enter__(self) -> _Utilisation:
+        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "-i", "0"]
+        try:
+            self._process: subprocess.Popen[str] | None = subprocess.Popen(
+                ["nvidia-smi", *query], stdout=subprocess.PIPE, text=True
+            )
+        except OSError:  # no such tool: the figure is left out of the row
+            self._process = None
+        self._values: list[float] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def _read(self) -> None:
+        if self._process is not None and self._process.stdout is not None:
+            for line in self._process.stdout:
+                if line.strip().isdigit():
+                    self._values.append(float(line))
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._reader.join()
+        if self._values:
+            self.mean = float(np.mean(self._values)) / 100
+
+
+def cases(options: Options, root: Path, side: int | None) -> list[tuple[Case, dict[str, Any]]]:
+    """Everything that is asked for, with what its rows say of it."""
+    gpu = torch.cuda.is_available()
+    base = load_preset(options.preset or ("report-convmixer" if gpu else "quickstart"))
+    wanted = itertools.product(
+        options.models or (base.model,), options.image_sizes or (base.image_size,), options.precisions,
+        options.batch_sizes or (base.batch_size,),
+    )  # fmt: skip
+    found = []
+    for model, size, precision, batch in wanted:
+        canvas = round(base.canvas * size / base.image_size)
+        config = replace(base, model=model, image_size=size, canvas=canvas, precision=precision, batch_size=batch)
+        check_config(config, "command line")
+        about = {
+            "model": describe(config), "precision": precision, "image_size": size, "canvas": canvas,
+            "batch_size": batch, "policy": config.augment.policy, "device": "cuda" if gpu else "cpu",
+        }  # fmt: skip
+        found.append((Case(str(root), config, resized=side != canvas), about))
+    return found
+
+
+def describe(config: Config) -> str:
+    """`ConvMixer 64/4 k5 p8`."""
+    if config.model == "convmixer":
+        wanted = config.convmixer
+        return f"ConvMixer {wanted.dim}/{wanted.depth} k{wanted.kernel_size} p{wanted.patch_size}"
+    if config.model == "cnn":
+        return f"CNN {config.cnn.blocks}×{config.cnn.width}"
+    return f"ResNet-{config.resnet.depth} {config.resnet.width}"
+
+
+def race(specs: Sequence[Spec], case: Case, about: Mapping[str, Any], rounds: int, say: Any) -> list[dict[str, Any]]:
+    """Rows of one case: recipes, then ratios and targets."""
+    contenders: dict[str, Contender] = {}
+    rows: list[dict[str, Any]] = []
+    try:
+        for spec in specs:
+            try:
+                contender = Contender(spec, case)
+                contender.warm()
+            except (UserError, RuntimeError) as problem:
+                # One that cannot run must not take the figures of the others along.
+                sentence = " ".join(str(problem).split()).rstrip(".")
+                say(f"{spec.label} is left out: {sentence}.")
+                rows.append({"name": spec.label, "kind": spec.kind, **about, "failed": sentence})
+                continue
+            contenders[spec.label] = contender
+            assert contender.first is not None
+            say(f"  {spec.label} has warmed up: {contender.first.images} images in {contender.first.seconds:.1f} s")
+        speeds = harness.interleaved(contenders, rounds, lambda k: say(f"  round {k} of {rounds}"))
+        for label, contender in contenders.items():
+            row = {"name": label, "kind": contender.spec.kind, **about, **harness.spread(speeds[label])}
+            rows.append(row | {"unit": "images/s"} | contender.row())
+    finally:
+        for contender in contenders.values():
+            contender.close()
+    kinds = {label: contender.spec.kind for label, contender in contenders.items()}
+    for row in targets.training(speeds, kinds, about):
+        rows.append({"kind": "target" if "target" in row else "ratio", **about, **row})
+    return rows
+
+
+def to_kappa(spec: Spec, case: Case, about: Mapping[str, Any], options: Options, say: Any) -> list[dict[str, Any]]:
+    """Rows of the time to a kappa on valid, one seed after the other, each in a process of its own."""
+    assert options.target_qwk is not None
+    seconds, epochs, best = [], [], []
+    for seed in options.seeds:
+        one = replace(case, config=replace(case.config, seed=seed), endless=False)
+        runner = Halted(spec.label, make, spec, one)
+        try:
+            began, kappas = time.perf_counter(), []
+            while len(kappas) < case.config.epochs:
+                runner.ask("epoch")
+                kappas.append(runner.ask("score"))
+                if kappas[-1] >= options.target_qwk:
+                    seconds.append(time.perf_counter() - began)
+                    epochs.append(len(kappas))
+                    break
+        finally:
+            runner.close()
+        best.append(max(kappas))
+        say(f"  {spec.label}, seed {seed}: kappa {kappas[-1]:.3f} after {len(kappas)} epochs")
+    name = f"{spec.label}: time to kappa {options.target_qwk:g}"
+    row = {"name": name, "kind": "qwk", **about, "target_qwk": options.target_qwk, "seeds": list(options.seeds)}
+    row |= {"reached": len(seconds), "best_qwk": [round(kappa, 4) for kappa in best], "epochs": epochs}
+    if len(seconds) < len(options.seeds):
+        missed = f"{len(seconds)} of {len(options.seeds)} seeds came to a kappa of {options.target_qwk:g}"
+        return [row | {"failed": f"{missed} within {case.config.epochs} epochs"}]
+    return [row | harness.spread(seconds) | {"unit": "s"}]
+
+
+def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
+    """Tables of one case."""
+    title = f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch_size']}, {rows[0]['precision']}"
+    measured = [row for row in rows if "failed" not in row]
+    columns = ("data_wait", "cpu_share", "gpu_use", "ram_gib", "vram_allocated_gib", "first_epoch_seconds")
+    speeds = [row for row in measured if row["kind"] in ("fastddr", "peer", "ceiling")]
+    if speeds:
+        harness.show(title, speeds, [column for column in columns if any(column in row for row in speeds)])
+    others = [row for row in measured if row["kind"] in ("ratio", "qwk")]
+    if others:
+        harness.show(f"{title}: ratios and times", others)
+    for row in measured:
+        if row["kind"] == "target":
+            say(targets.sentence(row))
+    for row in rows:
+        if row["kind"] == "qwk" and "failed" in row:
+            say(f"{row['name']}: {row['failed']}.")
+
+
+def main(options: Options) -> None:
+    """Measure, print and write."""
+    console = Console(soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    if options.rounds < 5:
+        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
+    if options.target_qwk is not None and len(options.seeds) < 5:
+        raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: an interval wants at least 5.")
+    gpu = torch.cuda.is_available()
+    specs = [Spec.parse(text) for text in options.recipes or (_GPU if gpu else _CPU)]
+    racers = [Spec.parse(text) for text in options.qwk_recipes] if options.target_qwk is not None else []
+    harness.begin()
+    [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512, console)
+    length = options.length if options.length is not None else 6260 if gpu else 0
+    rows: list[dict[str, Any]] = []
+    # Beside the photographs, where they can be linked to, if that place can be written.
+    with tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder:
+        root = Path(folder) / "photographs"
+        images = class_folders(source, root, length)
+        found = manifest.read(source)
+        sides = {int(side) for side in np.minimum(found.width, found.height)}
+        side = sides.pop() if len(sides) == 1 else None
+        for case, about in cases(options, root, side):
+            about = {"photographs": photographs, "epoch": images, **about}
+            say(f"{about['model']}, {about['image_size']} of {about['canvas']} px, batch {about['batch_size']}, "
+                f"{about['precision']}: epochs of {images} photographs")  # fmt: skip
+            part = race(specs, case, about, options.rounds, say)
+            for spec in racers:
+                part += to_kappa(spec, case, about, options, say)
+            report(part, say)
+            rows += part
+    say(f"written to {harness.write('train', rows, options.out, wandb=options.wandb)}")
+
+
+if __name__ == "__main__":
+    # As Ctrl-C: the halted recipes must be ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"train.py: {mistake}") from None

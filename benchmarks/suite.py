@@ -1,0 +1,240 @@
+"""Everything on this machine in one command, most important first: is my machine all right?
+
+    python benchmarks/suite.py                  # ten minutes, on a GPU or a CPU
+    python benchmarks/suite.py --minutes 25     # with more time for each part
+    python benchmarks/suite.py --tiny           # a rehearsal in a few minutes on a CPU
+
+Each part is a benchmark of this folder in a process of its own, with its JSON and its log in the output folder, and
+`suite.json` after each part: a part that crashes or takes too long is said, and the next one goes on. At the end the
+figures are compared with those in `results/` of the same hardware, and `diagnosis` says what is slow and why.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import compare
+import diagnosis
+import harness
+import stored
+import torch
+import tyro
+from rich.console import Console
+
+from fastddr.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark, its arguments by machine, and its share of the time."""
+
+    name: str
+    share: float
+    gpu: tuple[str, ...] = ()
+    cpu: tuple[str, ...] = ()
+    tiny: tuple[str, ...] = ()
+
+    @property
+    def script(self) -> Path:
+        """Its file; a part may be planned and not be there yet."""
+        return HERE / f"{self.name}.py"
+
+    def arguments(self, *, gpu: bool, tiny: bool) -> tuple[str, ...]:
+        """What its script is given."""
+        return self.tiny if tiny else self.gpu if gpu else self.cpu
+
+
+_TINY_SET = ("--photographs", "60")
+#: In the order of their weight: first whether the decoder can be trusted, then the table that decides about kernels.
+PARTS = (
+    Part("decode", 1.0, tiny=(*_TINY_SET, "--batch-size", "8", "--compared", "8")),
+    Part("ceilings", 0.5, tiny=("--tiny",)),
+    Part("operations", 1.0, tiny=("--tiny", "--rounds", "5")),
+    Part("step", 2.5, tiny=("--tiny", "--rounds", "5")),
+    Part(
+        "loader", 2.5,
+        gpu=("--encodings", "95-420", "--rounds", "5", "--seconds", "1", "--loaders", "dali", "resident:vram",
+             "resident:ram", "resident:mmap", "torch-pil", "torchcodec", "spdl", "torchvision-gpu", "replay",
+             "--step", "dali", "resident"),
+        cpu=("--encodings", "95-420", "--policies", "report", "--rounds", "5", "--seconds", "0.8", "--length", "0",
+             "--loaders", "dali", "resident:mmap", "torch-pil", "replay"),
+        tiny=(*_TINY_SET, "--encodings", "95-420", "--policies", "report", "--rounds", "5", "--seconds", "0.05",
+              "--length", "0", "--batch-size", "8", "--loaders", "dali", "torch-pil"),
+    ),
+    Part("memory", 1.0, tiny=("--tiny",)),
+    Part(
+        "train", 2.5,
+        gpu=("--length", "3130"),
+        cpu=("--recipes", "fastddr", "fastddr:loader=replay", "fastddr:loader=dali", "report:workers=0", "timm"),
+        tiny=(*_TINY_SET, "--batch-sizes", "8", "--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0"),
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Measure everything."""
+
+    minutes: float = 10.0
+    """For all parts together; each gets its share, and what the earlier ones left over."""
+    parts: tuple[str, ...] = field(default_factory=lambda: tuple(part.name for part in PARTS))
+    """Which, in this order."""
+    tiny: bool = False
+    """Little of everything, for a rehearsal; nothing is compared."""
+    out: Path | None = None
+    """The folder; by default runs/suite-TIME. Copy its JSON files to benchmarks/results/ to keep them there."""
+    results: Path = stored.RESULTS
+    """What to compare with."""
+    wandb: bool = False
+    """Also keep the figures of each part as a W&B run of job type `benchmark`."""
+
+
+@dataclass
+class Outcome:
+    """What became of a part."""
+
+    name: str
+    state: str
+    """done, failed, stopped (out of time), skipped."""
+    seconds: float = 0.0
+    why: str = ""
+    file: str = ""
+
+
+def chosen(names: Sequence[str]) -> list[Part]:
+    """The parts of these names.
+
+    Raises:
+        UserError: there is no such part.
+    """
+    known = {part.name: part for part in PARTS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--parts {' '.join(unknown)}: known are {', '.join(known)}.")
+    return [known[name] for name in names]
+
+
+def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Outcome:
+    """Run a part for `limit` seconds at most. What it had written by then is kept."""
+    if not part.script.exists():
+        return Outcome(part.name, "skipped", why="it is not built yet")
+    now = datetime.now(UTC)
+    hardware = "-".join(harness.hardware_name(harness.machine()).lower().split())
+    file = folder / f"{part.name}_{hardware}_{now:%Y-%m-%d}.json"
+    log = folder / f"{part.name}.log"
+    command = [sys.executable, str(part.script), *arguments, "--out", str(file)]
+    began = time.perf_counter()
+    with log.open("w", encoding="utf-8") as lines:
+        process = subprocess.Popen(command, stdout=lines, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(limit)
+            state, why = ("done", "") if code == 0 else ("failed", f"exit code {code}: {_last_line(log)}")
+        except subprocess.TimeoutExpired:
+            # As Ctrl-C, so that it ends its own processes.
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            state, why = "stopped", f"it was not done after {limit:.0f} s"
+        except BaseException:  # Ctrl-C: the part must not outlive the suite
+            process.terminate()
+            process.wait()
+            raise
+    return Outcome(part.name, state, round(time.perf_counter() - began, 1), why, file.name if file.exists() else "")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"
+
+
+def environment() -> dict[str, Any]:
+    """What every figure depends on."""
+    return {
+        "machine": harness.machine(),
+        "versions": harness.versions(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "conditions": harness.begin(),
+    }
+
+
+def collected(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, stored.Result]:
+    """The results that there are, by benchmark."""
+    return {outcome.name: stored.read(folder / outcome.file) for outcome in outcomes if outcome.file}
+
+
+def verdict(found: Mapping[str, stored.Result], results: Path, *, tiny: bool) -> dict[str, Any]:
+    """Comparison and diagnosis, for people and for `suite.json`."""
+    older = [] if tiny or not results.is_dir() else stored.newest(results)
+    compared = {}
+    for name, result in found.items():
+        partner = compare.partner(result, older)
+        if partner is not None:
+            compared[name] = {
+                "with": partner.path.name,
+                "changes": [asdict(change) for change in compare.changes(result, partner)],
+            }
+    return {"summary": diagnosis.summary(found), "compared": compared, "diagnosis": diagnosis.tell(found, older)}
+
+
+def main(options: Options) -> int:
+    """Run all parts; exit code 1 if one failed."""
+    console = Console(soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    parts = chosen(options.parts)
+    if options.minutes <= 0:
+        raise UserError(f"--minutes {options.minutes:g}: give it some time, ten are enough for most machines.")
+    folder = options.out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.is_available()
+    record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
+    say(f"{harness.hardware_name(record['environment']['machine'])}, into {folder}")
+    ends = time.perf_counter() + 60 * options.minutes
+    outcomes: list[Outcome] = []
+    for number, part in enumerate(parts):
+        left = sum(later.share for later in parts[number:] if later.script.exists()) or 1.0
+        limit = max(ends - time.perf_counter(), 0.0) * part.share / left
+        arguments = [*part.arguments(gpu=gpu, tiny=options.tiny), *(["--wandb"] if options.wandb else [])]
+        outcome = run(part, arguments, folder, limit)
+        outcomes.append(outcome)
+        said = f"{outcome.state} in {outcome.seconds:.0f} s" if outcome.state == "done" else outcome.state
+        say(f"{part.name}: {said}{': ' * bool(outcome.why)}{outcome.why}")
+        record |= {"parts": [asdict(each) for each in outcomes]}
+        # What is known so far, should the machine go away.
+        record |= verdict(collected(folder, outcomes), options.results, tiny=options.tiny)
+        (folder / "suite.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, figure in record.get("summary", {}).items():
+        say(f"  {name}: {figure}")
+    for name, found in record.get("compared", {}).items():
+        worse = sum(change["worse"] for change in found["changes"])
+        say(f"{name}: {len(found['changes'])} figures are also in {found['with']}, {worse} of them worse now")
+    if not record.get("compared") and not options.tiny:
+        say(f"No result of this hardware is stored in {options.results.name}/, so nothing is compared.")
+    for sentence in record.get("diagnosis", []):
+        say(f"- {sentence}")
+    say(f"written to {folder / 'suite.json'}")
+    return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Options)))
+    except UserError as mistake:
+        raise SystemExit(f"suite.py: {mistake}") from None

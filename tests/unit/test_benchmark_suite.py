@@ -1,0 +1,379 @@
+"""The suite of benchmarks: parts that fail, comparison with stored results, diagnosis, the guard of ratios."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fastddr.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MACHINE = {"cpu": "some", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64", "gpu": None}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of `benchmarks` by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return module
+
+
+def row(name: str, median: float, unit: str = "images/s", spread: float = 0.05, **settings: Any) -> dict[str, Any]:
+    low, high = median * (1 - spread), median * (1 + spread)
+    return {"name": name, "median": median, "low": low, "high": high, "unit": unit, "n": 5, **settings}
+
+
+def result(load: Any, name: str, rows: list[dict[str, Any]], gpu: str | None = None, **more: Any) -> Any:
+    record = {
+        "benchmark": name,
+        "machine": MACHINE | {"gpu": gpu},
+        "versions": {"torch": "2.12"},
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": f"python benchmarks/{name}.py",
+        "rows": rows,
+    }
+    return load("stored").Result(name, Path(f"{name}_hardware_2026-01-01.json"), record | more)
+
+
+# ------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_what_has_become_slower(load: Any) -> None:
+    compare = load("compare")
+    then = result(load, "loader", [
+        row("dali", 1000, policy="report"), row("dali", 500, policy="fundus"), row("wait", 1.0, "% of the step"),
+        row("noisy", 100, spread=0.5), row("first", 10, "s"),
+    ])  # fmt: skip
+    now = result(load, "loader", [
+        row("dali", 600, policy="report"), row("dali", 500, policy="fundus"), row("wait", 2.0, "% of the step"),
+        row("noisy", 60, spread=0.5), row("first", 5, "s"), row("new", 1),
+    ])  # fmt: skip
+    found = {change.name: change for change in compare.changes(now, then)}
+    assert set(found) == {"dali, report", "dali, fundus", "wait", "noisy", "first"}, "what only one has is no change"
+    assert found["dali, report"].factor == pytest.approx(0.6)
+    assert found["wait"].factor == pytest.approx(0.5), "of waiting, less is better"
+    assert found["first"].factor == pytest.approx(2.0), "and of seconds"
+    worse = {name for name, change in found.items() if change.worse}
+    assert worse == {"dali, report", "wait"}, "where intervals overlap nothing is said"
+
+
+def test_outcomes_do_not_part_what_belongs_together(load: Any) -> None:
+    compare = load("compare")
+    a = row("fastddr", 100, model="CNN", loader="dali", n=5, images=640)
+    b = row("fastddr", 90, model="CNN", loader="resident", n=7, images=64)
+    assert compare.identity(a) == compare.identity(b)
+    assert compare.identity(a) != compare.identity(a | {"model": "ResNet"})
+    assert compare.identity(a) != compare.identity(a | {"batch_size": 64})
+
+
+# ----------------------------------------------------------------------------------------------------------- diagnosis
+
+
+def told(load: Any, *results: Any, stored: tuple[Any, ...] = ()) -> str:
+    return "\n".join(load("diagnosis").tell({one.name: one for one in results}, stored))
+
+
+def test_a_machine_that_is_all_right(load: Any) -> None:
+    assert told(load, result(load, "loader", [row("dali", 100)])) == "Nothing wrong was found."
+
+
+def test_others_at_work_come_first(load: Any) -> None:
+    busy = {"conditions": {"before": {"disturbed": True}, "after": None}}
+    said = told(load, result(load, "loader", [], **busy), result(load, "train", []))
+    assert said.splitlines()[0] == "Others were at work on this machine during loader: stop them and measure again."
+
+
+def test_a_hot_card(load: Any) -> None:
+    hot = {"conditions": {"before": {"disturbed": False, "gpus": [{"index": 1, "temperature_c": 88.0}]}}}
+    assert "GPU 1 is at 88 °C (step)" in told(load, result(load, "step", [], gpu="H", **hot))
+    cool = {"conditions": {"before": {"disturbed": False, "gpus": "unknown: there is no nvidia-smi"}}}
+    assert told(load, result(load, "step", [], gpu="H", **cool)) == "Nothing wrong was found."
+
+
+def test_a_decoder_that_fails_or_lies(load: Any) -> None:
+    rows = [
+        {"name": "window", "failed": "exit code -11: no message"},
+        row("whole", 100, largest_levels=200.0),
+        row("fine", 100, largest_levels=3.0),
+    ]
+    said = told(load, result(load, "decode", rows))
+    assert "failed at window (exit code -11: no message)" in said
+    assert "wrong pixels at whole (off by 200 levels of 255)" in said
+    assert "fine" not in said
+    assert said.count("--loader torchvision") == 2
+
+
+def test_a_slower_machine_explains_everything_else(load: Any) -> None:
+    then = [result(load, name, [row("copying", 100), row("other", 10)]) for name in ("ceilings", "loader")]
+    now = [result(load, name, [row("copying", 50), row("other", 5)]) for name in ("ceilings", "loader")]
+    said = told(load, *now, stored=tuple(then))
+    assert "The machine itself is slower" in said
+    assert "loader, beside" not in said
+    said = told(load, result(load, "loader", [row("copying", 50)], versions={"torch": "2.13"}), stored=tuple(then))
+    assert "loader, beside 2026-01-01: copying: 50 images/s, 0.50 times as good as 100" in said
+    assert "torch 2.12 then, 2.13 now" in said
+    other = told(load, result(load, "loader", [row("copying", 50)], gpu="another"), stored=tuple(then))
+    assert other == "Nothing wrong was found.", "another machine's figures say nothing"
+
+
+def test_a_loader_that_holds_training_up(load: Any) -> None:
+    trained = result(load, "train", [
+        row("fastddr", 50, kind="fastddr", loader="dali", model="CNN"),
+        row("fastddr / fastddr, replay", 0.5, "×", kind="target", model="CNN"),
+    ])  # fmt: skip
+    loaded = result(load, "loader", [
+        row("dali: decode", 70, "% of the time", kind="profile"),
+        row("dali: read", 10, "% of the time", kind="profile"),
+        row("resident, ram: warp", 90, "% of the time", kind="profile"),
+    ])  # fmt: skip
+    said = told(load, trained, loaded)
+    assert "trains at 0.50 of its ceiling, so it waits for photographs" in said
+    assert "70 % of its time go into decoding: `--loader resident`" in said
+    assert "python benchmarks/loader.py" in told(load, trained), "without the loaders' profile it says where to get it"
+    near = result(load, "train", [row("fastddr / fastddr, replay", 0.92, "×", kind="target", model="CNN")])
+    assert "does not hold it up" in told(load, near)
+    near.record["machine"]["gpu"] = "H"
+    assert "does not hold it up" not in told(load, near), "a GPU should come to 0.98"
+
+
+# --------------------------------------------------------------------------------------------------------------- suite
+
+
+SCRIPT = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+{body}
+"""
+RECORD = {"benchmark": "x", "machine": MACHINE, "versions": {}, "date": "2026", "command": "x", "rows": []}
+
+
+def test_parts_that_fail_do_not_end_the_suite(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = load("suite")
+    bodies = {
+        "decode": "print('begun'); sys.exit('the decoder broke')",
+        "ceilings": "time.sleep(60)",
+        "operations": f"out.write_text({json.dumps(json.dumps(RECORD))})",
+    }
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.py").write_text(SCRIPT.format(body=body))
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    out = tmp_path / "out"
+    options = suite.Options(minutes=0.1, parts=("decode", "ceilings", "operations", "memory"), tiny=True, out=out)
+    assert suite.main(options) == 1
+    record = json.loads((out / "suite.json").read_text())
+    states = {part["name"]: (part["state"], part["why"]) for part in record["parts"]}
+    assert states["decode"] == ("failed", "exit code 1: the decoder broke")
+    assert states["ceilings"][0] == "stopped"
+    assert states["operations"] == ("done", "")
+    assert states["memory"] == ("skipped", "it is not built yet")
+    assert record["diagnosis"] == ["Nothing wrong was found."]
+    assert record["environment"]["machine"]["cores"] >= 1
+    assert "decode: failed: exit code 1: the decoder broke" in capsys.readouterr().out
+
+
+def test_every_part_that_is_there_is_a_script_of_that_name(load: Any) -> None:
+    suite = load("suite")
+    there = [part.name for part in suite.PARTS if part.script.exists()]
+    assert there[:4] == ["decode", "ceilings", "operations", "step"], "most important first"
+    assert {"loader", "train"} <= set(there)
+    with pytest.raises(UserError, match="--parts lodaer: known are decode, "):
+        suite.chosen(["lodaer"])
+
+
+# --------------------------------------------------------------------------------------------------------------- guard
+
+
+def test_the_guard_judges_ratios_and_asks_twice(load: Any) -> None:
+    guard = load("guard")
+    older = result(load, "loader", [
+        row("dali / torch-pil, the best peer", 3.0, "×", policy="report", photographs="quality 95"),
+        row("dali / torch-pil", 9.0, "×", policy="report", photographs="quality 100"),
+        row("resident, mmap / torch-pil", 7.0, "×", policy="report", photographs="quality 95"),
+        row("dali", 1000, policy="report"),
+    ])  # fmt: skip
+
+    def rows(dali: float, resident: float) -> list[dict[str, Any]]:
+        return [
+            row("dali / torch-pil", dali, "×", policy="report"),
+            row("resident, ram / torch-pil", resident, "×", policy="report"),
+            row("dali", 1.0, policy="report"),
+        ]
+
+    found = guard.judge(rows(2.0, 2.0), older, 0.6)
+    assert [(one.name, one.stored, one.good) for one in found] == [
+        ("dali / torch-pil", 3.0, True), ("resident, ram / torch-pil", 7.0, False)
+    ]  # fmt: skip
+    said: list[str] = []
+    turns = iter([rows(1.0, 7.0), rows(2.9, 6.9)])
+    assert guard.check("loader", older, 0.6, lambda name: next(turns), said.append), "a disturbed minute is forgiven"
+    assert [line.rpartition(": ")[2] for line in said if "again" in line] == ["again"]
+    turns = iter([rows(1.0, 7.0), rows(1.0, 7.0)])
+    assert not guard.check("loader", older, 0.6, lambda name: next(turns), said.append)
+    assert said[-2].endswith("FAILED")
+    with pytest.raises(UserError, match="store a new result"):
+        guard.check("loader", older, 0.6, lambda name: [], said.append)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_names_and_options_of_recipes(load: Any) -> None:
+    spec = load("recipes").Spec
+    assert (spec.parse("fastddr").label, spec.parse("fastddr").kind) == ("fastddr", "fastddr")
+    assert (spec.parse("fastddr:loader=replay").label, spec.parse("fastddr:loader=replay").kind) == (
+        "fastddr, replay", "ceiling",
+    )  # fmt: skip
+    assert (spec.parse("timm:channels_last,compile").label, spec.parse("timm").kind) == (
+        "timm, channels_last, compile", "peer",
+    )  # fmt: skip
+    assert spec.parse("report:workers=0").label == "report, workers=0"
+    for wrong in ("tim", "report:compile", "report:workers=many"):
+        with pytest.raises(UserError, match=f"--recipes {wrong}: "):
+            spec.parse(wrong)
+
+
+def test_class_folders_repeat_the_training_split(load: Any, tiny: Path, tmp_path: Path) -> None:
+    from fastddr.data import manifest
+
+    found = manifest.read(tiny)
+    wanted = len(found.ids("train"))
+    assert load("recipes").class_folders(tiny, tmp_path / "once", 0) == wanted
+    assert load("recipes").class_folders(tiny, tmp_path / "more", wanted + 1) == 2 * wanted
+    linked = manifest.read(tmp_path / "more")
+    for split, times in (("train", 2), ("valid", 1), ("test", 1)):
+        grades = sorted(linked.grade[linked.ids(split)].tolist())
+        assert grades == sorted(times * found.grade[found.ids(split)].tolist()), split
+
+
+def test_targets_of_training(load: Any) -> None:
+    targets = load("targets")
+    kinds = {"fastddr": "fastddr", "fastddr, replay": "ceiling", "report": "peer", "report, workers=0": "peer"}
+    speeds = {
+        "fastddr": [95.0] * 5,
+        "fastddr, replay": [100.0] * 5,
+        "report": [10.0] * 5,
+        "report, workers=0": [70.0] * 5,
+    }
+    about = {"model": "ConvMixer 64/4 k5 p8", "device": "cpu"}
+    rows = {row["name"]: row for row in targets.training(speeds, kinds, about)}
+    assert (rows["fastddr / fastddr, replay"]["target"], rows["fastddr / fastddr, replay"]["met"]) == (0.9, True)
+    assert "target" not in rows["fastddr / report"], "a peer counts in its fastest form"
+    assert (rows["fastddr / report, workers=0"]["target"], rows["fastddr / report, workers=0"]["met"]) == (1.4, False)
+    gpu = {"model": "ConvMixer 512/12 k9 p8", "device": "cuda"}
+    rows = {row["name"]: row for row in targets.training(speeds, kinds, gpu)}
+    assert (rows["fastddr / fastddr, replay"]["target"], rows["fastddr / fastddr, replay"]["met"]) == (0.98, False)
+    assert rows["fastddr / report, workers=0"]["target"] == 20.0
+
+
+SMALL = """
+{model: convmixer, convmixer: {dim: 8, depth: 1, kernel_size: 3, patch_size: 8}, epochs: 2, batch_size: 8,
+ image_size: 32, canvas: 40, lr: 0.01, precision: fp32}
+"""
+
+
+def case(load: Any, tiny: Path, tmp_path: Path) -> Any:
+    from fastddr.config import load_preset
+
+    preset = tmp_path / "small.yaml"
+    preset.write_text(SMALL)
+    load("recipes").class_folders(tiny, tmp_path / "photographs", 0)
+    return load("recipes").Case(str(tmp_path / "photographs"), load_preset(str(preset)), resized=True)
+
+
+# timm leaves its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["report", "torchvision", "timm", "timm:channels_last"])
+def test_peers_train_on_every_photograph_and_learn(load: Any, tiny: Path, tmp_path: Path, name: str) -> None:
+    recipes = load("recipes")
+    spec = recipes.Spec.parse(f"{name}{',' if ':' in name else ':'}workers=0")
+    if recipes.RECIPES[spec.name].missing() is not None:
+        pytest.skip("timm is not installed")
+    wanted = case(load, tiny, tmp_path)
+    recipe = recipes.make(spec, wanted)
+    try:
+        before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
+        epoch = recipe.epoch()
+        photographs = sum(1 for _ in Path(wanted.root, "train").rglob("*.jpg"))
+        # timm leaves out the last, partial batch.
+        assert epoch.images == (photographs // 8 * 8 if spec.name == "timm" else photographs)
+        assert 0 <= epoch.waited <= epoch.seconds
+        after = list(recipe.model.parameters())
+        assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        assert -1 <= recipe.score() <= 1
+        image, _ = next(iter(recipe.loader))
+        assert tuple(image.shape[1:]) == (3, 32, 32)
+    finally:
+        recipe.close()
+
+
+def test_the_time_to_a_kappa(load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, recipes = load("train"), load("recipes")
+    seeds = []
+
+    class Runner:
+        def __init__(self, label: str, make: Any, spec: Any, wanted: Any) -> None:
+            assert not wanted.endless
+            seeds.append(wanted.config.seed)
+            # Seed 2 never gets there.
+            self.kappas = iter([0.1, 0.2] if wanted.config.seed == 2 else [0.1, 0.5])
+
+        def ask(self, question: str) -> Any:
+            return next(self.kappas) if question == "score" else None
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(train, "Halted", Runner)
+    spec, wanted, said = recipes.Spec.parse("report"), case(load, tiny, tmp_path), []
+    options = train.Options(target_qwk=0.4, seeds=(0, 1, 3, 4, 5))
+    [found] = train.to_kappa(spec, wanted, {"model": "M"}, options, said.append)
+    assert (found["unit"], found["n"], found["epochs"], found["seeds"]) == ("s", 5, [2] * 5, [0, 1, 3, 4, 5])
+    assert seeds == [0, 1, 3, 4, 5]
+    options.seeds = (0, 1, 2, 3, 4)
+    [found] = train.to_kappa(spec, wanted, {"model": "M"}, options, said.append)
+    assert found["failed"] == "4 of 5 seeds came to a kappa of 0.4 within 2 epochs", "no median of those that came"
+    assert found["best_qwk"] == [0.5, 0.5, 0.2, 0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_training_loops_take_turns(load: Any, tiny: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "small.yaml"
+    preset.write_text(SMALL)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-B", str(BENCHMARKS / "train.py"), "--data", str(tiny), "--preset", str(preset)),
+            *("--rounds", "5", "--out", str(tmp_path / "r.json")),
+            *("--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0", "timm:workers=0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    if find_spec("timm") is None:
+        assert "timm is not installed" in rows["timm, workers=0"]["failed"]
+        assert "timm, workers=0 is left out: timm is not installed" in done.stdout
+    for name in ("fastddr", "fastddr, replay", "report, workers=0"):
+        assert (rows[name]["unit"], rows[name]["n"], rows[name]["model"]) == ("images/s", 5, "ConvMixer 8/1 k3 p8")
+        assert rows[name]["median"] > 0
+        assert 0 <= rows[name]["data_wait"] < 1
+    # fastddr leaves out the last, partial batch, and so says its count.
+    assert rows["fastddr"]["images"] == rows["fastddr"]["epoch"] // 8 * 8
+    assert rows["report, workers=0"]["images"] == rows["fastddr"]["epoch"]
+    assert "target" in rows["fastddr / fastddr, replay"]

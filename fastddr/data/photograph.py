@@ -133,7 +133,10 @@ def digest(file: str) -> str:
 def upright(file: str) -> Image.Image:
     """A photograph as upright RGB, decoded by Pillow. What it raises is Pillow's."""
     with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        # In place, and converted only where need be: each would copy all pixels.
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:

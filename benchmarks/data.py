@@ -46,6 +46,8 @@ class Options:
     """Side of the prepared photographs in pixels."""
     out: Path | None = None
     """The JSON; by default results/data_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 #: In a process of its own, as at the start of a run; without the imports.
@@ -78,6 +80,7 @@ def linked(root: Path, rows: int) -> Path:
 def main(options: Options) -> None:
     """Measure, print and write."""
     console = Console(soft_wrap=True)
+    harness.begin()
     # The set may be in the user's cache; what is measured is not, or the second round would find it known.
     data = options.data or synthetic.ensure()
     folder = Path(tempfile.mkdtemp())
@@ -129,7 +132,7 @@ def main(options: Options) -> None:
     rows[-1]["size"] = options.size
     rows = [row | harness.spread(found[row["name"]]) for row in rows]
     harness.show("Reading, checking and preparing", rows, ["photographs"])
-    console.print(f"written to {harness.write('data', rows, options.out)}")
+    console.print(f"written to {harness.write('data', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What all benchmarks share: interleaved rounds, medians with intervals, the machine, and the JSON that they write.
 
+A benchmark calls `begin`, measures, and calls `write`.
+
 Rows: {"name", settings..., "median", "low", "high", "unit", "n"}; low and high are the 95 % percentile-bootstrap
 interval of the median over n rounds.
 """
@@ -17,15 +19,37 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import conditions
 import numpy as np
 import torch
+from conditions import busy_seconds as busy_seconds
 from rich.console import Console
 from rich.table import Table
+from stored import RESULTS, hardware_name
 
 from fastddr.ranks import available_cores
 
-RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy", "simplejpeg", "spdl", "torchcodec")
+_PACKAGES = (
+    "fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy", "simplejpeg", "spdl", "torchcodec", "timm",
+)  # fmt: skip
+#: The conditions before the measurement, once `begin` was called.
+_before: dict[str, Any] | None = None
+
+
+def begin() -> dict[str, Any]:
+    """Record what else the machine does now, and say so where it is busy; call it before anything is measured.
+
+    `write` stores it beside the conditions of the end.
+    """
+    global _before
+    _before = conditions.take(before=True)
+    _say(conditions.sentence(_before, "Before the measurement"))
+    return _before
+
+
+def _say(line: str | None) -> None:
+    if line is not None:
+        Console(soft_wrap=True).print(line, highlight=False, markup=False)
 
 
 def interleaved(
@@ -70,11 +94,6 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def hardware_name(found: Mapping[str, Any]) -> str:
-    """The machine in a few words: its GPU, or its number of cores."""
-    return str(found["gpu"] or f"{found['cores']}-core CPU")
-
-
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -106,19 +125,9 @@ def _processes(group: int) -> dict[int, list[str]]:
 
 
 def cpu_seconds(group: int) -> float:
-    """Processor time that the living processes of a group have taken, in user mode and in the kernel."""
-    ticks = sum(int(fields[11]) + int(fields[12]) for fields in _processes(group).values())
+    """Processor time of a group's processes, in user mode and in the kernel; of ended ones, what was waited for."""
+    ticks = sum(sum(map(int, fields[11:15])) for fields in _processes(group).values())
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def busy_seconds() -> float:
-    """Processor time that all processes of the machine have taken since it started; 0 where there is no /proc."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _idle, _wait, *rest = map(int, stat.read_text().splitlines()[0].split()[1:])
-    # Interrupts and what the host of a virtual machine took for others; guests are in `user` already.
-    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(group: int) -> tuple[int, int]:
@@ -149,10 +158,15 @@ def versions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -> Path:
-    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json."""
+def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, wandb: bool = False) -> Path:
+    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json.
+
+    With `wandb` the figures become a W&B run as well (`tracked`); whatever happens to that, the JSON is there.
+    """
     now = datetime.now(UTC)
     hardware = machine()
+    after = conditions.take(before=False)
+    _say(conditions.sentence(after, "After the measurement"))
     if out is None:
         out = RESULTS / f"{benchmark}_{'-'.join(hardware_name(hardware).lower().split())}_{now:%Y-%m-%d}.json"
     script = Path(sys.argv[0])
@@ -163,10 +177,16 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None) -
         "date": now.isoformat(timespec="seconds"),
         # The arguments that name a place of this machine would help nobody.
         "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *_public(sys.argv[1:])]),
+        "conditions": {"before": _before, "after": after},
         "rows": list(rows),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if wandb:
+        # Here, because each loader's process imports this file.
+        import tracked
+
+        tracked.keep(record, out, say=_say)
     return out
 
 

@@ -86,6 +86,8 @@ class Options:
     """Counted steps of that, after 5 that are not."""
     out: Path | None = None
     """The JSON; by default results/loader_HARDWARE_DATE.json. The picture lies beside it."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 #: Share of the cores that other processes may take before figures are called disturbed.
@@ -283,7 +285,8 @@ def report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 def main(options: Options) -> None:
     """Measure, print, write and draw."""
     # Not at the top, because each loader's process imports this file: what it does not need would be in its memory.
-    import plots
+    import plot
+    import stored
     import waiting
 
     console = Console(soft_wrap=True)
@@ -296,6 +299,7 @@ def main(options: Options) -> None:
     waiters = [Spec.parse(text) for text in options.step]
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
+    harness.begin()
     rows: list[dict[str, Any]] = []
     kinds = sources.roots(options.data, options.encodings, options.photographs, options.size, console)
     for photographs, root in kinds:
@@ -319,12 +323,8 @@ def main(options: Options) -> None:
                     found.append(about | waiting.share(spec, task, options.step_model, options.steps))
             rows += found
             report(found, console)
-    where = harness.write("loader", rows, options.out)
-    hardware = harness.hardware_name(harness.machine())
-    picture = plots.loaders(
-        rows, f"Loaders, {options.image_size} px windows of a {options.canvas} px canvas, {hardware}",
-        where.with_suffix(".png"),
-    )  # fmt: skip
+    where = harness.write("loader", rows, options.out, wandb=options.wandb)
+    picture = plot.beside(stored.read(where))
     console.print(f"written to {where} and {picture.name}")
 
 

@@ -1,17 +1,25 @@
-"""Pictures of benchmark results."""
+"""Pictures of benchmark results; `plot.py` draws them from the files.
+
+Blue is fastddr and orange are the others, which the colour-blind tell apart and a printer in grey too; lines differ in
+their dashes as well.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.ticker import StrMethodFormatter
+from PIL import Image
 
+Row = Mapping[str, Any]
 #: By the `kind` of a row.
 COLOURS = {"fastddr": "#1f6f8b", "store": "#7fb3c4", "peer": "#c8803a"}
-_KINDS = {"fastddr": "fastddr", "store": "fastddr, a part of it alone", "peer": "peers"}
+_KINDS = {"fastddr": "fastddr", "store": "fastddr, a part of it alone", "peer": "others"}
 #: Colour and dashes of the limits, in the order in which they come.
 _LINES = (
     ("#8a2be2", (0, (5, 2))),
@@ -20,50 +28,143 @@ _LINES = (
     ("#2e7d32", (0, (3, 1))),
 )
 _INK = "#444444"
+#: What makes a panel of training and of steps.
+_CASE = ("model", "precision", "image_size", "batch_size")
+#: Inches.
+_WIDTH, _BAR, _HEADING = 8.2, 0.30, 0.75
+#: The text of a PNG that says what it was drawn from.
+_DIGEST = "Result"
 
 
-def loaders(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path:
+def loaders(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
     """Images a second of loaders as bars with 95 % intervals, a panel for each kind of photographs and policy.
+
+    The axis is logarithmic, because a store and the memory are a hundred times as fast as a decoder.
 
     Args:
         rows: of `kind` fastddr, store, peer (a bar) or limit (a line); each with name, photographs, policy, median, low
             and high. Others are passed over, `replay` too, which lies far beyond all of these.
         title: of the whole picture.
         path: the PNG.
+        digest: of the result, kept in the PNG.
     """
     rows = [row for row in rows if row.get("kind") in (*COLOURS, "limit")]
-    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        panels.setdefault((row["photographs"], row["policy"]), []).append(row)
-    counts = [sum(row["kind"] in COLOURS for row in panel) for panel in panels.values()]
-    lines = list(dict.fromkeys(row["name"] for row in rows if row["kind"] == "limit"))
-    kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
-    # Each bar has the same height in every panel.
-    height = 0.30 * sum(counts) + 0.75 * len(counts) + 1.0 + 0.22 * (len(lines) + 1)
-    figure = Figure(figsize=(8.2, height), dpi=150, layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[n + 1 for n in counts])[:, 0]
+    panels = _panels(rows, lambda row: (row["photographs"], row["policy"]))
+    lines = _styles(row["name"] for row in rows if row["kind"] == "limit")
+    figure, axes = _figure([sum(row["kind"] in COLOURS for row in panel) for panel in panels.values()],
+                           legend=len(lines) + 1, sharex=True)  # fmt: skip
     for axis, ((photographs, policy), panel) in zip(axes, panels.items(), strict=True):
-        _panel(axis, panel, lines)
+        axis.set_xscale("log")
+        _bars(axis, [row for row in panel if row["kind"] in COLOURS])
+        for row in panel:
+            if row["kind"] == "limit":
+                _line(axis, row["median"], *lines[row["name"]])
         axis.set_title(f"{photographs}, policy `{policy}`", loc="left", fontsize=9, fontweight="bold", color=_INK)
     everything = [row["median"] for row in rows]
     # Room on the right for the figures beside the longest bar.
     axes[-1].set_xlim(min(everything) / 2, max(everything) * 6)
-    axes[-1].set_xlabel("images a second, logarithmic", color=_INK)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    handles = [axes[0].barh([0], [0], color=COLOURS[kind], label=_KINDS[kind]) for kind in kinds]
-    handles += [
-        axes[0].plot([], [], color=colour, linestyle=style, label=name)[0]
-        for name, (colour, style) in zip(lines, itertools.cycle(_LINES), strict=False)
-    ]
-    figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False, ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return _finish(figure, axes, rows, lines, "images a second, logarithmic", title, path, digest)
 
 
-def _panel(axis: Any, panel: Sequence[Mapping[str, Any]], lines: Sequence[str]) -> None:
-    bars = sorted((row for row in panel if row["kind"] in COLOURS), key=lambda row: row["median"])
+def training(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+    """Images a second of whole training as bars with 95 % intervals, and the `replay` ceiling as a line.
+
+    A panel for each model, precision, size and batch, each with an axis of its own, which begins at 0. What failed has
+    a place and no bar.
+
+    Args:
+        rows: of `kind` fastddr, peer (a bar) or ceiling (a line); others are passed over.
+        title: of the whole picture.
+        path: the PNG.
+        digest: of the result, kept in the PNG.
+    """
+    rows = [row for row in rows if row.get("kind") in ("fastddr", "peer", "ceiling")]
+    panels = _panels(rows, lambda row: tuple(row[name] for name in _CASE))
+    lines = _styles(map(_ceiling, (row for row in rows if row["kind"] == "ceiling")))
+    figure, axes = _figure([sum(row["kind"] in COLOURS for row in panel) for panel in panels.values()],
+                           legend=len(lines) + 1)  # fmt: skip
+    for axis, (case, panel) in zip(axes, panels.items(), strict=True):
+        _bars(axis, [row for row in panel if row["kind"] in COLOURS])
+        for row in panel:
+            if row["kind"] == "ceiling" and "failed" not in row:
+                _line(axis, row["median"], *lines[_ceiling(row)])
+                axis.axvspan(row["low"], row["high"], color="#dddddd", linewidth=0, zorder=0.5)
+        axis.set_xlim(0, 1.35 * max((row["high"] for row in panel if "failed" not in row), default=1.0))
+        _head(axis, case)
+    return _finish(figure, axes, rows, lines, "images a second", title, path, digest)
+
+
+def steps(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+    """Images a second of the training step alone as bars, from the fastest way to run a model down.
+
+    A panel for each model, precision, size and batch; ours and timm's of the same settings share one.
+
+    Args:
+        rows: of `kind` step; others are passed over.
+        title: of the whole picture.
+        path: the PNG.
+        digest: of the result, kept in the PNG.
+    """
+    found = []
+    for row in rows:
+        if row.get("kind") == "step":
+            owner, colon, model = row["model"].rpartition(":")
+            name = row["name"].replace(row["model"], owner or "fastddr", 1)
+            found.append({**row, "kind": "peer" if colon else "fastddr", "model": model, "name": name})
+    panels = _panels(found, lambda row: tuple(row[name] for name in _CASE))
+    figure, axes = _figure([len(panel) for panel in panels.values()], legend=2)
+    for axis, (case, panel) in zip(axes, panels.items(), strict=True):
+        _bars(axis, panel)
+        axis.set_xlim(0, 1.35 * max(row["high"] for row in panel))
+        _head(axis, case)
+    return _finish(figure, axes, found, {}, "images a second", title, path, digest)
+
+
+def digest_of(path: Path) -> str | None:
+    """Of the result that a picture was drawn from; None where there is no picture, or it does not say."""
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get(_DIGEST)
+
+
+def _ceiling(row: Row) -> str:
+    return f"{row['name']}: the ceiling, with its interval in grey"
+
+
+def _head(axis: Any, case: Sequence[Any]) -> None:
+    model, precision, size, batch = case
+    about = f"{model}, {precision}, {size} px, batches of {batch}"
+    axis.set_title(about, loc="left", fontsize=9, fontweight="bold", color=_INK)
+
+
+def _panels(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    panels: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(key(row), []).append(row)
+    return panels
+
+
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, Any]]:
+    return dict(zip(dict.fromkeys(names), itertools.cycle(_LINES), strict=False))
+
+
+def _figure(bars: Sequence[int], *, legend: int, sharex: bool = False) -> tuple[Figure, list[Any]]:
+    """A figure of panels one below the other, in which each bar has the same height; `legend` in lines."""
+    axis = 1.0 if sharex else 0.45 + 0.3 * len(bars)
+    height = _BAR * sum(bars) + _HEADING * len(bars) + axis + 0.22 * legend
+    figure = Figure(figsize=(_WIDTH, height), dpi=150, layout="constrained")
+    axes = figure.subplots(len(bars), 1, sharex=sharex, squeeze=False, height_ratios=[count + 1 for count in bars])
+    return figure, list(axes[:, 0])
+
+
+def _bars(axis: Any, rows: Sequence[Row]) -> None:
+    """One below the other, the fastest on top; what failed at the bottom."""
+    bars = sorted(rows, key=lambda row: row.get("median", 0.0))
     for place, row in enumerate(bars):
+        if "failed" in row:
+            axis.annotate("failed", (0, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5)
+            continue
         axis.barh(place, row["median"], height=0.72, color=COLOURS[row["kind"]], zorder=2)
         error = [[row["median"] - row["low"]], [row["high"] - row["median"]]]
         axis.errorbar(row["median"], place, xerr=error, color="black", capsize=2.5, elinewidth=1, zorder=4)
@@ -78,13 +179,33 @@ def _panel(axis: Any, panel: Sequence[Mapping[str, Any]], lines: Sequence[str]) 
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 1.0},
             zorder=5,
         )
-    for row in panel:
-        if row["kind"] == "limit":
-            colour, style = _LINES[lines.index(row["name"]) % len(_LINES)]
-            axis.axvline(row["median"], color=colour, linestyle=style, linewidth=1.3, zorder=3)
-    axis.set_xscale("log")
     axis.set_ylim(-0.6, len(bars) - 0.4)
     axis.set_yticks(range(len(bars)), [row["name"] for row in bars], fontsize=8)
     axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.grid(axis="x", which="major", color="#dddddd", zorder=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _line(axis: Any, value: float, colour: str, dashes: Any) -> None:
+    # A white rim keeps it apart from a dark bar.
+    rim = [Stroke(linewidth=3, foreground="white"), Normal()]
+    axis.axvline(value, color=colour, linestyle=dashes, linewidth=1.3, zorder=3, path_effects=rim)
+
+
+def _finish(
+    figure: Figure, axes: Sequence[Any], rows: Sequence[Row], lines: Mapping[str, tuple[str, Any]], unit: str,
+    title: str, path: Path, digest: str,
+) -> Path:  # fmt: skip
+    axes[-1].set_xlabel(unit, color=_INK, fontsize=9)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
+    handles = [axes[0].barh([0], [0], color=COLOURS[kind], label=_KINDS[kind]) for kind in kinds]
+    handles += [
+        axes[0].plot([], [], color=colour, linestyle=dashes, label=name)[0] for name, (colour, dashes) in lines.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False, ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
+    return path

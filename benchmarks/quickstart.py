@@ -34,13 +34,17 @@ class Options:
     """How many runs."""
     out: Path | None = None
     """The JSON; by default results/quickstart_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def main(options: Options) -> None:
     """Run, print and write."""
     console = Console(soft_wrap=True)
     found: dict[str, list[float]] = {}
-    for seed in range(options.seeds):
+    seeds = list(range(options.seeds))
+    harness.begin()
+    for seed in seeds:
         folder = Path(tempfile.mkdtemp())
         try:
             command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "fastddr" / "train.py")]
@@ -57,11 +61,12 @@ def main(options: Options) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         console.print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3g}" for name, values in found.items()))
     rows: list[dict[str, Any]] = [
-        {"name": name, "preset": "quickstart", **harness.spread(values), "unit": "s" if name == "whole command" else ""}
+        {"name": name, "preset": "quickstart", "seeds": seeds, **harness.spread(values)}
+        | {"unit": "s" if name == "whole command" else ""}
         for name, values in found.items()
     ]
     harness.show("The quickstart, synthetic set included", rows)
-    console.print(f"written to {harness.write('quickstart', rows, options.out)}")
+    console.print(f"written to {harness.write('quickstart', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":

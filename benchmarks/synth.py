@@ -38,6 +38,8 @@ class Options:
     """Counted rounds."""
     out: Path | None = None
     """The JSON; by default results/synth_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def _counts(proportions: str, total: int) -> dict[str, tuple[int, ...]]:
@@ -77,6 +79,7 @@ def main(options: Options) -> None:
     cores = available_cores()
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}
     trials["1 core"] = Trial(options, 1, max(options.photographs // cores, 36))
+    harness.begin()
     console.print(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
     harness.interleaved(trials, rounds=1)
     speeds = harness.interleaved(trials, options.rounds)
@@ -96,7 +99,7 @@ def main(options: Options) -> None:
         ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
         rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
     harness.show(f"Synthetic photographs of {options.size}², {options.counts} proportions", rows)
-    console.print(f"written to {harness.write('synth', rows, options.out)}")
+    console.print(f"written to {harness.write('synth', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,376 @@
+"""No figure is typed: texts and pictures are those of the results, and nothing outside of them claims a speed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fastddr.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of `benchmarks` by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def found(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The texts and the results in a folder of their own."""
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "fastddr" / "presets", tmp_path / "fastddr" / "presets")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_has_its_form(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert {"benchmark", "machine", "versions", "date", "command", "rows"} <= set(record)
+    assert path.stem.startswith(record["benchmark"])
+    assert path.stem.endswith(datetime.fromisoformat(record["date"]).strftime("_%Y-%m-%d"))
+    assert {"cpu", "cores", "memory_gib", "system", "gpu"} <= set(record["machine"])
+    assert {"python", "torch", "fastddr"} <= set(record["versions"])
+    assert record["command"].startswith(f"python benchmarks/{record['benchmark']}.py")
+    assert "/" not in record["command"].removeprefix("python benchmarks/"), "a place of the machine"
+    assert record["rows"]
+    for row in record["rows"]:
+        if "failed" in row:
+            assert row["name"]
+            assert isinstance(row["failed"], str)
+            continue
+        assert {"name", "median", "low", "high", "unit", "n"} <= set(row), row
+        assert row["low"] <= row["median"] <= row["high"], row
+        assert row["n"] >= (1 if record["benchmark"] == "quickstart" else 5), row
+
+
+def test_the_newest_of_each_name_and_machine(load: Callable[[str], Any], tmp_path: Path) -> None:
+    def write(name: str, gpu: str | None, date: str) -> None:
+        machine = {"cpu": "some", "cores": 2, "gpu": gpu}
+        hardware = "2-core-cpu" if gpu is None else "-".join(gpu.lower().split())
+        record = {"benchmark": name.partition("-")[0], "machine": machine, "versions": {}, "command": "", "rows": []}
+        (tmp_path / f"{name}_{hardware}_{date}.json").write_text(
+            json.dumps(record | {"date": f"{date}T00:00:00+00:00"})
+        )
+
+    for date in ("2026-11-09", "2026-11-10", "2025-12-30"):
+        write("loader", None, date)
+    write("loader-real", None, "2026-01-01")
+    write("loader", "NVIDIA X", "2024-01-01")
+    found = load("stored").newest(tmp_path)
+    assert [(result.name, result.hardware, result.record["date"][:10]) for result in found] == [
+        ("loader", "NVIDIA X", "2024-01-01"),
+        ("loader", "2-core CPU", "2026-11-10"),
+        ("loader-real", "2-core CPU", "2026-01-01"),
+    ]
+
+
+def test_what_is_no_result_is_refused(load: Callable[[str], Any], tmp_path: Path) -> None:
+    stored = load("stored")
+    for text, said in (("{", "no JSON"), ('{"rows": []}', "lacks benchmark, machine")):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            stored.read(tmp_path / "r.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        stored.read(tmp_path / "none.json")
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def test_every_generated_text_is_up_to_date(load: Callable[[str], Any]) -> None:
+    tables, results = load("tables"), load("stored").newest()
+    seen = []
+    for path in tables.files():
+        for name, old, wanted in tables.rendered(path, path.read_text(), results):
+            assert old == wanted, f"{path.relative_to(ROOT)}, {name}: run `python benchmarks/tables.py`"
+            seen.append(f"{path.name} {name}")
+    assert {"README.md quickstart", "README.md loader", "README.md train", "quickstart.yaml quickstart-header"} <= {
+        *seen
+    }
+
+
+def test_a_changed_figure_is_noticed_and_written(load: Callable[[str], Any], copy: Path) -> None:
+    tables = load("tables")
+    check, write = tables.Options(check=True), tables.Options()
+    tables.main(check, copy)
+    path = next((copy / "benchmarks" / "results").glob("quickstart_2-core-cpu_*.json"))
+    record = json.loads(path.read_text())
+    row = next(row for row in record["rows"] if row["name"] == "whole command")
+    row |= {"median": 1234.5, "low": 1230.0, "high": 1240.0, "n": 3, "seeds": [0, 1, 2]}
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"^README\.md: the generated text 'quickstart' is out of date"):
+        tables.main(check, copy)
+    tables.main(write, copy)
+    assert "it takes 1,234 s (1,230-1,240) after installation" in (copy / "README.md").read_text()
+    assert "# Time:   1,234 s (1,230-1,240) on 2 CPU cores" in (copy / "fastddr/presets/quickstart.yaml").read_text()
+    tables.main(check, copy)
+
+
+def test_a_changed_text_is_noticed(load: Callable[[str], Any], copy: Path) -> None:
+    readme = copy / "README.md"
+    readme.write_text(readme.read_text().replace("after installation and", "and"))
+    with pytest.raises(UserError, match="'quickstart' is out of date"):
+        load("tables").main(load("tables").Options(check=True), copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- begin generated: quickstart -->\ntext\n", "a mark of a generated text without its other one"),
+        ("text\n<!-- end generated -->\n", "a mark of a generated text without its other one"),
+        ("<!-- begin generated: quickstar -->\n<!-- end generated -->\n", "did you mean 'quickstart'"),
+    ],
+)
+def test_a_wrong_mark_is_refused(load: Callable[[str], Any], tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        list(load("tables").rendered(tmp_path / "x.md", text, []))
+
+
+def training() -> dict[str, Any]:
+    """A result of whole training, invented."""
+    about = {"photographs": "synthetic", "precision": "fp32", "image_size": 224, "batch_size": 32}
+
+    def row(name: str, kind: str, median: float, unit: str = "images/s", **more: Any) -> dict[str, Any]:
+        figures = {"median": median, "low": 0.9 * median, "high": 1.1 * median, "unit": unit, "n": 5}
+        return {"name": name, "kind": kind, **about, "model": "ConvMixer", **figures, **more}
+
+    rows = [
+        row("fastddr", "fastddr", 118.0, data_wait=0.021, cpu_share=0.97, ram_gib=1.234),
+        row("fastddr, replay", "ceiling", 121.0),
+        row("report", "peer", 75.0),
+        row("report, workers=0", "peer", 60.0),
+        {"name": "timm", "kind": "peer", **about, "model": "ConvMixer", "failed": "no memory"},
+        row("fastddr / fastddr, replay", "target", 0.975, "×", target=0.9, met=True),
+        row("fastddr / report", "ratio", 1.5733, "×"),
+        row("fastddr / report, workers=0", "ratio", 1.97, "×"),
+        row("fastddr", "fastddr", 3000.0) | {"model": "CNN"},
+    ]
+    machine = {"cpu": "AMD EPYC", "cores": 2, "gpu": None, "memory_gib": 8.0, "system": "Linux"}
+    busy = {"before": None, "after": {"disturbed": True}}
+    return {
+        "benchmark": "train", "machine": machine, "versions": {"torch": "2.11.0"}, "date": "2026-12-01T00:00:00+00:00",
+        "command": "python benchmarks/train.py --out x.json --wandb", "conditions": busy, "rows": rows,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trained(load: Callable[[str], Any], tmp_path: Path) -> Any:
+    """That result, read."""
+    path = tmp_path / "benchmarks" / "results" / "train_2-core-cpu_2026-12-01.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(training()))
+    return load("stored").read(path)
+
+
+def test_training_is_told_by_its_fastest_peers(load: Callable[[str], Any], trained: Any) -> None:
+    about, table, source, *rest = load("blocks").train([trained], lambda path: path.name)
+    assert about.startswith("**2-core CPU.** Images a second of whole training, synthetic, fp32 precision, 224 px")
+    assert table.splitlines() == [
+        "| | images/s | of the `replay` ceiling | times `report` | times `timm` |",
+        "| :-- | --: | --: | --: | --: |",
+        "| ConvMixer | 118 (106-130) | 0.97 (0.88-1.07) | 1.57 (1.42-1.73) | |",
+        "| CNN | 3,000 (2,700-3,300) | | | |",
+    ]
+    assert "`python benchmarks/train.py`, 2 cores of an AMD EPYC, no GPU, torch 2.11.0, 2026-12-01, [JSON](" in source
+    assert source.endswith("to be measured again.")
+    assert rest == ["**GPU.** Not measured yet: `python benchmarks/train.py`."]
+
+
+def test_all_rows_are_listed_with_their_costs(load: Callable[[str], Any], trained: Any) -> None:
+    text = "\n".join(load("blocks").train_all([trained], lambda path: path.name))
+    assert "| | model | images/s | data wait | CPU | RAM, GiB |" in text
+    assert "| fastddr | ConvMixer | 118 (106-130) | 2.1 % | 97 % | 1.23 |" in text
+    assert "| fastddr / fastddr, replay (aim 0.9: met) | 0.97 (0.88-1.07) |" in text
+    assert "Without a figure: timm (synthetic, ConvMixer, fp32 precision, 224 px, batches of 32): no memory." in text
+
+
+def test_what_is_not_measured_is_said(load: Callable[[str], Any], trained: Any) -> None:
+    for name, block in load("blocks").BLOCKS.items():
+        said = block([], lambda path: path.name)
+        assert len(said) == 1, name
+        assert "ot measured yet: " in said[0], name
+    assert load("blocks").step([trained], lambda path: path.name) == [
+        "**2-core CPU.** Not measured yet: `python benchmarks/step.py`.",
+        "**GPU.** Not measured yet: `python benchmarks/step.py`.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (12345.6, "12,346"),
+        (53.1, "53"),
+        (9.96, "10"),
+        (2.196, "2.2"),
+        (0.844, "0.84"),
+        (0.0341, "0.034"),
+        (0.0, "0.00"),
+    ],
+)
+def test_figures_keep_the_digits_that_count(load: Callable[[str], Any], value: float, said: str) -> None:
+    assert load("wording").number(value) == said
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_every_picture_is_up_to_date(load: Callable[[str], Any]) -> None:
+    plots = load("plots")
+    for result, path in load("plot").pictures(load("stored").newest()):
+        assert plots.digest_of(path) == result.digest, f"{path.relative_to(ROOT)}: run `python benchmarks/plot.py`"
+
+
+def test_pictures_are_drawn_from_the_file(load: Callable[[str], Any], trained: Any, tmp_path: Path) -> None:
+    plot, plots = load("plot"), load("plots")
+    step = {"kind": "step", "model": "timm:convmixer", "name": "timm:convmixer, eager, NCHW", "precision": "fp32",
+            "image_size": 64, "batch_size": 4, "median": 5.0, "low": 4.0, "high": 6.0, "n": 5,
+            "unit": "images/s"}  # fmt: skip
+    other = step | {"model": "convmixer", "name": "convmixer, eager, NCHW"}
+    record = training() | {"benchmark": "step", "rows": [step, other]}
+    (tmp_path / "step.json").write_text(json.dumps(record))
+    plot.main(plot.Options(results=(trained.path, tmp_path / "step.json")))
+    for result in (trained, load("stored").read(tmp_path / "step.json")):
+        picture = result.path.with_suffix(".png")
+        assert picture.stat().st_size > 10_000
+        assert plots.digest_of(picture) == result.digest
+    assert plots.digest_of(tmp_path / "none.png") is None
+    (tmp_path / "data.json").write_text(json.dumps(record | {"benchmark": "data"}))
+    with pytest.raises(UserError, match="there is no picture of data"):
+        plot.main(plot.Options(results=(tmp_path / "data.json",)))
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+_NUMBER = (
+    r"(?<![\w.])(?:\d[\d,.]*(?<![,.])|(?:half an?|dozen|hundred|thousand|two|three|four|five|six|seven|eight|nine|ten"
+    r"|eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty)\b)"
+)
+_INTERVAL = r"\(\d[\d,.]*\s*(?:-|–|to)\s*\d[\d,.]*\)"
+#: What makes of a number a claim of speed, time or score.
+CLAIM = re.compile(
+    rf"{_NUMBER}(?:\s*{_INTERVAL})?(?:"
+    # 660 synthetic photographs a second, 445 images/s, 53 a second
+    r"(?:[\s-]+[a-z]+){0,3}?\s*(?:/\s*s(?:ec|econd)?\b|\b(?:a|per|each|every)\s+(?:second|minute|hour)\b)"
+    # 93 s, 4.1 ms, twelve minutes, a 3-minute run
+    r"|[\s-]?(?:ns|µs|us|ms|s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?|days?)\b"
+    # 2.9 times as fast, 3× faster, 13 times the memory, tenfold
+    r"|\s*(?:×|x|times|-?fold)\s*(?:as|faster|slower|quicker|less|more|the|that)\b|-?fold\b"
+    # 25 GB/s, 790 TFLOP/s
+    r"|\s*(?:[KMGT]i?B/s|[KMGTP]?FLOPs?\b)"
+    # 98 % of the ceiling, 30 % faster
+    r"|\s*%\s+(?:faster|slower|quicker|less|more|of (?:the|a|its) (?:time|step|speed|ceiling|limit|bandwidth|peak))"
+    # 2.9 (2.8-3.1), 2.9× (2.8-3.1): a figure with its interval
+    rf"|[^\s()|\w]{{0,2}}\s*{_INTERVAL}"
+    r")"
+    # a kappa of 0.84
+    r"|(?:kappa|QWK|accuracy)\b[^.|]{0,50}?[\s(]0\.\d+"
+)
+#: What looks like one and is none, with the reason.
+ALLOWED = {
+    "image (b 3 h w;": "the shape of a batch",
+    "or eight times as long as wide": "the shape of a photograph",
+}
+
+
+def claims(text: str) -> list[str]:
+    """Every claim in a text, with some words around it; lines, emphasis and the marks of comments are no matter."""
+    plain = " ".join(re.sub(r"[*`]|^#+ ?", "", text, flags=re.MULTILINE).split())
+    for phrase in ALLOWED:
+        plain = plain.replace(phrase, "")
+    return [plain[max(found.start() - 30, 0) : found.end() + 30] for found in CLAIM.finditer(plain)]
+
+
+def header(path: Path, text: str) -> str:
+    """Of a preset the comments, of another file all."""
+    if path.suffix != ".yaml":
+        return text
+    return "\n".join(line for line in text.splitlines() if line.startswith("#"))
+
+
+def test_nothing_claims_a_speed_by_hand(load: Callable[[str], Any]) -> None:
+    tables = load("tables")
+    found = {path.name: claims(tables.without_blocks(header(path, path.read_text()))) for path in tables.files()}
+    assert {name: said for name, said in found.items() if said} == {}, (
+        "write it from a result (benchmarks/tables.py), or say it without a number"
+    )
+
+
+def test_generated_texts_are_claims(load: Callable[[str], Any]) -> None:
+    """So the marks matter: without them the lint would find the figures."""
+    text = (ROOT / "README.md").read_text()
+    assert len(claims(text)) > 20
+    assert claims(load("tables").without_blocks(text)) == []
+
+
+def held_before() -> Iterator[str]:
+    """What README, docs and presets held when figures were typed."""
+    yield "On 2 CPU cores it takes\n93 s after installation"
+    yield "reaches a quadratic-weighted kappa of 0.84 on the synthetic valid split"
+    yield "and take some twelve minutes on\n2 CPU cores."
+    yield "all peers it takes about half an hour on 2 cores."
+    yield "| `dali` | 1,305 (1,169-1,434) | 613 |"
+    yield "Round by round `dali` is 2.9 (2.8-3.1), 4.0 (3.6-4.2) and 2.7 (2.5-3.0) times as fast"
+    yield "`resident` 11 (10-12) times."
+    yield "headers are known is read in 2.2 s (2.0-2.3)"
+    yield "`check` decodes 660 synthetic\nphotographs a second (592-722)"
+    yield "the synthetic set: 62 photographs a second"
+    yield "decoding costs 4.1 ms a\n    photograph"
+    yield "photographs of 512 px are made at 53 a second"
+    yield "# Time:   93 s on 2 CPU cores, the synthetic set made"
+    yield "# Result: kappa (QWK) 0.84 on valid"
+    yield "`stride1` takes about 13 times the memory."
+
+
+def invented() -> Iterator[str]:
+    """What somebody might write."""
+    yield "It trains at **12,000** images/s on an H100."
+    yield "fastddr is 20× faster than the report's own way"
+    yield "and reaches 98 % of the ceiling"
+    yield "at 4.3 TB/s of memory bandwidth"
+    yield "# Time: 6 minutes on one H200"
+    yield "two to three times as fast"
+    yield "decodes 1,500 images per second"
+    yield "a 10-fold speed-up over Pillow"
+    yield "the kernel does 1,000,000 img/s"
+    yield "an epoch in 3.5s"
+
+
+@pytest.mark.parametrize("text", [*held_before(), *invented()])
+def test_a_claim_is_caught(text: str) -> None:
+    assert claims(text), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "256 px windows of a 512 px canvas", "98 epochs as for the ConvMixer", "95 % intervals", "quality 100, 4:4:4",
+        "3 × width × height bytes of its canvas: 0.75 MiB at 512 × 512", "torch 2.14.1, DALI 2.4.0, 2026-11-24",
+        "the report gives 93.61 % on train", "shows the same part of the eye in 56 % of the pixels", "minutes on a CPU",
+        "Each photograph has 24 random numbers an epoch.", "a scale of 0.87 to 1.15", "`--loading.store-gib 4` sets it",
+        "tens of thousands of photographs", "2 threads", "the six hues of seven cameras", "--rounds 7 --seconds 0.8",
+    ],
+)  # fmt: skip
+def test_what_is_no_claim_is_left_alone(text: str) -> None:
+    assert claims(text) == []

@@ -1,0 +1,248 @@
+"""What every benchmark does beside measuring: conditions of the machine, the JSON, and the W&B run of `--wandb`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROWS = [
+    {"name": "dali", "kind": "fastddr", "photographs": "synthetic", "policy": policy, "batch_size": 8, "ram_gib": 0.5,
+     "seeds": [0, 1], "median": 100.0, "low": 90.0, "high": 120.0, "n": 5, "unit": "images/s"}
+    for policy in ("report", "fundus")
+]  # fmt: skip
+ROWS.append({"name": "dali / timm", "kind": "ratio", "median": 2.5, "low": 2.0, "high": 3.0, "n": 5, "unit": "×"})
+ROWS.append({"name": "timm", "kind": "peer", "failed": "out of memory"})
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of `benchmarks` by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def found(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return found
+
+
+@pytest.fixture
+def harness(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Before any benchmark began, on a machine without a card, whose cores nobody else takes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(load("harness"), "_before", None)
+    taking(monkeypatch, load("conditions"), 0.0)
+    return load("harness")
+
+
+def taking(monkeypatch: pytest.MonkeyPatch, conditions: Any, share: float) -> None:
+    """Other processes take that share of this process's cores, and this process a tenth; no time passes but asleep."""
+    now = [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.1 * now[0], sleep=sleep)
+    monkeypatch.setattr(conditions, "time", clock)
+    busy = share * conditions.available_cores() + 0.1
+    monkeypatch.setattr(conditions, "busy_seconds", lambda: busy * now[0])
+
+
+def test_conditions_are_stored_before_and_after(
+    harness: Any, load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    conditions = load("conditions")
+    taking(monkeypatch, conditions, 0.5)
+    began = harness.begin()
+    assert began["others_cpu_share"] == 0.5
+    assert (began["disturbed"], began["gpus"]) == (True, None)
+    taking(monkeypatch, conditions, 0.02)
+    record = json.loads(harness.write("some", ROWS, tmp_path / "r.json").read_text())
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    wanted = "the machine is busy (other processes take 50 % of the cores): measure again on an idle one."
+    assert f"Before the measurement {wanted}" in said
+    assert record["conditions"]["before"] == began
+    assert record["conditions"]["after"]["disturbed"] is False
+    assert record["conditions"]["after"]["load_average"] >= 0
+    assert record["rows"] == ROWS
+
+
+def test_a_result_is_written_without_begin(harness: Any, tmp_path: Path) -> None:
+    record = json.loads(harness.write("some", ROWS, tmp_path / "r.json").read_text())
+    assert record["conditions"]["before"] is None
+    assert {"benchmark", "machine", "versions", "date", "command", "rows"} <= set(record)
+
+
+CARD = "GPU-11111111-2222-3333-4444-555555555555"
+SMI = """#!/bin/sh
+case "$1" in
+*compute-apps*) cat {apps} ;;
+*) [ "$3" = -i ] || [ "$2" = -i ] || exit 9; echo "1980, 1980, 2619, 2619, 41, 70.25, [N/A], {use}, 1024" ;;
+esac
+"""
+
+
+@pytest.fixture
+def card(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The conditions with a card, on which processes (id, memory) run, as an invented nvidia-smi tells them."""
+    conditions = load("conditions")
+    monkeypatch.setattr(conditions, "_others_cpu_share", lambda: 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=CARD.removeprefix("GPU-"))
+    )
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def take(processes: list[tuple[int, str]], use: str = "0", initialised: bool = False, before: bool = True) -> Any:
+        apps = tmp_path / "apps"
+        others = "GPU-99999999-2222-3333-4444-555555555555, 1, 5\n"
+        apps.write_text(others + "".join(f"{CARD}, {number}, {memory}\n" for number, memory in processes))
+        script = tmp_path / "nvidia-smi"
+        script.write_text(SMI.format(apps=apps, use=use))
+        script.chmod(0o755)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+        return conditions.take(before=before)
+
+    return take
+
+
+def test_a_card_s_clocks_and_processes(card: Callable[..., Any]) -> None:
+    quiet = card([(os.getpid(), "400")])
+    assert quiet["disturbed"] is False
+    assert quiet["gpus"] == [
+        {"index": 0, "sm_clock_mhz": 1980, "max_sm_clock_mhz": 1980, "memory_clock_mhz": 2619,
+         "max_memory_clock_mhz": 2619, "temperature_c": 41, "power_w": 70.25, "power_limit_w": None,
+         "utilisation_percent": 0, "memory_used_mib": 1024, "other_processes_mib": []}
+    ]  # fmt: skip
+    busy = card([(os.getpid(), "400"), (1, "2048"), (os.getppid(), "[N/A]")])
+    assert busy["gpus"][0]["other_processes_mib"] == [2048, None]
+    assert busy["why"] == ["2 other processes on GPU 0"]
+
+
+def test_a_child_is_no_other_process(card: Callable[..., Any]) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as child:
+        try:
+            assert card([(child.pid, "400")])["gpus"][0]["other_processes_mib"] == []
+        finally:
+            child.communicate("\n")
+
+
+def test_a_busy_card_disturbs_only_before(card: Callable[..., Any]) -> None:
+    assert card([], use="87")["why"] == ["GPU 0 is 87 % busy"]
+    assert card([], use="87", before=False)["disturbed"] is False, "that was the benchmark itself"
+
+
+def test_a_container_s_ids_are_not_guessed(card: Callable[..., Any]) -> None:
+    beyond = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1 if Path("/proc").exists() else 10**9
+    hidden = card([(beyond, "400")], initialised=True)
+    assert hidden["gpus"][0]["other_processes_mib"].startswith("unknown: ")
+    assert hidden["disturbed"] is False
+    assert card([(beyond, "400")], initialised=False)["disturbed"] is True, "this process has no work there yet"
+
+
+def test_without_nvidia_smi_it_is_unknown(card: Callable[..., Any], tmp_path: Path) -> None:
+    card([])
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 12\n")
+    conditions = sys.modules["conditions"]
+    assert conditions.take(before=True)["gpus"] == "unknown: NVIDIA-SMI has failed"
+    os.environ["PATH"] = str(tmp_path / "nothing")
+    assert conditions.take(before=True)["gpus"] == "unknown: there is no nvidia-smi"
+
+
+# ----------------------------------------------------------------------------------------------------- Weights & Biases
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No login, no network, no home, and a working directory of its own."""
+    for name in [name for name in os.environ if name.startswith("WANDB") and "SERVICE" not in name]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_figures_have_names_that_last(load: Callable[[str], Any]) -> None:
+    names = load("tracked").figures([*ROWS, ROWS[0]])
+    assert names["fastddr/synthetic, report, batch size 8/dali"] == 100
+    assert names["fastddr/synthetic, fundus, batch size 8/dali/low"] == 90
+    assert names["fastddr/synthetic, report, batch size 8/dali/ram_gib"] == 0.5
+    assert names["fastddr/synthetic, report, batch size 8/dali #2"] == 100
+    assert names["ratio/dali over timm"] == 2.5
+    assert names["peer/timm/failed"] == "out of memory"
+
+
+def test_an_offline_run_is_read_back(
+    harness: Any, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    asked: dict[str, Any] = {}
+    init = wandb.init
+
+    def begin(**options: Any) -> Any:
+        asked.update(options)
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", begin)
+    out = harness.write("some", ROWS, offline / "some_2-core-cpu_2026-11-24.json", wandb=True)
+    wandb.teardown()
+    assert (asked["project"], asked["job_type"], asked["group"], asked["name"]) == (
+        "fastddr", "benchmark", "some", out.stem
+    )  # fmt: skip
+    [run] = (offline / "runs" / "benchmarks" / out.stem / "wandb").glob("offline-run-*")
+    place = run.relative_to(offline)
+    assert f"W&B: offline (not logged in); upload later with: wandb sync {place}\n" in capsys.readouterr().out
+    [file] = run.glob("*.wandb")
+    program = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary", str(file)]
+    read = json.loads(subprocess.run(program, capture_output=True, text=True, timeout=60, check=True).stdout)
+    record = json.loads(out.read_text())
+    assert (read["project"], read["name"], read["state"]) == ("fastddr", out.stem, "finished")
+    assert read["summary"]["fastddr/synthetic, report, batch size 8/dali/high"] == 120
+    assert read["summary"]["ratio/dali over timm"] == 2.5
+    for key in ("machine", "versions", "command", "conditions"):
+        assert read["config"][key] == record[key], key
+    assert (run / "files" / out.name).read_bytes() == out.read_bytes()
+    assert out.name.encode() in file.read_bytes(), "or an upload would leave it behind"
+    [table] = (run / "files" / "media" / "table").glob("rows*.json")
+    rows = json.loads(table.read_text())
+    assert dict(zip(rows["columns"], rows["data"][0], strict=True))["seeds"] == "[0, 1]"
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("how", ["disabled", "not installed", "broken"])
+def test_without_wandb_the_json_is_there(
+    harness: Any, offline: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no service\nat all")
+
+    if how == "disabled":
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    elif how == "not installed":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setattr("wandb.init", broken)
+    out = harness.write("some", ROWS, offline / "r.json", wandb=True)
+    assert json.loads(out.read_text())["rows"] == ROWS
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1, said
+    why = {"disabled": " by WANDB_MODE", "not installed": "import of wandb halted", "broken": ": no service"}[how]
+    assert said[0].startswith("W&B is off")
+    assert why in said[0]
+    assert "r.json" in said[0]

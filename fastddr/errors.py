@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 #: Exit code of every command for a mistake of the user's.
 EXIT_USER_ERROR = 2
+#: Exit code of a training that was asked to stop, has saved, and can go on.
+EXIT_STOPPED = 3
 
 
 class UserError(Exception):

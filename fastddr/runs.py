@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def stop(self) -> Path:
+        """Whoever makes this file asks the run to save and to end."""
+        return self.path / "STOP"
+
+    @property
     def test_scorings(self) -> Path:
         """Every time that the test split was scored."""
         return self.path / "test_scorings.jsonl"

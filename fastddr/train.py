@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py") -> int:
-    """Parse, train, and return the exit code: 0, or 2 for a mistake of the user's, told in one sentence."""
-    from fastddr.errors import EXIT_USER_ERROR, UserError
+    """Parse, train, and return the exit code: 0; 2 for a mistake of the user's, told in one sentence; 3 = stopped."""
+    from fastddr.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
     try:
         from fastddr.cli import parse
@@ -22,10 +22,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
 
         with Trainer(config) as trainer:
             trainer.fit()
+            stopped = trainer.stopped
     except UserError as error:
         print(f"fastddr: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    return 0
+    return 0 if stopped is None else EXIT_STOPPED
 
 
 if __name__ == "__main__":

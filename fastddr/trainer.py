@@ -26,8 +26,9 @@ from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
 from fastddr.meters import Waited, Window, memory, versions
 from fastddr.progress import EpochBar
-from fastddr.reporting.facts import facts
+from fastddr.reporting.final import write_final
 from fastddr.step import Tally, training_step
+from fastddr.stopping import Stopping, StopRequested
 from fastddr.tracking import Tracker
 
 
@@ -51,6 +52,9 @@ class Trainer:
         self.config = config
         self.progress = Progress()
         self.finished = False
+        #: Who asked the run to stop, once it has followed.
+        self.stopped: str | None = None
+        self._saved_step = 0
         self.tracker: Tracker | None = None
         self.loaders: RunLoaders | None = None
         self._named = config.run_dir is not None
@@ -132,6 +136,11 @@ class Trainer:
         going_on = resumed and self._resume()
         if not going_on:
             self._begin()
+        self._saved_step = self.progress.step
+        self.stopping = Stopping(
+            self.run.stop, config.max_hours, self.runtime.device, rank=self.runtime.rank, world=self.runtime.world,
+            say=lambda line: self.console.print(line, style="yellow"),
+        )  # fmt: skip
         if self.runtime.is_main:
             self.run.set_status("running", self.progress.step)
         self._began = True
@@ -194,13 +203,36 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Train to the end, score every split under the best weights, and write the report."""
+        """Train to the end, score every split under the best weights, and write the report.
+
+        On a request to stop (`stopping`) save, set `stopped` and return; the same run goes on later.
+        """
         if self.finished:
             return
-        while self.progress.epoch < self.config.epochs:
-            self.train_epoch()
-            self.validate()
-        self._report()
+        with self.stopping.listening():
+            try:
+                while self.progress.epoch < self.config.epochs:
+                    self.train_epoch()
+                    self.validate()
+                self._report()
+            except StopRequested as request:
+                self._stop(str(request))
+            else:
+                self.stopping.settle()
+
+    def _stop(self, reason: str) -> None:
+        """Save where training stands, unless that is saved, and leave the run for later."""
+        self.stopped = reason
+        if self.progress.step > self._saved_step:
+            self._save(best=False)
+        if self.runtime.is_main:
+            self.run.set_status("preempted", self.progress.step, reason)
+        self.stopping.followed()
+        self.console.print(
+            f"stopped at step {self.progress.step} ({reason}), and saved; the same command with --run-dir "
+            f"{self.run.path} goes on",
+            style="yellow",
+        )
 
     def _lr_factor(self, step: int) -> float:
         total = self.config.epochs * self.steps_per_epoch
@@ -240,6 +272,7 @@ class Trainer:
                 due = config.save_every_steps and progress.step % config.save_every_steps == 0
                 if due and not last:
                     self._save(best=False)
+                self.stopping.check()
             # Past the last batch, so that the loader ends its epoch itself.
             if next(batches, None) is not None:
                 raise RuntimeError("the loader has more batches than its epoch has steps")
@@ -282,14 +315,26 @@ class Trainer:
         if self.runtime.world > 1:
             for buffer in self._weights.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        found = score(self.accelerator, self._weights, loader, paths=self.manifest.path, weights=weights)
+        found = score(
+            self.accelerator,
+            self._weights,
+            loader,
+            paths=self.manifest.path,
+            weights=weights,
+            on_batch=self.stopping.check,
+        )
         self._need_finite(bool(found.logits.isfinite().all()), "model's output")
         return found
 
     def validate(self) -> dict[str, Any]:
         """Score the valid split, log, and save a checkpoint; the figures (`metrics.figures`)."""
         progress = self.progress
-        found = self._score(self.valid_loader, "current")
+        try:
+            found = self._score(self.valid_loader, "current")
+        except StopRequested:
+            # Its last step is saved as a step within the epoch, so that the next start scores it.
+            progress.epoch -= 1
+            raise
         values = figures(found.logits, found.grades)
         qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
         best = progress.best_qwk is None or qwk > progress.best_qwk
@@ -328,6 +373,7 @@ class Trainer:
                 best=best,
             )
             self.run.set_status("running", self.progress.step)
+        self._saved_step = self.progress.step
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------ the end
@@ -348,31 +394,10 @@ class Trainer:
         assert self.tracker is not None
         if self.runtime.is_main:
             self.console.print("writing the report …")
-            ordered = {name: results[name] for name in (*manifest.SPLITS, "valid_last") if name in results}
-            logged = reporting.read_metrics(self.run.path)
-            about = facts(self.config, self.manifest, self.runtime, self.parameters, logged)
-            text = reporting.write(
-                self.run.path,
-                ordered,
-                about,
-                self.manifest.notes,
-                root=self.manifest.root,
-                left_out=self.manifest.left_out,
-            )
-            for picture in sorted(text.parent.glob("*.png")):
-                # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
-                if picture.stem != "worst":
-                    self.tracker.log_image(f"report/{picture.stem}", picture, progress.step)
-            final: dict[str, Any] = {}
-            for name in manifest.SPLITS:
-                if name not in ordered:
-                    continue
-                values = figures(ordered[name].logits, ordered[name].grades)
-                shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
-                final |= {f"final/{name}_{key}": value for key, value in shown.items()}
-                if name == "test":
-                    self.run.append_test_scoring({"by": "train", "weights": weights, "n": values["n"], **shown})
-            self.tracker.log(final, step=progress.step, epoch=progress.epoch)
+            write_final(
+                self.run, results, self.config, self.manifest, self.runtime, self.tracker, parameters=self.parameters,
+                weights=weights, step=progress.step, epoch=progress.epoch,
+            )  # fmt: skip
             self.run.set_status("done", progress.step)
         sync = self.tracker.sync_command
         self.tracker.finish()

@@ -81,6 +81,8 @@ class Config:
     """Of weights, order, windows and colours."""
     save_every_steps: int | None = None
     """Also save a checkpoint every so many steps; always one after each epoch."""
+    max_hours: float | None = None
+    """Save and end after so many hours, to go on later with the same --run-dir."""
     threads: int | None = None
     """Intra-op threads of PyTorch; by default the cores of this rank. Part of the run's identity: on a CPU the last
     bits of the weights depend on it."""
@@ -113,7 +115,7 @@ class Config:
 #: holds it to the run is the manifest's fingerprint, not its path, nor how it was checked and what was left out.
 #: Of a policy only the values count, which are keys of their own.
 RUNTIME_KEYS = (
-    "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "tracking", "loading",
+    "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "max_hours", "tracking", "loading",
     "evaluation.batch_size", "augment.policy",
 )  # fmt: skip
 
@@ -309,6 +311,8 @@ def check(config: Config, where: str) -> Config:
         f"image_size {config.image_size} is larger than canvas {config.canvas}; "
         "a window must fit its canvas: raise canvas or lower image_size.",
     )
+    hours = config.max_hours
+    need(hours is None or hours > 0, f"max_hours is {hours}, but must be above 0.")
     need(config.lr > 0, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     store = config.loading.store_gib

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,13 @@ from fastddr.loaders.base import Loader
 
 @torch.inference_mode()
 def score(
-    accelerator: Accelerator, model: nn.Module, loader: Loader, *, paths: Sequence[str], weights: str
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Loader,
+    *,
+    paths: Sequence[str],
+    weights: str,
+    on_batch: Callable[[], None] | None = None,
 ) -> SplitResult:
     """The logits of every photograph of the loader's split, in the order of their ids, on every rank.
 
@@ -24,6 +30,7 @@ def score(
         loader: an evaluation loader.
         paths: name of each id, as the reports show it.
         weights: which weights these are, for the reader of the report.
+        on_batch: called after each batch; what it raises ends the scoring.
     """
     was_training = model.training
     model.eval()
@@ -33,6 +40,8 @@ def score(
             with accelerator.autocast():
                 logits = model(batch.image)
             parts.append((logits.float(), batch.grade, batch.id, batch.valid))
+            if on_batch is not None:
+                on_batch()
     finally:
         model.train(was_training)
     # Every rank holds as many rows, padding included, so one plain gather a tensor does it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import time
@@ -44,12 +45,12 @@ class Window:
         self.wait_share: float | None = None
 
     def close(self, total: torch.Tensor, waited: float, now: float) -> tuple[float, float]:
-        """(mean loss, accuracy) of the photographs since the last call; sets `rate` and `wait_share`."""
+        """(mean loss, accuracy) of the photographs since the last call, NaN without any; sets `rate`, `wait_share`."""
         loss, correct, count = (total - self._total).tolist()
         seconds = now - self._began
         self.rate, self.wait_share = count / seconds, (waited - self._waited) / seconds
         self._total, self._began, self._waited = total, now, waited
-        return loss / count, correct / count
+        return (loss / count, correct / count) if count else (math.nan, math.nan)
 
 
 MEMORY = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,13 +30,16 @@ class Tally:
     def add(self, loss: Tensor, logits: Tensor, grade: Tensor) -> None:
         """Count one micro batch in: its mean loss, its logits (b, C) and its grades (b), or their shares (b, C).
 
-        Of a mixed photograph the grade with the larger share is the right one.
+        One whose loss is not finite does not count. Of a mixed photograph the grade with the larger share is the right
+        one.
         """
         if grade.ndim == 2:
             grade = grade.argmax(1)
-        self.loss += loss.detach().double() * len(grade)
-        self.correct += (logits.detach().argmax(1) == grade).sum()
-        self.count += len(grade)
+        # A loss that is not finite would stand for all photographs of the window; its step is told by itself.
+        finite = loss.detach().isfinite()
+        self.loss += torch.where(finite, loss.detach().double(), 0.0) * len(grade)
+        self.correct += (logits.detach().argmax(1) == grade).sum() * finite
+        self.count += finite * len(grade)
 
     def stack(self) -> Tensor:
         """(3,): loss, correct, count."""
@@ -51,8 +55,12 @@ def training_step(
     tally: Tally,
     clip_norm: float | None = None,
     mix: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> None:
+) -> Tensor:
     """Forward and backward of every micro batch of a global batch, then one update of the weights.
+
+    A step whose gradient is not finite changes nothing: neither weights nor moments nor BatchNorm's statistics. On a
+    GPU that is decided on the device, and the host does not wait for it. The gradient is the same on all ranks, so all
+    decide alike. In float16 the scaler keeps such gradients away, which are normal until it has found its scale.
 
     Args:
         accelerator: knows precision, ranks and how many micro batches make a step.
@@ -63,7 +71,13 @@ def training_step(
         tally: counts loss and correct photographs in.
         clip_norm: global L2 norm that the gradient is clipped to.
         mix: number of the micro batch, its images and grades to mixed images and shares (b, C) of the grades.
+
+    Returns:
+        On the device, whether the step was bad: a gradient that is not finite, in float16 a loss.
     """
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    before = torch.cat([buffer.flatten() for buffer in statistics]) if statistics else None
+    bad = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
     for microstep, batch in enumerate(micro_batches):
         image, grade = batch.image, batch.grade
         if mix is not None:
@@ -72,8 +86,44 @@ def training_step(
             logits = model(image)
             loss = criterion(logits, grade)
             accelerator.backward(loss)
-            if clip_norm is not None and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-            optimizer.step()
+            if accelerator.scaler is not None:
+                bad = bad | ~loss.detach().isfinite()
+            if accelerator.sync_gradients:
+                norm = _norm(accelerator, model, clip_norm)
+                if norm is not None:
+                    bad = ~norm.isfinite()
+            _update(accelerator, optimizer, bad)
             optimizer.zero_grad(set_to_none=True)
         tally.add(loss, logits, grade)
+    if before is not None:
+        # In one piece: a launch for each of the many small tensors would take longer than the work.
+        kept = torch.where(bad, before, torch.cat([buffer.flatten() for buffer in statistics]))
+        parts = kept.split([buffer.numel() for buffer in statistics])
+        torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(parts, statistics, strict=True)])
+    return bad
+
+
+def _norm(accelerator: Accelerator, model: nn.Module, clip_norm: float | None) -> Tensor | None:
+    """The global L2 norm of the gradient, before it is clipped; None where the scaler looks after it."""
+    norm = None
+    if clip_norm is not None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    if accelerator.scaler is not None:
+        return None
+    if norm is None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.detach()
+
+
+def _update(accelerator: Accelerator, optimizer: Optimizer, bad: Tensor) -> None:
+    """One call of the optimizer, which changes nothing if the step is bad."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    if accelerator.scaler is not None or not accelerator.sync_gradients:
+        optimizer.step()  # the scaler's business, or the accelerator's, which leaves it out
+    elif all(group.get("fused") for group in inner.param_groups):
+        # What the scaler does: the fused kernels read the flag on the device.
+        inner.found_inf = bad.float()
+        optimizer.step()
+        del inner.found_inf
+    elif not bad:
+        optimizer.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from fastddr.reporting.final import write_final
 from fastddr.step import Tally, training_step
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.tracking import Tracker
+from fastddr.watch import Bad, Watch, noted
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Progress:
     best_qwk: float | None = None
     best_step: int = 0
     best_epoch: int = 0
+    skipped: int = 0
+    """Steps that were left out because their gradient was not finite."""
 
 
 class Trainer:
@@ -137,6 +139,7 @@ class Trainer:
         if not going_on:
             self._begin()
         self._saved_step = self.progress.step
+        self.watch = Watch(self.runtime.device)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, self.runtime.device, rank=self.runtime.rank, world=self.runtime.world,
             say=lambda line: self.console.print(line, style="yellow"),
@@ -252,10 +255,11 @@ class Trainer:
             for done in range(first + 1, self.steps_per_epoch + 1):
                 lr = config.lr * self._lr_factor(progress.step)
                 optimizers.set_lr(self.optimizer, lr)
-                training_step(
+                seen: list[torch.Tensor] = []
+                bad = training_step(
                     self.accelerator,
                     self.model,
-                    islice(batches, self.runtime.accumulation),
+                    noted(islice(batches, self.runtime.accumulation), seen),
                     self.criterion,
                     self.optimizer,
                     tally,
@@ -265,6 +269,7 @@ class Trainer:
                 if self.ema is not None and config.optimizer.ema_decay is not None:
                     optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay)
                 progress.step += 1
+                self._answer(self.watch.look(bad, progress.step, seen))
                 last = done == self.steps_per_epoch
                 if last or progress.step % config.tracking.log_every_steps == 0:
                     self._log_window(window, tally, batches.waited, lr)
@@ -276,14 +281,27 @@ class Trainer:
             # Past the last batch, so that the loader ends its epoch itself.
             if next(batches, None) is not None:
                 raise RuntimeError("the loader has more batches than its epoch has steps")
+        self._answer(self.watch.settle())
         progress.epoch += 1
         return batches.waited
 
+    def _answer(self, bad: Bad | None) -> None:
+        """What follows from a step whose gradient was not finite."""
+        if bad is None:
+            return
+        self.progress.skipped += 1
+        said = bad.sentence(self.manifest.path)
+        if self.config.optimizer.on_nonfinite == "stop":
+            raise UserError(
+                f"{said}; the weights are those before it. Lower --lr, set --optimizer.clip-norm 1, or leave out such "
+                "steps with --optimizer.on-nonfinite skip."
+            )
+        self.console.print(f"{said}: left out, {self.progress.skipped} so far", style="yellow")
+
     def _log_window(self, window: Window, tally: Tally, waited: float, lr: float) -> None:
-        """Log the means since the last time. Waits for the device: once in so many steps."""
+        """Log the means since the last time, NaN if all steps were bad. Waits for the device: once in so many steps."""
         total = self.accelerator.reduce(tally.stack(), reduction="sum").cpu()
         loss, accuracy = window.close(total, waited, time.perf_counter())
-        self._need_finite(math.isfinite(loss), "loss")
         assert self.tracker is not None
         self.tracker.log(
             {
@@ -292,18 +310,12 @@ class Trainer:
                 "train/lr": lr,
                 "train/images_per_second": window.rate,
                 "train/data_wait": window.wait_share,
+                "train/skipped_steps": self.progress.skipped,
                 **memory(self.runtime.device),
             },
             step=self.progress.step,
             epoch=self.progress.step / self.steps_per_epoch,
         )
-
-    def _need_finite(self, finite: bool, what: str) -> None:
-        if not finite:
-            raise UserError(
-                f"the {what} is not finite any more at step {self.progress.step}; lower --lr or set "
-                f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
-            )
 
     @property
     def _weights(self) -> nn.Module:
@@ -323,7 +335,11 @@ class Trainer:
             weights=weights,
             on_batch=self.stopping.check,
         )
-        self._need_finite(bool(found.logits.isfinite().all()), "model's output")
+        if not found.logits.isfinite().all():
+            raise UserError(
+                f"the model's output is not finite at step {self.progress.step}; lower --lr or set "
+                f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
+            )
         return found
 
     def validate(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Config:
 #: Of a policy only the values count, which are keys of their own.
 RUNTIME_KEYS = (
     "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "max_hours", "tracking", "loading",
-    "evaluation.batch_size", "augment.policy",
+    "evaluation.batch_size", "augment.policy", "optimizer.on_nonfinite",
 )  # fmt: skip
 
 

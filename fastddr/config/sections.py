@@ -130,6 +130,9 @@ class OptimizerConfig:
     """Clip the gradient to this global L2 norm."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate that one."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose gradient is not finite never changes the weights. `stop`: it ends the run, and its photographs are
+    named; `skip`: it is counted, and training goes on."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""The training step: what a gradient that is not finite may not touch."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tests_support import settings
+from torch import nn
+
+from fastddr import losses, optimizers
+from fastddr.errors import UserError
+from fastddr.loaders import Batch
+from fastddr.step import Tally, training_step
+from fastddr.trainer import Trainer
+from fastddr.watch import Bad, Watch
+
+
+def batch(seed: int, value: float | None = None) -> Batch:
+    torch.manual_seed(seed)
+    image = torch.randn(4, 3, 8, 8)
+    if value is not None:
+        image[2, 1, 3, 3] = value
+    ids = torch.arange(4)
+    return Batch(image=image, grade=ids, id=ids, valid=torch.ones(4, dtype=torch.bool))
+
+
+class Stepper:
+    """A small model with BatchNorm, and an optimizer whose step is fused or not."""
+
+    def __init__(self, name: str, fused: bool, clip_norm: float | None) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+        self.optimizer = optimizers.build(self.model, name, lr=0.1)
+        for group in self.optimizer.param_groups:
+            group["fused"], group["foreach"] = fused, False if fused else None
+        self.optimizer._step_supports_amp_scaling = fused  # type: ignore[attr-defined]  # as the constructor does
+        self.accelerator = Accelerator(cpu=True)
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.clip_norm, self.tally = clip_norm, Tally.zeros(torch.device("cpu"))
+
+    def __call__(self, *given: Batch) -> bool:
+        bad = training_step(
+            self.accelerator,
+            self.model,
+            given,
+            losses.build("cross_entropy"),
+            self.optimizer,
+            self.tally,
+            self.clip_norm,
+        )
+        return bool(bad)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        moments = self.optimizer.state_dict()["state"]
+        flat = {f"{i}.{name}": torch.as_tensor(value) for i, kept in moments.items() for name, value in kept.items()}
+        # Of the statistics only what is a floating-point number counts; num_batches_tracked is used by none of ours.
+        weights = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
+        return copy.deepcopy(weights | flat)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize(("name", "fused"), [("adam", False), ("adam", True), ("adamw", True), ("sgd", True)])
+def test_a_bad_step_changes_nothing(name: str, fused: bool, clip_norm: float | None, value: float) -> None:
+    step = Stepper(name, fused, clip_norm)
+    assert not step(batch(1))
+    before = step.state()
+    assert step(batch(2, value))
+    after = step.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before), "weights, moments, steps, statistics"
+    assert float(step.tally.count) == 4, "and its photographs do not count"
+    assert bool(step.tally.stack().isfinite().all())
+    # Afterwards all goes on as if it had not been.
+    other = Stepper(name, fused, clip_norm)
+    other(batch(1))
+    assert not step(batch(3))
+    assert not other(batch(3))
+    one, two = step.state(), other.state()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not all(torch.equal(before[key], one[key]) for key in before), "a good step changes something"
+
+
+def test_one_bad_micro_batch_makes_the_whole_step_bad() -> None:
+    step = Stepper("adam", False, None)
+    step.accelerator.gradient_accumulation_steps = 2
+    before = step.state()
+    assert step(batch(1, float("nan")), batch(2))
+    assert all(torch.equal(value, step.state()[key]) for key, value in before.items())
+    assert float(step.tally.count) == 4
+
+
+def test_a_bad_step_names_its_photographs() -> None:
+    paths = [f"{number}.jpg" for number in range(9)]
+    told = Watch(torch.device("cpu")).look(torch.tensor(True), 7, [torch.tensor([3, 1]), torch.tensor([8])])
+    assert told == Bad(7, [3, 1, 8])
+    assert told.sentence(paths) == "the gradient of step 7 is not finite (photographs 3.jpg, 1.jpg, 8.jpg)"
+    assert Bad(7, [0, 1, 2, 3, 4, 5]).sentence(paths).endswith("(photographs 0.jpg, 1.jpg, 2.jpg, 3.jpg and 2 more)")
+    assert Watch(torch.device("cpu")).look(torch.tensor(False), 7, [torch.tensor([3])]) is None
+
+
+def spoilt(trainer: Trainer, at: set[int]) -> None:
+    """Lets the training loader give a NaN in these micro batches, counted from the first one on."""
+    assert trainer.train_loader is not None
+    real, place = trainer.train_loader.epoch, 0
+
+    def epoch(*arguments: Any, **keywords: Any) -> Iterator[Batch]:
+        nonlocal place
+        for given in real(*arguments, **keywords):
+            if place in at:
+                image = given.image.clone()
+                image[0, 0, 0, 0] = float("nan")
+                given = replace(given, image=image)
+            place += 1
+            yield given
+
+    trainer.train_loader.epoch = epoch  # type: ignore[method-assign]
+
+
+def test_a_run_stops_and_names_the_photographs(tiny: Path, tmp_path: Path) -> None:
+    # Micro batches of 4 make a step of 8.
+    trainer = Trainer(settings(tiny, tmp_path / "run"))
+
+    def run() -> None:
+        with trainer:
+            spoilt(trainer, {3})
+            trainer.fit()
+
+    with pytest.raises(UserError) as error:
+        run()
+    requests = trainer.train_loader.task.requests(0)
+    names = [trainer.manifest.path[id_] for id_ in requests.id[2:4].ravel()]
+    assert f"the gradient of step 2 is not finite (photographs {', '.join(names[:4])} and 4 more)" in str(error.value)
+    assert "--optimizer.on-nonfinite skip" in str(error.value)
+    assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Trainer(settings(tiny, run, "--optimizer.on-nonfinite", "skip")) as trainer:
+        spoilt(trainer, {3, 8, 9})
+        trainer.fit()
+        assert trainer.progress.skipped == 2
+        assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped_steps"] for line in logged if "train/loss" in line] == [0, 1, 1, 1, 2, 2]
+    assert json.loads((run / "status.json").read_text())["state"] == "done"

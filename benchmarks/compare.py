@@ -9,7 +9,7 @@ from typing import Any
 from stored import Result
 
 #: Units of which less is better; of all others more is.
-LESS = ("s", "ms", "µs", "us", "% of the step", "% of the time", "GiB", "MiB")
+LESS = ("s", "ms", "µs", "us", "× the time", "% of the step", "GiB", "MiB")
 #: Whole numbers, words and truths that are outcomes, or of no weight for a speed; all others are settings.
 _NO_SETTING = (
     "median", "low", "high", "n", "target", "met", "reached", "compared", "loader", "store", "runs_in", "epoch",
@@ -59,7 +59,8 @@ def changes(now: Result, then: Result) -> list[Change]:
     found = []
     for row in now.measured:
         old = before.get(identity(row))
-        if old is None or not row["median"] or not old["median"]:
+        # Shares of a whole are no merit: where one stage became faster, those of the others have grown.
+        if old is None or row.get("kind") == "profile" or not row["median"] or not old["median"]:
             continue
         less = row["unit"] in LESS
         factor = old["median"] / row["median"] if less else row["median"] / old["median"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,8 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C: a trial must not outlive this.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(trial(*json.loads(sys.argv[2]))))
     else:

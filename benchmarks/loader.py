@@ -323,6 +323,8 @@ def main(options: Options) -> None:
                     found.append(about | waiting.share(spec, task, options.step_model, options.steps))
             rows += found
             report(found, console)
+            # Should the next panel never end.
+            options.out = harness.write("loader", rows, options.out)
     where = harness.write("loader", rows, options.out, wandb=options.wandb)
     picture = plot.beside(stored.read(where))
     console.print(f"written to {where} and {picture.name}")

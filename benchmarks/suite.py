@@ -44,6 +44,8 @@ class Part:
     gpu: tuple[str, ...] = ()
     cpu: tuple[str, ...] = ()
     tiny: tuple[str, ...] = ()
+    seconds: float | None = None
+    """Of a script with `--seconds`, after which it begins nothing new: this share of its time."""
 
     @property
     def script(self) -> Path:
@@ -61,7 +63,7 @@ PARTS = (
     Part("decode", 1.0, tiny=(*_TINY_SET, "--batch-size", "8", "--compared", "8")),
     Part("ceilings", 0.5, tiny=("--tiny",)),
     Part("operations", 1.0, tiny=("--tiny", "--rounds", "5")),
-    Part("step", 2.5, tiny=("--tiny", "--rounds", "5")),
+    Part("step", 2.5, tiny=("--tiny", "--rounds", "5"), seconds=0.7),
     Part(
         "loader", 2.5,
         gpu=("--encodings", "95-420", "--rounds", "5", "--seconds", "1", "--loaders", "dali", "resident:vram",
@@ -76,8 +78,9 @@ PARTS = (
     Part(
         "train", 2.5,
         gpu=("--length", "3130"),
-        cpu=("--recipes", "fastddr", "fastddr:loader=replay", "fastddr:loader=dali", "report:workers=0", "timm"),
+        cpu=("--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0", "timm:channels_last,workers=0"),
         tiny=(*_TINY_SET, "--batch-sizes", "8", "--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0"),
+        seconds=0.2,
     ),
 )  # fmt: skip
 
@@ -212,6 +215,8 @@ def main(options: Options) -> int:
         left = sum(later.share for later in parts[number:] if later.script.exists()) or 1.0
         limit = max(ends - time.perf_counter(), 0.0) * part.share / left
         arguments = [*part.arguments(gpu=gpu, tiny=options.tiny), *(["--wandb"] if options.wandb else [])]
+        if part.seconds is not None:
+            arguments += ["--seconds", f"{part.seconds * limit:.0f}"]
         outcome = run(part, arguments, folder, limit)
         outcomes.append(outcome)
         said = f"{outcome.state} in {outcome.seconds:.0f} s" if outcome.state == "done" else outcome.state

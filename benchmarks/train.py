@@ -34,7 +34,8 @@ import targets
 import torch
 import tyro
 from halted import Halted
-from recipes import Case, Epoch, Spec, class_folders, make
+from recipe import Case, Epoch, class_folders
+from recipes import Spec, make
 from rich.console import Console
 
 from fastddr.config import Config, load_preset
@@ -69,6 +70,8 @@ class Options:
     """By default the preset's."""
     rounds: int = 5
     """Turns of each recipe, at least 5."""
+    seconds: float | None = None
+    """No further recipe is begun after so many."""
     target_qwk: float | None = None
     """Also measure the time to this quadratic-weighted kappa on valid, from the first step on, validation included,
     for `qwk_recipes`; every run begins anew and ends with the preset's epochs at the latest."""
@@ -82,9 +85,9 @@ class Options:
     """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
-#: Of fastddr's own loaders, each apart; on a GPU timm with what its documentation recommends for speed.
+#: fastddr's own loaders apart, and of the peers the forms that may be their fastest.
 _CPU = ("fastddr", "fastddr:loader=replay", "fastddr:loader=dali", "fastddr:loader=torchvision", "report",
-        "report:workers=0", "torchvision", "timm", "timm:channels_last")  # fmt: skip
+        "report:workers=0", "torchvision:workers=0", "timm:channels_last,workers=0", "timm:channels_last")  # fmt: skip
 _GPU = ("fastddr", "fastddr:loader=replay", "fastddr:loader=dali", "fastddr:loader=torchvision", "report",
         "report:workers=0", "torchvision", "timm", "timm:channels_last", "timm:channels_last,compile")  # fmt: skip
 
@@ -97,12 +100,15 @@ class Contender(Halted):
         self.turns: list[tuple[Epoch, float]] = []
         self.first: Epoch | None = None
         self.gpu_use: float | None = None
+        self.vram: dict[str, int] = {}
         super().__init__(spec.label, make, spec, case)
 
     def warm(self) -> None:
         """One epoch, in which memory is looked at; on a GPU a second one, to see how busy it is."""
         with self.watched():
             self.first = self.ask("epoch")
+        # Now, while no other is beside it.
+        self.vram = self.ask("vram")
         if torch.cuda.is_available():
             with _Utilisation() as seen:
                 self.ask("epoch")
@@ -127,7 +133,7 @@ class Contender(Halted):
             "ram_gib": round(self.memory[0] / 2**30, 2),
             "first_epoch_seconds": round(self.first.seconds, 2) if self.first else None,
         }
-        for name, size in self.ask("vram").items():
+        for name, size in self.vram.items():
             found[f"vram_{name}_gib"] = round(size / 2**30, 2)
         return found if self.gpu_use is None else found | {"gpu_use": round(self.gpu_use, 3)}
 
@@ -197,17 +203,24 @@ def describe(config: Config) -> str:
     return f"ResNet-{config.resnet.depth} {config.resnet.width}"
 
 
-def race(specs: Sequence[Spec], case: Case, about: Mapping[str, Any], rounds: int, say: Any) -> list[dict[str, Any]]:
-    """Rows of one case: recipes, then ratios and targets."""
+def race(
+    specs: Sequence[Spec], case: Case, about: Mapping[str, Any], rounds: int, until: float | None, say: Any
+) -> list[dict[str, Any]]:
+    """Rows of one case: recipes, then ratios and targets. No recipe is begun after `until` (`time.monotonic`)."""
     contenders: dict[str, Contender] = {}
     rows: list[dict[str, Any]] = []
     try:
         for spec in specs:
+            contender, began = None, time.monotonic()
             try:
+                if until is not None and began > until and len(contenders) > 1:
+                    raise UserError("the time was up before its turn came")
                 contender = Contender(spec, case)
                 contender.warm()
             except (UserError, RuntimeError) as problem:
                 # One that cannot run must not take the figures of the others along.
+                if contender is not None:
+                    contender.close()
                 sentence = " ".join(str(problem).split()).rstrip(".")
                 say(f"{spec.label} is left out: {sentence}.")
                 rows.append({"name": spec.label, "kind": spec.kind, **about, "failed": sentence})
@@ -294,6 +307,7 @@ def main(options: Options) -> None:
     [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512, console)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
+    until = None if options.seconds is None else time.monotonic() + options.seconds
     # Beside the photographs, where they can be linked to, if that place can be written.
     with tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder:
         root = Path(folder) / "photographs"
@@ -305,11 +319,13 @@ def main(options: Options) -> None:
             about = {"photographs": photographs, "epoch": images, **about}
             say(f"{about['model']}, {about['image_size']} of {about['canvas']} px, batch {about['batch_size']}, "
                 f"{about['precision']}: epochs of {images} photographs")  # fmt: skip
-            part = race(specs, case, about, options.rounds, say)
+            part = race(specs, case, about, options.rounds, until, say)
             for spec in racers:
                 part += to_kappa(spec, case, about, options, say)
             report(part, say)
             rows += part
+            # Should the next case never end.
+            options.out = harness.write("train", rows, options.out)
     say(f"written to {harness.write('train', rows, options.out, wandb=options.wandb)}")
 
 

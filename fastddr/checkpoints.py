@@ -218,3 +218,23 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: 
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: these weights are of another model ({first}).") from None
+
+
+def restore(
+    saved: Checkpoint, model: torch.nn.Module, ema: torch.nn.Module | None, optimizer: Optimizer, scaler: Any
+) -> None:
+    """Put all tensors of a checkpoint where they belong.
+
+    Args:
+        ema: the model that holds the averaged weights.
+        scaler: of float16, None otherwise.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    load_weights(model, saved.model, saved.path)
+    if ema is not None and saved.ema is not None:
+        load_weights(ema, saved.ema, saved.path)
+    load_optimizer(optimizer, saved.optimizer)
+    if scaler is not None and saved.state["scaler"]:
+        scaler.load_state_dict(saved.state["scaler"])

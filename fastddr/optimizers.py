@@ -54,7 +54,12 @@ def build(
     # None leaves the choice of the loop to torch.
     fused = True if all(parameter.is_cuda for parameter in trained) else None
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        if momentum > 0:
+            # As SGD begins; but where its first step is left out, a fused one would keep memory as it was found.
+            for parameter in trained:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     first, second = betas
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
     return kind(groups, lr=lr, betas=(first, second), fused=fused)

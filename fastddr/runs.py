@@ -20,6 +20,21 @@ AUTO = ("loader", "precision", "micro_batch_size", "threads")
 State = Literal["running", "preempted", "failed", "done"]
 
 
+@dataclass
+class Progress:
+    """Where training stands; what a checkpoint's state.json keeps."""
+
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Optimizer steps done."""
+    best_qwk: float | None = None
+    best_step: int = 0
+    best_epoch: int = 0
+    skipped: int = 0
+    """Steps that were left out because their gradient was not finite."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where each file of a run stands."""
@@ -56,6 +71,11 @@ class RunFolder:
         """Every time that the test split was scored."""
         return self.path / "test_scorings.jsonl"
 
+    @property
+    def bad_steps(self) -> Path:
+        """Steps whose gradient was not finite, with their photographs; there only where there was one."""
+        return self.path / "bad_steps.jsonl"
+
     def write(self, file: Path, text: str) -> None:
         """Write a file whole or not at all."""
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -79,8 +99,16 @@ class RunFolder:
 
     def append_test_scoring(self, record: dict[str, Any]) -> None:
         """One more line of `test_scorings.jsonl`."""
-        with self.test_scorings.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        _append(self.test_scorings, record)
+
+    def append_bad_step(self, record: dict[str, Any]) -> None:
+        """One more line of `bad_steps.jsonl`."""
+        _append(self.bad_steps, record)
+
+
+def _append(file: Path, record: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
 
 
 def new_name(preset: str, data: str, now: datetime) -> str:

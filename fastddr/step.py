@@ -73,11 +73,13 @@ def training_step(
         mix: number of the micro batch, its images and grades to mixed images and shares (b, C) of the grades.
 
     Returns:
-        On the device, whether the step was bad: a gradient that is not finite, in float16 a loss.
+        On the device, (1 + micro batches,): whether the step was bad, a gradient that is not finite or in float16 a
+        loss, the same on all ranks; and of each micro batch of this rank, whether its loss was not finite.
     """
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     before = torch.cat([buffer.flatten() for buffer in statistics]) if statistics else None
     bad = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
+    spoilt: list[Tensor] = []
     for microstep, batch in enumerate(micro_batches):
         image, grade = batch.image, batch.grade
         if mix is not None:
@@ -86,12 +88,10 @@ def training_step(
             logits = model(image)
             loss = criterion(logits, grade)
             accelerator.backward(loss)
-            if accelerator.scaler is not None:
-                bad = bad | ~loss.detach().isfinite()
+            spoilt.append(~loss.detach().isfinite())
             if accelerator.sync_gradients:
                 norm = _norm(accelerator, model, clip_norm)
-                if norm is not None:
-                    bad = ~norm.isfinite()
+                bad = _anywhere(accelerator, torch.stack(spoilt).any()) if norm is None else ~norm.isfinite()
             _update(accelerator, optimizer, bad)
             optimizer.zero_grad(set_to_none=True)
         tally.add(loss, logits, grade)
@@ -100,7 +100,7 @@ def training_step(
         kept = torch.where(bad, before, torch.cat([buffer.flatten() for buffer in statistics]))
         parts = kept.split([buffer.numel() for buffer in statistics])
         torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(parts, statistics, strict=True)])
-    return bad
+    return torch.stack([bad, *spoilt])
 
 
 def _norm(accelerator: Accelerator, model: nn.Module, clip_norm: float | None) -> Tensor | None:
@@ -113,6 +113,15 @@ def _norm(accelerator: Accelerator, model: nn.Module, clip_norm: float | None) -
     if norm is None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.detach()
+
+
+def _anywhere(accelerator: Accelerator, bad: Tensor) -> Tensor:
+    """Whether it is so on any rank."""
+    if accelerator.num_processes == 1:
+        return bad
+    flag = bad.int()
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return flag.bool()
 
 
 def _update(accelerator: Accelerator, optimizer: Optimizer, bad: Tensor) -> None:

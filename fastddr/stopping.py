@@ -8,12 +8,14 @@ at all: hence the file, and the agreement among ranks on the step.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -21,6 +23,8 @@ import torch
 _COPIES = 1.0
 #: Seconds between two looks at the file, which may lie on a slow file system.
 _LOOK = 1.0
+#: About when the process began: this is imported at its start.
+_BEGAN = time.monotonic()
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
@@ -31,31 +35,22 @@ class StopRequested(Exception):
 class Stopping:
     """Listens for requests, and lets all ranks agree on the step at which they follow."""
 
-    def __init__(
-        self,
-        file: Path,
-        max_hours: float | None,
-        device: torch.device,
-        *,
-        rank: int,
-        world: int,
-        say: Callable[[str], None],
-    ) -> None:
-        """Begin to count the hours; signals are heard within `listening` only.
+    def __init__(self, file: Path, max_hours: float | None, *, rank: int, world: int) -> None:
+        """To be made by all ranks; signals are heard within `listening` only.
 
         Args:
             file: rank 0 looks for it, and takes it away where it is left from earlier.
-            max_hours: stop after so many, None: never.
-            device: where the ranks' collectives run.
-            say: told once, as soon as a signal has come.
+            max_hours: stop so many after the start of the process, None: never.
         """
-        self._file, self._device, self._rank, self._world, self._say = file, device, rank, world, say
-        self._ends = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._file, self._rank, self._world = file, rank, world
+        self._ends = None if max_hours is None else _BEGAN + 3600 * max_hours
         self._max_hours = max_hours
         self._asked: str | None = None
         self._first_interrupt: float | None = None
         self._looked = 0.0
-        self._pending: tuple[torch.Tensor, object] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        # On the CPU also where the ranks train on GPUs: an answer from there would come behind all that is queued.
+        self._group: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
         if rank == 0:
             file.unlink(missing_ok=True)
 
@@ -70,7 +65,8 @@ class Stopping:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # None is a handler that was not set from Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -81,8 +77,10 @@ class Stopping:
             self._first_interrupt = self._first_interrupt or now
         if self._asked is None:
             self._asked = _NAMES[signal.Signals(number)]
-            self._say(f"{self._asked}: a checkpoint is saved after this step, and the run ends; "
-                      "Ctrl-C again stops at once")  # fmt: skip
+            if self._rank == 0:
+                # Past Python's streams, which may be in the midst of a line.
+                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                os.write(2, f"\n{self._asked}: the run saves a checkpoint and ends{again}\n".encode())
 
     def _reason(self) -> str | None:
         """Why this rank would stop; None if it would not."""
@@ -111,21 +109,20 @@ class Stopping:
         before, self._pending = self._pending, self._send(reason is not None)
         if before is not None:
             flag, work = before
-            work.wait()  # type: ignore[attr-defined]
+            work.wait()
             if flag.item():
-                self._pending[1].wait()  # type: ignore[attr-defined]  # no rank leaves the group in the midst of it
-                self._pending = None
+                self.settle()
                 raise StopRequested(reason or "another rank was asked to stop")
 
-    def _send(self, asked: bool) -> tuple[torch.Tensor, object]:
-        # Filled on the device: a copy from the host would wait for all that is queued there.
-        flag = torch.full((), int(asked), dtype=torch.int32, device=self._device)
-        return flag, torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, async_op=True)
+    def _send(self, asked: bool) -> tuple[torch.Tensor, Any]:
+        flag = torch.tensor(int(asked), dtype=torch.int32)
+        highest = torch.distributed.ReduceOp.MAX
+        return flag, torch.distributed.all_reduce(flag, op=highest, group=self._group, async_op=True)
 
     def settle(self) -> None:
         """Wait for the last answer, which nobody needs any more; to be called by all ranks when checks are over."""
         if self._pending is not None:
-            self._pending[1].wait()  # type: ignore[attr-defined]
+            self._pending[1].wait()
             self._pending = None
 
     def followed(self) -> None:

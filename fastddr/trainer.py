@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -16,35 +16,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, reporting, runs, runtime
+from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime
 from fastddr.config import Config, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
-from fastddr.meters import Waited, Window, memory, versions
+from fastddr.meters import Waited, Window, memory, out_of_memory, versions
 from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
 from fastddr.step import Tally, training_step
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.tracking import Tracker
-from fastddr.watch import Bad, Watch, noted
-
-
-@dataclass
-class Progress:
-    """Where training stands; what a checkpoint's state.json keeps."""
-
-    epoch: int = 0
-    """Epochs done."""
-    step: int = 0
-    """Optimizer steps done."""
-    best_qwk: float | None = None
-    best_step: int = 0
-    best_epoch: int = 0
-    skipped: int = 0
-    """Steps that were left out because their gradient was not finite."""
+from fastddr.watch import Bad, Watch, listed, noted
 
 
 class Trainer:
@@ -52,7 +37,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.progress = Progress()
+        self.progress = runs.Progress()
         self.finished = False
         #: Who asked the run to stop, once it has followed.
         self.stopped: str | None = None
@@ -140,10 +125,7 @@ class Trainer:
             self._begin()
         self._saved_step = self.progress.step
         self.watch = Watch(self.runtime.device)
-        self.stopping = Stopping(
-            self.run.stop, config.max_hours, self.runtime.device, rank=self.runtime.rank, world=self.runtime.world,
-            say=lambda line: self.console.print(line, style="yellow"),
-        )  # fmt: skip
+        self.stopping = Stopping(self.run.stop, config.max_hours, rank=self.runtime.rank, world=self.runtime.world)
         if self.runtime.is_main:
             self.run.set_status("running", self.progress.step)
         self._began = True
@@ -191,13 +173,9 @@ class Trainer:
                 f"--run-dir {self.run.path}: the data are not those that this run began with (compare "
                 f"{self.run.manifest}); restore them, or begin a new run."
             )
-        checkpoints.load_weights(self.bare_model, saved.model, path)
-        if self.ema is not None and saved.ema is not None:
-            checkpoints.load_weights(self.ema.module, saved.ema, path)
-        checkpoints.load_optimizer(self.optimizer, saved.optimizer)
-        if self.accelerator.scaler is not None and saved.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
-        self.progress = Progress(**saved.state["progress"])
+        average = None if self.ema is None else self.ema.module
+        checkpoints.restore(saved, self.bare_model, average, self.optimizer, self.accelerator.scaler)
+        self.progress = runs.Progress(**saved.state["progress"])
         if self.runtime.is_main:
             checkpoints.point(self.run.checkpoints, path, best=self.progress.best_step == self.progress.step)
         self.console.print(f"  resumed at step {self.progress.step}, from {path}")
@@ -220,17 +198,27 @@ class Trainer:
                 self._report()
             except StopRequested as request:
                 self._stop(str(request))
+            except torch.OutOfMemoryError as error:
+                assert self.loaders is not None
+                size, store = self.runtime.micro_batch_size, self.loaders.choice.store
+                sentence = out_of_memory(self.runtime.device, size, self.config.image_size, store=store)
+                raise UserError(sentence) from error
             else:
                 self.stopping.settle()
 
     def _stop(self, reason: str) -> None:
         """Save where training stands, unless that is saved, and leave the run for later."""
+        self._answer(self.watch.settle())
         self.stopped = reason
         if self.progress.step > self._saved_step:
             self._save(best=False)
         if self.runtime.is_main:
             self.run.set_status("preempted", self.progress.step, reason)
         self.stopping.followed()
+        assert self.tracker is not None
+        # Before any rank ends: the launcher ends the others then, and trackers may take their time.
+        self.tracker.finish()
+        self.accelerator.wait_for_everyone()
         self.console.print(
             f"stopped at step {self.progress.step} ({reason}), and saved; the same command with --run-dir "
             f"{self.run.path} goes on",
@@ -276,6 +264,7 @@ class Trainer:
                 bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
                 due = config.save_every_steps and progress.step % config.save_every_steps == 0
                 if due and not last:
+                    self._answer(self.watch.settle())
                     self._save(best=False)
                 self.stopping.check()
             # Past the last batch, so that the loader ends its epoch itself.
@@ -286,15 +275,20 @@ class Trainer:
         return batches.waited
 
     def _answer(self, bad: Bad | None) -> None:
-        """What follows from a step whose gradient was not finite."""
+        """What follows from a step whose gradient was not finite; it is that on all ranks."""
         if bad is None:
             return
         self.progress.skipped += 1
-        said = bad.sentence(self.manifest.path)
+        everywhere = ranks.gather([(bad.certain, [self.manifest.path[id_] for id_ in bad.ids])])
+        sure = [names for certain, names in everywhere if certain]
+        names = [name for part in sure or [names for _, names in everywhere] for name in part]
+        if self.runtime.is_main:
+            self.run.append_bad_step({"step": bad.step, "photographs": names})
+        said = f"the gradient of step {bad.step} is not finite ({listed(names)}; all of them in {self.run.bad_steps})"
         if self.config.optimizer.on_nonfinite == "stop":
             raise UserError(
-                f"{said}; the weights are those before it. Lower --lr, set --optimizer.clip-norm 1, or leave out such "
-                "steps with --optimizer.on-nonfinite skip."
+                f"{said}, and the weights are those before it; look at these photographs, leave such steps out with "
+                "--optimizer.on-nonfinite skip, or begin a new run with a lower --lr or --optimizer.clip-norm 1."
             )
         self.console.print(f"{said}: left out, {self.progress.skipped} so far", style="yellow")
 

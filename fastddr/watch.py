@@ -10,9 +10,6 @@ from torch import Tensor
 
 from fastddr.loaders.base import Batch
 
-#: Photographs that are named.
-_NAMED = 4
-
 
 @dataclass(frozen=True)
 class Bad:
@@ -20,13 +17,15 @@ class Bad:
 
     step: int
     ids: Sequence[int]
-    """Its photographs on this rank."""
+    """Photographs of this rank's micro batches whose loss was not finite; of all its micro batches if there is none."""
+    certain: bool
+    """Whether there is one."""
 
-    def sentence(self, paths: Sequence[str]) -> str:
-        """What happened, and to which photographs; without a full stop."""
-        names = ", ".join(paths[id_] for id_ in self.ids[:_NAMED])
-        more = f" and {len(self.ids) - _NAMED} more" if len(self.ids) > _NAMED else ""
-        return f"the gradient of step {self.step} is not finite (photographs {names}{more})"
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """`photographs a.jpg, b.jpg and 5 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"photographs {', '.join(names[:most])}{more}"
 
 
 def noted(batches: Iterable[Batch], ids: list[Tensor]) -> Iterator[Batch]:
@@ -46,9 +45,9 @@ class Watch:
     def look(self, bad: Tensor, step: int, ids: list[Tensor]) -> Bad | None:
         """Hand over what `training_step` returned of a step; what is known of this one or of the one before."""
         if not self._gpu:
-            return _told(step, ids) if bad else None
+            return _told(bad, step, ids)
         told = self.settle()
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host = torch.empty(bad.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(bad, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -62,8 +61,14 @@ class Watch:
         host, event, step, ids = self._waiting
         self._waiting = None
         event.synchronize()
-        return _told(step, ids) if host else None
+        return _told(host, step, ids)
 
 
-def _told(step: int, ids: Sequence[Tensor]) -> Bad:
-    return Bad(step, [int(id_) for part in ids for id_ in part.tolist()])
+def _told(found: Tensor, step: int, ids: Sequence[Tensor]) -> Bad | None:
+    bad, *spoilt = found.tolist()
+    if not bad:
+        return None
+    # A gradient can overflow where no loss did; then any photograph of the step may be why.
+    certain = any(spoilt)
+    chosen = [part for part, its in zip(ids, spoilt, strict=True) if its or not certain]
+    return Bad(step, [int(id_) for part in chosen for id_ in part.tolist()], certain)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def test_a_signal_stops_the_command(number: int, undisturbed: Path, tiny: Path, 
     assert process.returncode == 3, err
     assert "Traceback" not in err
     said = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
-    assert f"{said}: a checkpoint is saved after this step" in out
+    assert f"{said}: the run saves a checkpoint and ends" in err
     assert f"({said}), and saved; the same command with --run-dir run goes on" in out
     found = status(tmp_path / "run")
     assert (found["state"], found["reason"]) == ("preempted", said)
@@ -121,15 +120,14 @@ def test_a_signal_stops_the_command(number: int, undisturbed: Path, tiny: Path, 
 # ------------------------------------------------------------------------------------------------------------ by itself
 
 
-def listener(tmp_path: Path, say: Callable[[str], None] = print) -> Stopping:
-    return Stopping(tmp_path / "STOP", None, torch.device("cpu"), rank=0, world=1, say=say)
+def listener(tmp_path: Path) -> Stopping:
+    return Stopping(tmp_path / "STOP", None, rank=0, world=1)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_a_copy_of_the_first_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-    asked = listener(tmp_path, said.append)
+    asked = listener(tmp_path)
     with asked.listening():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -141,7 +139,8 @@ def test_a_second_ctrl_c_stops_at_once_and_a_copy_of_the_first_does_not(
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert len(said) == 1
+    said = capfd.readouterr().err.strip()
+    assert said == "Ctrl-C: the run saves a checkpoint and ends; Ctrl-C again stops at once", "once"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -159,7 +158,7 @@ def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path: Path) -> No
 
 
 def test_only_rank_0_looks_for_the_file(tmp_path: Path) -> None:
-    other = Stopping(tmp_path / "STOP", None, torch.device("cpu"), rank=1, world=1, say=print)
+    other = Stopping(tmp_path / "STOP", None, rank=1, world=1)
     (tmp_path / "STOP").touch()
     other.check()
     listener(tmp_path).check()

@@ -252,8 +252,8 @@ def test_class_folders_repeat_the_training_split(load: Any, tiny: Path, tmp_path
 
     found = manifest.read(tiny)
     wanted = len(found.ids("train"))
-    assert load("recipes").class_folders(tiny, tmp_path / "once", 0) == wanted
-    assert load("recipes").class_folders(tiny, tmp_path / "more", wanted + 1) == 2 * wanted
+    assert load("recipe").class_folders(tiny, tmp_path / "once", 0) == wanted
+    assert load("recipe").class_folders(tiny, tmp_path / "more", wanted + 1) == 2 * wanted
     linked = manifest.read(tmp_path / "more")
     for split, times in (("train", 2), ("valid", 1), ("test", 1)):
         grades = sorted(linked.grade[linked.ids(split)].tolist())
@@ -291,8 +291,8 @@ def case(load: Any, tiny: Path, tmp_path: Path) -> Any:
 
     preset = tmp_path / "small.yaml"
     preset.write_text(SMALL)
-    load("recipes").class_folders(tiny, tmp_path / "photographs", 0)
-    return load("recipes").Case(str(tmp_path / "photographs"), load_preset(str(preset)), resized=True)
+    load("recipe").class_folders(tiny, tmp_path / "photographs", 0)
+    return load("recipe").Case(str(tmp_path / "photographs"), load_preset(str(preset)), resized=True)
 
 
 # timm leaves its files to the garbage collector.

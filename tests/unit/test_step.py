@@ -18,9 +18,10 @@ from torch import nn
 from fastddr import losses, optimizers
 from fastddr.errors import UserError
 from fastddr.loaders import Batch
+from fastddr.meters import out_of_memory
 from fastddr.step import Tally, training_step
 from fastddr.trainer import Trainer
-from fastddr.watch import Bad, Watch
+from fastddr.watch import Bad, Watch, listed
 
 
 def batch(seed: int, value: float | None = None) -> Batch:
@@ -56,7 +57,8 @@ class Stepper:
             self.tally,
             self.clip_norm,
         )
-        return bool(bad)
+        self.spoilt = bad[1:].tolist()
+        return bool(bad[0])
 
     def state(self) -> dict[str, torch.Tensor]:
         moments = self.optimizer.state_dict()["state"]
@@ -94,17 +96,31 @@ def test_one_bad_micro_batch_makes_the_whole_step_bad() -> None:
     step.accelerator.gradient_accumulation_steps = 2
     before = step.state()
     assert step(batch(1, float("nan")), batch(2))
+    assert step.spoilt == [True, False]
     assert all(torch.equal(value, step.state()[key]) for key, value in before.items())
     assert float(step.tally.count) == 4
 
 
-def test_a_bad_step_names_its_photographs() -> None:
-    paths = [f"{number}.jpg" for number in range(9)]
-    told = Watch(torch.device("cpu")).look(torch.tensor(True), 7, [torch.tensor([3, 1]), torch.tensor([8])])
-    assert told == Bad(7, [3, 1, 8])
-    assert told.sentence(paths) == "the gradient of step 7 is not finite (photographs 3.jpg, 1.jpg, 8.jpg)"
-    assert Bad(7, [0, 1, 2, 3, 4, 5]).sentence(paths).endswith("(photographs 0.jpg, 1.jpg, 2.jpg, 3.jpg and 2 more)")
-    assert Watch(torch.device("cpu")).look(torch.tensor(False), 7, [torch.tensor([3])]) is None
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bad_first_step_leaves_no_trace(fused: bool) -> None:
+    """A fused SGD would keep its momentum as the memory was found."""
+    step, other = Stepper("sgd", fused, None), Stepper("sgd", fused, None)
+    assert step(batch(1, float("nan")))
+    for moment in step.optimizer.state_dict()["state"].values():
+        assert not moment["momentum_buffer"].any()
+    step(batch(2))
+    other(batch(2))
+    one, two = step.state(), other.state()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_bad_step_names_the_photographs_of_its_bad_micro_batches() -> None:
+    watch, ids = Watch(torch.device("cpu")), [torch.tensor([3, 1]), torch.tensor([8])]
+    assert watch.look(torch.tensor([True, False, True]), 7, ids) == Bad(7, [8], certain=True)
+    assert watch.look(torch.tensor([True, False, False]), 7, ids) == Bad(7, [3, 1, 8], certain=False)
+    assert watch.look(torch.tensor([False, False, False]), 7, ids) is None
+    assert listed(["a", "b"]) == "photographs a, b"
+    assert listed(list("abcdef")) == "photographs a, b, c, d and 2 more"
 
 
 def spoilt(trainer: Trainer, at: set[int]) -> None:
@@ -137,11 +153,33 @@ def test_a_run_stops_and_names_the_photographs(tiny: Path, tmp_path: Path) -> No
     with pytest.raises(UserError) as error:
         run()
     requests = trainer.train_loader.task.requests(0)
-    names = [trainer.manifest.path[id_] for id_ in requests.id[2:4].ravel()]
-    assert f"the gradient of step 2 is not finite (photographs {', '.join(names[:4])} and 4 more)" in str(error.value)
+    names = [trainer.manifest.path[id_] for id_ in requests.id[3]]
+    said = f"the gradient of step 2 is not finite (photographs {', '.join(names)}; all of them in "
+    assert said in str(error.value)
+    [record] = [json.loads(line) for line in trainer.run.bad_steps.read_text().splitlines()]
+    assert (record["step"], record["photographs"]) == (2, names)
     assert "--optimizer.on-nonfinite skip" in str(error.value)
     assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_card_that_is_too_small_is_one_sentence(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("fastddr.trainer.training_step", explode)
+    trainer = Trainer(settings(tiny, tmp_path / "run"))
+
+    def run() -> None:
+        with trainer:
+            trainer.fit()
+
+    with pytest.raises(UserError, match=r"too small for 4 photographs of 64 px at once: .*--micro-batch-size 2, which"):
+        run()
+    assert "--loading.store" not in out_of_memory(torch.device("cpu"), 1, 64, store="ram")
+    assert "--loading.store ram" in out_of_memory(torch.device("cpu"), 1, 64, store="vram")
+    assert "--micro-batch-size" not in out_of_memory(torch.device("cpu"), 1, 64, store="vram")
+    assert "--micro-batch-size 5," in out_of_memory(torch.device("cpu"), 15, 64, store="none")
 
 
 def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+"""Others' training loops, as their users would set them up: the 2022 report's, torchvision's and timm's."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import networks
+import torch
+from recipe import Case, Recipe
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fastddr import models
+from fastddr.evaluation.metrics import figures
+from fastddr.meters import Waited
+
+
+class Loop(Recipe):
+    """A loop of one's own in PyTorch."""
+
+    model: nn.Module
+    loader: Iterable[Any]
+    valid: Iterable[Any]
+
+    def build_model(self) -> nn.Module:
+        """The configuration's model, its maps in PyTorch's default layout: nobody who writes it plainly has another."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        model = models.build(
+            config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
+        )
+        return networks.lay_out(model, "NCHW", self.device)
+
+    def folder(self, split: str, transform: Any) -> Any:
+        """torchvision's ImageFolder of a split."""
+        from torchvision.datasets import ImageFolder
+
+        return ImageFolder(os.path.join(self.case.root, split), transform)
+
+    def window_share(self) -> tuple[float, float]:
+        """The `scale` of a random resized crop that cuts the windows of the configuration: their share of the area."""
+        share = (self.config.image_size / self.config.canvas) ** 2
+        return share, share
+
+    @property
+    def half(self) -> bool:
+        """Whether the configuration trains in half precision."""
+        return self.config.precision in ("bf16", "fp16") or (
+            self.config.precision == "auto" and self.device.type == "cuda"
+        )
+
+    def _train(self) -> tuple[int, float]:
+        self.model.train()
+        batches = Waited(iter(self.loader))
+        images = sum(self.step(image, grade) for image, grade in batches)
+        return images, batches.waited
+
+    @abstractmethod
+    def step(self, image: Tensor, grade: Tensor) -> int:
+        """Train on a batch as the loader gave it; the number of its images."""
+
+    def score(self) -> float:
+        self.model.eval()
+        logits, grades = [], []
+        with torch.inference_mode():
+            for image, grade in self.valid:
+                logits.append(self.model(image.to(self.device)).float().cpu())
+                grades.append(grade.cpu())
+        return float(figures(torch.cat(logits), torch.cat(grades))["qwk"] or 0.0)
+
+    def close(self) -> None:
+        # The only public way to end persistent workers.
+        self.loader = self.valid = ()
+
+
+def _still(case: Case, normalize: bool) -> Any:
+    """The centre window of the canvas, for validation."""
+    from torchvision import transforms
+
+    config, augment = case.config, case.config.augment
+    steps: list[Any] = [transforms.Resize(config.canvas)] * case.resized
+    steps += [transforms.CenterCrop(config.image_size), transforms.ToTensor()]
+    return transforms.Compose(steps + [transforms.Normalize(augment.mean, augment.std)] * normalize)
+
+
+class Report(Loop):
+    """The report's own way."""
+
+    options = ("workers",)
+
+    def __init__(self, case: Case, options: Mapping[str, str]) -> None:
+        super().__init__(case, options)
+        from torchvision import transforms
+
+        config = case.config
+        steps: list[Any] = [transforms.Resize(config.canvas)] * case.resized
+        steps += [transforms.RandomCrop(config.image_size)]
+        steps += [transforms.RandomHorizontalFlip()] * config.augment.hflip
+        steps += [transforms.RandomVerticalFlip()] * config.augment.vflip
+        train = self.folder("train", transforms.Compose([*steps, transforms.ToTensor()]))
+        size, workers = config.batch_size, self.workers
+        self.loader = DataLoader(train, batch_size=size, shuffle=True, num_workers=workers)
+        self.valid = DataLoader(self.folder("valid", _still(case, False)), batch_size=size, num_workers=workers)
+        self.model = self.build_model()
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.loss = 0.0
+
+    def step(self, image: Tensor, grade: Tensor) -> int:
+        image, grade = image.to(self.device), grade.to(self.device)
+        self.optimizer.zero_grad()
+        loss = self.criterion(self.model(image), grade)
+        loss.backward()
+        self.optimizer.step()
+        self.loss += loss.item()
+        return len(image)
+
+
+class Torchvision(Loop):
+    """torchvision's classification reference, with `--amp` where the configuration trains in half precision."""
+
+    options = ("workers",)
+
+    def __init__(self, case: Case, options: Mapping[str, str]) -> None:
+        super().__init__(case, options)
+        from torchvision.transforms import InterpolationMode, v2
+
+        config, augment = case.config, case.config.augment
+        steps: list[Any] = [
+            v2.RandomResizedCrop(
+                config.image_size, scale=self.window_share(), ratio=(1.0, 1.0),
+                interpolation=InterpolationMode.BILINEAR, antialias=True,
+            )
+        ]  # fmt: skip
+        steps += [v2.RandomHorizontalFlip()] * augment.hflip + [v2.RandomVerticalFlip()] * augment.vflip
+        steps += [v2.PILToTensor(), v2.ToDtype(torch.float, scale=True), v2.Normalize(augment.mean, augment.std)]
+        common = {
+            "batch_size": config.batch_size,
+            "num_workers": self.workers,
+            "pin_memory": self.device.type == "cuda",
+        }
+        self.loader = DataLoader(self.folder("train", v2.Compose(steps)), shuffle=True, **common)  # type: ignore[arg-type]
+        self.valid = DataLoader(self.folder("valid", _still(case, True)), **common)  # type: ignore[arg-type]
+        self.model = self.build_model()
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-4)
+        amp = self.half and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler("cuda") if amp else None
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        self.seen: list[float] = []
+
+    def step(self, image: Tensor, grade: Tensor) -> int:
+        image, grade = image.to(self.device), grade.to(self.device)
+        with torch.amp.autocast("cuda", enabled=self.scaler is not None):
+            output = self.model(image)
+            loss = self.criterion(output, grade)
+        self.optimizer.zero_grad()
+        if self.scaler is not None:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            loss.backward()
+            self.optimizer.step()
+        # Its logger reads loss and accuracy after each step.
+        with torch.inference_mode():
+            accuracy = (output.argmax(1) == grade).float().mean()
+        self.seen = [loss.item(), accuracy.item()]
+        return len(image)
+
+
+class Timm(Loop):
+    """timm's training script, `--amp` where the configuration trains in half precision."""
+
+    options = ("workers", "channels_last", "compile")
+    #: Steps between two looks at the loss, of its script.
+    log_interval = 50
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if find_spec("timm") is None:
+            return 'timm is not installed; `pip install -e ".[peers]"`'
+        return None
+
+    def __init__(self, case: Case, options: Mapping[str, str]) -> None:
+        super().__init__(case, options)
+        from timm import optim, utils
+        from timm.data import create_dataset, create_loader
+
+        config, augment = case.config, case.config.augment
+        self.dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        common = {
+            "input_size": (3, config.image_size, config.image_size), "batch_size": config.batch_size,
+            "mean": augment.mean, "std": augment.std, "interpolation": "bilinear", "num_workers": self.workers,
+            "pin_memory": True, "device": self.device,
+        }  # fmt: skip
+        if self.device.type == "cpu":
+            common["pin_memory"] = False  # PyTorch warns that there is nothing to pin for
+        self.loader = create_loader(
+            create_dataset("", root=case.root, split="train", is_training=True), is_training=True,
+            scale=self.window_share(), ratio=(1.0, 1.0), hflip=0.5 * augment.hflip, vflip=0.5 * augment.vflip,
+            color_jitter=0.0, **common,
+        )  # fmt: skip
+        self.valid = create_loader(
+            create_dataset("", root=case.root, split="valid"), crop_pct=config.image_size / config.canvas, **common
+        )
+        model = self.build_model()
+        self.layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
+        model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.optimizer: Any = optim.create_optimizer_v2(
+            model, opt=config.optimizer.name if config.optimizer.name != "sgd" else "sgd", lr=config.lr,
+            weight_decay=config.optimizer.weight_decay,
+        )  # fmt: skip
+        self.model = torch.compile(model) if "compile" in options else model  # type: ignore[assignment]
+        self.criterion = nn.CrossEntropyLoss()
+        self.scaler: Any = utils.NativeScaler() if self.half and self.dtype == torch.float16 else None
+        self.losses, self.steps = utils.AverageMeter(), 0
+
+    def build_model(self) -> nn.Module:
+        config = self.config
+        if config.model != "convmixer":
+            return super().build_model()
+        from timm.models.convmixer import ConvMixer
+
+        wanted = config.convmixer
+        torch.manual_seed(config.seed)
+        return ConvMixer(
+            wanted.dim, wanted.depth, kernel_size=wanted.kernel_size, patch_size=wanted.patch_size,
+            num_classes=config.num_classes,
+        ).to(self.device)  # fmt: skip
+
+    def step(self, image: Tensor, grade: Tensor) -> int:
+        image = image.contiguous(memory_format=self.layout)
+        with torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.half):
+            loss = self.criterion(self.model(image), grade)
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer, parameters=self.model.parameters())
+        else:
+            loss.backward()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        if self.steps % self.log_interval == 0:
+            self.losses.update(loss.item(), len(image))
+        return len(image)

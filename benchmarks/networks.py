@@ -1,0 +1,128 @@
+"""The networks whose training step is measured, by name: fastddr's, timm's and torchvision's.
+
+convmixer-512-12-k9-p8        fastddr's ConvMixer: width, depth, kernel, patch
+resnet, resnet,depth=40, cnn  fastddr's others, with settings where the default is not meant
+timm:convmixer-512-12-k9-p8   timm's ConvMixer class with the settings of ours: like with like
+timm:convmixer_768_32         a model of timm's
+torchvision:resnet50          a model of torchvision's
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from flops import Mixer
+from torch import Tensor, nn
+
+from fastddr import models
+from fastddr.errors import UserError
+
+#: Grades of DDR without the ungradable.
+CLASSES = 5
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+_MIXER = re.compile(r"convmixer-(\d+)-(\d+)-k(\d+)-p(\d+)")
+_PEERS = ("timm", "torchvision")
+
+
+def mixer(name: str) -> Mixer | None:
+    """The settings that the name of a ConvMixer spells out; None of any other name."""
+    match = _MIXER.fullmatch(name.removeprefix("timm:"))
+    return Mixer(*map(int, match.groups())) if match else None
+
+
+def check(name: str) -> None:
+    """Raise UserError for a name that cannot be one of a network."""
+    source, colon, _ = name.partition(":")
+    ours = name.partition(",")[0] in models.names()
+    if mixer(name) is None and not ours and not (colon and source in _PEERS):
+        raise UserError(
+            f"--models {name}: known are {', '.join(models.names())} (settings as in resnet,depth=40), "
+            "convmixer-WIDTH-DEPTH-kKERNEL-pPATCH, the same after timm:, timm:NAME and torchvision:NAME."
+        )
+
+
+def build(name: str, image_size: int) -> nn.Module:
+    """A new network, images (b, 3, h, w) to logits (b, 5), with random weights, on the CPU.
+
+    Raises:
+        UserError: its package is not installed, or fastddr cannot build it.
+        RuntimeError, ValueError: the package does not know it.
+    """
+    settings = mixer(name)
+    source, _, rest = name.partition(":" if ":" in name else ",")
+    if source in _PEERS and find_spec(source) is None:
+        raise UserError(f"{source} is not installed; pip install {source}.")
+    if source == "timm":
+        import timm
+        from timm.models.convmixer import ConvMixer
+
+        if settings is not None:
+            return ConvMixer(settings.dim, settings.depth, settings.kernel, settings.patch, num_classes=CLASSES)
+        return timm.create_model(rest, num_classes=CLASSES)
+    if source == "torchvision":
+        from torchvision.models import get_model
+
+        return get_model(rest, num_classes=CLASSES)
+    chosen: dict[str, object] = {}
+    if settings is not None:
+        source = "convmixer"
+        chosen = {
+            "dim": settings.dim, "depth": settings.depth, "kernel_size": settings.kernel, "patch_size": settings.patch,
+        }  # fmt: skip
+    for pair in filter(None, rest.split(",")):
+        key, _, value = pair.partition("=")
+        chosen[key] = int(value) if value.isdigit() else value
+    return models.build(source, num_classes=CLASSES, image_size=image_size, **chosen)
+
+
+def settings_of(name: str, network: nn.Module) -> Mixer | None:
+    """The settings of a ConvMixer, by its name or, of timm's named ones, from the network; None of other networks."""
+    if mixer(name) is not None or type(network).__name__ != "ConvMixer":
+        return mixer(name)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    patches, depthwise = convolutions[:2]
+    # One convolution for the patches, two a layer.
+    return Mixer(patches.out_channels, len(convolutions) // 2, depthwise.kernel_size[0], patches.kernel_size[0])
+
+
+def lay_out(network: nn.Module, layout: str, device: torch.device) -> nn.Module:
+    """The network on its device, its weights and all its maps in a layout.
+
+    fastddr's ConvMixer gives channels_last maps whatever it is given, because its patches are cut by a matrix product;
+    for NCHW they are copied into that order once, behind the patches.
+    """
+    network.to(device).to(memory_format=LAYOUTS[layout])
+    patches = getattr(network, "patches", None)
+    if layout == "NCHW" and patches is not None:
+        patches.register_forward_hook(lambda module, inputs, output: output.contiguous())
+    return network
+
+
+class Watched:
+    """Within it, which convolutions and BatchNorms get a map that is not in the layout that was meant."""
+
+    def __init__(self, network: nn.Module, layout: str) -> None:
+        self.network, self.format = network, LAYOUTS[layout]
+        self.other: list[str] = []
+
+    def __enter__(self) -> list[str]:
+        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                if not inputs[0].is_contiguous(memory_format=self.format):
+                    self.other.append(name)
+
+            return look
+
+        self._hooks = [
+            module.register_forward_pre_hook(watch(name))
+            for name, module in self.network.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+        ]
+        return self.other
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,67 @@
+"""The clock: CUDA events on a GPU, the processor's own on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+
+class Clock:
+    """Times work on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object], times: int = 1) -> float:
+        """Seconds that one of so many calls takes, from the first one's start to the last one's end on the device."""
+        self.synchronize()
+        if self.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(times):
+                work()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000 / times
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - began) / times
+
+    def repeats(self, work: Callable[[], object], least: float, warm: int = 3) -> tuple[int, float]:
+        """(Calls that last `least` seconds together, seconds of one), after a warm-up of so many calls.
+
+        It ends early where a call is longer than `least` seconds: what is slow only at first matters little there.
+        """
+        took = math.inf
+        for _ in range(warm):
+            took = min(took, self.seconds(work))
+            if took > least:
+                break
+        took = min(self.seconds(work), self.seconds(work)) if took <= least else self.seconds(work)
+        return max(1, math.ceil(least / max(took, 1e-7))), took
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """One call of the first, then of the second, …, and from the beginning again."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory: a GPU's L2, a CPU's as Linux tells it; 0 where it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    files = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [file.read_text().strip() for file in files]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[-1:] in "KM"), default=0)

@@ -1,0 +1,311 @@
+"""Variants of the training step, and the process that measures those of one precision, batch and image size.
+
+`step.py` starts it as `python benchmarks/variants.py JOB.json`: Accelerate's precision is a process's for good. It
+trains by `fastddr.step.training_step`, set up by `fastddr.runtime` as training is, on one batch of random images that
+stays on the device. Models that are compared with each other are a heat: all their variants, and the reference, are
+warmed up (compiled, cuDNN's choices made), then take turns; then they are freed, so that one heat's graphs and
+activations do not take the memory of the next. What a heat found is appended to the job's file of records at once, so a
+process that dies loses one heat.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flops
+import harness
+import networks
+import torch
+from timing import Clock
+from torch import nn
+
+import fastddr
+from fastddr import losses, optimizers, runtime
+from fastddr.errors import UserError
+from fastddr.loaders.base import Batch
+from fastddr.runtime import Runtime
+from fastddr.step import Tally, training_step
+
+#: How a network is run, and `torch.compile`'s name of that.
+MODES = {
+    "eager": None,
+    "compile": "default",
+    "max-autotune": "max-autotune",
+    "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
+}
+#: Steps of the warm-up after the first, in which compiling and cuDNN's trials happen. CUDA graphs are recorded in them.
+_WARM = 4
+#: What a variant may fail with: PyTorch, its compilers, timm and torchvision raise almost anything.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, ImportError)
+#: More variants of one network than this would not be compiled but run eagerly, without a word.
+_RECOMPILATIONS = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a network."""
+
+    model: str
+    mode: str
+    layout: str
+    layout_optimization: bool | None = None
+    """Whether Inductor may choose another layout than the network's; None where nothing is compiled."""
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        kept = ", layout kept" if self.layout_optimization is False else ""
+        return f"{self.model}, {self.mode}, {self.layout}{kept}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process measures."""
+
+    precision: str
+    batch_size: int
+    image_size: int
+    heats: list[list[Variant]]
+    reference: Variant
+    """Takes part in every heat."""
+    optimizer: str
+    rounds: int
+    steps: int
+    threads: int
+    until: float | None
+    """Time of the day, as `time.time` has it, after which no variant is begun."""
+    records: str
+    """File of the records, one JSON object a line."""
+
+    def write(self, file: Path) -> None:
+        """For the process to read."""
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Job:
+        """What `write` wrote."""
+        found = json.loads(file.read_text(encoding="utf-8"))
+        found["heats"] = [[Variant(**variant) for variant in heat] for heat in found["heats"]]
+        return cls(**found | {"reference": Variant(**found["reference"])})
+
+
+def reason(problem: BaseException) -> str:
+    """The first line of an error, with its kind unless it is a user's."""
+    lines = str(problem).strip().splitlines() or [""]
+    said = lines[0].strip().rstrip(".:")
+    if isinstance(problem, UserError):
+        return said
+    return f"{type(problem).__name__}{': ' if said else ''}{said[:200]}"
+
+
+def compiled(network: nn.Module, variant: Variant) -> nn.Module:
+    """The network under `torch.compile`, or as it is where it runs eagerly.
+
+    The layout optimization is an option of the call and not of the process: two calls with equal options are one to
+    Dynamo, which would run the second variant by the first one's code.
+    """
+    mode = MODES[variant.mode]
+    if mode is None:
+        return network
+    from torch._inductor import list_mode_options
+
+    options = {**list_mode_options(mode), "layout_optimization": bool(variant.layout_optimization)}
+    return torch.compile(network, options=options)
+
+
+def _graphs() -> int:
+    """Graphs that Dynamo has compiled in this process."""
+    import torch._dynamo.utils
+
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class Running:
+    """A variant that is ready to take its turns."""
+
+    def __init__(self, variant: Variant, job: Job, run: Runtime) -> None:
+        self.variant, self.job, self.run = variant, job, run
+        self.clock = Clock(run.device)
+        self.gpu = run.device.type == "cuda"
+        before = self._allocated()
+        torch.manual_seed(0)
+        network = networks.build(variant.model, job.image_size)
+        mixer = networks.settings_of(variant.model, network)
+        self.about: dict[str, Any] = {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "flop": flops.training(network, job.image_size),
+            "mixer": None if mixer is None else asdict(mixer),
+        }
+        network = networks.lay_out(network, variant.layout, run.device).train()
+        # A small rate: one batch again and again must not drive the weights anywhere.
+        optimizer = optimizers.build(network, job.optimizer, lr=1e-5)
+        self.network, self.optimizer = run.accelerator.prepare(network, optimizer)
+        # It would hold on to all networks of the process; nothing that a step does asks it for them.
+        run.accelerator.free_memory()
+        eager = MODES[variant.mode] is None
+        watched = networks.Watched(self.network, variant.layout) if eager else nullcontext()
+        self.network = compiled(self.network, variant)
+        self.criterion, self.tally = losses.build("cross_entropy"), Tally.zeros(run.device)
+        self.batch = self._batch()
+        graphs = _graphs()
+        with watched as elsewhere:
+            self._step()
+        if not eager and _graphs() == graphs:
+            raise RuntimeError("nothing was compiled for it")
+        if self.gpu:
+            self.clock.synchronize()
+            torch.cuda.reset_peak_memory_stats(run.device)
+        for _ in range(_WARM):
+            self._step()
+        self.clock.synchronize()
+        if elsewhere:
+            self.about["other_layout"] = elsewhere
+        if self.gpu:
+            self.about["peak_bytes"] = torch.cuda.max_memory_allocated(run.device) - before
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.run.device) if self.gpu else 0
+
+    def _batch(self) -> Batch:
+        size, number, device = self.job.image_size, self.job.batch_size, self.run.device
+        image = torch.randn(number, 3, size, size, device=device).to(self.run.image_dtype)
+        return Batch(
+            image=image.contiguous(memory_format=networks.LAYOUTS[self.variant.layout]),
+            grade=torch.arange(number, device=device) % networks.CLASSES,
+            id=torch.arange(number, device=device),
+            valid=torch.ones(number, dtype=torch.bool, device=device),
+        )
+
+    def _step(self) -> None:
+        training_step(
+            self.run.accelerator, self.network, [self.batch], self.criterion, self.optimizer, self.tally
+        )  # fmt: skip
+
+    def __call__(self) -> float:
+        """Images a second of a turn, after one step that is not counted."""
+        self._step()
+        return self.job.batch_size / self.clock.seconds(self._step, self.job.steps)
+
+
+class Heat:
+    """Variants that take turns."""
+
+    def __init__(self, number: int, job: Job, run: Runtime, say: Callable[[str], None]) -> None:
+        self.number, self.job, self.run, self.say = number, job, run, say
+        # The reference is first: without it the others have nothing to be compared with.
+        self.variants = list(dict.fromkeys([job.reference, *job.heats[number]]))
+        self.running: dict[str, Running] = {}
+        self.failed: dict[str, str] = {}
+
+    def _leave_out(self, variant: Variant, why: str) -> None:
+        self.failed[variant.name] = why
+        self.running.pop(variant.name, None)
+        self.say(f"{variant.name} is left out: {why}.")
+
+    def warm(self) -> None:
+        """Build and compile all, one after the other."""
+        for variant in self.variants:
+            if self.job.until is not None and time.time() > self.job.until:
+                self._leave_out(variant, "the time was up before its turn came")
+                continue
+            began, why = time.perf_counter(), None
+            try:
+                self.running[variant.name] = Running(variant, self.job, self.run)
+            except (UserError, *FAILURES) as problem:
+                why = reason(problem)
+                if isinstance(problem, torch.OutOfMemoryError) and self.running:
+                    why += f" (beside {len(self.running)} other variants of this heat)"
+            if why is None:
+                self.say(f"  {variant.name} has warmed up in {time.perf_counter() - began:.0f} s")
+            else:
+                self._leave_out(variant, why)
+            # After the except: its error holds the frames, and these the tensors.
+            self._free()
+
+    def _turn(self, variant: Variant) -> float:
+        running = self.running.get(variant.name)
+        if running is None:
+            return float("nan")
+        try:
+            return running()
+        except FAILURES as problem:
+            self._leave_out(variant, reason(problem))
+            return float("nan")
+
+    def race(self) -> list[dict[str, Any]]:
+        """A record of each variant."""
+        turns = {
+            variant.name: partial(self._turn, variant) for variant in self.variants if variant.name in self.running
+        }
+        # What compiles now would be timed: it fails instead, and is said.
+        with torch.compiler.set_stance("fail_on_recompile"):
+            rates = harness.interleaved(turns, self.job.rounds)
+        records = []
+        for variant in self.variants:
+            record: dict[str, Any] = {"heat": self.number, "variant": asdict(variant)}
+            if variant.name in self.failed:
+                record["failed"] = self.failed[variant.name]
+            else:
+                record |= {"rates": rates[variant.name], **self.running[variant.name].about}
+            records.append(record)
+        return records
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free all of them and what was compiled for them."""
+        self.running.clear()
+        torch._dynamo.reset()
+        self._free()
+
+
+def main(file: Path) -> None:
+    """Measure a job's heats."""
+    job = Job.read(file)
+    config = replace(
+        fastddr.load_preset("quickstart"),
+        precision=job.precision, batch_size=job.batch_size, image_size=job.image_size, threads=job.threads,
+    )  # fmt: skip
+    run = runtime.start(config)
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = _RECOMPILATIONS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    for number in range(len(job.heats)):
+        heat = Heat(number, job, run, say)
+        try:
+            heat.warm()
+            records = heat.race()
+        finally:
+            heat.close()
+        with Path(job.records).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in records)
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: where the benchmark is killed, this process must not go on and keep the card.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as mistake:
+        # Its parent says it.
+        raise SystemExit(str(mistake)) from None

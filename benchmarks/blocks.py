@@ -246,7 +246,7 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
         headings = ["", "images/s", "of the `replay` ceiling", *(f"times `{peer}`" for peer in peers)]
         about = (
             f"**{result.hardware}.** Images a second of whole training, {said(result.rows[0], same)}; medians with "
-            "95 % intervals. Ratios are taken round by round, of each peer against its fastest form."
+            "95 % intervals. Ratios are taken round by round, with each peer in its fastest form."
         )
         texts += [about, table(headings, lines), f"Measured by {source(result, link)}"]
     return texts + _missing(results, "train")

@@ -58,7 +58,7 @@ MODELS = (
     "timm:convmixer_1024_20_ks9_p14", "timm:convmixer_768_32", "timm:convmixer_1536_20",
 )  # fmt: skip
 CPU_MODELS = ("convmixer-64-4-k5-p8", "timm:convmixer-64-4-k5-p8")
-TINY_MODELS = ("convmixer-16-1-k3-p8", "timm:convmixer-16-1-k3-p8")
+TINY_MODELS = ("convmixer-16-1-k3-p8",)
 WORKER = (sys.executable, str(Path(__file__).parent / "variants.py"))
 
 
@@ -110,7 +110,7 @@ class Options:
             "steps": 10 if gpu else 2,
         }
         if self.tiny:
-            # Compiling takes most of the time, so one layout.
+            # Compiling takes most of the time, so one model in one layout.
             small = {"models": TINY_MODELS, "layouts": ("NCHW",), "batch_sizes": (4,), "image_sizes": (32,)}
             found |= {"modes": ("eager", "compile"), **small}
         return replace(self, **{key: getattr(self, key) or value for key, value in found.items()})

@@ -63,7 +63,15 @@ PARTS = (
     Part("decode", 1.0, tiny=(*_TINY_SET, "--batch-size", "8", "--compared", "8")),
     Part("ceilings", 0.5, tiny=("--tiny",)),
     Part("operations", 1.0, tiny=("--tiny", "--rounds", "5")),
-    Part("step", 2.5, tiny=("--tiny", "--rounds", "5"), seconds=0.7),
+    Part(
+        "step", 2.5,
+        # All that `step.py` could do takes hours to compile.
+        gpu=("--modes", "eager", "compile", "--rounds", "5", "--models", "convmixer-512-12-k9-p8",
+             "timm:convmixer-512-12-k9-p8", "torchvision:resnet50", "convmixer-768-32-k7-p8",
+             "timm:convmixer-768-32-k7-p8"),
+        tiny=("--tiny", "--rounds", "5"),
+        seconds=0.7,
+    ),
     Part(
         "loader", 2.5,
         gpu=("--encodings", "95-420", "--rounds", "5", "--seconds", "1", "--loaders", "dali", "resident:vram",

@@ -133,11 +133,12 @@ def test_the_average_of_the_weights_follows_its_recurrence(
 ) -> None:
     step, seen = trainer_module.training_step, []
 
-    def watched(accelerator: Any, model: torch.nn.Module, *more: Any) -> None:
+    def watched(accelerator: Any, model: torch.nn.Module, *more: Any) -> torch.Tensor:
         if not seen:
             seen.append([p.detach().clone() for p in model.parameters()])
-        step(accelerator, model, *more)
+        bad = step(accelerator, model, *more)
         seen.append([p.detach().clone() for p in model.parameters()])
+        return bad
 
     monkeypatch.setattr(trainer_module, "training_step", watched)
     run = train(tiny, tmp_path / "run", "--epochs", "1", "--optimizer.ema-decay", "0.15")

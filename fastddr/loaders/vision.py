@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
 from collections.abc import Generator, Iterator
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
@@ -154,23 +152,12 @@ def _clean_processes() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    if threading.current_thread() is threading.main_thread():
-        # The process from which they are forked takes this over, and itself ends when this one has ended.
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
     return context
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C in a terminal, and what launchers and schedulers send, goes to all processes of a group.
-
-    The main one ends the workers, when it has saved.
-    """
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes; the one in front ends the workers, which have nothing to say to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class VisionLoader(Loader):
@@ -190,7 +177,7 @@ class VisionLoader(Loader):
             prefetch_factor=task.prefetch if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
             collate_fn=_collate,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_ignore_ctrl_c,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.
             generator=torch.Generator().manual_seed(0),

@@ -17,14 +17,13 @@ from fastddr import checkpoints
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "loader"), [("file", "auto"), ("signal", "torchvision")])
-def test_two_ranks_stop_at_the_same_step(how: str, loader: str, tiny: Path, tmp_path: Path) -> None:
-    """A signal reaches the workers of the torchvision loader too, which must not end before the run has saved."""
+@pytest.mark.parametrize("how", ["file", "signal"])
+def test_two_ranks_stop_at_the_same_step(how: str, tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                str(ROOT / "fastddr" / "train.py"), "--data", str(tiny), "--run-dir", str(run), *SMALL,
-               "--micro-batch-size", "2", "--epochs", "100000", "--loader", loader]  # fmt: skip
+               "--micro-batch-size", "2", "--epochs", "100000"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, env=environment)
@@ -50,4 +49,3 @@ def test_two_ranks_stop_at_the_same_step(how: str, loader: str, tiny: Path, tmp_
     saved = checkpoints.load(run / "checkpoints" / "last")
     assert saved.state["progress"]["step"] == found["step"] > 0
     assert f"stopped at step {found['step']}" in text
-    assert "exited unexpectedly" not in text

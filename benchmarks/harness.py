@@ -43,11 +43,12 @@ def begin() -> dict[str, Any]:
     """
     global _before
     _before = conditions.take(before=True)
-    _say(conditions.sentence(_before, "Before the measurement"))
+    say(conditions.sentence(_before, "Before the measurement"))
     return _before
 
 
-def _say(line: str | None) -> None:
+def say(line: str | None) -> None:
+    """Print a line as it is, without markup and without breaking it; nothing of None."""
     if line is not None:
         Console(soft_wrap=True).print(line, highlight=False, markup=False)
 
@@ -166,7 +167,7 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *
     now = datetime.now(UTC)
     hardware = machine()
     after = conditions.take(before=False)
-    _say(conditions.sentence(after, "After the measurement"))
+    say(conditions.sentence(after, "After the measurement"))
     if out is None:
         out = RESULTS / f"{benchmark}_{'-'.join(hardware_name(hardware).lower().split())}_{now:%Y-%m-%d}.json"
     script = Path(sys.argv[0])
@@ -186,7 +187,7 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *
         # Here, because each loader's process imports this file.
         import tracked
 
-        tracked.keep(record, out, say=_say)
+        tracked.keep(record, out, say=say)
     return out
 
 

@@ -143,8 +143,8 @@ class Torchvision(Loop):
             "num_workers": self.workers,
             "pin_memory": self.device.type == "cuda",
         }
-        self.loader = DataLoader(self.folder("train", v2.Compose(steps)), shuffle=True, **common)  # type: ignore[arg-type]
-        self.valid = DataLoader(self.folder("valid", _still(case, True)), **common)  # type: ignore[arg-type]
+        self.loader = DataLoader(self.folder("train", v2.Compose(steps)), shuffle=True, **common)
+        self.valid = DataLoader(self.folder("valid", _still(case, True)), **common)
         self.model = self.build_model()
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-4)
@@ -210,12 +210,13 @@ class Timm(Loop):
             create_dataset("", root=case.root, split="valid"), crop_pct=config.image_size / config.canvas, **common
         )
         model = self.build_model()
-        self.layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
-        model = model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.layout: Any = torch.channels_last if "channels_last" in options else torch.contiguous_format
+        model = model.to(memory_format=self.layout)
         self.optimizer: Any = optim.create_optimizer_v2(
             model, opt=config.optimizer.name if config.optimizer.name != "sgd" else "sgd", lr=config.lr,
             weight_decay=config.optimizer.weight_decay,
         )  # fmt: skip
+        # PyTorch types what it compiles as any callable; of a module it is a module.
         self.model = torch.compile(model) if "compile" in options else model  # type: ignore[assignment]
         self.criterion = nn.CrossEntropyLoss()
         self.scaler: Any = utils.NativeScaler() if self.half and self.dtype == torch.float16 else None

@@ -40,7 +40,6 @@ from ceilings import Ceilings, measure, numbers_of
 from columns import figure
 from flops import least_seconds
 from networks import LAYOUTS
-from rich.console import Console
 from timing import Clock, cache_bytes, in_turn
 from torch import Tensor
 
@@ -334,7 +333,6 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    console = Console(soft_wrap=True)
     if options.rounds < 5:
         raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     even = [kernel for kernel in options.kernels if kernel % 2 == 0]
@@ -358,10 +356,8 @@ def main(options: Options) -> None:
     if options.tiny:
         shapes = [Shape(4, 32, 16)]
     numbers = [numbers_of(precision, device) for precision in dtypes]
-    console.print("ceilings …")
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
+    say = harness.say
+    say("ceilings …")
 
     ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
     rows = ceilings.rows()

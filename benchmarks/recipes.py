@@ -42,7 +42,7 @@ class Fastddr(Recipe):
         config = replace(
             case.config,
             data=case.root,
-            loader=options.get("loader", "auto"),  # type: ignore[arg-type]
+            loader=options.get("loader", "auto"),  # type: ignore[arg-type]  # `loaders.build` refuses others
             run_dir=os.path.join(self.folder, "run"),
             # Every run has checked its photographs once; that is not what is measured.
             check="header",
@@ -51,7 +51,7 @@ class Fastddr(Recipe):
             loading=replace(
                 case.config.loading,
                 threads=self.workers if "workers" in options else None,
-                store=options.get("store", "auto"),  # type: ignore[arg-type]
+                store=options.get("store", "auto"),  # type: ignore[arg-type]  # as above
             ),
         )
         # What it prints is for the reader of a run.
@@ -60,7 +60,8 @@ class Fastddr(Recipe):
             self.trainer = Trainer(config).__enter__()
 
     def about(self) -> dict[str, Any]:
-        choice = self.trainer.loaders.choice  # type: ignore[union-attr]
+        assert self.trainer.loaders is not None
+        choice = self.trainer.loaders.choice
         kept = {"store": choice.store} if choice.loader == "resident" else {}
         return {"loader": choice.loader, **kept, "runs_in": self.trainer.runtime.precision}
 

@@ -44,7 +44,6 @@ import torch
 import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
-from rich.console import Console
 from variants import Job, Variant
 
 from fastddr.errors import UserError
@@ -282,11 +281,7 @@ def report(job: Job, rows: Sequence[Mapping[str, Any]], say: Callable[[str], Non
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    console = Console(soft_wrap=True)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
+    say = harness.say
     if options.rounds < 5:
         raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     until = None if options.seconds is None else time.time() + options.seconds

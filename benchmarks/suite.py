@@ -28,7 +28,6 @@ import harness
 import stored
 import torch
 import tyro
-from rich.console import Console
 
 from fastddr.errors import UserError
 
@@ -204,11 +203,7 @@ def verdict(found: Mapping[str, stored.Result], results: Path, *, tiny: bool) ->
 
 def main(options: Options) -> int:
     """Run all parts; exit code 1 if one failed."""
-    console = Console(soft_wrap=True)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
+    say = harness.say
     parts = chosen(options.parts)
     if options.minutes <= 0:
         raise UserError(f"--minutes {options.minutes:g}: give it some time, ten are enough for most machines.")

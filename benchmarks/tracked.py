@@ -92,7 +92,7 @@ def _kept(wandb: Any, mode: str, record: Mapping[str, Any], result: Path, folder
         mode, why = ("online", "") if _logged_in(wandb) else ("offline", "not logged in")
     try:
         run = _begun(wandb, mode, record, result, folder)
-    except Exception as problem:
+    except Exception as problem:  # wandb's errors again; offline it goes to the one above
         if mode in ("offline", "dryrun"):
             raise
         # The service still holds the run.

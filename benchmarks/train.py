@@ -291,11 +291,7 @@ def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    console = Console(soft_wrap=True)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
+    console, say = Console(soft_wrap=True), harness.say
     if options.rounds < 5:
         raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     if options.target_qwk is not None and len(options.seeds) < 5:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastddr import cli, loaders
+from fastddr import checkpoints, cli, loaders
 from fastddr.config import AugmentConfig, Config
 from fastddr.data.manifest import Manifest
 
@@ -42,6 +42,14 @@ def train(data: Path, run: Path, *more: str) -> Path:
     with Trainer(settings(data, run, *more)) as trainer:
         trainer.fit()
     return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Everything in the last checkpoint of a run with averaged weights: these, the weights and the moments, by name."""
+    saved = checkpoints.load(run / "checkpoints" / "last")
+    assert saved.ema is not None
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in saved.optimizer["state"].items() for k, v in s.items()}
+    return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
 
 
 def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -14,18 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import ROOT, SMALL, settings, train
+from tests_support import ROOT, SMALL, settings, train, weights
 
 from fastddr import checkpoints, stopping
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.trainer import Trainer
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoints.load(run / "checkpoints" / "last")
-    assert saved.ema is not None
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in saved.optimizer["state"].items() for k, v in s.items()}
-    return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
 
 
 def figures(run: Path) -> list[dict[str, Any]]:

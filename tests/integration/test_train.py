@@ -16,20 +16,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tests_support import ROOT, TINY, settings, train
+from tests_support import ROOT, TINY, settings, train, weights
 
 from fastddr import checkpoints, cli, config, runs
 from fastddr import trainer as trainer_module
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoints.load(run / "checkpoints" / "last")
-    assert saved.ema is not None
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in saved.optimizer["state"].items() for k, v in s.items()}
-    return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside, synced, renamed; the old ones go after the new one stands.
+"""Checkpoints: written beside, synced, renamed, in a thread; the old ones go after the new one stands.
 
     checkpoints/step-00001234/
       model.safetensors  ema.safetensors  optimizer.safetensors   tensors
@@ -6,7 +6,8 @@
       manifest.json   size and SHA-256 of each file: written last, so a folder without it is no checkpoint
     checkpoints/best -> step-...   checkpoints/last -> step-...
 
-Nothing is pickled, so nothing that is loaded can run code.
+Nothing is pickled, so nothing that is loaded can run code. A kill or a full disk at any moment leaves the checkpoint
+before.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -42,52 +45,125 @@ class Checkpoint:
     """As `Optimizer.load_state_dict` wants it."""
 
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    state: Mapping[str, Any],
-    model: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
-    optimizer: Mapping[str, Any],
-    best: bool,
-) -> Path:
-    """Write a checkpoint, point `last` (and `best`) at it, and then delete those that nothing points at.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, copied to the CPU: training may go on while it is written."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """By file, then by name."""
+    state: Mapping[str, Any]
+    """JSON values."""
+
+    @classmethod
+    def take(
+        cls,
+        *,
+        step: int,
+        state: Mapping[str, Any],
+        model: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor] | None,
+        optimizer: Mapping[str, Any],
+    ) -> Snapshot:
+        """Copy everything; on a GPU this waits for the steps that are under way.
+
+        Args:
+            step: optimizer steps done.
+            state: JSON values.
+            model, ema: state dicts.
+            optimizer: `Optimizer.state_dict()`.
+        """
+        moments, rest = _split_optimizer(optimizer)
+        tensors = {"model.safetensors": _plain(model), "optimizer.safetensors": moments}
+        if ema is not None:
+            tensors["ema.safetensors"] = _plain(ema)
+        return cls(step, tensors, {**state, "optimizer": rest})
+
+
+def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Path:
+    """Write a checkpoint, point `last` (and `best`) at it, and then delete those that are not kept.
 
     Args:
         folder: the run's checkpoints/.
-        step: optimizer steps done.
-        state: JSON values.
-        model, ema: state dicts.
-        optimizer: `Optimizer.state_dict()`.
         best: whether it is the best so far.
+        keep: how many stay, this one included, besides the best.
+
+    Raises:
+        OSError: it could not be written; what stood before stands.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # A step that stands already is not written over but beside, and goes away when nothing points at it any more.
-    names = (f"step-{step:08d}{suffix}" for suffix in ("", *(f".{n:02d}" for n in range(1, 100))))
+    # A step that stands already is not written over but beside, and goes away when it is not kept any more.
+    names = (f"step-{snapshot.step:08d}{suffix}" for suffix in ("", *(f".{n:02d}" for n in range(1, 100))))
     final = next(folder / name for name in names if not (folder / name).exists())
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        moments, rest = _split_optimizer(optimizer)
-        save_file(_plain(model), temporary / "model.safetensors")
-        if ema is not None:
-            save_file(_plain(ema), temporary / "ema.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({**state, "optimizer": rest}, indent=1))
-        sums = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in temporary.iterdir()}
-        (temporary / "manifest.json").write_text(json.dumps(sums, indent=1, sort_keys=True))
-        for file in temporary.iterdir():
-            _sync(file)
+        sums = {name: _write(temporary / name, serialize(dict(part))) for name, part in snapshot.tensors.items()}
+        sums["state.json"] = _write(temporary / "state.json", json.dumps(snapshot.state, indent=1).encode())
+        _write(temporary / "manifest.json", json.dumps(sums, indent=1, sort_keys=True).encode())
         _sync(temporary)
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     point(folder, final, best)
-    _prune(folder)
+    _prune(folder, final.name, keep)
     return final
+
+
+class Writer:
+    """Writes checkpoints in a thread, one after the other, while training goes on."""
+
+    def __init__(self, folder: Path, *, keep: int, written: Callable[[int], None]) -> None:
+        """Nothing is written yet.
+
+        Args:
+            folder, keep: as in `write`.
+            written: called with the step of each checkpoint that stands, in the thread.
+        """
+        self._folder, self._keep, self._written = folder, keep, written
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot, *, best: bool) -> None:
+        """Begin to write it; the one before must stand first.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.flush()
+        self._pending = self._pool.submit(self._save, snapshot, best)
+
+    def _save(self, snapshot: Snapshot, best: bool) -> None:
+        write(self._folder, snapshot, best=best, keep=self._keep)
+        self._written(snapshot.step)
+
+    def look(self) -> None:
+        """Hear of the last one without waiting for it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._pending is not None and self._pending.done():
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until the last one stands.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """As `flush`, and end the thread. Safe to call again."""
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
 
 
 def point(folder: Path, checkpoint: Path, best: bool) -> None:
@@ -189,6 +265,15 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _write(file: Path, content: bytes) -> dict[str, Any]:
+    """Write a file to the disk, not only to the system's memory; its size and sum."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -197,8 +282,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(folder: Path) -> None:
+def _prune(folder: Path, newest: str, keep: int) -> None:
     kept = {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    # Of later steps there are only those that a resume passed over.
+    kept |= set(sorted(path.name for path in folder.glob("step-*") if path.name <= newest)[-keep:])
     for path in folder.iterdir():
         if path.is_symlink():
             if path.name.startswith("."):  # left by a kill

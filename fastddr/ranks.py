@@ -8,10 +8,28 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+#: Where the ranks of a job look for why another one ended.
+_REASON = "fastddr/ended/"
+#: Seconds for which a rank waits for that, and for the others to answer a call.
+_PATIENCE = 3.0
+#: A group over the CPU for calls alone, once `expect` was called.
+_roll_call: Any = None
+#: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
+_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
+_TIMED_OUT = "Timed out"
+
+
+class RankLost(Exception):
+    """Another rank of the job has ended or does not answer; the text says which and why, as far as is known."""
 
 
 def world() -> int:
@@ -60,6 +78,94 @@ def gather(items: list[T]) -> list[T]:
     join()
     found: list[T] = gather_object(items)
     return found
+
+
+def expect(timeout: timedelta) -> None:
+    """From now on a rank that has not entered a collective for so long is taken for frozen; called by all ranks.
+
+    Before that, while data are looked at, one rank may keep the others waiting for longer.
+    """
+    import torch.distributed as dist
+
+    global _roll_call
+    if world() == 1:
+        return
+    _roll_call = dist.new_group(backend="gloo")
+    # PyTorch 2.11 has it under its former name.
+    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    # NCCL ends a process whose wait was too long, so the wait over the CPU in each step must be the shorter one.
+    spare = timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)
+    set_timeout(timeout + spare)
+
+
+def tell(reason: str) -> None:
+    """Let the other ranks know why this one ends; they may be waiting for it."""
+    import torch.distributed as dist
+
+    if world() > 1 and dist.is_initialized():
+        try:
+            _store().set(f"{_REASON}{rank()}", reason)
+        except (RuntimeError, dist.DistError):
+            return  # whoever keeps the store has ended too, and nobody is there to read it
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Turn the error of a collective that another rank left or never entered into `RankLost`, in the main part of a
+    job. Every other error passes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not _of_ranks(error):
+            raise
+        raise RankLost(_why(error)) from error
+
+
+def _of_ranks(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in (*_BROKEN, _TIMED_OUT))
+
+
+def _why(error: RuntimeError) -> str:
+    import torch.distributed as dist
+
+    if _TIMED_OUT in str(error):
+        silent = _silent()
+        return (
+            f"{silent} did not answer in time and may be frozen; the job ends here, and the same command with "
+            "--run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
+        )
+    ends = time.monotonic() + _PATIENCE
+    while time.monotonic() < ends:
+        for other in range(world()):
+            key = f"{_REASON}{other}"
+            try:
+                if other != rank() and _store().check([key]):
+                    return f"rank {other} ended: {_store().get(key).decode()}"
+            except (RuntimeError, dist.DistError):
+                break  # the store has ended with its keeper
+        time.sleep(0.1)
+    return "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed."
+
+
+def _silent() -> str:
+    """Which ranks do not answer a call now; only rank 0 can tell."""
+    import torch.distributed as dist
+
+    try:
+        dist.monitored_barrier(_roll_call, timeout=timedelta(seconds=_PATIENCE), wait_all_ranks=True)
+    except RuntimeError as error:
+        found = re.search(r"Ranks ([\d, ]+) failed", str(error))
+        if found:
+            return f"rank {found[1]}"
+    return "another rank"
+
+
+def _store() -> Any:
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
 
 
 def join() -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from fastddr.errors import UserError
 
 T = TypeVar("T")
 
+#: How long ranks wait for each other until training begins, while rank 0 may look at millions of files.
+_SET_UP = timedelta(hours=2)
 #: From Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 #: From glibc's <malloc.h>.
@@ -130,7 +133,7 @@ def keep_memory() -> None:
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     die_with_parent()
-    return PartialState(cpu=_on_cpu())
+    return PartialState(cpu=_on_cpu(), timeout=_SET_UP)
 
 
 def from_main(do: Callable[[], T]) -> T:

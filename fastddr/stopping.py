@@ -1,4 +1,5 @@
 """When a run is asked to stop: by a signal, by a file, or by the clock. It then saves and ends, and can go on later.
+The clock may also ask for a checkpoint alone.
 
 SIGTERM is what schedulers and `kill` send, SIGINT is Ctrl-C. Under `accelerate launch` of several processes a signal to
 the launcher reaches the ranks more than once and not at the same moment, and SLURM's warning signals do not reach them
@@ -13,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,12 +37,23 @@ class StopRequested(Exception):
 class Stopping:
     """Listens for requests, and lets all ranks agree on the step at which they follow."""
 
-    def __init__(self, file: Path, max_hours: float | None, *, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        max_hours: float | None,
+        save_every_minutes: float | None = None,
+        *,
+        rank: int,
+        world: int,
+        timeout: timedelta | None = None,
+    ) -> None:
         """To be made by all ranks; signals are heard within `listening` only.
 
         Args:
             file: rank 0 looks for it, and takes it away where it is left from earlier.
             max_hours: stop so many after the start of the process, None: never.
+            save_every_minutes: by rank 0's clock a checkpoint is due so many after the last one, None: never.
+            timeout: how long a rank waits for the others' answer.
         """
         self._file, self._rank, self._world = file, rank, world
         self._ends = None if max_hours is None else _BEGAN + 3600 * max_hours
@@ -48,9 +61,13 @@ class Stopping:
         self._asked: str | None = None
         self._first_interrupt: float | None = None
         self._looked = 0.0
+        self._save_every = None if save_every_minutes is None else 60 * save_every_minutes
+        self._saved = time.monotonic()
         self._pending: tuple[torch.Tensor, Any] | None = None
         # On the CPU also where the ranks train on GPUs: an answer from there would come behind all that is queued.
-        self._group: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        self._group: Any = None
+        if world > 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         if rank == 0:
             file.unlink(missing_ok=True)
 
@@ -93,8 +110,12 @@ class Stopping:
                 self._asked = f"the file {self._file.name}"
         return self._asked
 
-    def check(self) -> None:
-        """To be called by all ranks after each step.
+    def saved(self) -> None:
+        """A checkpoint was taken; the minutes to the next one count from here."""
+        self._saved = time.monotonic()
+
+    def check(self) -> bool:
+        """Whether the clock wants a checkpoint; to be called by all ranks after each step, and the same on all.
 
         With several ranks the answer comes one call late: whoever waited for the ranks here would wait in every step.
 
@@ -102,22 +123,28 @@ class Stopping:
             StopRequested: on all ranks in the same call.
         """
         reason = self._reason()
+        due = self._rank == 0 and self._save_every is not None and time.monotonic() - self._saved >= self._save_every
+        if due:
+            self.saved()  # asked for once
         if self._world == 1:
             if reason is not None:
                 raise StopRequested(reason)
-            return
-        before, self._pending = self._pending, self._send(reason is not None)
-        if before is not None:
-            flag, work = before
-            work.wait()
-            if flag.item():
-                self.settle()
-                raise StopRequested(reason or "another rank was asked to stop")
+            return due
+        before, self._pending = self._pending, self._send(reason is not None, due)
+        if before is None:
+            return False
+        answer, work = before
+        work.wait()
+        stop, save = answer.tolist()
+        if stop:
+            self.settle()
+            raise StopRequested(reason or "another rank was asked to stop")
+        return bool(save)
 
-    def _send(self, asked: bool) -> tuple[torch.Tensor, Any]:
-        flag = torch.tensor(int(asked), dtype=torch.int32)
+    def _send(self, *asked: bool) -> tuple[torch.Tensor, Any]:
+        answer = torch.tensor(asked, dtype=torch.int32)
         highest = torch.distributed.ReduceOp.MAX
-        return flag, torch.distributed.all_reduce(flag, op=highest, group=self._group, async_op=True)
+        return answer, torch.distributed.all_reduce(answer, op=highest, group=self._group, async_op=True)
 
     def settle(self) -> None:
         """Wait for the last answer, which nobody needs any more; to be called by all ranks when checks are over."""

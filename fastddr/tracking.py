@@ -60,6 +60,8 @@ class Tracker:
         self.sync_command: str | None = None
         #: The page of an online W&B run.
         self.url: str | None = None
+        #: The id of the W&B run, online or not.
+        self.wandb_id: str | None = None
 
     @classmethod
     def start(
@@ -130,7 +132,7 @@ class Tracker:
             if said is None:
                 return
             self._copies.append(copy)
-            self.sync_command, self.url = copy.sync_command, copy.url
+            self.sync_command, self.url, self.wandb_id = copy.sync_command, copy.url, copy.id
             self._say(said)
 
     def _each(self, do: Callable[[_Copy], None]) -> None:
@@ -230,6 +232,11 @@ class _Wandb:
         if self.sync_command is None:
             return f"W&B: {self.url}" if self.url else f"W&B: {mode}"
         return f"W&B: offline ({why}); upload later with: {self.sync_command}"
+
+    @property
+    def id(self) -> str:
+        found: str = self._run.id
+        return found
 
     @property
     def url(self) -> str | None:

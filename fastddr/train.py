@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py") -> int:
-    """Parse, train, and return the exit code: 0; 2 for a mistake of the user's, told in one sentence; 3 = stopped."""
+    """Parse, train, and return the exit code: 0; 1 = a rank is lost; 2 = a mistake of the user's; 3 = stopped."""
     from fastddr.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+    from fastddr.ranks import RankLost
 
     try:
         from fastddr.cli import parse
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
     except UserError as error:
         print(f"fastddr: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except RankLost as error:
+        print(f"fastddr: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0 if stopped is None else EXIT_STOPPED
 
 

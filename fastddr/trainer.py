@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime
+from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime, saving
 from fastddr.config import Config, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
-from fastddr.meters import Waited, Window, memory, out_of_memory, versions
+from fastddr.meters import Waited, Window, memory, out_of_memory
 from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
+from fastddr.saving import Saver, Training
 from fastddr.step import Tally, training_step
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.tracking import Tracker
@@ -41,7 +42,7 @@ class Trainer:
         self.finished = False
         #: Who asked the run to stop, once it has followed.
         self.stopped: str | None = None
-        self._saved_step = 0
+        self.saver: Saver | None = None
         self.tracker: Tracker | None = None
         self.loaders: RunLoaders | None = None
         self._named = config.run_dir is not None
@@ -55,7 +56,8 @@ class Trainer:
             UserError: data, settings or the run's folder do not hold together.
         """
         try:
-            self._set_up()
+            with ranks.watched():
+                self._set_up()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             if isinstance(error, OSError) and error.filename is not None:
@@ -120,26 +122,43 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
-        going_on = resumed and self._resume()
-        if not going_on:
+        average = None if self.ema is None else self.ema.module
+        training = Training(model, average, self.optimizer, self.accelerator.scaler)
+        is_main, fingerprint = self.runtime.is_main, self.manifest.fingerprint
+        going_on: runs.Progress | None = None
+        if resumed:
+            going_on = saving.resume(
+                self.run, training, fingerprint, main=is_main, say=lambda line: self.console.print(f"  {line}")
+            )
+        if going_on is None:
             self._begin()
-        self._saved_step = self.progress.step
+        else:
+            self.progress = going_on
         self.watch = Watch(self.runtime.device)
-        self.stopping = Stopping(self.run.stop, config.max_hours, rank=self.runtime.rank, world=self.runtime.world)
-        if self.runtime.is_main:
+        timeout = timedelta(minutes=config.rank_timeout_minutes)
+        ranks.expect(timeout)
+        self.stopping = Stopping(
+            self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
+            world=self.runtime.world, timeout=timeout,
+        )  # fmt: skip
+        if is_main:
             self.run.set_status("running", self.progress.step)
         self._began = True
         self.accelerator.wait_for_everyone()
         self.tracker = Tracker.start(
             self.accelerator,
             self.run.path,
-            asdict(self.config) | {"fingerprint": self.manifest.fingerprint},
+            asdict(self.config) | {"fingerprint": fingerprint},
             project=config.tracking.project,
             wandb=config.tracking.wandb,
             tensorboard=config.tracking.tensorboard,
-            resume_step=self.progress.step if going_on else None,
+            resume_step=None if going_on is None else going_on.step,
             say=lambda line: self.console.print(f"  {line}"),
         )
+        self.saver = Saver(
+            self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
+            wandb_id=self.tracker.wandb_id,
+        )  # fmt: skip
         self.console.print(
             f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
             f"photographs: epochs: {config.epochs}, steps an epoch: {self.steps_per_epoch}, into {self.run.path}",
@@ -157,30 +176,6 @@ class Trainer:
             self.run.write(self.run.config, dump(self.config))
             self.run.write(self.run.manifest, self.manifest.to_csv())
 
-    def _resume(self) -> bool:
-        """Go on from the newest whole checkpoint; False where there is none yet."""
-
-        def newest() -> Path | None:
-            found = checkpoints.load_newest(self.run.checkpoints, say=lambda line: self.console.print(f"  {line}"))
-            return None if found is None else found.path
-
-        path = runtime.from_main(newest)
-        if path is None:
-            return False
-        saved = checkpoints.load(path)
-        if saved.state["fingerprint"] != self.manifest.fingerprint:
-            raise UserError(
-                f"--run-dir {self.run.path}: the data are not those that this run began with (compare "
-                f"{self.run.manifest}); restore them, or begin a new run."
-            )
-        average = None if self.ema is None else self.ema.module
-        checkpoints.restore(saved, self.bare_model, average, self.optimizer, self.accelerator.scaler)
-        self.progress = runs.Progress(**saved.state["progress"])
-        if self.runtime.is_main:
-            checkpoints.point(self.run.checkpoints, path, best=self.progress.best_step == self.progress.step)
-        self.console.print(f"  resumed at step {self.progress.step}, from {path}")
-        return True
-
     # ------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
@@ -190,7 +185,7 @@ class Trainer:
         """
         if self.finished:
             return
-        with self.stopping.listening():
+        with self.stopping.listening(), ranks.watched(), saving.readable(self.run, self.progress):
             try:
                 while self.progress.epoch < self.config.epochs:
                     self.train_epoch()
@@ -210,8 +205,10 @@ class Trainer:
         """Save where training stands, unless that is saved, and leave the run for later."""
         self._answer(self.watch.settle())
         self.stopped = reason
-        if self.progress.step > self._saved_step:
-            self._save(best=False)
+        assert self.saver is not None
+        if self.progress.step > self.saver.step:
+            self.saver.save(self.progress, best=False)
+        self.saver.flush()
         if self.runtime.is_main:
             self.run.set_status("preempted", self.progress.step, reason)
         self.stopping.followed()
@@ -233,6 +230,7 @@ class Trainer:
     def train_epoch(self) -> float:
         """The rest of the epoch that `progress` stands in; the seconds for which the host waited for data."""
         config, progress = self.config, self.progress
+        assert self.saver is not None
         first = progress.step - progress.epoch * self.steps_per_epoch
         batches = Waited(self.train_loader.epoch(progress.epoch, start_step=first))
         tally = Tally.zeros(self.runtime.device)
@@ -262,11 +260,10 @@ class Trainer:
                 if last or progress.step % config.tracking.log_every_steps == 0:
                     self._log_window(window, tally, batches.waited, lr)
                 bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
-                due = config.save_every_steps and progress.step % config.save_every_steps == 0
-                if due and not last:
+                if self.saver.due(progress.step, self.stopping.check(), last=last):
                     self._answer(self.watch.settle())
-                    self._save(best=False)
-                self.stopping.check()
+                    self.saver.save(progress, best=False)
+                    self.stopping.saved()
             # Past the last batch, so that the loader ends its epoch itself.
             if next(batches, None) is not None:
                 raise RuntimeError("the loader has more batches than its epoch has steps")
@@ -358,7 +355,10 @@ class Trainer:
             step=progress.step,
             epoch=progress.epoch,
         )
-        self._save(best)
+        assert self.saver is not None
+        if self.saver.due_after(progress.epoch, best):
+            self.saver.save(progress, best=best)
+            self.stopping.saved()
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in named[:3] if values[name] is not None)
         self.console.print(
             f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  best' if best else ''}",
@@ -366,32 +366,15 @@ class Trainer:
         )
         return values
 
-    def _save(self, best: bool) -> None:
-        if self.runtime.is_main:
-            checkpoints.save(
-                self.run.checkpoints,
-                step=self.progress.step,
-                state={
-                    "progress": asdict(self.progress),
-                    "fingerprint": self.manifest.fingerprint,
-                    "versions": versions(),
-                    "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-                },
-                model=self.bare_model.state_dict(),
-                ema=None if self.ema is None else self.ema.module.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                best=best,
-            )
-            self.run.set_status("running", self.progress.step)
-        self._saved_step = self.progress.step
-        self.accelerator.wait_for_everyone()
-
     # ------------------------------------------------------------------------------------------ the end
 
     def _report(self) -> None:
         progress = self.progress
         self.train_loader.close()
         results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step})")}
+        assert self.saver is not None
+        self.saver.flush()
+        self.accelerator.wait_for_everyone()
         best = checkpoints.load(self.run.checkpoints / "best")
         checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
         weights = f"best (step {progress.best_step}, epoch {progress.best_epoch})"
@@ -424,10 +407,17 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None and self._began and self.runtime.is_main:
+            if error is not None:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
-                self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
+                if not isinstance(error, ranks.RankLost):
+                    ranks.tell(reason)
+                if self.saver is not None:
+                    with self._told("a checkpoint"):
+                        self.saver.close()
+                if self._began and self.runtime.is_main:
+                    with self._told("status.json"):
+                        self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
         finally:
             self.close(failed=error is not None)
 
@@ -448,3 +438,13 @@ class Trainer:
                 stack.callback(self.tracker.finish, failed=failed)
             if self.loaders is not None:
                 stack.callback(self.loaders.close)
+            if self.saver is not None:
+                stack.callback(self.saver.close)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """An error of writing is said and goes no further: another error is on its way up."""
+        try:
+            yield
+        except OSError as error:
+            self.console.print(f"{what} could not be written: {error}", style="red")

@@ -80,7 +80,15 @@ class Config:
     seed: int = 0
     """Of weights, order, windows and colours."""
     save_every_steps: int | None = None
-    """Also save a checkpoint every so many steps; always one after each epoch."""
+    """Also save a checkpoint every so many steps."""
+    save_every_minutes: float | None = None
+    """Also save a checkpoint when the last one is so many minutes old."""
+    save_every_epochs: int = 1
+    """Save a checkpoint after every so many epochs; always after the best one so far, and after the last."""
+    keep_checkpoints: int = 1
+    """How many of the newest checkpoints stay, besides the best."""
+    rank_timeout_minutes: float = 10.0
+    """With several ranks, one that does not answer for so many minutes is taken for frozen, and the run ends."""
     max_hours: float | None = None
     """Save and end after so many hours, to go on later with the same --run-dir."""
     threads: int | None = None
@@ -115,7 +123,8 @@ class Config:
 #: holds it to the run is the manifest's fingerprint, not its path, nor how it was checked and what was left out.
 #: Of a policy only the values count, which are keys of their own.
 RUNTIME_KEYS = (
-    "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "max_hours", "tracking", "loading",
+    "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "save_every_minutes",
+    "save_every_epochs", "keep_checkpoints", "rank_timeout_minutes", "max_hours", "tracking", "loading",
     "evaluation.batch_size", "augment.policy", "optimizer.on_nonfinite",
 )  # fmt: skip
 
@@ -299,8 +308,8 @@ def check(config: Config, where: str) -> Config:
     for key in ("epochs", "batch_size", "image_size", "canvas"):
         need(getattr(config, key) >= 1, f"{key} is {getattr(config, key)}, but must be at least 1.")
     for key in (
-        "save_every_steps", "threads", "loading.threads", "loading.prefetch", "evaluation.batch_size",
-        "synthetic.photographs",
+        "save_every_steps", "save_every_epochs", "keep_checkpoints", "threads", "loading.threads", "loading.prefetch",
+        "evaluation.batch_size", "synthetic.photographs",
     ):  # fmt: skip
         value = flatten(config)[key]
         need(value is None or value >= 1, f"{key} is {value}, but must be at least 1.")
@@ -311,8 +320,9 @@ def check(config: Config, where: str) -> Config:
         f"image_size {config.image_size} is larger than canvas {config.canvas}; "
         "a window must fit its canvas: raise canvas or lower image_size.",
     )
-    hours = config.max_hours
-    need(hours is None or hours > 0, f"max_hours is {hours}, but must be above 0.")
+    for key in ("max_hours", "save_every_minutes", "rank_timeout_minutes"):
+        value = getattr(config, key)
+        need(value is None or value > 0, f"{key} is {value}, but must be above 0.")
     need(config.lr > 0, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     store = config.loading.store_gib

@@ -20,7 +20,7 @@ def score(
     *,
     paths: Sequence[str],
     weights: str,
-    on_batch: Callable[[], None] | None = None,
+    on_batch: Callable[[], object] | None = None,
 ) -> SplitResult:
     """The logits of every photograph of the loader's split, in the order of their ids, on every rank.
 

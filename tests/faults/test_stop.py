@@ -47,11 +47,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     with Trainer(settings(tiny, run)) as trainer:
         calls = 0
 
-        def check() -> None:
+        def check() -> bool:
             nonlocal calls
             calls += 1
             if calls == call:
                 raise StopRequested("a test")
+            return False
 
         trainer.stopping.check = check  # type: ignore[method-assign]
         trainer.fit()

@@ -22,6 +22,7 @@ from fastddr import checkpoints, cli, config, runs
 from fastddr import trainer as trainer_module
 from fastddr.data import manifest
 from fastddr.errors import UserError
+from fastddr.saving import Saver
 from fastddr.trainer import Trainer
 
 
@@ -205,16 +206,17 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ) -> None:
     """Twice interrupted, once in the middle of an epoch and once at its end, it ends as if nothing had been."""
     folder = tmp_path / "run"
-    save = Trainer._save
+    save = Saver.save
     for stop in (2, 3):
 
-        def save_and_die(self: Trainer, best: bool, stop: int = stop) -> None:
-            save(self, best)
-            if self.progress.step == stop:
+        def save_and_die(self: Saver, progress: runs.Progress, *, best: bool, stop: int = stop) -> None:
+            save(self, progress, best=best)
+            self.flush()
+            if progress.step == stop:
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_save", save_and_die)
+            patch.setattr(Saver, "save", save_and_die)
             with pytest.raises(Killed):
                 train(tiny, folder, "--save-every-steps", "2")
     train(tiny, folder, "--save-every-steps", "2")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fastddr import checkpoints
+from fastddr.checkpoints import Snapshot
 from fastddr.errors import UserError
 
 
@@ -31,9 +33,13 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def save(folder: Path, *, best: bool, keep: int = 1, **content: Any) -> Path:
+    return checkpoints.write(folder, Snapshot.take(**content), best=best, keep=keep)
+
+
 def write(folder: Path, number: int, best: bool = False) -> Path:
     model, optimizer = trained()
-    return checkpoints.save(
+    return save(
         folder,
         step=number,
         state={"progress": {"step": number}},
@@ -49,7 +55,7 @@ def write(folder: Path, number: int, best: bool = False) -> Path:
 def test_training_goes_on_exactly_where_it_stood(tmp_path: Path, kind: str, averaged: bool) -> None:
     model, optimizer = trained(kind)
     ema = {name: 2 * tensor for name, tensor in model.state_dict().items()} if averaged else None
-    path = checkpoints.save(
+    path = save(
         tmp_path, step=7, state={"epoch": 3}, model=model.state_dict(), ema=ema,
         optimizer=optimizer.state_dict(), best=True,
     )  # fmt: skip
@@ -107,7 +113,7 @@ def test_a_failure_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "_write", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
@@ -143,7 +149,7 @@ def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> Non
 
     optimizer = fused()
     go(optimizer)
-    path = checkpoints.save(
+    path = save(
         tmp_path, step=1, state={}, model=model.state_dict(), ema=None, optimizer=optimizer.state_dict(), best=True
     )
     go(optimizer)

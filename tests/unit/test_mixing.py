@@ -20,6 +20,7 @@ from fastddr.config import AugmentConfig, Config
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.loaders import Batch
+from fastddr.saving import Saver
 from fastddr.step import Tally, training_step
 from fastddr.trainer import Trainer
 
@@ -288,11 +289,12 @@ class Killed(BaseException):
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Trainer._save
+    save = Saver.save
 
-    def save_and_die(self: Trainer, best: bool) -> None:
-        save(self, best)
-        if self.progress.step == 2:
+    def save_and_die(self: Saver, progress: runs.Progress, *, best: bool) -> None:
+        save(self, progress, best=best)
+        self.flush()
+        if progress.step == 2:
             raise Killed
 
     def one_epoch(name: str, alpha: str = "0.5") -> dict[str, torch.Tensor]:
@@ -303,7 +305,7 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
             return {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", save_and_die)
+        patch.setattr(Saver, "save", save_and_die)
         with pytest.raises(Killed):
             one_epoch("stopped")
     stopped, whole, plain = one_epoch("stopped"), one_epoch("whole"), one_epoch("plain", "0")

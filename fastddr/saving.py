@@ -1,0 +1,184 @@
+"""When a run saves a checkpoint, what is in it, and how the next start goes on from it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fastddr import checkpoints, runtime
+from fastddr.checkpoints import Snapshot, Writer
+from fastddr.config import Config
+from fastddr.errors import UserError
+from fastddr.meters import versions
+from fastddr.runs import Progress, RunFolder
+
+#: What the system says where a place cannot be written to or is full.
+_CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that training changes, but for where it stands."""
+
+    model: nn.Module
+    """Bare: not wrapped by DDP."""
+    ema: nn.Module | None
+    """The model that holds the averaged weights."""
+    optimizer: Optimizer
+    scaler: Any
+    """Of float16; None otherwise."""
+
+    def snapshot(self, step: int, about: dict[str, Any]) -> Snapshot:
+        """A copy on the CPU, with what else there is to say (JSON values)."""
+        return Snapshot.take(
+            step=step,
+            state={**about, "scaler": None if self.scaler is None else self.scaler.state_dict()},
+            model=self.model.state_dict(),
+            ema=None if self.ema is None else self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+
+
+def resume(
+    run: RunFolder, training: Training, fingerprint: str, *, main: bool, say: Callable[[str], None]
+) -> Progress | None:
+    """Go on from the newest checkpoint of a run that is whole: where it stood, None where there is no checkpoint.
+
+    To be called by all ranks; rank 0 chooses.
+
+    Args:
+        fingerprint: of the data as they are now.
+        main: whether this is rank 0.
+        say: hears of each checkpoint that is passed over, and of the step.
+
+    Raises:
+        UserError: on every rank, the data are others, or the weights are of another model.
+    """
+
+    def newest() -> Any:
+        found = checkpoints.load_newest(run.checkpoints, say)
+        return None if found is None else found.path
+
+    path = runtime.from_main(newest)
+    if path is None:
+        return None
+    saved = checkpoints.load(path)
+    if saved.state["fingerprint"] != fingerprint:
+        raise UserError(
+            f"--run-dir {run.path}: the data are not those that this run began with (compare {run.manifest}); "
+            "restore them, or begin a new run."
+        )
+    checkpoints.restore(saved, training.model, training.ema, training.optimizer, training.scaler)
+    progress = Progress(**saved.state["progress"])
+    if main:
+        checkpoints.point(run.checkpoints, path, best=progress.best_step == progress.step)
+    say(f"resumed at step {progress.step}, from {path}")
+    return progress
+
+
+class Saver:
+    """Takes checkpoints of a run: rank 0 writes them in a thread, the others only count along."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        training: Training,
+        config: Config,
+        *,
+        main: bool,
+        fingerprint: str,
+        step: int,
+        wandb_id: str | None,
+    ) -> None:
+        """Of a run that begins, or goes on, at a step.
+
+        Args:
+            config: as resolved; it says how often, and how many are kept.
+            main: whether this is rank 0.
+            fingerprint: of the data.
+            wandb_id: of the run at W&B, if it has one.
+        """
+        self.config, self._run, self._training = config, run, training
+        self._about = {
+            "config": asdict(config), "fingerprint": fingerprint, "versions": versions(), "wandb_id": wandb_id,
+        }  # fmt: skip
+        #: Step of the last checkpoint that was taken.
+        self.step = step
+        self._owed = False
+        self._writer: Writer | None = None
+        if main:
+            self._writer = Writer(
+                run.checkpoints, keep=config.keep_checkpoints, written=lambda at: run.set_status("running", at)
+            )
+
+    def due(self, step: int, asked: bool, *, last: bool) -> bool:
+        """Whether to save after this step; at the last one of an epoch, only after it was validated.
+
+        Args:
+            asked: whether the clock wants it.
+            last: whether the epoch ends with it.
+
+        Raises:
+            OSError: on rank 0, an earlier checkpoint could not be written.
+        """
+        if self._writer is not None:
+            self._writer.look()
+        every = self.config.save_every_steps
+        wanted = asked or (every is not None and step % every == 0)
+        self._owed = wanted and last
+        return wanted and not last
+
+    def due_after(self, epoch: int, best: bool) -> bool:
+        """Whether to save after this many epochs, the last of them validated."""
+        owed, self._owed = self._owed, False
+        return best or owed or epoch % self.config.save_every_epochs == 0 or epoch == self.config.epochs
+
+    def save(self, progress: Progress, *, best: bool) -> None:
+        """Take a checkpoint. It is copied now, and written while training goes on.
+
+        Raises:
+            OSError: on rank 0, the one before could not be written.
+        """
+        if self._writer is not None:
+            about = {"progress": asdict(progress), **self._about}
+            self._writer.save(self._training.snapshot(progress.step, about), best=best)
+        self.step = progress.step
+
+    def flush(self) -> None:
+        """Wait until every checkpoint that was taken stands.
+
+        Raises:
+            OSError: on rank 0, it could not be written.
+        """
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """As `flush`, for good. Safe to call again."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextmanager
+def readable(run: RunFolder, progress: Progress) -> Iterator[None]:
+    """Turn the error of a full disk, or of a folder that cannot be written, into a sentence that says what is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        kept = sorted(path.name for path in run.checkpoints.glob("step-*"))
+        left = f"the last checkpoint, {kept[-1]}, is whole" if kept else "there was no checkpoint yet"
+        raise UserError(
+            f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}, and {left}: make "
+            f"room or mend the folder, and give the same command with --run-dir {run.path}."
+        ) from error

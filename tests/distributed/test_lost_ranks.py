@@ -1,0 +1,96 @@
+"""A rank that ends or freezes ends the job, soon and with its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests_support import ROOT, SMALL
+
+from fastddr import checkpoints
+
+
+@contextmanager
+def job(data: Path, cwd: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks that train until somebody ends them; what they say goes into the file `said`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(ROOT / "fastddr" / "train.py"), "--data", str(data), "--run-dir", "run", *SMALL,
+               "--micro-batch-size", "2", "--epochs", "100000", *more]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    with (cwd / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(file: Path, process: subprocess.Popen[bytes], said: Path) -> None:
+    ends = time.monotonic() + 200
+    while not file.exists():
+        assert time.monotonic() < ends, said.read_text()[-3000:]
+        assert process.poll() is None, said.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def rank(number: int, cwd: Path) -> int:
+    """The process of a rank of the job that runs in this folder."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(folder / "cwd") != str(cwd):
+                continue
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={number}".encode() in environment:
+            return int(folder.name)
+    raise AssertionError(f"there is no rank {number}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_lost_rank_ends_the_job(how: str, tiny: Path, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", tmp_path / "said"
+    with job(tiny, tmp_path, "--rank-timeout-minutes", "0.1") as process:
+        wait_for(run / "checkpoints" / "last", process, said)
+        lost, began = rank(1, tmp_path), time.monotonic()
+        os.kill(lost, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        while json.loads((run / "status.json").read_text())["state"] == "running":
+            assert time.monotonic() - began < 30, said.read_text()[-3000:]
+            time.sleep(0.1)
+        if how == "frozen":
+            os.kill(lost, signal.SIGKILL)  # the launcher gives it half a minute
+        process.wait(30)
+    text, status = said.read_text(), json.loads((run / "status.json").read_text())
+    expected = "another rank ended without a word" if how == "killed" else "rank 1 did not answer in time"
+    assert f"fastddr: {expected}" in text
+    assert "Traceback" not in text.partition("fastddr: ")[0], "nothing stands before the reason"
+    assert status["state"] == "failed"
+    assert expected in status["reason"]
+    assert checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] <= status["step"]
+
+
+@pytest.mark.slow
+def test_the_reason_of_one_rank_is_told_by_the_other(tiny: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))
+    bad = sorted((data / "DR_grading" / "train").glob("*.jpg"))[3]
+    bad.write_bytes(bad.read_bytes()[:-200])
+    with job(data, tmp_path, "--check", "header", "--loader", "dali") as process:
+        process.wait(200)
+    text, status = (tmp_path / "said").read_text(), json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert bad.name in status["reason"]
+    assert bad.name in text
+    assert "Traceback" not in text.partition("torch/distributed/elastic")[0]

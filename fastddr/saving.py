@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -162,23 +162,25 @@ class Saver:
         if self._writer is not None:
             self._writer.flush()
 
+    @contextmanager
+    def readable(self, progress: Progress) -> Iterator[None]:
+        """Turn the error of a full disk or an unwritable folder into a sentence that says what is left."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            with suppress(OSError):  # where the last checkpoint cannot be written either, the one before is left
+                self.flush()
+            run = self._run
+            kept = sorted(path.name for path in run.checkpoints.glob("step-*"))
+            left = f"the last checkpoint, {kept[-1]}, is whole" if kept else "there was no checkpoint yet"
+            raise UserError(
+                f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}, and {left}: "
+                f"make room or mend the folder, and give the same command with --run-dir {run.path}."
+            ) from error
+
     def close(self) -> None:
         """As `flush`, for good. Safe to call again."""
         if self._writer is not None:
             self._writer.close()
-
-
-@contextmanager
-def readable(run: RunFolder, progress: Progress) -> Iterator[None]:
-    """Turn the error of a full disk, or of a folder that cannot be written, into a sentence that says what is left."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        kept = sorted(path.name for path in run.checkpoints.glob("step-*"))
-        left = f"the last checkpoint, {kept[-1]}, is whole" if kept else "there was no checkpoint yet"
-        raise UserError(
-            f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}, and {left}: make "
-            f"room or mend the folder, and give the same command with --run-dir {run.path}."
-        ) from error

@@ -185,7 +185,8 @@ class Trainer:
         """
         if self.finished:
             return
-        with self.stopping.listening(), ranks.watched(), saving.readable(self.run, self.progress):
+        assert self.saver is not None
+        with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress):
             try:
                 while self.progress.epoch < self.config.epochs:
                     self.train_epoch()

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, SMALL
+from tests_support import ROOT, SMALL, task
 
 from fastddr import checkpoints
+from fastddr.data import manifest
 
 
 @contextmanager
@@ -85,12 +86,16 @@ def test_a_lost_rank_ends_the_job(how: str, tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_reason_of_one_rank_is_told_by_the_other(tiny: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))
-    bad = sorted((data / "DR_grading" / "train").glob("*.jpg"))[3]
+    found = manifest.read(data)
+    # The first photograph of the first step that falls to rank 1.
+    first = task(found, seed=0, batch_size=8, accumulation=2, rank=1, world=2).requests(0)
+    bad = Path(found.files()[first.id[0, 0]])
     bad.write_bytes(bad.read_bytes()[:-200])
     with job(data, tmp_path, "--check", "header", "--loader", "dali") as process:
         process.wait(200)
     text, status = (tmp_path / "said").read_text(), json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
+    assert status["reason"].startswith("RankLost: rank 1 ended: UserError: ")
     assert bad.name in status["reason"]
-    assert bad.name in text
+    assert f"fastddr: {bad}" in text, "rank 1 says it itself"
     assert "Traceback" not in text.partition("torch/distributed/elastic")[0]

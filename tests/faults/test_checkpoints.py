@@ -1,0 +1,175 @@
+"""A kill, or a disk that is full, at any moment of a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import ROOT, settings, train, weights
+
+from fastddr import checkpoints
+from fastddr.errors import UserError
+from fastddr.runs import Progress, RunFolder
+from fastddr.saving import Saver
+from fastddr.tracking import Tracker
+from fastddr.trainer import Trainer
+
+# In a process of its own, which forks before a thread of PyTorch's has begun.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import hazards, torch
+from fastddr import checkpoints
+from fastddr.checkpoints import Snapshot
+
+folder, then = Path(sys.argv[1]), {"kill": hazards.die, "full": hazards.full}[sys.argv[2]]
+torch.manual_seed(0)
+model = torch.nn.Linear(50, 50)
+
+
+def snapshot(step):
+    state = {name: tensor + step for name, tensor in model.state_dict().items()}
+    optimizer = {"state": {}, "param_groups": []}
+    return Snapshot.take(step=step, state={"step": step}, model=state, ema=state, optimizer=optimizer)
+
+
+found = []
+
+
+def check(number):
+    litter = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    said = []
+    newest = checkpoints.load_newest(folder, said.append)
+    last, best = (checkpoints.load(folder / name).state["step"] for name in ("last", "best"))
+    whole = all(torch.equal(v, model.state_dict()[k] + newest.state["step"]) for k, v in newest.model.items())
+    found.append([number, newest.state["step"], last, best, whole, said, litter])
+    # The next save finds things as the hazard left them, and mends them.
+    checkpoints.write(folder, snapshot(number), best=True, keep=2)
+
+
+checkpoints.write(folder, snapshot(0), best=True)
+calls = hazards.each(lambda: checkpoints.write(folder, snapshot(999), best=False, keep=2), then, check=check)
+left = sorted(path.name for path in folder.iterdir())
+print(json.dumps({"calls": calls, "found": found, "left": left}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("then", ["kill", "full"])
+def test_after_a_hazard_at_any_call_a_whole_checkpoint_is_there(tmp_path: Path, then: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), then, str(ROOT / "benchmarks")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["calls"] > 12, "makes a folder, writes five files, syncs, renames, points twice"
+    for number, newest, last, best, whole, said, litter in told["found"]:
+        before = number - 1  # what the check of the one before wrote
+        assert whole
+        assert newest in (before, 999)
+        assert last in (before, 999)
+        assert best == before
+        assert said == [], "nothing that is half written bears the name of a checkpoint"
+        assert then == "kill" or not any(name.startswith(".step") for name in litter), "an error leaves no litter"
+    outcomes = [newest for _, newest, *_ in told["found"]]
+    assert outcomes.count(999) >= 2, "from the renaming on the new one stands"
+    end = len(told["found"])
+    assert told["left"] == ["best", "last", f"step-{end - 1:08d}", f"step-{end:08d}"], "two are kept, and no litter"
+
+
+def full(file: object = None, *_: object, **__: object) -> None:
+    """What the system answers where a disk is full."""
+    raise OSError(28, "No space left on device", None if file is None else str(file))
+
+
+def test_a_full_disk_ends_the_run_cleanly_and_the_next_start_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, run = train(tiny, tmp_path / "undisturbed"), tmp_path / "run"
+    save = Saver.save
+
+    with monkeypatch.context() as patch:
+
+        def save_and_fill(self: Saver, progress: Progress, *, best: bool) -> None:
+            save(self, progress, best=best)
+            if progress.step == 2:
+                self.flush()
+                patch.setattr(checkpoints, "_write", full)
+
+        patch.setattr(Saver, "save", save_and_fill)
+        said = r"No space left on device; the run ends at step .*step-00000002, is whole"
+        with pytest.raises(UserError, match=said):
+            train(tiny, run, "--save-every-steps", "1")
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "No space left" in status["reason"]
+    train(tiny, run)
+    one, other = weights(undisturbed), weights(run)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_figures_that_cannot_be_written_end_the_run_cleanly(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, logged = Tracker.log, 0
+
+    def fill(self: Tracker, *arguments: Any, **more: Any) -> None:
+        nonlocal logged
+        logged += 1
+        if logged == 5:  # three steps, one validation
+            full()
+        log(self, *arguments, **more)
+
+    monkeypatch.setattr(Tracker, "log", fill)
+    with pytest.raises(UserError, match=r"run: No space left on device; the run ends at step 4.*step-00000003"):
+        train(tiny, tmp_path / "run")
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_the_reason(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(self: Trainer) -> None:
+        monkeypatch.setattr(RunFolder, "write", full)
+        raise UserError("the reason")
+
+    monkeypatch.setattr(Trainer, "validate", fill)
+    with pytest.raises(UserError, match="^the reason$"):
+        train(tiny, tmp_path / "run")
+    assert "status.json could not be written" in capsys.readouterr().out
+
+
+def test_minutes_and_epochs_and_how_many_are_kept(tiny: Path, tmp_path: Path) -> None:
+    def saved(name: str, *more: str) -> list[int]:
+        steps = []
+        with Trainer(settings(tiny, tmp_path / name, "--epochs", "4", *more)) as trainer:
+            save = trainer.saver.save  # type: ignore[union-attr]
+
+            def noted(progress: Any, *, best: bool) -> None:
+                steps.append(progress.step)
+                save(progress, best=best)
+
+            trainer.saver.save = noted  # type: ignore[union-attr, method-assign]
+            trainer.fit()
+            best = trainer.progress.best_step
+        stand = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("step-*"))
+        assert f"step-{best:08d}" in stand
+        assert len(stand) == len({*steps[-3:], best}), "keeps three"
+        return steps
+
+    # An epoch has three steps; every save below is due to what is asked, or because it is the best so far.
+    keep = ("--keep-checkpoints", "3")
+    assert saved("minutes", "--save-every-minutes", "1e-9", *keep) == list(range(1, 13))
+    often = saved("epochs", *keep)
+    assert often == [3, 6, 9, 12]
+    seldom = saved("seldom", "--save-every-epochs", "3", *keep)
+    assert {9, 12} <= set(seldom) < set(often)
+    owed = saved("owed", "--save-every-epochs", "4", "--save-every-steps", "6", *keep)
+    assert {6, 12} <= set(owed), "one that is due at the end of an epoch is taken when that was validated"

@@ -37,6 +37,8 @@ class Check:
     """Write the errors as CSV, which training takes as --exclude."""
     exclude: Path | None = None
     """Such a list; what stands in it is left out."""
+    follow_links: bool = False
+    """Also read photographs to which links lead out of the folder."""
     splitting: SplitConfig = field(default_factory=SplitConfig)
     """How to split what has no splits of its own."""
 
@@ -53,8 +55,9 @@ class Check:
             self.fix_list.open("a").close()  # a place that cannot be written is told before the work, not after
         with EpochBar(console, "reading headers", quiet=not main) as bar:
             seen = survey.take(
-                self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True
-            )
+                self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True,
+                follow_links=self.follow_links,
+            )  # fmt: skip
         mine = ranks.share(seen.undecoded())
         with EpochBar(console, "decoding each photograph", len(mine), quiet=not main) as bar:
             found = seen.decode(mine, ranks.cores(), lambda done, _: bar.update(done), keep=main)
@@ -95,6 +98,8 @@ class Prepare:
     """List of photographs to leave out: what `fastddr check --fix-list` writes, or a path a line."""
     on_bad: Literal["raise", "exclude"] = "raise"
     """A photograph or label that cannot be used: end with an error when all others are done, or leave it out."""
+    follow_links: bool = False
+    """Also read photographs to which links lead out of the folder."""
     sheet: int = 200
     """Photographs on the contact sheets, the ones whose retina was hardest to find; 0 = no sheets."""
 
@@ -111,6 +116,7 @@ class Prepare:
                 prepare.Settings(size=self.size, format=self.format),
                 exclude=exclude,
                 on_bad=self.on_bad,
+                follow_links=self.follow_links,
                 sheet=self.sheet,
                 on_progress=lambda done, total: bar.update(done, total=total),
             )

@@ -50,6 +50,8 @@ class Config:
     on_bad: Literal["raise", "exclude"] = "raise"
     """A photograph or label that cannot be used: stop before the first step, or leave it out and list it in the
     report."""
+    follow_links: bool = False
+    """Also read photographs to which links lead out of the data folder."""
     check: Literal["full", "header"] = "full"
     """`full`: what was never decoded is decoded once before the first step, and remembered. `header`: only the
     headers are read, so a damaged photograph stops the run when it is met."""
@@ -123,7 +125,7 @@ class Config:
 #: holds it to the run is the manifest's fingerprint, not its path, nor how it was checked and what was left out.
 #: Of a policy only the values count, which are keys of their own.
 RUNTIME_KEYS = (
-    "preset", "data", "exclude", "on_bad", "check", "run_dir", "save_every_steps", "save_every_minutes",
+    "preset", "data", "exclude", "on_bad", "follow_links", "check", "run_dir", "save_every_steps", "save_every_minutes",
     "save_every_epochs", "keep_checkpoints", "rank_timeout_minutes", "max_hours", "tracking", "loading",
     "evaluation.batch_size", "augment.policy", "optimizer.on_nonfinite",
 )  # fmt: skip

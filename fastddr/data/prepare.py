@@ -95,6 +95,7 @@ def run(
     *,
     exclude: frozenset[str] = frozenset(),
     on_bad: Literal["raise", "exclude"] = "raise",
+    follow_links: bool = False,
     sheet: int = 200,
     workers: int | None = None,
     on_progress: Progress | None = None,
@@ -107,6 +108,7 @@ def run(
         settings: of the outputs.
         exclude: paths to leave out.
         on_bad: what to do about what cannot be used, when all the rest is done.
+        follow_links: also read what links lead to that lies outside of the folder.
         sheet: photographs on the contact sheets.
         workers: processes of this rank; None = as many as fall to it.
         on_progress: called with (done, total) of this rank's part.
@@ -114,7 +116,7 @@ def run(
     Raises:
         UserError: the source or `out` cannot be used, or with `on_bad="raise"` something in the source.
     """
-    main = _Main(data, Path(out), settings or Settings(), exclude, on_bad, sheet)
+    main = _Main(data, Path(out), settings or Settings(), exclude, on_bad, follow_links, sheet)
     place, jobs = _on_first(main.begin, out)
     mine = ranks.share(jobs)
     found: list[Result | str] = []
@@ -199,6 +201,7 @@ class _Main:
     settings: Settings
     exclude: frozenset[str]
     on_bad: Literal["raise", "exclude"]
+    follow_links: bool
     sheet: int
     seen: Survey = field(init=False)
     output: Output = field(init=False)
@@ -209,7 +212,7 @@ class _Main:
             raise UserError(
                 f"--sheet {self.sheet}: choose how many photographs the contact sheets show, or 0 for none."
             )
-        self.seen = seen = survey.take(self.data, exclude=self.exclude)
+        self.seen = seen = survey.take(self.data, exclude=self.exclude, follow_links=self.follow_links)
         out = _resolved(self.out)
         _refuse_overlap(out, (seen.root, _resolved(Path(self.data))))
         self.output = output = Output(out, _inner(seen))

@@ -21,6 +21,7 @@ Severity = Literal["error", "note"]
 ERRORS = {
     "missing": "restore it or remove its label",
     "broken-link": "restore what it points at or remove its label",
+    "outside": "copy what it points at into the set, or take such links with --follow-links",
     "unreadable": "give yourself the right to read it",
     "empty": "fetch it again",
     "truncated": "fetch it again",

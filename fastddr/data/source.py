@@ -32,7 +32,11 @@ def open_data(config: Config, console: Console) -> manifest.Manifest:
         exclude = problems.read_list(config.exclude) if config.exclude else frozenset()
         with EpochBar(console, "reading headers") as bar:
             return survey.take(
-                root, config.splitting, exclude, on_progress=lambda done, total: bar.update(done, total=total)
+                root,
+                config.splitting,
+                exclude,
+                on_progress=lambda done, total: bar.update(done, total=total),
+                follow_links=config.follow_links,
             )
 
     # Rank 0 goes first: the others then find the synthetic set made and the headers cached.

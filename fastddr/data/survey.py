@@ -39,7 +39,7 @@ _SLOW, _THREADS = 1e-3, 16
 #: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill.
 _SAVE_EVERY = 20.0
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
-_OUTER = ("missing", "broken-link", "unreadable", "format")
+_OUTER = ("missing", "broken-link", "outside", "unreadable", "format")
 
 
 @contextmanager
@@ -210,6 +210,7 @@ def take(
     on_progress: Progress | None = None,
     *,
     afresh: bool = False,
+    follow_links: bool = False,
 ) -> Survey:
     """A survey by labels and headers.
 
@@ -219,6 +220,7 @@ def take(
         exclude: paths to leave out, as `fastddr check --fix-list` writes them.
         on_progress: called with (headers read, photographs) now and then.
         afresh: look at every file, whatever is known of it.
+        follow_links: also read what links lead to that lies outside of the folder.
 
     Raises:
         UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
@@ -234,7 +236,8 @@ def take(
     if exclude:
         present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
         left_out = sorted(exclude & present)
-    records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh)
+    fence = None if follow_links else _Fence(listing.root, data)
+    records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(
         data=str(data),
         root=listing.root,
@@ -271,7 +274,35 @@ def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:
             yield Problem(entry.path, kind, f"{what} is in {other.split} too, as {other.path}")
 
 
-def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool) -> dict[str, Record]:
+class _Fence:
+    """Which photographs lie outside of the folder that the user gave, by links: a set from elsewhere must not choose
+    which files of this machine are read."""
+
+    def __init__(self, root: Path, data: str | Path) -> None:
+        """`root` is what paths are relative to, `data` what the user gave: a folder above or below it, or a table."""
+        given, self._root = Path(data).expanduser().resolve(), os.path.realpath(root)
+        given = given.parent if given.is_file() else given
+        # Where a part of a set is given, the set is the fence.
+        above = given.is_relative_to(self._root)
+        self._fence = (self._root if above else str(given)).rstrip(os.sep) + os.sep
+        self._folders: dict[str, str] = {}
+
+    def check(self, path: str) -> None:
+        """Raise `BadPhotograph` if the way to a photograph leads out."""
+        folder, _, name = path.rpartition("/")
+        real = self._folders.get(folder)
+        if real is None:
+            real = self._folders[folder] = os.path.realpath(os.path.join(self._root, folder))
+        if not f"{real}{os.sep}".startswith(self._fence):
+            raise BadPhotograph("outside", f"its folder is a link that leads out of the data, to {real}")
+        file = os.path.join(real, name)
+        if os.path.islink(file) and not (target := os.path.realpath(file)).startswith(self._fence):
+            raise BadPhotograph("outside", f"it is a link that leads out of the data, to {target}")
+
+
+def _headers(
+    root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool, fence: _Fence | None
+) -> dict[str, Record]:
     """A record of each file; from the cache where size and time of change are the same."""
     cached = cache.load(root)
 
@@ -282,6 +313,8 @@ def _headers(root: Path, paths: Sequence[str], on_progress: Progress | None, afr
         file = folder + path
         try:
             size, changed = photograph.status(file)
+            if fence is not None:
+                fence.check(path)
         except BadPhotograph as bad:
             return Record(-1, 0, kind=bad.kind, reason=bad.reason)
         old = cached.get(path)

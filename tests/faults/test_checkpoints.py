@@ -141,7 +141,7 @@ def test_a_status_that_cannot_be_written_does_not_hide_the_reason(
         raise UserError("the reason")
 
     monkeypatch.setattr(Trainer, "validate", fill)
-    with pytest.raises(UserError, match="^the reason$"):
+    with pytest.raises(UserError, match=r"^the reason$"):
         train(tiny, tmp_path / "run")
     assert "status.json could not be written" in capsys.readouterr().out
 

@@ -82,6 +82,11 @@ def _scan(content: bytes) -> bytes:
     return bytes(spoiled)
 
 
+def _link_out(path: Path) -> None:
+    """To a photograph that lies beside the data set."""
+    path.symlink_to(Path(shutil.move(path, path.parents[3] / "elsewhere.jpg")))
+
+
 def _link(path: Path) -> None:
     path.unlink()
     path.symlink_to("nowhere.jpg")
@@ -110,6 +115,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "floats": ("16-bit", _floats),
     "gone": ("missing", lambda path: path.unlink()),
     "link": ("broken-link", _link),
+    "link out": ("outside", _link_out),
     "folder": ("format", lambda path: (path.unlink(), path.mkdir())),
     "png half": ("truncated", lambda path: (_png(path), _bytes(lambda c: c[: len(c) // 2])(path))),
     "png called jpg": ("extension", _png),
@@ -444,3 +450,24 @@ def test_six_classes(data: Path) -> None:
     labels.write_text("".join(line for line in labels.read_text().splitlines(True) if not line.endswith("5\n")))
     with pytest.raises(UserError, match="holds no ungradable photograph"):
         manifest.read(data, ungradable="class")
+
+
+def test_links_out_of_the_data_are_taken_where_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    _link_out(data / FIRST)
+    assert len(manifest.of(checked(data, follow_links=True))) == len(SET)
+    assert found_in(checked(data))[SPOILED] == {"outside"}, "what is known of the file does not hide the link"
+    # A whole folder may be a link too; of the set itself it is what the user gave.
+    moved = Path(shutil.move(data / "valid", tmp_path / "valid"))
+    (data / "valid").symlink_to(moved)
+    outside = [problem for problem in checked(data).problems() if problem.kind == "outside"]
+    assert len(outside) == 1 + len(list(moved.glob("*.jpg")))
+    (tmp_path / "linked").symlink_to(data)
+    assert len(checked(tmp_path / "linked").problems()) == len(checked(data).problems())
+
+
+def test_links_within_the_data_are_followed(data: Path) -> None:
+    (data.parent / "store").mkdir()
+    kept = Path(shutil.move(data / FIRST, data.parent / "store" / "kept.jpg"))
+    (data / FIRST).symlink_to(Path("../..") / kept.relative_to(data.parent))
+    assert found_in(checked(data.parent)) == {}, "the folder that was given is the fence"
+    assert found_in(checked(data)) == {SPOILED: {"outside"}}, "a part of it alone is a narrower one"

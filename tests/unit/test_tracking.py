@@ -239,3 +239,20 @@ def test_a_tracker_that_cannot_start_is_said_and_left(tmp_path: Path, monkeypatc
         "W&B is off",
         "TensorBoard is off from here on, metrics.jsonl goes on",
     ]
+
+
+def test_no_key_lies_in_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = "f00d" * 10
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said: list[str] = []
+    tracker = start(tmp_path / "run", said, wandb=True)
+    tracker.log({"train/loss": 1.0}, step=1, epoch=0)
+    tracker.finish()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files)
+    assert [str(file) for file in files if key.encode() in file.read_bytes()] == []
+    out = capfd.readouterr()
+    assert key not in out.out + out.err + "".join(said)

@@ -1,0 +1,448 @@
+"""What a run loses when something goes wrong: kills, requests to stop, full disks, frozen ranks, bad numbers.
+
+    python benchmarks/faults.py                              # all of it, on synthetic photographs
+    python benchmarks/faults.py --data DDR-dataset --kills 20 --ranks 2
+    python benchmarks/faults.py --only saves disk            # parts of it
+
+Every part trains for real, in processes of its own, and a row is what came of it:
+
+    kills      kill -9 at random moments after the first checkpoint, every other one while a checkpoint is written;
+               the next start must resume, and end with the weights, moments and averages of an undisturbed run
+    stops      SIGTERM: seconds until the checkpoint stands
+    saves      how long training stands still for a checkpoint, and how long writing it takes
+    disk       a disk that is full from the n-th call of a save on, for every n: is the checkpoint before whole?
+    bad        steps whose gradient is not finite: how many were kept from the weights
+    ranks      a rank that is killed, and one that freezes: seconds until the job has said so and ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import hazards
+import numpy as np
+import synth
+import torch
+import tyro
+
+from fastddr import checkpoints, cli
+from fastddr.errors import UserError
+from fastddr.saving import Saver
+from fastddr.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("kills", "stops", "saves", "disk", "bad", "ranks")
+#: A small model with all the state that training can have: moments, averages, warm-up, clipping, accumulation.
+MODEL = [
+    "--image-size", "96", "--canvas", "112", "--batch-size", "16", "--micro-batch-size", "4",
+    "--convmixer.dim", "32", "--convmixer.depth", "2", "--convmixer.kernel-size", "5", "--convmixer.patch-size", "8",
+    "--optimizer.ema-decay", "0.99", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.2",
+    "--tracking.no-wandb", "--tracking.no-tensorboard", "--threads", "1", "--loading.threads", "1",
+]  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Break training in every way, and count what is lost."""
+
+    data: str | None = None
+    """Photographs to train on; by default 240 synthetic ones."""
+    ranks: int = 1
+    """Processes of the runs that are killed and stopped."""
+    kills: int = 20
+    """How many runs are killed."""
+    stops: int = 10
+    """How many runs are asked to stop."""
+    steps: int = 60
+    """Steps of each run that is killed; a checkpoint is due after every second one."""
+    only: tuple[str, ...] = PARTS
+    """Which parts to run."""
+    seed: int = 0
+    """Of the moments."""
+    out: Path | None = None
+    """The JSON; by default results/faults_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
+
+
+class Runs:
+    """Starts trainings in a scratch folder, as a user would."""
+
+    def __init__(self, options: Options, scratch: Path) -> None:
+        self.scratch = scratch
+        self._ranks = options.ranks
+        self.data = options.data or str(_photographs(scratch / "synthetic"))
+        self._environment = os.environ | {
+            "FASTDDR_CACHE": str(scratch / "cache"), "WANDB_MODE": "disabled",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }  # fmt: skip
+
+    def start(self, run: Path, *more: str, ranks: int | None = None) -> subprocess.Popen[str]:
+        """A training that goes on in the background; what it says stands beside the run."""
+        ranks = ranks or self._ranks
+        script = [str(ROOT / "fastddr" / "train.py"), "--data", self.data, "--run-dir", str(run), *MODEL, *more]
+        launcher = [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        ]  # fmt: skip
+        command = [*launcher, *script] if ranks > 1 else [sys.executable, *script]
+        with run.with_suffix(".txt").open("a") as said:
+            # A session of its own, so that a kill takes launcher and ranks alike, as a power cut does.
+            return subprocess.Popen(
+                command, env=self._environment, stdout=said, stderr=said, text=True, start_new_session=True
+            )
+
+    def finish(self, run: Path, *more: str) -> None:
+        """Train to the end.
+
+        Raises:
+            RuntimeError: it did not end well.
+        """
+        if self.start(run, *more).wait() != 0:
+            raise RuntimeError(self.said(run)[-3000:])
+
+    @staticmethod
+    def said(run: Path) -> str:
+        """All that the trainings of a run have printed."""
+        return run.with_suffix(".txt").read_text()
+
+
+def _photographs(root: Path) -> Path:
+    from fastddr.data import synthetic
+
+    counts = synthetic.default_counts()
+    few = {split: tuple(max(2, n // 4) for n in grades) for split, grades in counts.items()}
+    return synthetic.ensure(few, 128, 0, root=root)
+
+
+def _wait(done: Callable[[], bool], process: subprocess.Popen[str], run: Path, seconds: float = 300) -> None:
+    ends = time.monotonic() + seconds
+    while not done():
+        if process.poll() is not None or time.monotonic() > ends:
+            raise RuntimeError(f"training ended or hung before its time: {Runs.said(run)[-3000:]}")
+        time.sleep(0.002)
+
+
+def _status(run: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _state(run: Path) -> dict[str, torch.Tensor]:
+    """Everything in the last checkpoint, by name."""
+    saved = checkpoints.load(run / "checkpoints" / "last")
+    found = dict(saved.model)
+    found |= {f"ema.{name}": tensor for name, tensor in (saved.ema or {}).items()}
+    for index, moments in saved.optimizer["state"].items():
+        found |= {f"{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return found
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _count(name: str, good: int, of: int, **more: Any) -> dict[str, Any]:
+    return {"name": name, "median": good, "low": good, "high": good, "unit": f"of {of}", "n": of, **more}
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
+    """Kill runs, start them again, and compare how they end with a run that nobody disturbed."""
+    rng = random.Random(options.seed)
+    arguments = _arguments(options, runs)
+    undisturbed = runs.scratch / "undisturbed"
+    runs.finish(undisturbed, *arguments)
+    wanted, lines = _state(undisturbed), _steps(undisturbed)
+    same = resumed = unloadable = gone_on = writing = 0
+    for number in range(options.kills):
+        run = runs.scratch / f"killed-{number}"
+        process = runs.start(run, *arguments)
+        folder = run / "checkpoints"
+        _wait(lambda folder=folder: (folder / "last").exists(), process, run)  # type: ignore[misc]
+        # Anywhere in what is left of the training; a save may be as short as a step.
+        step = rng.randrange(4, options.steps - 4)
+        _wait(lambda run=run, step=step: _status(run).get("step", 0) >= step, process, run)  # type: ignore[misc]
+        if number % 2:
+            _wait(lambda folder=folder: any(folder.glob(".step-*")), process, run)  # type: ignore[misc]
+        else:
+            time.sleep(rng.random() * 0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        _gone(process.pid)
+        writing += any(folder.glob(".step-*"))
+        told: list[str] = []
+        found = checkpoints.load_newest(folder, told.append)
+        unloadable += len(told)
+        if _status(run).get("state") != "running":
+            raise RuntimeError(f"{run.name} had ended before it was killed: take more --steps.")
+        runs.finish(run, *arguments)
+        at = 0 if found is None else found.state["progress"]["step"]
+        resumed += f"resumed at step {at}" in runs.said(run) and at > 0
+        same += _equal(_state(run), wanted)
+        gone_on += _steps(run) == lines
+        shutil.rmtree(run)
+        harness.say(f"  kill {number + 1} at step {at}: {same} the same, {resumed} resumed")
+    more = {"ranks": options.ranks, "steps": options.steps}
+    return [
+        _count("killed: ends with the weights of an undisturbed run", same, options.kills, **more),
+        _count("killed: resumed from a checkpoint", resumed, options.kills, **more),
+        _count("killed: metrics.jsonl without a doubled or missing step", gone_on, options.kills, **more),
+        _count("killed: a checkpoint was being written", writing, options.kills, **more),
+        _count("killed: checkpoints that do not load", unloadable, options.kills, **more),
+    ]
+
+
+def _arguments(options: Options, runs: Runs) -> list[str]:
+    """So many epochs that a run has `steps` steps, or a few more."""
+    from fastddr.data import manifest
+
+    photographs = len(manifest.read(runs.data).ids("train"))
+    epochs = max(1, round(options.steps / (photographs // 16)))
+    return ["--epochs", str(epochs), "--save-every-steps", "2", "--tracking.log-every-steps", "1"]
+
+
+def _steps(run: Path) -> list[tuple[int, bool]]:
+    """Step of each line of figures, and whether it is one of validation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], "valid/qwk" in line) for line in lines]
+
+
+def _gone(group: int) -> None:
+    """Wait until no process of a session is left."""
+    while True:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+
+
+def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
+    """SIGTERM in the midst of training: how long until the checkpoint stands, and until everything has ended."""
+    rng = random.Random(options.seed)
+    saved, ended = [], []
+    for number in range(options.stops):
+        run = runs.scratch / f"stopped-{number}"
+        process = runs.start(run, "--epochs", "100000")
+        _wait(lambda run=run: (run / "checkpoints" / "last").exists(), process, run)  # type: ignore[misc]
+        time.sleep(rng.random())
+        began = time.monotonic()
+        os.kill(process.pid, signal.SIGTERM)
+        _wait(lambda run=run: _status(run).get("state") == "preempted", process, run)  # type: ignore[misc]
+        saved.append(time.monotonic() - began)
+        process.wait()
+        ended.append(time.monotonic() - began)
+        if _state(run) and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != _status(run)["step"]:
+            raise RuntimeError(f"{run.name} did not save the step at which it stopped")
+        shutil.rmtree(run)
+    return [
+        {
+            "name": name, **harness.spread(values), "unit": "s", "p95": float(np.percentile(values, 95)),
+            "ranks": options.ranks,
+        }
+        for name, values in (("SIGTERM to the checkpoint", saved), ("SIGTERM to the end of all processes", ended))
+    ]  # fmt: skip
+
+
+def saves(options: Options, runs: Runs) -> list[dict[str, Any]]:
+    """How long training stands still for a checkpoint, in models of several sizes."""
+    rows = []
+    models = {
+        "quickstart": ["--preset", "quickstart"],
+        "ConvMixer 512/12": ["--preset", "report-convmixer"],
+        "ResNet-50": ["--preset", "report-resnet", "--resnet.depth", "50"],
+    }
+    for name, chosen in models.items():
+        run = runs.scratch / f"saves-{name.split()[0]}"
+        small = ["--image-size", "64", "--canvas", "64", "--batch-size", "4", "--micro-batch-size", "auto"]
+        more = [*chosen, *small, "--tracking.no-wandb", "--tracking.no-tensorboard"]
+        config = cli.parse(["--data", runs.data, "--run-dir", str(run), *more], "faults")
+        stall, steps = [], []
+        with Trainer(config) as trainer:
+            saver = trainer.saver
+            assert saver is not None
+            written: list[float] = []
+            for _ in range(9):
+                began = time.perf_counter()
+                saver.save(trainer.progress, best=False)
+                stall.append(1e3 * (time.perf_counter() - began))
+                saver.flush()
+                written.append(1e3 * (time.perf_counter() - began))
+                steps.append(trainer.progress.step)
+            size = sum(file.stat().st_size for file in (run / "checkpoints" / "last").iterdir())
+        shutil.rmtree(run)
+        about = {"unit": "ms", "mib": round(size / 2**20, 1)}
+        rows.append({"name": f"a save of {name}: training stands still", **harness.spread(stall), **about})
+        rows.append({"name": f"a save of {name}: until it is on the disk", **harness.spread(written), **about})
+    return rows
+
+
+def disk(options: Options, runs: Runs) -> list[dict[str, Any]]:
+    """A disk that is full from the n-th call of a save on, and a kill there: what the newest whole checkpoint is."""
+    rows = []
+    model = torch.nn.Linear(200, 200)
+    for name, then in (("full", hazards.full), ("killed", hazards.die)):
+        folder = runs.scratch / f"disk-{name}"
+        whole = 0
+
+        def snapshot(step: int) -> checkpoints.Snapshot:
+            state = {key: value + step for key, value in model.state_dict().items()}
+            return checkpoints.Snapshot.take(
+                step=step, state={"step": step}, model=state, ema=state, optimizer={"state": {}, "param_groups": []}
+            )
+
+        def check(number: int, folder: Path = folder) -> None:
+            nonlocal whole
+            told: list[str] = []
+            found = checkpoints.load_newest(folder, told.append)
+            whole += found is not None and not told and found.state["step"] in (number - 1, 10**6)
+            checkpoints.write(folder, snapshot(number), best=True)
+
+        checkpoints.write(folder, snapshot(0), best=True)
+        calls = hazards.each(
+            lambda folder=folder: checkpoints.write(folder, snapshot(10**6), best=False), then, check=check
+        )
+        rows.append(_count(f"a save whose n-th call finds the disk {name}: a whole checkpoint is there", whole, calls + 1))
+    return [*rows, *_small_disk(runs)]
+
+
+def _small_disk(runs: Runs) -> list[dict[str, Any]]:
+    """A real disk that fills up, where this user may mount one."""
+    folder = runs.scratch / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        harness.say("  a real disk that fills up: left out, this user may not mount one")
+        return []
+    try:
+        run = folder / "run"
+        process = runs.start(run, "--epochs", "100000", "--save-every-steps", "1", "--keep-checkpoints", "1000", ranks=1)
+        process.wait()
+        said, told = Runs.said(run), list[str]()
+        found = checkpoints.load_newest(run / "checkpoints", told.append)
+        good = found is not None and not told and "No space left on device" in said and "Traceback" not in said
+        return [_count("a real disk fills up: one sentence, and the newest checkpoint is whole", int(good), 1)]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
+    """Spoil the loss of some steps, and count the steps after which weights, averages and moments are finite."""
+    run, spoilt = runs.scratch / "bad", list(range(3, 40, 4))
+    more = ["--epochs", "100000", "--optimizer.on-nonfinite", "skip", "--max-hours", "1"]
+    config = cli.parse(["--data", runs.data, "--run-dir", str(run), *MODEL, *more], "faults")
+    kept = unchanged = 0
+    with Trainer(config) as trainer:
+        criterion, look = trainer.criterion, trainer.watch.look
+        before: dict[str, torch.Tensor] = {}
+
+        class Spoiling(torch.nn.Module):
+            def forward(self, logits: torch.Tensor, grade: torch.Tensor) -> torch.Tensor:
+                loss: torch.Tensor = criterion(logits, grade)
+                return loss * float("nan") if trainer.progress.step + 1 in spoilt else loss
+
+        def watched(found: torch.Tensor, step: int, ids: Any) -> Any:
+            nonlocal kept, unchanged, before
+            now = {name: value.clone() for name, value in trainer.bare_model.state_dict().items()}
+            if step in spoilt:
+                kept += all(value.isfinite().all() for value in now.values())
+                unchanged += all(torch.equal(now[k], v) for k, v in before.items() if v.is_floating_point())
+            before = now
+            told = look(found, step, ids)
+            if step > max(spoilt):
+                (run / "STOP").touch()
+            return told
+
+        trainer.criterion, trainer.watch.look = Spoiling(), watched  # type: ignore[assignment, method-assign]
+        trainer.fit()
+        told = trainer.progress.skipped
+    return [
+        _count("steps with a loss that is not finite: weights stayed as they were", min(kept, unchanged), len(spoilt)),
+        _count("steps with a loss that is not finite: told", told, len(spoilt)),
+    ]
+
+
+def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
+    """Of two ranks one is killed, or frozen: seconds until status.json says so, and until all has ended."""
+    rows = []
+    for how, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
+        run = runs.scratch / f"rank-{how}"
+        process = runs.start(run, "--epochs", "100000", "--rank-timeout-minutes", "0.25", ranks=2)
+        _wait(lambda run=run: (run / "checkpoints" / "last").exists(), process, run)  # type: ignore[misc]
+        began = time.monotonic()
+        os.kill(_rank(1, process.pid), number)
+        _wait(lambda run=run: _status(run).get("state") == "failed", process, run)  # type: ignore[misc]
+        said = time.monotonic() - began
+        process.wait()
+        ended = time.monotonic() - began
+        about = f"a rank is {how}" + (" (timeout 15 s)" if how == "frozen" else "")
+        for name, value in ((f"{about}: the reason is told", said), (f"{about}: all has ended", ended)):
+            rows.append({"name": name, "median": value, "low": value, "high": value, "unit": "s", "n": 1, "ranks": 2})
+    return rows
+
+
+def _rank(number: int, session: int) -> int:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            same = os.getsid(int(folder.name)) == session
+            environment = (folder / "environ").read_bytes().split(b"\0") if same else []
+        except OSError:
+            continue
+        if f"RANK={number}".encode() in environment:
+            return int(folder.name)
+    raise RuntimeError(f"there is no rank {number}")
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def main(options: Options) -> None:
+    """Run, print and write."""
+    unknown = [part for part in options.only if part not in PARTS]
+    if unknown:
+        raise UserError(f"--only {unknown[0]}: known are {', '.join(PARTS)}.")
+    do: dict[str, Callable[[Options, Runs], list[dict[str, Any]]]] = {
+        "kills": kills, "stops": stops, "saves": saves, "disk": disk, "bad": bad, "ranks": ranks,
+    }  # fmt: skip
+    harness.begin()
+    rows: list[dict[str, Any]] = []
+    with _scratch() as scratch:
+        runs = Runs(options, scratch)
+        for part in options.only:
+            harness.say(part)
+            rows += do[part](options, runs)
+    harness.show("What is lost when something goes wrong", rows, ("p95", "ranks", "mib"))
+    print(harness.write("faults", rows, options.out, wandb=options.wandb))
+
+
+if __name__ == "__main__":
+    harness_options: Sequence[str] = sys.argv[1:]
+    try:
+        main(tyro.cli(Options, args=list(harness_options)))
+    except UserError as error:
+        sys.exit(f"faults.py: {error}")

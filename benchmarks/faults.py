@@ -26,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,16 @@ from typing import Any
 import harness
 import hazards
 import numpy as np
-import synth
 import torch
 import tyro
 
 from fastddr import checkpoints, cli
 from fastddr.errors import UserError
-from fastddr.saving import Saver
 from fastddr.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+#: In the environment of every process of a training: which run it is of.
+_MARK = "FASTDDR_FAULTS"
 PARTS = ("kills", "stops", "saves", "disk", "bad", "ranks")
 #: A small model with all the state that training can have: moments, averages, warm-up, clipping, accumulation.
 MODEL = [
@@ -100,11 +100,9 @@ class Runs:
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         ]  # fmt: skip
         command = [*launcher, *script] if ranks > 1 else [sys.executable, *script]
-        with run.with_suffix(".txt").open("a") as said:
-            # A session of its own, so that a kill takes launcher and ranks alike, as a power cut does.
-            return subprocess.Popen(
-                command, env=self._environment, stdout=said, stderr=said, text=True, start_new_session=True
-            )
+        environment = self._environment | {_MARK: run.name}
+        with (self.scratch / f"{run.name}.txt").open("a") as said:
+            return subprocess.Popen(command, env=environment, stdout=said, stderr=said, text=True)
 
     def finish(self, run: Path, *more: str) -> None:
         """Train to the end.
@@ -115,10 +113,25 @@ class Runs:
         if self.start(run, *more).wait() != 0:
             raise RuntimeError(self.said(run)[-3000:])
 
-    @staticmethod
-    def said(run: Path) -> str:
+    def said(self, run: Path) -> str:
         """All that the trainings of a run have printed."""
-        return run.with_suffix(".txt").read_text()
+        return (self.scratch / f"{run.name}.txt").read_text()
+
+    def wait(self, done: Callable[[], bool], process: subprocess.Popen[str], run: Path) -> None:
+        """Wait for something that a training does.
+
+        Raises:
+            RuntimeError: it ended before, or took five minutes.
+        """
+        ends = time.monotonic() + 300
+        while not done():
+            if process.poll() is not None or time.monotonic() > ends:
+                raise RuntimeError(f"training ended or hung before its time: {self.said(run)[-3000:]}")
+            time.sleep(0.002)
+
+    def first_checkpoint(self, process: subprocess.Popen[str], run: Path) -> None:
+        """Wait until a training has saved."""
+        self.wait(lambda: (run / "checkpoints" / "last").exists(), process, run)
 
 
 def _photographs(root: Path) -> Path:
@@ -126,15 +139,7 @@ def _photographs(root: Path) -> Path:
 
     counts = synthetic.default_counts()
     few = {split: tuple(max(2, n // 4) for n in grades) for split, grades in counts.items()}
-    return synthetic.ensure(few, 128, 0, root=root)
-
-
-def _wait(done: Callable[[], bool], process: subprocess.Popen[str], run: Path, seconds: float = 300) -> None:
-    ends = time.monotonic() + seconds
-    while not done():
-        if process.poll() is not None or time.monotonic() > ends:
-            raise RuntimeError(f"training ended or hung before its time: {Runs.said(run)[-3000:]}")
-        time.sleep(0.002)
+    return synthetic.generate(root, counts=few, size=128, seed=0)
 
 
 def _status(run: Path) -> dict[str, Any]:
@@ -178,17 +183,16 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         run = runs.scratch / f"killed-{number}"
         process = runs.start(run, *arguments)
         folder = run / "checkpoints"
-        _wait(lambda folder=folder: (folder / "last").exists(), process, run)  # type: ignore[misc]
+        runs.first_checkpoint(process, run)
         # Anywhere in what is left of the training; a save may be as short as a step.
         step = rng.randrange(4, options.steps - 4)
-        _wait(lambda run=run, step=step: _status(run).get("step", 0) >= step, process, run)  # type: ignore[misc]
+        runs.wait(lambda run=run, step=step: _status(run).get("step", 0) >= step, process, run)  # type: ignore[misc]
         if number % 2:
-            _wait(lambda folder=folder: any(folder.glob(".step-*")), process, run)  # type: ignore[misc]
+            runs.wait(lambda folder=folder: any(folder.glob(".step-*")), process, run)  # type: ignore[misc]
         else:
             time.sleep(rng.random() * 0.1)
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(run)
         process.wait()
-        _gone(process.pid)
         writing += any(folder.glob(".step-*"))
         told: list[str] = []
         found = checkpoints.load_newest(folder, told.append)
@@ -227,13 +231,26 @@ def _steps(run: Path) -> list[tuple[int, bool]]:
     return [(line["step"], "valid/qwk" in line) for line in lines]
 
 
-def _gone(group: int) -> None:
-    """Wait until no process of a session is left."""
-    while True:
+def _processes(run: Path, rank: int | None = None) -> list[int]:
+    """The processes of a run's training, ranks before their launcher; or that of one rank."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # another user's, or it has ended meanwhile
+            continue
+        own = [entry[5:] for entry in environment if entry.startswith(b"RANK=")]
+        if f"{_MARK}={run.name}".encode() in environment and (rank is None or own == [str(rank).encode()]):
+            found.append((not own, int(folder.name)))
+    return [process for _, process in sorted(found)]
+
+
+def _kill(run: Path) -> None:
+    """Kill launcher and ranks alike, as a power cut does; none of them is there any more afterwards."""
+    while processes := _processes(run):
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
 
 
@@ -244,15 +261,18 @@ def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
     for number in range(options.stops):
         run = runs.scratch / f"stopped-{number}"
         process = runs.start(run, "--epochs", "100000")
-        _wait(lambda run=run: (run / "checkpoints" / "last").exists(), process, run)  # type: ignore[misc]
+        runs.first_checkpoint(process, run)
         time.sleep(rng.random())
         began = time.monotonic()
         os.kill(process.pid, signal.SIGTERM)
-        _wait(lambda run=run: _status(run).get("state") == "preempted", process, run)  # type: ignore[misc]
+        runs.wait(lambda run=run: _status(run).get("state") == "preempted", process, run)  # type: ignore[misc]
         saved.append(time.monotonic() - began)
         process.wait()
         ended.append(time.monotonic() - began)
-        if _state(run) and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != _status(run)["step"]:
+        if (
+            _state(run)
+            and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != _status(run)["step"]
+        ):
             raise RuntimeError(f"{run.name} did not save the step at which it stopped")
         shutil.rmtree(run)
     return [
@@ -277,10 +297,13 @@ def saves(options: Options, runs: Runs) -> list[dict[str, Any]]:
         small = ["--image-size", "64", "--canvas", "64", "--batch-size", "4", "--micro-batch-size", "auto"]
         more = [*chosen, *small, "--tracking.no-wandb", "--tracking.no-tensorboard"]
         config = cli.parse(["--data", runs.data, "--run-dir", str(run), *more], "faults")
-        stall, steps = [], []
+        stall: list[float] = []
         with Trainer(config) as trainer:
             saver = trainer.saver
             assert saver is not None
+            for weight in trainer.bare_model.parameters():
+                weight.grad = torch.zeros_like(weight)
+            trainer.optimizer.step()  # without it there would be no moments to save
             written: list[float] = []
             for _ in range(9):
                 began = time.perf_counter()
@@ -288,7 +311,6 @@ def saves(options: Options, runs: Runs) -> list[dict[str, Any]]:
                 stall.append(1e3 * (time.perf_counter() - began))
                 saver.flush()
                 written.append(1e3 * (time.perf_counter() - began))
-                steps.append(trainer.progress.step)
             size = sum(file.stat().st_size for file in (run / "checkpoints" / "last").iterdir())
         shutil.rmtree(run)
         about = {"unit": "ms", "mib": round(size / 2**20, 1)}
@@ -300,9 +322,13 @@ def saves(options: Options, runs: Runs) -> list[dict[str, Any]]:
 def disk(options: Options, runs: Runs) -> list[dict[str, Any]]:
     """A disk that is full from the n-th call of a save on, and a kill there: what the newest whole checkpoint is."""
     rows = []
-    model = torch.nn.Linear(200, 200)
-    for name, then in (("full", hazards.full), ("killed", hazards.die)):
-        folder = runs.scratch / f"disk-{name}"
+    model = torch.nn.Linear(50, 50)
+    hazard = {
+        "the disk is full from its n-th call on": hazards.full,
+        "the process is killed at its n-th call": hazards.die,
+    }
+    for name, then in hazard.items():
+        folder = runs.scratch / f"disk-{then.__name__}"
         whole = 0
 
         def snapshot(step: int) -> checkpoints.Snapshot:
@@ -322,7 +348,7 @@ def disk(options: Options, runs: Runs) -> list[dict[str, Any]]:
         calls = hazards.each(
             lambda folder=folder: checkpoints.write(folder, snapshot(10**6), best=False), then, check=check
         )
-        rows.append(_count(f"a save whose n-th call finds the disk {name}: a whole checkpoint is there", whole, calls + 1))
+        rows.append(_count(f"a save, {name}: a whole checkpoint is there", whole, calls + 1))
     return [*rows, *_small_disk(runs)]
 
 
@@ -338,14 +364,17 @@ def _small_disk(runs: Runs) -> list[dict[str, Any]]:
         return []
     try:
         run = folder / "run"
-        process = runs.start(run, "--epochs", "100000", "--save-every-steps", "1", "--keep-checkpoints", "1000", ranks=1)
+        process = runs.start(
+            run, "--epochs", "100000", "--save-every-steps", "1", "--keep-checkpoints", "1000", ranks=1
+        )
         process.wait()
-        said, told = Runs.said(run), list[str]()
-        found = checkpoints.load_newest(run / "checkpoints", told.append)
-        good = found is not None and not told and "No space left on device" in said and "Traceback" not in said
+        said, told = runs.said(run), list[str]()
+        there = checkpoints.load_newest(run / "checkpoints", told.append) is not None
+        good = there and not told and "No space left on device" in said and "Traceback" not in said
+        harness.say(f"  {said.strip().splitlines()[-1]}")
         return [_count("a real disk fills up: one sentence, and the newest checkpoint is whole", int(good), 1)]
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
@@ -390,10 +419,10 @@ def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
     for how, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
         run = runs.scratch / f"rank-{how}"
         process = runs.start(run, "--epochs", "100000", "--rank-timeout-minutes", "0.25", ranks=2)
-        _wait(lambda run=run: (run / "checkpoints" / "last").exists(), process, run)  # type: ignore[misc]
+        runs.first_checkpoint(process, run)
         began = time.monotonic()
-        os.kill(_rank(1, process.pid), number)
-        _wait(lambda run=run: _status(run).get("state") == "failed", process, run)  # type: ignore[misc]
+        os.kill(_processes(run, rank=1)[0], number)
+        runs.wait(lambda run=run: _status(run).get("state") == "failed", process, run)  # type: ignore[misc]
         said = time.monotonic() - began
         process.wait()
         ended = time.monotonic() - began
@@ -401,18 +430,6 @@ def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
         for name, value in ((f"{about}: the reason is told", said), (f"{about}: all has ended", ended)):
             rows.append({"name": name, "median": value, "low": value, "high": value, "unit": "s", "n": 1, "ranks": 2})
     return rows
-
-
-def _rank(number: int, session: int) -> int:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            same = os.getsid(int(folder.name)) == session
-            environment = (folder / "environ").read_bytes().split(b"\0") if same else []
-        except OSError:
-            continue
-        if f"RANK={number}".encode() in environment:
-            return int(folder.name)
-    raise RuntimeError(f"there is no rank {number}")
 
 
 @contextmanager
@@ -441,8 +458,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    harness_options: Sequence[str] = sys.argv[1:]
     try:
-        main(tyro.cli(Options, args=list(harness_options)))
-    except UserError as error:
-        sys.exit(f"faults.py: {error}")
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"faults.py: {mistake}") from None

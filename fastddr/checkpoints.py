@@ -229,7 +229,8 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors keeps neither strides nor shared storage: plain contiguous copies on the CPU.
-    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    layout = torch.contiguous_format
+    return {name: value.detach().to("cpu", copy=True, memory_format=layout) for name, value in tensors.items()}
 
 
 def _split_optimizer(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

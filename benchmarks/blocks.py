@@ -284,6 +284,11 @@ def decode(results: Sequence[Result], link: Link) -> list[str]:
     return _listed(results, link, "decode", "The `dali` loader beside Pillow")
 
 
+def faults(results: Sequence[Result], link: Link) -> list[str]:
+    """All rows of what is lost when something goes wrong."""
+    return _listed(results, link, "faults", "What is lost when something goes wrong")
+
+
 def _listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
     texts = []
     for result in _of(results, name):
@@ -308,4 +313,5 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "operations": operations,
     "ceilings": ceilings,
     "decode": decode,
+    "faults": faults,
 }

@@ -1,0 +1,111 @@
+"""Levers of memory: activations that are computed again, `torch.compile`, and the layout of maps."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from fastddr.errors import UserError
+
+
+class Blocks(nn.Sequential):
+    """Blocks one after the other, maps to maps; names and order are those of a Sequential.
+
+    With `recompute` a block keeps nothing for the backward pass but its input, and runs once more in it (Chen et al.,
+    "Training Deep Nets with Sublinear Memory Cost", 2016).
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps to maps."""
+        for block in self:
+            if self.recompute and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
+            else:
+                x = block(x)
+        return x
+
+
+def recompute_blocks(model: nn.Module, name: str) -> None:
+    """From now on each block of the model keeps only its input, and is computed again in the backward pass.
+
+    Outputs, gradients and BatchNorm's statistics stay what they were, on a CPU to the bit.
+
+    Args:
+        model: ours, or timm's, which know their blocks themselves.
+        name: as the user gave it.
+
+    Raises:
+        UserError: the model cannot do it.
+    """
+    ours = [module for module in model.modules() if isinstance(module, Blocks)]
+    for blocks in ours:
+        blocks.recompute = True
+    if not ours:
+        refused = UserError(
+            f"--memory.checkpointing: {name} does not say what its blocks are; leave it off, and lower "
+            "--micro-batch-size, or take --compile with --memory.activation-budget 0.5."
+        )
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise refused
+        try:
+            cast(Any, model).set_grad_checkpointing(True)
+        except AssertionError:  # timm's way to say so
+            raise refused from None
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(_count_once)
+
+
+def _count_once(norm: nn.Module, inputs: Any) -> None:
+    """A BatchNorm that runs in the backward pass is run once more, and its statistics have that batch already."""
+    # Not None or an id: -1 outside of a backward pass. PyTorch's own checkpointing asks this too.
+    cast(_BatchNorm, norm).track_running_stats = torch._C._current_graph_task_id() == -1
+
+
+def keep_contiguous(model: nn.Module) -> None:
+    """Maps in PyTorch's default order (NCHW) and not channels_last, whatever the images are laid out in."""
+    model.to(memory_format=torch.contiguous_format)
+    model.register_forward_pre_hook(_contiguous_input)
+    patches = getattr(model, "patches", None)
+    if isinstance(patches, nn.Module):  # the ConvMixer's, which are cut by a matrix product and come channels_last
+        patches.register_forward_hook(_contiguous_output)
+
+
+def _contiguous_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _contiguous_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.contiguous()
+
+
+def compiled(model: nn.Module, activation_budget: float, device: torch.device) -> nn.Module:
+    """The model under `torch.compile`. It shares weights and buffers with the given one, which stays as it is.
+
+    Args:
+        model: as it is trained, with DDP around it where there are several ranks.
+        activation_budget: share of the activations that may be kept, 1 = all that the compiler wants to keep; the
+            others are computed again in the backward pass. It is a setting of the process.
+        device: where it trains.
+
+    Raises:
+        UserError: this machine has no compiler.
+    """
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            raise UserError("--compile needs Triton, which comes with PyTorch for CUDA on Linux; leave it off here.")
+    elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise UserError("--compile needs a C++ compiler on a CPU; install g++, or leave it off.")
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = activation_budget
+    # Micro batches are all of one size, so nothing need be prepared for others.
+    return cast(nn.Module, torch.compile(model, dynamic=False))

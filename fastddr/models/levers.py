@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastddr.config import Config
 from fastddr.errors import UserError
 
 
@@ -87,18 +88,22 @@ def _contiguous_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor
     return output.contiguous()
 
 
-def compiled(model: nn.Module, activation_budget: float, device: torch.device) -> nn.Module:
-    """The model under `torch.compile`. It shares weights and buffers with the given one, which stays as it is.
+def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The model under `torch.compile`, or as it is unless `config.compile`.
+
+    The compiled one shares weights and buffers with the given one, which stays as it is. `memory.activation_budget` is
+    a setting of PyTorch's for the whole process.
 
     Args:
         model: as it is trained, with DDP around it where there are several ranks.
-        activation_budget: share of the activations that may be kept, 1 = all that the compiler wants to keep; the
-            others are computed again in the backward pass. It is a setting of the process.
+        config: says whether, and which share of the activations may be kept.
         device: where it trains.
 
     Raises:
         UserError: this machine has no compiler.
     """
+    if not config.compile:
+        return model
     if device.type == "cuda":
         if find_spec("triton") is None:
             raise UserError("--compile needs Triton, which comes with PyTorch for CUDA on Linux; leave it off here.")
@@ -106,6 +111,6 @@ def compiled(model: nn.Module, activation_budget: float, device: torch.device) -
         raise UserError("--compile needs a C++ compiler on a CPU; install g++, or leave it off.")
     import torch._functorch.config
 
-    torch._functorch.config.activation_memory_budget = activation_budget
+    torch._functorch.config.activation_memory_budget = config.memory.activation_budget
     # Micro batches are all of one size, so nothing need be prepared for others.
     return cast(nn.Module, torch.compile(model, dynamic=False))

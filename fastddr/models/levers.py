@@ -62,13 +62,25 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
             raise refused from None
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.register_forward_pre_hook(_count_once)
+            module.register_forward_pre_hook(_lend_statistics)
+            # Always: what is computed again stops with an exception as soon as it has all that is needed.
+            module.register_forward_hook(_restore_statistics, always_call=True)
 
 
-def _count_once(norm: nn.Module, inputs: Any) -> None:
-    """A BatchNorm that runs in the backward pass is run once more, and its statistics have that batch already."""
-    # Not None or an id: -1 outside of a backward pass. PyTorch's own checkpointing asks this too.
-    cast(_BatchNorm, norm).track_running_stats = torch._C._current_graph_task_id() == -1
+def _lend_statistics(norm: nn.Module, inputs: Any) -> None:
+    """A BatchNorm that runs in the backward pass runs again: its statistics have that batch already, so copies get it.
+
+    Without statistics it would keep another number of tensors than the first time, which PyTorch refuses.
+    """
+    # -1 outside of a backward pass; PyTorch's own checkpointing asks this too.
+    if torch._C._current_graph_task_id() != -1:
+        own = norm.__dict__["_own"] = dict(norm._buffers)
+        norm._buffers.update({name: None if tensor is None else tensor.clone() for name, tensor in own.items()})
+
+
+def _restore_statistics(norm: nn.Module, inputs: Any, output: Any) -> None:
+    if own := norm.__dict__.pop("_own", None):
+        norm._buffers.update(own)
 
 
 def keep_contiguous(model: nn.Module) -> None:

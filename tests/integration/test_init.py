@@ -45,7 +45,7 @@ def test_a_run_begins_at_the_best_weights_of_another_and_goes_on_without_it(
         found = trainer.bare_model.state_dict()
         assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert "tensors taken" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="init was 'run:.*' and is now None"):
+    with pytest.raises(UserError, match=r"init was 'run:.*' and is now None"):
         train(tiny, folder)
 
 

@@ -115,7 +115,8 @@ def test_our_own_names_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("test_resnet", 40), ("test_vit", 48), ("test_vit.r160_in1k", 160), ("test_convnext", 64)]
+    ("name", "size"),
+    [("test_resnet", 40), ("vit_tiny_patch16_224", 48), ("test_vit.r160_in1k", 160), ("test_convnext", 64)],
 )
 def test_a_model_of_timms_takes_this_size_and_gives_these_classes(name: str, size: int, timm: ModuleType) -> None:
     model = models.build(f"timm:{name}", num_classes=6, image_size=size)

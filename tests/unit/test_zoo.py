@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from fastddr import models
@@ -104,6 +105,13 @@ def test_convmixer_is_the_papers_code_with_its_weights(activation: str) -> None:
         "convmixer", num_classes=5, image_size=20, dim=6, depth=12, kernel_size=5, patch_size=4, activation=activation
     )
     same_function(theirs, ours, {name: our_name(name) for name in theirs.state_dict()}, torch.randn(3, 3, 18, 20))
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_resnet_is_torchvisions_gradients_included(depth: int) -> None:
+    theirs = stir(torchvision.models.get_model(f"resnet{depth}", weights=None, num_classes=5))
+    ours = models.build("resnet", num_classes=5, image_size=72, depth=depth)
+    same_function(theirs, ours, {name: name for name in theirs.state_dict()}, torch.randn(3, 3, 72, 64))
 
 
 def test_our_own_names_stay() -> None:

@@ -232,7 +232,7 @@ class Timm(Loop):
         torch.manual_seed(config.seed)
         return ConvMixer(
             wanted.dim, wanted.depth, kernel_size=wanted.kernel_size, patch_size=wanted.patch_size,
-            num_classes=config.num_classes,
+            num_classes=config.num_classes, act_layer=nn.ReLU if wanted.activation == "relu" else nn.GELU,
         ).to(self.device)  # fmt: skip
 
     def step(self, image: Tensor, grade: Tensor) -> int:

@@ -60,7 +60,7 @@ class Options:
     """Where settings start; by default report-convmixer on a GPU, quickstart on a CPU."""
     recipes: tuple[str, ...] | None = None
     """Names with options: `fastddr:loader=dali`, `report:workers=0`, `timm:channels_last,compile`."""
-    models: tuple[Literal["convmixer", "cnn", "resnet"], ...] = ()
+    models: tuple[str, ...] = ()
     """Models, each with its settings in the preset; by default the preset's own."""
     precisions: tuple[Literal["auto", "fp32", "bf16", "fp16"], ...] = ("auto",)
     """Of fastddr and of those peers that have a choice. `auto`: half on a GPU, float32 on a CPU."""
@@ -200,6 +200,8 @@ def describe(config: Config) -> str:
         return f"ConvMixer {wanted.dim}/{wanted.depth} k{wanted.kernel_size} p{wanted.patch_size}"
     if config.model == "cnn":
         return f"CNN {config.cnn.blocks}×{config.cnn.width}"
+    if config.model != "resnet":
+        return config.model
     return f"ResNet-{config.resnet.depth} {config.resnet.width}"
 
 

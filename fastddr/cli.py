@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastddr.config import Config, check, flatten, load_preset, preset_names
-from fastddr.config.sections import governed
+from fastddr.config.sections import governed, sized
 from fastddr.errors import UserError, nearest
 
 
@@ -23,9 +23,11 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     import tyro
 
     base = load_preset(_preset_argument(arguments))
-    # As in YAML, a policy sets all that it governs, and the other flags lie over it. A wrong name is tyro's to refuse.
+    # As in YAML, a policy or a size sets all that it governs, and the other flags lie over it. A wrong name is refused
+    # by tyro.
     policy = governed(_last_value(arguments, "--augment.policy"))
-    base = replace(base, augment=replace(base.augment, **policy))
+    size = sized(_last_value(arguments, "--convmixer.size"))
+    base = replace(base, augment=replace(base.augment, **policy), convmixer=replace(base.convmixer, **size))
     console = io.StringIO()
     try:
         with contextlib.redirect_stderr(console):

@@ -103,9 +103,7 @@ class Trainer:
         self.train_loader, self.valid_loader = self.loaders.train, self.loaders.valid
         self.steps_per_epoch = self.train_loader.task.steps
 
-        model = models.build(
-            config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
-        ).to(self.runtime.device)
+        model = models.from_config(config, self.console.print).to(self.runtime.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         decay = config.optimizer.ema_decay
         self.ema = None if decay is None else optimizers.make_ema(model, decay)
@@ -120,6 +118,7 @@ class Trainer:
         self.criterion = losses.build("cross_entropy", label_smoothing=config.loss.label_smoothing)
         self.bare_model = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model = models.levers.compiled(self.model, config, self.runtime.device)
         self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
         average = None if self.ema is None else self.ema.module
@@ -131,6 +130,7 @@ class Trainer:
                 self.run, training, fingerprint, main=is_main, say=lambda line: self.console.print(f"  {line}")
             )
         if going_on is None:
+            models.weights.begin(config, model, self._weights, checkpoints.load, self.console.print)
             self._begin()
         else:
             self.progress = going_on

@@ -19,21 +19,25 @@ import yaml
 
 from fastddr.config.augment import check_augment
 from fastddr.config.sections import (
+    SIZES,
     AugmentConfig,
     CNNConfig,
     ConvMixerConfig,
     EvaluationConfig,
     LoadingConfig,
     LossConfig,
+    MemoryConfig,
     OptimizerConfig,
     ResNetConfig,
     SplitConfig,
     SyntheticConfig,
     TrackingConfig,
     governed,
+    sized,
 )  # fmt: skip
 from fastddr.errors import UserError, nearest
 
+#: Models of our own, each with a section of its name; `timm:` before a name is one of timm's.
 MODELS = ("convmixer", "cnn", "resnet")
 
 
@@ -59,8 +63,12 @@ class Config:
     """Photographs of grade 5: left out, or a sixth class."""
     run_dir: str | None = None
     """Folder of the run; an existing one is resumed. By default a new runs/PRESET-DATA-TIME."""
-    model: Literal["convmixer", "cnn", "resnet"] = "convmixer"
-    """Which model; its settings stand in the section of that name."""
+    model: str = "convmixer"
+    """`convmixer`, `cnn` or `resnet`, whose settings stand in the section of that name; or `timm:NAME`, any model of
+    timm's (pip install -e ".[timm]")."""
+    init: str | None = None
+    """Weights to begin at: `imagenet` (published for this model), a file (safetensors or a state dict), or `run:NAME`
+    (the best weights of runs/NAME or of a run's folder); by default random ones."""
     epochs: int = 98
     """Passes over the training split."""
     batch_size: int = 64
@@ -98,6 +106,9 @@ class Config:
     bits of the weights depend on it."""
     deterministic: bool = False
     """On a GPU use only deterministic algorithms (slower). A CPU run is deterministic anyway."""
+    compile: bool = False
+    """Train under torch.compile: a slow start, then faster steps where it pays. Scoring stays as it is."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     convmixer: ConvMixerConfig = field(default_factory=ConvMixerConfig)
     cnn: CNNConfig = field(default_factory=CNNConfig)
     resnet: ResNetConfig = field(default_factory=ResNetConfig)
@@ -117,17 +128,18 @@ class Config:
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """The settings of the chosen model, as keywords."""
-        return asdict(getattr(self, self.model))
+        """The settings of the chosen model, as keywords; timm's have none here."""
+        settings = asdict(getattr(self, self.model)) if self.model in MODELS else {}
+        return {key: value for key, value in settings.items() if key != "size"}
 
 
 #: Keys that may change when a run is resumed. All others are the run's identity. The data may move: what
 #: holds it to the run is the manifest's fingerprint, not its path, nor how it was checked and what was left out.
-#: Of a policy only the values count, which are keys of their own.
+#: Of a policy and of a size only the values count, which are keys of their own.
 RUNTIME_KEYS = (
     "preset", "data", "exclude", "on_bad", "follow_links", "check", "run_dir", "save_every_steps", "save_every_minutes",
     "save_every_epochs", "keep_checkpoints", "rank_timeout_minutes", "max_hours", "tracking", "loading",
-    "evaluation.batch_size", "augment.policy", "optimizer.on_nonfinite",
+    "evaluation.batch_size", "augment.policy", "optimizer.on_nonfinite", "convmixer.size", "memory.checkpointing",
 )  # fmt: skip
 
 
@@ -200,6 +212,8 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
         if prefix == "augment.":
             # A layer that names a policy begins at that policy; its other keys lie over it, in any order.
             below |= governed(above.get("policy"))
+        if prefix == "convmixer.":
+            below |= sized(above.get("size"))
         for key, value in above.items():
             dotted = f"{prefix}{key}"
             if key not in below:
@@ -296,6 +310,31 @@ def check_splitting(parts: SplitConfig, where: str) -> None:
         )
 
 
+def check_model(config: Config, where: str) -> None:
+    """Raise `UserError` unless there may be such a model and its levers go together. What timm knows, it says later."""
+    model, memory = config.model, config.memory
+    family, _, size = model.partition("-")
+    if family == "convmixer" and size in SIZES:
+        raise UserError(f"{where}: model {model} is said as model convmixer and convmixer.size {size}.")
+    if model not in MODELS and not (model.startswith("timm:") and model != "timm:"):
+        raise UserError(f"{where}: there is no model {model!r}; {nearest(model, [*MODELS, 'timm:NAME'])}")
+    if config.init is not None and config.init in ("", "run:"):
+        raise UserError(f"{where}: init is {config.init!r}, but must be imagenet, a file, or run:NAME.")
+    if not 0 < memory.activation_budget <= 1:
+        raise UserError(
+            f"{where}: memory.activation_budget is {memory.activation_budget}, but must be above 0 and at most 1."
+        )
+    if memory.activation_budget < 1 and not config.compile:
+        raise UserError(
+            f"{where}: memory.activation_budget is the compiler's; set compile too, or take memory.checkpointing."
+        )
+    if memory.checkpointing and config.compile:
+        raise UserError(
+            f"{where}: under compile the compiler chooses what is computed again; leave memory.checkpointing off and "
+            "lower memory.activation_budget."
+        )
+
+
 def check(config: Config, where: str) -> Config:
     """The same configuration, if its values make sense together.
 
@@ -325,6 +364,7 @@ def check(config: Config, where: str) -> Config:
     for key in ("max_hours", "save_every_minutes", "rank_timeout_minutes"):
         value = getattr(config, key)
         need(value is None or value > 0, f"{key} is {value}, but must be above 0.")
+    check_model(config, where)
     need(config.lr > 0, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     store = config.loading.store_gib

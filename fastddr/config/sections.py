@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 #: Means and standard deviations of ImageNet's RGB values in [0, 1], the field's habit for fundus photographs too.
@@ -14,6 +14,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ConvMixerConfig:
     """ConvMixer-dim/depth with kernel k and patch p (Trockman and Kolter, 2022)."""
 
+    size: Literal["xs", "s", "m", "l"] | None = None
+    """Sets all below at once; what else is given lies over it. `xs` 128/8, `s` 256/8 and `m` 512/12 have kernel 7 and
+    patch 8; `l` is the paper's 768/32 with kernel 7, patch 7 and ReLU, of which there are ImageNet weights."""
     dim: int = 512
     """Channels of every layer."""
     depth: int = 12
@@ -22,6 +25,17 @@ class ConvMixerConfig:
     """Side of the depthwise kernel; odd."""
     patch_size: int = 8
     """Side of a patch in pixels; a layer sees a map of image_size / patch_size a side."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """The paper's is GELU, but for its 768/32."""
+
+
+#: What each `convmixer.size` stands for.
+SIZES = {
+    "xs": ConvMixerConfig("xs", 128, 8, 7, 8),
+    "s": ConvMixerConfig("s", 256, 8, 7, 8),
+    "m": ConvMixerConfig("m", 512, 12, 7, 8),
+    "l": ConvMixerConfig("l", 768, 32, 7, 7, "relu"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,20 @@ class ResNetConfig:
     """Channels of the first stage."""
     stem: Literal["standard", "stride1"] = "standard"
     """`stride1` keeps the full resolution after the first convolution: about 13 times the memory."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a training step keeps on the card, and how it lies there."""
+
+    checkpointing: bool = False
+    """Keep only the input of each block, and compute the rest again in the backward pass: less memory, a third more
+    work. On a CPU it changes no number."""
+    activation_budget: float = 1.0
+    """With --compile: share of the activations that the compiler may keep; below 1 it computes the others again."""
+    channels_last: bool = True
+    """Maps with their channels innermost (NHWC), which most convolutions on GPUs are fast with; else PyTorch's default
+    order (NCHW)."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,12 @@ def governed(policy: object) -> dict[str, Any]:
     """The settings that a policy of this name stands for; none where there is no such policy."""
     found = POLICIES.get(policy) if isinstance(policy, str) else None
     return {} if found is None else {key: getattr(found, key) for key in GOVERNED}
+
+
+def sized(size: object) -> dict[str, Any]:
+    """The settings of the ConvMixer that a size of this name stands for; none where there is no such size."""
+    found = SIZES.get(size) if isinstance(size, str) else None
+    return {} if found is None else asdict(found)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastddr.config import Config
 from fastddr.errors import UserError, nearest
+from fastddr.models import levers, zoo
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
@@ -41,9 +43,14 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
     """A new model: images (b, 3, h, w) to logits (b, num_classes), in float32 and channels_last, on the CPU.
 
     `image_size` is the side in pixels of the square images that it will be trained on. The weights depend on
-    nothing but torch's global CPU generator, which the caller seeds. Raises UserError for an unknown model or
-    setting and for settings of which no model can be made.
+    nothing but torch's global CPU generator, which the caller seeds. `timm:NAME` is a model of timm's. Raises UserError
+    for an unknown model or setting and for settings of which no model can be made.
     """
+    if name.startswith(zoo.PREFIX):
+        if settings:
+            raise UserError(f"model {name!r} has no settings here, but {', '.join(settings)} was given.")
+        whole(name, num_classes=num_classes, image_size=image_size)
+        return zoo.build(name, num_classes, image_size).to(memory_format=torch.channels_last)
     if name not in _BUILDERS:
         raise UserError(f"there is no model {name!r}: {nearest(name, names())}")
     builder = _BUILDERS[name]
@@ -56,6 +63,26 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
     return model.to(memory_format=torch.channels_last)
 
 
+def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
+    """The model of a configuration, on the CPU, with what `config.memory` says of it; `say` hears what to know of it.
+
+    Raises:
+        UserError: no such model can be made.
+    """
+    model = build(config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings)
+    if config.model == "resnet" and config.resnet.stem == "stride1":
+        say(
+            "  resnet.stem stride1: behind the stem, maps have the image's full resolution, 16 times the pixels of the "
+            "standard stem's, and take as much more memory"
+        )
+    if config.memory.checkpointing:
+        levers.recompute_blocks(model, config.model)
+        say("  memory.checkpointing: each block is computed again in the backward pass, and keeps only its input")
+    if not config.memory.channels_last:
+        levers.keep_contiguous(model)
+    return model
+
+
 def whole(model: str, **settings: object) -> None:
     """Raise UserError unless each setting is a whole number of at least 1."""
     for key, value in settings.items():
@@ -64,4 +91,4 @@ def whole(model: str, **settings: object) -> None:
 
 
 # Last, because each of these files registers itself with the function above.
-from fastddr.models import cnn, convmixer, resnet  # noqa: E402, F401
+from fastddr.models import cnn, convmixer, resnet, weights  # noqa: E402, F401

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastddr.errors import UserError
 from fastddr.models import register, whole
+from fastddr.models.levers import Blocks
 
 
 class CNN(nn.Module):
@@ -24,7 +25,7 @@ class CNN(nn.Module):
         super().__init__()
         self.image_size = image_size
         channels = [3, *(width << block for block in range(blocks))]
-        self.packages = nn.Sequential(
+        self.packages = Blocks(
             *(
                 nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2))
                 for before, after in pairwise(channels)

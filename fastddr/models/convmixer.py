@@ -12,6 +12,9 @@ Shape suffixes, in einops patterns and comments:
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Reduce
@@ -20,6 +23,10 @@ from torch import Tensor, nn
 
 from fastddr.errors import UserError
 from fastddr.models import register, whole
+from fastddr.models.levers import Blocks
+
+#: The paper's is GELU; its 768/32 is with ReLU.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -55,8 +62,9 @@ class ConvMixerLayer(nn.Module):
     mixed = map + BatchNorm(GELU(depthwise(map)));  map = BatchNorm(GELU(pointwise(mixed)))
     """
 
-    def __init__(self, dim: int, kernel_size: int) -> None:
+    def __init__(self, dim: int, kernel_size: int, activation: str = "gelu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.depthwise_norm = nn.BatchNorm2d(dim)
         self.pointwise = nn.Conv2d(dim, dim, kernel_size=1)
@@ -64,8 +72,8 @@ class ConvMixerLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         """Maps to maps of the same shape."""
-        x = x + self.depthwise_norm(F.gelu(self.depthwise(x)))
-        return self.pointwise_norm(F.gelu(self.pointwise(x)))
+        x = x + self.depthwise_norm(self.activation(self.depthwise(x)))
+        return self.pointwise_norm(self.activation(self.pointwise(x)))
 
 
 class ConvMixer(nn.Module):
@@ -75,18 +83,42 @@ class ConvMixer(nn.Module):
     patch; where a side is no multiple of `patch_size`, the rest at the right and bottom edge is not seen.
     """
 
-    def __init__(self, dim: int, depth: int, kernel_size: int, patch_size: int, num_classes: int) -> None:
+    def __init__(
+        self, dim: int, depth: int, kernel_size: int, patch_size: int, num_classes: int, activation: str = "gelu"
+    ) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.patches = PatchEmbedding(dim, patch_size)
         self.patches_norm = nn.BatchNorm2d(dim)
-        self.layers = nn.Sequential(*(ConvMixerLayer(dim, kernel_size) for _ in range(depth)))
+        self.layers = Blocks(*(ConvMixerLayer(dim, kernel_size, activation) for _ in range(depth)))
         self.pool = Reduce("b d h w -> b d", "mean")
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, image: Float[Tensor, "b c height width"]) -> Float[Tensor, "b classes"]:
         """Normalised images to logits."""
-        x = self.patches_norm(F.gelu(self.patches(image)))
+        x = self.patches_norm(self.activation(self.patches(image)))
         return self.head(self.pool(self.layers(x)))
+
+
+#: Where the modules of the paper's code and of timm's stand in theirs: in the whole, and in a layer.
+_OUTSIDE = {"0": "patches", "2": "patches_norm", "stem.0": "patches", "stem.2": "patches_norm"}
+_LAYER = re.compile(r"(blocks\.)?(\d+)\.(0\.fn\.0|0\.fn\.2|1|3)")
+_WITHIN = {"0.fn.0": "depthwise", "0.fn.2": "depthwise_norm", "1": "pointwise", "3": "pointwise_norm"}
+
+
+def our_name(name: str) -> str:
+    """What a tensor of a ConvMixer of the paper's code (locuslab/convmixer) or of timm's is called here.
+
+    The paper's is one nested Sequential, so its names are places: patches at 0 and 2, layer i at 3 + i, and the head
+    behind them. timm's puts them under `stem`, `blocks` and `head`. Any other name stays as it is.
+    """
+    place, _, leaf = name.rpartition(".")
+    if place in _OUTSIDE:
+        return f"{_OUTSIDE[place]}.{leaf}"
+    if layer := _LAYER.fullmatch(place):
+        number = int(layer[2]) - (0 if layer[1] else 3)
+        return f"layers.{number}.{_WITHIN[layer[3]]}.{leaf}"
+    return f"head.{leaf}" if place.isdigit() else name
 
 
 @register("convmixer")
@@ -98,6 +130,7 @@ def convmixer(
     depth: int = 12,
     kernel_size: int = 9,
     patch_size: int = 8,
+    activation: str = "gelu",
 ) -> ConvMixer:
     """A ConvMixer whose settings make sense for the images; else UserError."""
     whole("convmixer", dim=dim, depth=depth, kernel_size=kernel_size, patch_size=patch_size)
@@ -111,4 +144,8 @@ def convmixer(
             f"model 'convmixer' cannot have patch_size={patch_size} with images of "
             f"{image_size}×{image_size}: set patch_size to {image_size} or less."
         )
-    return ConvMixer(dim, depth, kernel_size, patch_size, num_classes)
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"model 'convmixer' cannot have activation={activation!r}: set activation to {' or '.join(ACTIVATIONS)}."
+        )
+    return ConvMixer(dim, depth, kernel_size, patch_size, num_classes, activation)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastddr.errors import UserError
 from fastddr.models import register, whole
+from fastddr.models.levers import Blocks
 
 #: Table 1: blocks in each stage.
 PUBLISHED = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -142,7 +143,7 @@ class ResNet(nn.Module):
         for stage, (blocks, (before, after)) in enumerate(zip(stages(depth), pairwise(entries), strict=True)):
             first = block(before, widths[stage], stride=1 if stage == 0 else 2)
             others = (block(after, widths[stage], stride=1) for _ in range(blocks - 1))
-            layers.append(nn.Sequential(first, *others))
+            layers.append(Blocks(first, *others))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.fc = nn.Linear(entries[-1], num_classes)
         for module in self.modules():

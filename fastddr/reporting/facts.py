@@ -22,6 +22,7 @@ def facts(
 
     shown: dict[str, Any] = {
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
+        "Begins at": config.init or "random weights",
         "Preset": config.preset,
         "Data": manifest.root.parent.name if manifest.root.name == "DR_grading" else manifest.root.name,
         "Layout": manifest.layout,

@@ -22,7 +22,7 @@ from fastddr.config import (
     load_preset,
     preset_names,
 )
-from fastddr.config.sections import GOVERNED, POLICIES, AugmentConfig
+from fastddr.config.sections import GOVERNED, POLICIES, SIZES, AugmentConfig
 from fastddr.errors import UserError
 
 
@@ -123,6 +123,16 @@ def test_a_saved_configuration_is_a_preset(tmp_path: Path) -> None:
         (["--augment.cutmix", "nan"], "augment.cutmix", "0 (off)"),
         (["--augment.cutmix", "1", "--micro-batch-size", "1"], "augment.cutmix", "raise micro_batch_size"),
         (["--augment.mixup", "1", "--batch-size", "1"], "augment.mixup", "raise batch_size"),
+        (["--model", "convmixr"], "convmixr", "convmixer"),
+        (["--model", "convmixer-s"], "convmixer-s", "convmixer.size s"),
+        (["--model", "vgg"], "vgg", "timm:NAME"),
+        (["--model", "timm:"], "timm:", "timm:NAME"),
+        (["--convmixer.size", "xl"], "xl", "xs"),
+        (["--convmixer.activation", "silu"], "silu", "gelu"),
+        (["--init", "run:"], "run:", "run:NAME"),
+        (["--memory.activation-budget", "0.5"], "activation_budget", "compile"),
+        (["--compile", "--memory.activation-budget", "0"], "activation_budget", "above 0"),
+        (["--compile", "--memory.checkpointing"], "checkpointing", "activation_budget"),
         (["--augment.std", "1", "nan", "1"], "augment.std", "above 0"),
         (["--augment.mean", "0", "inf", "0"], "augment.mean", "three numbers"),
     ],
@@ -200,6 +210,40 @@ def test_identity_and_runtime_keys() -> None:
     known = flatten(base)
     for key in RUNTIME_KEYS:
         assert any(k == key or k.startswith(key + ".") for k in known), f"{key} is no key"
+
+
+def test_levers_that_change_no_number_may_change_and_others_may_not() -> None:
+    base = Config()
+    assert identity_changes(base, replace(base, memory=replace(base.memory, checkpointing=True))) == {}
+    for other in (replace(base, compile=True), replace(base, init="imagenet"), replace(base, model="timm:resnet18"),
+                  replace(base, memory=replace(base.memory, channels_last=False))):  # fmt: skip
+        assert len(identity_changes(base, other)) == 1
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_sets_the_convmixer_and_flags_lie_over_it(size: str, tmp_path: Path) -> None:
+    expected = SIZES[size]
+    assert expected.size == size
+    for arguments in (["--convmixer.size", size], [f"--convmixer.size={size}", "--preset", "report-convmixer"]):
+        assert parse(arguments, "x").convmixer == expected
+    wider = replace(expected, dim=40)
+    assert parse(["--convmixer.dim", "40", "--convmixer.size", size], "x").convmixer == wider
+    assert from_mapping({"convmixer": {"dim": 40, "size": size}}, "test").convmixer == wider
+    # Of what was resolved the values count, not the name.
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(replace(Config(), convmixer=wider)))
+    assert load_preset(str(file)).convmixer == wider
+    assert identity_changes(Config(convmixer=wider), Config(convmixer=replace(wider, size=None))) == {}
+    assert "size" not in Config(convmixer=wider).model_settings
+
+
+def test_any_name_of_timms_passes_and_has_no_settings_here() -> None:
+    config = parse(["--model", "timm:vit_tiny_patch16_224"], "x")
+    assert (config.model, config.model_settings) == ("timm:vit_tiny_patch16_224", {})
+    assert from_mapping(yaml.safe_load(dump(config)), "dump") == config
 
 
 # ---------------------------------------------------------------------------------------------- policies

@@ -1,0 +1,128 @@
+"""Levers of memory: activations that are computed again, `torch.compile`, and the layout of maps."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from fastddr.config import Config
+from fastddr.errors import UserError
+
+
+class Blocks(nn.Sequential):
+    """Blocks one after the other, maps to maps; names and order are those of a Sequential.
+
+    With `recompute` a block keeps nothing for the backward pass but its input, and runs once more in it (Chen et al.,
+    "Training Deep Nets with Sublinear Memory Cost", 2016).
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps to maps."""
+        for block in self:
+            if self.recompute and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
+            else:
+                x = block(x)
+        return x
+
+
+def recompute_blocks(model: nn.Module, name: str) -> None:
+    """From now on each block of the model keeps only its input, and is computed again in the backward pass.
+
+    Outputs, gradients and BatchNorm's statistics stay what they were, on a CPU to the bit.
+
+    Args:
+        model: ours, or timm's, which know their blocks themselves.
+        name: as the user gave it.
+
+    Raises:
+        UserError: the model cannot do it.
+    """
+    ours = [module for module in model.modules() if isinstance(module, Blocks)]
+    for blocks in ours:
+        blocks.recompute = True
+    if not ours:
+        refused = UserError(
+            f"--memory.checkpointing: {name} does not say what its blocks are; leave it off, and lower "
+            "--micro-batch-size, or take --compile with --memory.activation-budget 0.5."
+        )
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise refused
+        try:
+            cast(Any, model).set_grad_checkpointing(True)
+        except AssertionError:  # timm's way to say so
+            raise refused from None
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(_lend_statistics)
+            # Always: what is computed again stops with an exception as soon as it has all that is needed.
+            module.register_forward_hook(_restore_statistics, always_call=True)
+
+
+def _lend_statistics(norm: nn.Module, inputs: Any) -> None:
+    """A BatchNorm that runs in the backward pass runs again: its statistics have that batch already, so copies get it.
+
+    Without statistics it would keep another number of tensors than the first time, which PyTorch refuses.
+    """
+    # -1 outside of a backward pass; PyTorch's own checkpointing asks this too.
+    if torch._C._current_graph_task_id() != -1:
+        own = norm.__dict__["_own"] = dict(norm._buffers)
+        norm._buffers.update({name: None if tensor is None else tensor.clone() for name, tensor in own.items()})
+
+
+def _restore_statistics(norm: nn.Module, inputs: Any, output: Any) -> None:
+    if own := norm.__dict__.pop("_own", None):
+        norm._buffers.update(own)
+
+
+def keep_contiguous(model: nn.Module) -> None:
+    """Maps in PyTorch's default order (NCHW) and not channels_last, whatever the images are laid out in."""
+    model.to(memory_format=torch.contiguous_format)
+    model.register_forward_pre_hook(_contiguous_input)
+    patches = getattr(model, "patches", None)
+    if isinstance(patches, nn.Module):  # the ConvMixer's, which are cut by a matrix product and come channels_last
+        patches.register_forward_hook(_contiguous_output)
+
+
+def _contiguous_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _contiguous_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.contiguous()
+
+
+def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The model under `torch.compile`, or as it is unless `config.compile`.
+
+    The compiled one shares weights and buffers with the given one, which stays as it is. `memory.activation_budget` is
+    a setting of PyTorch's for the whole process.
+
+    Args:
+        model: as it is trained, with DDP around it where there are several ranks.
+        config: says whether, and which share of the activations may be kept.
+        device: where it trains.
+
+    Raises:
+        UserError: this machine has no compiler.
+    """
+    if not config.compile:
+        return model
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            raise UserError("--compile needs Triton, which comes with PyTorch for CUDA on Linux; leave it off here.")
+    elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise UserError("--compile needs a C++ compiler on a CPU; install g++, or leave it off.")
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = config.memory.activation_budget
+    # Micro batches are all of one size, so nothing need be prepared for others.
+    return cast(nn.Module, torch.compile(model, dynamic=False))

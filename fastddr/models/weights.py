@@ -1,0 +1,258 @@
+"""Pretrained weights, `--init`: where they come from, what they are called, and what of them fits.
+
+imagenet      what timm or torchvision publishes for this model, from their caches or downloaded into them
+PATH          a file: safetensors, or a state dict that PyTorch saved
+run:NAME      the best weights of an earlier run in runs/NAME, or in the folder that is named
+
+Nothing is loaded that could run code: a pickle is read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastddr import runtime
+from fastddr.config import Config
+from fastddr.errors import UserError
+from fastddr.models import zoo
+from fastddr.models.convmixer import ConvMixer, our_name
+from fastddr.models.resnet import PUBLISHED
+
+#: The ConvMixers that the paper trained on ImageNet: dim, depth, kernel, patch and activation, to timm's name.
+CONVMIXERS = {
+    (768, 32, 7, 7, "relu"): "convmixer_768_32",
+    (1024, 20, 9, 14, "gelu"): "convmixer_1024_20_ks9_p14",
+    (1536, 20, 9, 7, "gelu"): "convmixer_1536_20",
+}
+#: What wraps a state dict in a file, and what wraps its names.
+_INSIDE = ("state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+class Saved(Protocol):
+    """What is needed of a checkpoint of a run."""
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The weights."""
+
+    @property
+    def ema(self) -> dict[str, Tensor] | None:
+        """Their average, where there is one."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What of some weights fits a model."""
+
+    taken: dict[str, Tensor]
+    """By the model's names."""
+    lines: tuple[str, ...]
+    """First how many were taken, then one line for each tensor that was not, here or there."""
+
+
+def begin(
+    config: Config,
+    model: nn.Module,
+    average: nn.Module,
+    load_checkpoint: Callable[[Path], Saved],
+    say: Callable[[str], None],
+) -> None:
+    """Let a model, and the average of its weights, begin at the weights that `config.init` names, on every rank.
+
+    Args:
+        config: where its `init` is None, nothing is done.
+        model: bare; it is changed in place, so an optimizer may hold its parameters.
+        average: the model that holds the averaged weights; the same as `model` where there is none.
+        load_checkpoint: reads a checkpoint's folder.
+        say: hears each line of what was taken and what was not.
+
+    Raises:
+        UserError: the weights cannot be had, or are another model's.
+    """
+    if config.init is None:
+        return
+    read: list[dict[str, Tensor]] = []
+    # Rank 0 first: what it downloads the others find.
+    runtime.from_main(lambda: read.append(source(config, load_checkpoint)))
+    found = fit(model, read[0] if read else source(config, load_checkpoint), config)
+    for target in (model, average):
+        put(target, found.taken)
+    for line in found.lines:
+        say(f"  {line}")
+    trained = zoo.normalisation(model) if config.init == "imagenet" else None
+    if trained is not None and trained != (config.augment.mean, config.augment.std):
+        mean, std = (" ".join(map(str, values)) for values in trained)
+        say(
+            f"  init: these weights were trained on images of another normalisation; --augment.mean {mean} "
+            f"--augment.std {std} is theirs"
+        )
+
+
+def source(config: Config, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:
+    """The tensors that `config.init` names, by their own names, on the CPU; `UserError` where they cannot be had."""
+    init = config.init
+    assert init is not None
+    if init == "imagenet":
+        return _imagenet(config)
+    if init.startswith("run:"):
+        return _run(init, load_checkpoint)
+    return _file(Path(init).expanduser())
+
+
+def _imagenet(config: Config) -> dict[str, Tensor]:
+    why = f"--init imagenet for {config.model}"
+    if config.model.startswith(zoo.PREFIX):
+        return zoo.pretrained(config.model, config.image_size)
+    if config.model == "convmixer":
+        mixer = config.convmixer
+        shape = (mixer.dim, mixer.depth, mixer.kernel_size, mixer.patch_size, mixer.activation)
+        if shape in CONVMIXERS:
+            return zoo.pretrained(zoo.PREFIX + CONVMIXERS[shape], config.image_size)
+        theirs = "; ".join(
+            f"dim {dim}, depth {depth}, kernel_size {kernel}, patch_size {patch}, activation {activation}"
+            for dim, depth, kernel, patch, activation in CONVMIXERS
+        )
+        raise UserError(f"{why}: there are weights of three shapes only ({theirs}); --convmixer.size l is the first.")
+    if config.model == "resnet":
+        depth, width = config.resnet.depth, config.resnet.width
+        if depth in PUBLISHED and width == 64:
+            return _torchvision(f"resnet{depth}", why)
+        depths = ", ".join(map(str, PUBLISHED))
+        raise UserError(f"{why}: there are ImageNet weights of the depths {depths} with width 64 only.")
+    raise UserError(f"{why}: nobody has published any; take another model, or leave --init out.")
+
+
+def _torchvision(name: str, why: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    try:
+        return dict(get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except OSError as error:
+        raise zoo.offline(why, error) from error
+
+
+def _run(init: str, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:
+    name = init.removeprefix("run:")
+    folder = Path("runs") / name if "/" not in name else Path(name).expanduser()
+    best = folder / "checkpoints" / "best"
+    if not best.exists():
+        what = "this run has no best checkpoint yet" if (folder / "config.yaml").is_file() else "there is no run"
+        raise UserError(f"--init {init}: {what} in {folder}; name a run that has validated at least once.")
+    saved = load_checkpoint(best)
+    return saved.model if saved.ema is None else saved.ema
+
+
+def _file(path: Path) -> dict[str, Tensor]:
+    where = f"--init {path}"
+    if path.is_dir():
+        raise UserError(f"{where}: this is a folder; give a file, or run:{path} for the best weights of a run.")
+    if not path.is_file():
+        raise UserError(f"{where}: there is no such file; give a file, `imagenet`, or run:NAME.")
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else _unpickled(path, where)
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise UserError(f"{where}: this is neither safetensors nor what torch.save wrote ({said}).") from None
+    for key in _INSIDE:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{where}: there are no named tensors in it; save a model's state_dict().")
+    named: dict[str, Any] = dict(loaded)
+    for wrapper in (*_WRAPPERS, *_WRAPPERS):  # one may lie within the other
+        if all(name.startswith(wrapper) for name in named):
+            named = {name.removeprefix(wrapper): value for name, value in named.items()}
+    strange = [name for name, value in named.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{where}: {strange[0]!r} among the weights is no tensor; save a model's state_dict() alone.")
+    return named
+
+
+def _unpickled(path: Path, where: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # The reason stands in the middle of a text of many lines; what matters is what it asked for.
+        said = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+        what = f"it holds {said}, not tensors alone" if said else "it is no file of torch.save, or damaged"
+        raise UserError(
+            f"{where}: {what}, and fastddr runs no code from a file; save the model's state_dict() alone."
+        ) from None
+
+
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give a model's logits, without the point before its tensors' names."""
+    theirs = zoo.head(model)
+    return theirs or tuple(name for name in ("head", "fc") if hasattr(model, name))
+
+
+def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:
+    """What of `tensors` goes into the model. The names may be ours, the paper's, timm's or torchvision's.
+
+    Where no name is ours, but kinds and shapes agree one by one, they are taken in their order.
+
+    Raises:
+        UserError: not even half of the model's weights, the head left out, are there; or one is not finite.
+    """
+    mine = model.state_dict()
+    theirs = {our_name(name): tensor for name, tensor in tensors.items()} if isinstance(model, ConvMixer) else tensors
+    prefixes = tuple(f"{name}." for name in heads(model))
+    lines = []
+    if not set(mine) & set(theirs) and _alike(mine, theirs, prefixes):
+        theirs = dict(zip(mine, theirs.values(), strict=True))
+        lines.append("init: its names are not this model's, but kinds and shapes are, one by one: taken in that order")
+    taken: dict[str, Tensor] = {}
+    for name, tensor in mine.items():
+        if name not in theirs:
+            lines.append(f"init: {name} begins at random: it is not there")
+        elif theirs[name].shape != tensor.shape:
+            lines.append(f"init: {name} begins at random: {_shape(tensor)} here, {_shape(theirs[name])} there")
+        else:
+            taken[name] = theirs[name]
+    lines += [f"init: {name} is left out: it is not in this model" for name in theirs if name not in mine]
+    body = {name: weight.numel() for name, weight in model.named_parameters() if not name.startswith(prefixes)}
+    share = sum(count for name, count in body.items() if name in taken) / max(1, sum(body.values()))
+    if share < 0.5:
+        shown = next((name for name in theirs if name not in taken), "none")
+        raise UserError(
+            f"--init {config.init}: of this {config.model}'s weights only {share:.0%} are there (its first that does "
+            f"not fit is {shown!r}); give the weights of a model of the same shape."
+        )
+    for name, tensor in taken.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"--init {config.init}: {name} is not finite; take other weights.")
+    return Fit(taken, (f"init {config.init}: {len(taken)} of {len(mine)} tensors taken", *lines))
+
+
+def _alike(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], heads: tuple[str, ...]) -> bool:
+    """Whether both list as many tensors, each of the other's kind (`weight`, `running_mean`, …) and shape."""
+
+    def leaf(name: str) -> str:
+        return name.rpartition(".")[2]
+
+    return len(mine) == len(theirs) and all(
+        leaf(one) == leaf(other) and (mine[one].shape == theirs[other].shape or one.startswith(heads))
+        for one, other in zip(mine, theirs, strict=True)
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "one number"
+
+
+@torch.no_grad()
+def put(model: nn.Module, taken: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's own, which keep their place, type and layout."""
+    own = model.state_dict()
+    for name, tensor in taken.items():
+        own[name].copy_(tensor)

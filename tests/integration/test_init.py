@@ -1,0 +1,82 @@
+"""Runs that begin at earlier weights, recompute their blocks, train a model of timm's, or are compiled."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests_support import ROOT, SMALL, settings, train, weights
+
+from fastddr import checkpoints
+from fastddr.errors import UserError
+from fastddr.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run with averaged weights, done."""
+    return train(tiny, tmp_path_factory.mktemp("runs") / "first")
+
+
+def test_a_run_begins_at_the_best_weights_of_another_and_goes_on_without_it(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = Path(shutil.copytree(run, tmp_path / "source", symlinks=True)), tmp_path / "second"
+    begin = settings(tiny, folder, "--init", f"run:{source}")
+    with Trainer(begin) as trainer:
+        best = checkpoints.load(source / "checkpoints" / "best").ema
+        assert best is not None
+        for model in (trainer.bare_model, trainer._weights):
+            found = model.state_dict()
+            assert found.keys() == best.keys()
+            assert all(torch.equal(found[name], best[name]) for name in best)
+        trainer.train_epoch()
+        trainer.validate()
+    assert f"init run:{source}: {len(best)} of {len(best)} tensors taken" in capsys.readouterr().out
+    saved = checkpoints.load(folder / "checkpoints" / "last").model
+    assert not torch.equal(saved["head.weight"], best["head.weight"])
+    # A resume goes on from its own weights; what it began at may be gone.
+    shutil.rmtree(source)
+    with Trainer(begin) as trainer:
+        found = trainer.bare_model.state_dict()
+        assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert "tensors taken" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"init was 'run:.*' and is now None"):
+        train(tiny, folder)
+
+
+def test_weights_that_cannot_be_had_leave_no_folder(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such file"):
+        train(tiny, tmp_path / "run", "--init", str(tmp_path / "none.pth"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_recomputed_blocks_give_the_run_bit_for_bit(run: Path, tiny: Path, tmp_path: Path) -> None:
+    again = weights(train(tiny, tmp_path / "sparing", "--memory.checkpointing"))
+    assert [name for name, tensor in weights(run).items() if not torch.equal(tensor, again[name])] == []
+
+
+def test_a_model_of_timms_trains_and_is_reported(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    run = train(tiny, tmp_path / "run", "--model", "timm:test_resnet", "--epochs", "1", "--memory.no-channels-last")
+    assert "timm:test_resnet" in (run / "report" / "report.md").read_text()
+    assert "conv1.0.weight" in weights(run) or "conv1.weight" in weights(run)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler, and there is none"
+)
+def test_a_compiled_run_saves_plain_names_and_is_near_the_eager_one(run: Path, tiny: Path, tmp_path: Path) -> None:
+    # In a process of its own: the checks of shapes that tests run under are not what is compiled.
+    command = [sys.executable, "-m", "fastddr", "train", "--data", str(tiny), "--run-dir", str(tmp_path / "run")]
+    subprocess.run([*command, *SMALL, "--compile"], cwd=ROOT, check=True, timeout=300)
+    eager, compiled = weights(run), weights(tmp_path / "run")
+    assert eager.keys() == compiled.keys()
+    assert not all(torch.equal(eager[name], compiled[name]) for name in eager), "nothing was compiled"
+    for name in ("head.weight", "layers.0.pointwise.weight", "patches_norm.running_mean"):
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-2, atol=1e-3)

@@ -1,0 +1,244 @@
+"""Levers of memory: they change what is kept and when it is computed, and no number; and `torch.compile`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests_support import ROOT
+from torch import Tensor, nn
+
+from fastddr import models
+from fastddr.config import Config, MemoryConfig
+from fastddr.errors import UserError
+from fastddr.models import levers
+
+CPU = torch.device("cpu")
+OURS = {
+    "convmixer": {"dim": 8, "depth": 3, "kernel_size": 5, "patch_size": 4},
+    "cnn": {"blocks": 2, "width": 4},
+    "resnet": {"depth": 10, "width": 16},
+}
+#: With BatchNorm in their blocks, with other norms, and with dropout's draws.
+TIMMS = ["timm:test_resnet", "timm:test_efficientnet", "timm:test_convnext", "timm:test_vit"]
+SIZE = 32
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler, and there is none"
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name: str) -> nn.Module:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    return models.build(name, num_classes=5, image_size=SIZE, **OURS.get(name, {}))
+
+
+def after_three_backwards(model: nn.Module) -> dict[str, Tensor]:
+    """Logits, gradients and buffers after forward and backward of three micro batches."""
+    torch.manual_seed(1)
+    found = {}
+    for number in range(3):
+        logits = model.train()(torch.randn(4, 3, SIZE, SIZE))
+        F.cross_entropy(logits, torch.tensor([0, 1, 2, 4])).backward()
+        found[f"logits {number}"] = logits.detach()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[f"gradient {name}"] = parameter.grad
+    return found | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("name", [*OURS, *TIMMS])
+def test_recomputed_blocks_change_no_number(name: str) -> None:
+    """Not a bit of any gradient, and BatchNorm's statistics have each batch once."""
+    plain, sparing = build(name), build(name)
+    levers.recompute_blocks(sparing, name)
+    expected, found = after_three_backwards(plain), after_three_backwards(sparing)
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    counters = [value for key, value in found.items() if key.endswith("num_batches_tracked")]
+    assert all(counter == 3 for counter in counters)
+    assert bool(counters) == any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+
+
+@pytest.mark.parametrize("name", [*OURS, *TIMMS])
+def test_blocks_run_again_in_the_backward_pass_and_only_in_training(name: str) -> None:
+    model = build(name)
+    levers.recompute_blocks(model, name)
+    inner = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)][1:-1]
+    ran: list[int] = [0]
+
+    def count(*_: object) -> None:
+        ran[0] += 1
+
+    for module in inner:
+        module.register_forward_pre_hook(count)
+    logits = model(torch.randn(2, 3, SIZE, SIZE))
+    once = ran[0]
+    logits.sum().backward()
+    assert ran[0] > once
+    ran[0] = 0
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 3, SIZE, SIZE))
+    assert ran[0] == once
+
+
+def test_a_copy_recomputes_by_itself() -> None:
+    """As the averaged weights are copied: the copy's blocks must not run the original's."""
+    model = build("convmixer")
+    levers.recompute_blocks(model, "convmixer")
+    copy = deepcopy(model)
+    found = after_three_backwards(copy)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found["layers.0.depthwise_norm.num_batches_tracked"] == 3
+    assert model.get_buffer("layers.0.depthwise_norm.num_batches_tracked") == 0
+
+
+def test_names_of_weights_are_those_without_levers() -> None:
+    plain, sparing = build("resnet"), build("resnet")
+    levers.recompute_blocks(sparing, "resnet")
+    assert list(plain.state_dict()) == list(sparing.state_dict())
+
+
+def test_a_model_without_blocks_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"timm:other does not say .*--micro-batch-size"):
+        levers.recompute_blocks(nn.Linear(2, 2), "timm:other")
+
+    class Refuses(nn.Module):
+        def set_grad_checkpointing(self, enable: bool = True) -> None:
+            assert not enable, "gradient checkpointing not supported"
+
+    with pytest.raises(UserError, match="timm:other does not say"):
+        levers.recompute_blocks(Refuses(), "timm:other")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_maps_are_contiguous_where_channels_last_is_off(name: str) -> None:
+    last, first = build(name).double(), build(name).double()
+    levers.keep_contiguous(first)
+    other: list[str] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs[0].is_contiguous():
+            other.append(type(module).__name__)
+
+    for module in first.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and not isinstance(module, models.convmixer.PatchEmbedding):
+            module.register_forward_pre_hook(look)
+    image = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(first(image), last(image), rtol=1e-10, atol=1e-10)
+    assert other == []
+    assert all(weight.is_contiguous() for weight in first.parameters())
+
+
+def test_a_configuration_sets_the_levers_and_says_so() -> None:
+    said: list[str] = []
+    base = replace(Config(), image_size=SIZE, convmixer=replace(Config().convmixer, **OURS["convmixer"]))
+    plain = models.from_config(base, said.append)
+    assert said == []
+    assert not plain.layers.recompute
+    config = replace(base, memory=MemoryConfig(checkpointing=True, channels_last=False))
+    sparing = models.from_config(config, said.append)
+    assert sparing.layers.recompute
+    assert sparing.get_parameter("layers.0.pointwise.weight").is_contiguous()
+    assert len(said) == 1
+    assert "memory.checkpointing" in said[0]
+
+
+def test_the_stem_that_takes_memory_is_warned_of() -> None:
+    said: list[str] = []
+    base = replace(Config(), model="resnet", image_size=SIZE)
+    models.from_config(base, said.append)
+    assert said == []
+    models.from_config(replace(base, resnet=replace(base.resnet, stem="stride1", width=16)), said.append)
+    assert len(said) == 1
+    assert "16 times" in said[0]
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+def test_without_compile_the_model_is_itself() -> None:
+    model = build("cnn")
+    assert levers.compiled(model, Config(), CPU) is model
+
+
+def test_a_machine_without_a_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(Config(), compile=True)
+    monkeypatch.setattr(levers.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        levers.compiled(build("cnn"), config, CPU)
+    monkeypatch.setattr(levers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="Triton"):
+        levers.compiled(build("cnn"), config, torch.device("cuda"))
+
+
+#: In a process of its own: the checks of shapes that tests run under are not what is compiled.
+STEPS = """
+import json, sys
+import torch
+import torch._functorch.config
+from accelerate import Accelerator
+from fastddr import losses, models, optimizers
+from fastddr.config import Config, ConvMixerConfig, MemoryConfig
+from fastddr.loaders.base import Batch
+from fastddr.step import Tally, training_step
+
+torch.set_num_threads(1)
+found = {}
+for how, share in ("eager", None), ("all", 1.0), ("some", 0.3):
+    torch.manual_seed(0)
+    config = Config(image_size=32, compile=share is not None, memory=MemoryConfig(activation_budget=share or 1.0),
+                    convmixer=ConvMixerConfig(dim=8, depth=2, kernel_size=5, patch_size=4))
+    bare = models.from_config(config, print)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(bare, optimizers.build(bare, "sgd", lr=0.1))
+    model = models.levers.compiled(model, config, torch.device("cpu"))
+    image = torch.randn(4, 3, 32, 32)
+    batch = Batch(image, torch.tensor([0, 1, 2, 4]), torch.arange(4), torch.ones(4, dtype=torch.bool))
+    for _ in range(2):
+        bad = training_step(accelerator, model, [batch], losses.build("cross_entropy"), optimizer,
+                            Tally.zeros(torch.device("cpu")), 1.0)
+        assert not bad.any()
+    found[how] = {
+        "compiled": isinstance(model, torch._dynamo.OptimizedModule),
+        "graphs": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+        "budget": torch._functorch.config.activation_memory_budget,
+        "weights": {name: tensor.flatten().tolist() for name, tensor in bare.state_dict().items()},
+    }
+    torch._dynamo.reset()
+json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_step_is_the_eager_one_to_rounding(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", STEPS, str(tmp_path / "found.json")], check=True, cwd=ROOT, timeout=300)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [found[how]["compiled"] for how in ("eager", "all", "some")] == [False, True, True]
+    assert found["all"]["graphs"] > found["eager"]["graphs"] == 0
+    assert (found["all"]["budget"], found["some"]["budget"]) == (1.0, 0.3)
+    eager = found["eager"]["weights"]
+    for how in ("all", "some"):
+        # The bare model has the weights, by plain names.
+        assert found[how]["weights"].keys() == eager.keys()
+        for name, values in eager.items():
+            assert found[how]["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-5), name

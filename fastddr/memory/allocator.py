@@ -109,7 +109,7 @@ class Allocator:
 
 
 def replay(tape: Tape, batch: int, limit: int | None = None) -> Allocator | None:
-    """The allocator after both steps of a tape with `batch` photographs at once; None where the limit is too small."""
+    """The allocator after the step of a tape with `batch` photographs at once; None where the limit is too small."""
     allocator = Allocator(limit)
     sizes = tape.sizes(batch)
     taken: dict[int, _Piece] = {}

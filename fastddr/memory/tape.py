@@ -44,19 +44,19 @@ class Tape:
     """Bytes of each block for each photograph."""
     events: list[int]
     """n + 1 where block n is taken, -(n + 1) where it is freed."""
-    second: int
-    """The event with which the second step begins: the first one in which the optimizer has its moments."""
+    begins: int
+    """The event with which the step begins; before it come weights and moments."""
     flop: dict[str, int]
-    """Of the second step: multiplications and additions in products and convolutions, `fixed` and `each`."""
+    """Of the step: multiplications and additions in products and convolutions, `fixed` and `each`."""
     moved: dict[str, int]
-    """Of the second step: bytes that its operations read and write, `fixed` and `each`."""
+    """Of the step: bytes that its operations read and write, `fixed` and `each`."""
 
     def sizes(self, batch: int) -> list[int]:
         """Bytes of each block with `batch` photographs at once."""
         return [fixed + each * batch for fixed, each in zip(self.fixed, self.each, strict=True)]
 
     def peak(self, batch: int) -> Moment:
-        """The moment of the two steps in which most is held, with `batch` photographs at once.
+        """The moment in which most is held, with `batch` photographs at once.
 
         Raises:
             ValueError: `batch` is below 1.
@@ -76,13 +76,13 @@ class Tape:
         return Moment(most, kinds)
 
     def course(self, batch: int) -> Iterator[dict[str, int]]:
-        """Bytes by kind after each event of the second step."""
+        """Bytes by kind after each event of the step."""
         sizes = [rounded(size) for size in self.sizes(batch)]
         kinds = dict.fromkeys(KINDS, 0)
         for number, event in enumerate(self.events):
             block = abs(event) - 1
             kinds[self.kinds[block]] += sizes[block] if event > 0 else -sizes[block]
-            if number >= self.second:
+            if number >= self.begins:
                 yield dict(kinds)
 
     def cost(self, batch: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -29,6 +29,7 @@ _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#
 _HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
 
 
+@runtime_checkable
 class Asked(Protocol):
     """The flags of `fastddr plan` itself."""
 
@@ -93,11 +94,11 @@ def configured(flags: Sequence[str], depth: int | None = None, model: str | None
     A canvas that is smaller than the image, and was not asked for, is made as large.
     """
     flags = list(flags)
-    model = model or cli._last_value(flags, "--model")
-    if cli._last_value(flags, "--preset") is None and model in MODELS:
+    model = model or cli.last_value(flags, "--model")
+    if cli.last_value(flags, "--preset") is None and model in MODELS:
         flags = ["--preset", f"report-{model}", *flags]
-    size = cli._last_value(flags, "--image-size")
-    if cli._last_value(flags, "--canvas") is None and size is not None and size.isdigit():
+    size = cli.last_value(flags, "--image-size")
+    if cli.last_value(flags, "--canvas") is None and size is not None and size.isdigit():
         flags += ["--canvas", str(max(int(size), 512))]
     config = cli.parse(flags, "fastddr plan")
     if depth is not None:
@@ -173,7 +174,7 @@ def lines(
     asked: Asked, flags: list[str], card: cards.Card | None, limit: int, allowance: allowances.Allowance
 ) -> list[planning.Line]:
     """The table's lines."""
-    size = cli._last_value(flags, "--image-size")
+    size = cli.last_value(flags, "--image-size")
     found = []
     for model in MODELS:
         for side in SIZES if size is None else (int(size),):

@@ -1,20 +1,20 @@
 """Peak memory of training steps, measured beside what `fastddr plan` predicts, one fresh process a trial.
 
-    python benchmarks/memory.py                      # on a GPU: five models, crops, batches, precisions, recomputation
+    python benchmarks/memory.py                      # on a GPU: six models, crops, batches, precisions, recomputation
     python benchmarks/memory.py --cards 4 6 8 12 16 24 48 80   # and the largest batch on cards of these sizes, emulated
     python benchmarks/memory.py --tiny               # a rehearsal on a CPU, where the witness is the CPU's allocator
 
-On a GPU a trial is two steps of `fastddr.step.training_step`; measured are the most that PyTorch's allocator gave out
+On a GPU a trial is some steps of `fastddr.step.training_step`; measured are the most that PyTorch's allocator gave out
 and reserved, and what the driver says is used beyond that (the context). Predicted are the same step's tape and the
 replayed allocator, without any allowance. On a CPU the measured side is what PyTorch's CPU allocator was asked for
 (`torch.profiler` with `profile_memory`), the scratch of CPU kernels included: it rehearses the benchmark and says
 nothing of a GPU's workspaces.
 
 `--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, and finds by
-bisection the largest batch whose two steps go through. The case of the 2022 report, a ResNet of 40 layers on 512 px in
+bisection the largest batch whose steps go through. The case of the 2022 report, a ResNet of 40 layers on 512 px in
 float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and bf16 cure it.
 
-Rows of `kind` memory: median, low and high are the measured peak in GiB over the repeats; `predicted_gib`, `error` (of
+Rows of `kind` memory: median, low and high are the measured peak in GiB over the steps; `predicted_gib`, `error` (of
 predicted to measured), and the predicted kinds. The last rows are the median and the worst error.
 """
 
@@ -42,6 +42,8 @@ from fastddr.memory.tape import KINDS
 from fastddr.memory.tracing import Steps, Training, trace
 
 GIB = 2**30
+#: Steps of a trial, each with a peak of its own.
+REPEATS = 5
 #: Ours, the report's, and two strangers.
 MODELS = ("convmixer-512-12-k9-p8", "cnn", "resnet,depth=40", "resnet,depth=40,stem=stride1", "timm:resnet50",
           "timm:convnext_tiny")  # fmt: skip
@@ -87,14 +89,12 @@ class Options:
     batch_sizes: tuple[int, ...] = ()
     precisions: tuple[str, ...] = ()
     """fp32, bf16, fp16."""
-    recomputed: tuple[bool, ...] = (False, True)
-    """With activation checkpointing of each block."""
+    recomputed: tuple[bool, ...] = ()
+    """With activation checkpointing of each block; by default without and, on a GPU, with."""
     compiled: tuple[bool, ...] = (False,)
     """Under torch.compile; nothing is predicted for it but the estimate."""
     cards: tuple[float, ...] = ()
     """Sizes in GiB of cards to emulate, on a GPU."""
-    repeats: int = 5
-    """Processes of each configuration on a CPU or GPU; memory hardly varies."""
     tiny: bool = False
     """Small models on small images: a rehearsal in a minute."""
     out: Path | None = None
@@ -108,13 +108,12 @@ def trials(options: Options, *, gpu: bool) -> list[Trial]:
     small = options.tiny or not gpu
     models = options.models or (TINY if small else MODELS)
     sizes = options.image_sizes or ((64, 96) if small else (256, 512))
-    batches = options.batch_sizes or ((8, 16) if small else (8, 16, 32))
+    batches = options.batch_sizes or ((16,) if small else (8, 16, 32))
     precisions = options.precisions or (("fp32",) if small else ("fp32", "bf16"))
+    recomputed = options.recomputed or ((False,) if small else (False, True))
     for model in models:
         networks.check(model)
-    return [
-        Trial(*chosen) for chosen in product(models, sizes, batches, precisions, options.recomputed, options.compiled)
-    ]
+    return [Trial(*chosen) for chosen in product(models, sizes, batches, precisions, recomputed, options.compiled)]
 
 
 # ------------------------------------------------------------------------------------------------- the trial's process
@@ -142,15 +141,18 @@ def measured(trial: Trial) -> dict[str, Any]:
     if trial.compiled:
         training.model = torch.compile(training.model)
     training.begin()
+    training.step(0)  # what libraries keep once, they keep now
     if not gpu:
-        return {"allocated": _on_cpu(training)}
-    torch.cuda.reset_peak_memory_stats(device)
-    for number in range(2):
+        return {"allocated": [_on_cpu(training) for _ in range(REPEATS)]}
+    allocated = []
+    for number in range(REPEATS):
+        torch.cuda.reset_peak_memory_stats(device)
         training.step(number)
-    torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
+        allocated.append(torch.cuda.max_memory_allocated(device))
     free, total = torch.cuda.mem_get_info(device)
     return {
-        "allocated": torch.cuda.max_memory_allocated(device),
+        "allocated": allocated,
         "reserved": torch.cuda.max_memory_reserved(device),
         "context": total - free - torch.cuda.memory_reserved(device),
     }
@@ -160,7 +162,6 @@ def _on_cpu(training: Training) -> int:
     """Bytes that the CPU's allocator held at most in a step: what was there before, and its own record of the rest."""
     from torch.profiler import ProfilerActivity, profile
 
-    training.step(0)  # what libraries keep once, they keep now
     kept = [*training.network.parameters(), *training.network.buffers()]
     kept += [value for state in training.optimizer.optimizer.state.values() for value in state.values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -202,27 +203,26 @@ def largest(trial: Trial, most: int = 1024) -> int:
     return low
 
 
-def row(trial: Trial, repeats: int, *, gpu: bool) -> dict[str, Any]:
+def row(trial: Trial, *, gpu: bool) -> dict[str, Any]:
     """A configuration's measurement beside its prediction."""
     described = {"name": trial.name, "kind": "memory", "model": trial.model, "image_size": trial.image_size,
                  "batch_size": trial.batch_size, "precision": trial.precision,
                  "witness": "CUDA allocator" if gpu else "CPU allocator's record"}  # fmt: skip
-    found = [in_process(trial) for _ in range(repeats)]
-    failed = next((each["failed"] for each in found if "failed" in each), None)
-    if failed is not None:
-        return described | {"failed": failed}
+    found = in_process(trial)
+    if "failed" in found:
+        return described | {"failed": found["failed"]}
     tape = trace(trial.make, trial.steps)
     peak = tape.peak(trial.batch_size)
-    spread = harness.spread([each["allocated"] / GIB for each in found])
+    spread = harness.spread([size / GIB for size in found["allocated"]])
     described |= spread | {"unit": "GiB", "predicted_gib": peak.held / GIB}
     described["error"] = peak.held / GIB / spread["median"] - 1
     described |= {f"{kind.replace(' ', '_')}_gib": peak.kinds[kind] / GIB for kind in KINDS if peak.kinds[kind]}
     if gpu:
         replayed = replay(tape, trial.batch_size)
         assert replayed is not None
-        described |= {"reserved_gib": max(each["reserved"] for each in found) / GIB,
+        described |= {"reserved_gib": found["reserved"] / GIB,
                       "predicted_reserved_gib": replayed.most / GIB,
-                      "context_gib": max(each["context"] for each in found) / GIB}  # fmt: skip
+                      "context_gib": found["context"] / GIB}  # fmt: skip
     return described
 
 
@@ -243,13 +243,11 @@ def errors(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    if options.repeats < 5:
-        raise UserError(f"--repeats {options.repeats}: an interval wants at least 5.")
     gpu = torch.cuda.is_available()
     if options.cards and not gpu:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
     harness.begin()
-    rows = [row(trial, options.repeats, gpu=gpu) for trial in trials(options, gpu=gpu)]
+    rows = [row(trial, gpu=gpu) for trial in trials(options, gpu=gpu)]
     for size, model, side in product(options.cards, options.models or MODELS, options.image_sizes or (256, 512)):
         for precision in options.precisions or ("fp32", "bf16"):
             batch = largest(Trial(model, side, 2, precision, recomputed=False, limit_gib=size))

@@ -51,7 +51,10 @@ def test_precision_average_recomputation_and_compilation_change_what_they_should
     assert half.kinds["weight copies"] > 0
     averaged = predict(replace(plain, config=config(optimizer={"ema_decay": 0.9})), NOTHING)
     assert averaged.kinds["averaged weights"] > 0
-    assert predict(replace(plain, recomputed=True), NOTHING).kinds["activations"] < 0.8 * activations
+    # What is kept is one map a block; so many blocks, that the stem, which is no block, does not outweigh them.
+    mixer = Case(config(model="convmixer", convmixer={"dim": 16, "depth": 8, "kernel_size": 3, "patch_size": 4}), 24)
+    kept, all_ = (predict(replace(mixer, recomputed=on), NOTHING).kinds["activations"] for on in (True, False))
+    assert kept < 0.5 * all_
     compiled = predict(replace(plain, compiled=True), NOTHING)
     assert compiled.estimated
     assert compiled.kinds["activations"] < activations

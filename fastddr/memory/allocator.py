@@ -27,6 +27,8 @@ _LARGE, _LARGE_SEGMENT, _ROUND = 10 * MIB, 20 * MIB, 2 * MIB
 class _Piece:
     size: int
     segment: int
+    start: int
+    """Its first byte within the segment."""
     small: bool
     free: bool = True
     before: _Piece | None = None
@@ -43,9 +45,8 @@ class Allocator:
     most: int = 0
     """The most that was reserved at any time."""
     allocated: int = 0
-    _free: dict[bool, list[tuple[int, int, _Piece]]] = field(default_factory=lambda: {True: [], False: []})
+    _free: dict[bool, list[tuple[int, int, int, _Piece]]] = field(default_factory=lambda: {True: [], False: []})
     _segments: int = 0
-    _numbers: dict[int, int] = field(default_factory=dict)
 
     def take(self, size: int) -> _Piece | None:
         """A block; None where even what is given back to the driver leaves no room within the limit."""
@@ -54,7 +55,7 @@ class Allocator:
         pool = self._free[small]
         place = bisect_left(pool, size, key=lambda entry: entry[0])
         if place < len(pool):
-            piece = pool.pop(place)[2]
+            piece = pool.pop(place)[3]
         else:
             segment = _SMALL_SEGMENT if small else _LARGE_SEGMENT if size < _LARGE else -(-size // _ROUND) * _ROUND
             if self.limit is not None and self.reserved + segment > self.limit:
@@ -64,10 +65,10 @@ class Allocator:
             self._segments += 1
             self.reserved += segment
             self.most = max(self.most, self.reserved)
-            piece = _Piece(segment, self._segments, small)
+            piece = _Piece(segment, self._segments, 0, small)
         rest = piece.size - size
         if rest >= 512 if small else rest > _SMALL:
-            tail = _Piece(rest, piece.segment, small, True, piece, piece.after)
+            tail = _Piece(rest, piece.segment, piece.start + size, small, True, piece, piece.after)
             if piece.after is not None:
                 piece.after.before = tail
             piece.after, piece.size = tail, size
@@ -93,17 +94,17 @@ class Allocator:
 
     def _keep(self, piece: _Piece) -> None:
         # Older segments first among equals; the driver's addresses are not known.
-        insort(self._free[piece.small], (piece.size, id(piece), piece), key=lambda entry: entry[:2])
+        insort(self._free[piece.small], (piece.size, piece.segment, piece.start, piece), key=lambda entry: entry[:3])
 
     def _drop(self, piece: _Piece) -> None:
         pool = self._free[piece.small]
-        place = bisect_left(pool, (piece.size, id(piece)), key=lambda entry: entry[:2])
-        assert pool[place][2] is piece
+        place = bisect_left(pool, (piece.size, piece.segment, piece.start), key=lambda entry: entry[:3])
+        assert pool[place][3] is piece
         pool.pop(place)
 
     def _give_back(self) -> None:
         for small, pool in self._free.items():
-            whole = [entry for entry in pool if entry[2].before is None and entry[2].after is None]
+            whole = [entry for entry in pool if entry[3].before is None and entry[3].after is None]
             self._free[small] = [entry for entry in pool if entry not in whole]
             self.reserved -= sum(entry[0] for entry in whole)
 

@@ -285,3 +285,13 @@ def test_the_replayed_allocator_holds_what_the_tape_says(tapes: dict[str, Tape],
     assert allocator is not None
     assert allocator.most >= tape.peak(batch).held
     assert replay(tape, batch, tape.peak(batch).held - 1) is None
+
+
+def test_of_equal_places_the_older_is_taken() -> None:
+    """Whatever address Python gave them: one question has one answer."""
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        allocator = Allocator()
+        taken = [allocator.take(12 * MIB) for _ in range(3)]
+        for place in order:
+            allocator.free(taken[place])
+        assert [allocator.take(12 * MIB) for _ in range(3)] == taken

@@ -81,7 +81,13 @@ PARTS = (
         tiny=(*_TINY_SET, "--encodings", "95-420", "--policies", "report", "--rounds", "5", "--seconds", "0.05",
               "--length", "0", "--batch-size", "8", "--loaders", "dali", "torch-pil"),
     ),
-    Part("memory", 1.0, tiny=("--tiny",)),
+    Part(
+        "memory", 1.0,
+        gpu=("--image-sizes", "256", "--batch-sizes", "16", "--recomputed", "False"),
+        cpu=("--tiny",),
+        # A process a trial, most of whose time is its start.
+        tiny=("--tiny", "--models", "cnn,blocks=2,width=8", "--image-sizes", "32", "64", "96", "128", "160"),
+    ),
     Part(
         "train", 2.5,
         gpu=("--length", "3130"),

@@ -11,12 +11,13 @@ USAGE = """usage: fastddr VERB [options]
   train    train, evaluate and report a grader (the same as `accelerate launch fastddr/train.py`, one process)
   check    decode every photograph of a data set, and say what is wrong with it
   prepare  crop every photograph to the retina and make it smaller, once, so that training is fast
+  plan     predict the GPU memory of a training, without a GPU, and what to change so that it fits
   synth    write a synthetic DDR data set into a folder
 
 `fastddr VERB --help` tells a verb's options; `fastddr --version` the version.
 """
 
-VERBS = ("train", "check", "prepare", "synth")
+VERBS = ("train", "check", "prepare", "plan", "synth")
 
 
 def main(arguments: list[str] | None = None) -> int:

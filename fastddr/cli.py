@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 from fastddr.config import Config, check, flatten, load_preset, preset_names
 from fastddr.config.sections import governed, sized
@@ -25,8 +26,8 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     base = load_preset(_preset_argument(arguments))
     # As in YAML, a policy or a size sets all that it governs, and the other flags lie over it. A wrong name is refused
     # by tyro.
-    policy = governed(_last_value(arguments, "--augment.policy"))
-    size = sized(_last_value(arguments, "--convmixer.size"))
+    policy = governed(last_value(arguments, "--augment.policy"))
+    size = sized(last_value(arguments, "--convmixer.size"))
     base = replace(base, augment=replace(base.augment, **policy), convmixer=replace(base.convmixer, **size))
     console = io.StringIO()
     try:
@@ -49,14 +50,14 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
 def _preset_argument(arguments: Sequence[str]) -> str:
     if list(arguments[-1:]) == ["--preset"]:
         raise UserError("--preset needs a name; known are: " + ", ".join(preset_names()) + ".")
-    found = _last_value(arguments, "--preset")
+    found = last_value(arguments, "--preset")
     return Config.preset if found is None else found
 
 
-def _last_value(arguments: Sequence[str], flag: str) -> str | None:
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
     """What the flag is set to where it stands last, before the command line is parsed; None where it does not."""
     found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:]):
         if argument == flag:
             found = following
         elif argument.startswith(flag + "="):

@@ -54,16 +54,19 @@ class Window:
 
 
 MEMORY = {
+    "memory/predicted_gib": "Peak GPU memory, predicted for PyTorch",
     "memory/peak_allocated_gib": "Peak GPU memory, allocated",
     "memory/peak_reserved_gib": "Peak GPU memory, reserved",
     "memory/peak_rss_gib": "Peak memory of the process",
 }
 
 
-def memory(device: torch.device) -> dict[str, float]:
+def memory(device: torch.device, predicted: float | None = None) -> dict[str, float]:
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     found = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if predicted is not None:
+        found["memory/predicted_gib"] = predicted
     if device.type == "cuda":
         found["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         found["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30

@@ -26,14 +26,15 @@ def build(
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     betas: Sequence[float] = (0.9, 0.999),
+    fused: bool | None = None,
 ) -> Optimizer:
     """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum.
 
     Parameters of one dimension, which are the biases and the norms' scales and shifts, are not decayed, with
     any of the three: pulling them to zero does not simplify the function. Frozen parameters are left out.
     `momentum` is SGD's alone, `betas` Adam's and AdamW's; SGD with momentum 0 is plain SGD. Build it after
-    the model is on its device: on CUDA the step is one fused kernel. Raises UserError for a value out of its
-    range.
+    the model is on its device: on CUDA the step is one fused kernel, elsewhere only with `fused`. Raises UserError
+    for a value out of its range.
     """
     if name not in NAMES:
         raise UserError(f"there is no optimizer {name!r}: {nearest(name, NAMES)}")
@@ -52,7 +53,7 @@ def build(
     ]
     groups = [group for group in groups if group["params"]]
     # None leaves the choice of the loop to torch.
-    fused = True if all(parameter.is_cuda for parameter in trained) else None
+    fused = True if all(parameter.is_cuda for parameter in trained) else fused
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
         if momentum > 0:

@@ -23,6 +23,7 @@ from fastddr.errors import UserError
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
+from fastddr.memory.fitting import settle
 from fastddr.meters import Waited, Window, memory, out_of_memory
 from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
@@ -78,6 +79,7 @@ class Trainer:
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return
+        config, self.predicted_gib, planned = settle(config, state.device, state.num_processes)
         self.runtime = runtime.start(config)
         self.accelerator = self.runtime.accelerator
         if resumed and config.precision not in ("auto", self.runtime.precision):
@@ -85,7 +87,7 @@ class Trainer:
                 f"--run-dir {where}: this run is in {config.precision}, and accelerate launch asks for "
                 f"{self.runtime.precision}; launch it without --mixed_precision."
             )
-        for decision in self.runtime.decisions:
+        for decision in (*self.runtime.decisions, *planned):
             self.console.print(f"  {decision}")
         self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
 
@@ -303,7 +305,7 @@ class Trainer:
                 "train/images_per_second": window.rate,
                 "train/data_wait": window.wait_share,
                 "train/skipped_steps": self.progress.skipped,
-                **memory(self.runtime.device),
+                **memory(self.runtime.device, self.predicted_gib),
             },
             step=self.progress.step,
             epoch=self.progress.step / self.steps_per_epoch,
@@ -397,10 +399,7 @@ class Trainer:
         self.tracker.finish()
         if self.runtime.is_main:
             reporting.summary(
-                self.run.path,
-                sync_command=sync,
-                tensorboard=self.config.tracking.tensorboard,
-                console=self.console,
+                self.run.path, sync_command=sync, tensorboard=self.config.tracking.tensorboard, console=self.console
             )
         self.accelerator.wait_for_everyone()
 

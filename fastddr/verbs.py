@@ -1,4 +1,7 @@
-"""The verbs about data: `fastddr check`, `fastddr prepare`, `fastddr synth`. None of them loads PyTorch by itself."""
+"""The verbs about data, `fastddr check`, `prepare` and `synth`, and about memory, `fastddr plan`.
+
+None of them loads PyTorch by itself.
+"""
 
 from __future__ import annotations
 
@@ -182,13 +185,54 @@ class Synth:
         return 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Predict the GPU memory of a training, without a GPU; all flags of `fastddr train` are taken too.
+
+    With --model or --preset: does this training fit, what takes the memory, and the cheapest change that makes it fit.
+    Without: a table of all models. Where no --preset is named, it is the model's report preset.
+    """
+
+    vram: float | None = None
+    """The card's memory, in GiB."""
+    depth: int | None = None
+    """Short for --convmixer.depth, --resnet.depth or --cnn.blocks."""
+    card: str | None = None
+    """Name of a card whose limits are known, for its memory and for images a second."""
+    tbps: float | None = None
+    """Memory bandwidth of the card in TB/s, for images a second."""
+    tflops: float | None = None
+    """Peak of the card in TFLOP/s at the training's precision, for images a second."""
+    gpus: int = 1
+    """Ranks that share the global batch, each with such a card."""
+    recompute: bool = False
+    """As if each block's activations were computed again in the backward pass (activation checkpointing)."""
+    compile: bool = False
+    """As if the model were compiled: an estimate."""
+    calibrate: bool = False
+    """Measure this machine's GPU: its context and workspaces, which no trace sees."""
+    plot: Path | None = None
+    """Also draw the memory over one step, by kind, into this PNG."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print JSON instead of text."""
+
+    def run(self, flags: Sequence[str]) -> int:
+        """The exit code; `flags` are training's."""
+        from fastddr.reporting import plans
+
+        return plans.run(self, list(flags))
+
+
 VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
-    """Run one of `VERBS`; its exit code."""
-    make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
+    """Run one of `VERBS`, or `plan`; its exit code."""
     try:
+        if verb == "plan":
+            plan, flags = tyro.cli(Plan, args=list(arguments), prog="fastddr plan", return_unknown_args=True)
+            return plan.run(flags)
+        make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
         return tyro.cli(make, args=list(arguments), prog=f"fastddr {verb}").run()
     except UserError as error:
         print(f"fastddr: {error}", file=sys.stderr)

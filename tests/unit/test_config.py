@@ -317,3 +317,9 @@ def test_help_names_the_policies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--augment.policy", "fundus", "--help"], "x")
     assert "none,report,fundus" in capsys.readouterr().out.replace(" ", "")
+
+
+def test_an_empty_command_line_is_the_quickstart() -> None:
+    from fastddr.cli import parse
+
+    assert parse([], "fastddr train").preset == "quickstart"

@@ -1,0 +1,275 @@
+"""Peak memory of training steps, measured beside what `fastddr plan` predicts, one fresh process a trial.
+
+    python benchmarks/memory.py                      # on a GPU: six models, crops, batches, precisions, recomputation
+    python benchmarks/memory.py --cards 4 6 8 12 16 24 48 80   # and the largest batch on cards of these sizes, emulated
+    python benchmarks/memory.py --tiny               # a rehearsal on a CPU, where the witness is the CPU's allocator
+
+On a GPU a trial is some steps of `fastddr.step.training_step`; measured are the most that PyTorch's allocator gave out
+and reserved, and what the driver says is used beyond that (the context). Predicted are the same step's tape and the
+replayed allocator, without any allowance. On a CPU the measured side is what PyTorch's CPU allocator was asked for
+(`torch.profiler` with `profile_memory`), the scratch of CPU kernels included: it rehearses the benchmark and says
+nothing of a GPU's workspaces.
+
+`--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, and finds by
+bisection the largest batch whose steps go through. The case of the 2022 report, a ResNet of 40 layers on 512 px in
+float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and bf16 cure it.
+
+Rows of `kind` memory: median, low and high are the measured peak in GiB over the steps; `predicted_gib`, `error` (of
+predicted to measured), and the predicted kinds. The last rows are the median and the worst error.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import harness
+import networks
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+from fastddr.errors import UserError
+from fastddr.memory.allocator import replay
+from fastddr.memory.tape import KINDS
+from fastddr.memory.tracing import Steps, Training, trace
+
+GIB = 2**30
+#: Steps of a trial, each with a peak of its own.
+REPEATS = 5
+#: Ours, the report's, and two strangers.
+MODELS = ("convmixer-512-12-k9-p8", "cnn", "resnet,depth=40", "resnet,depth=40,stem=stride1", "timm:resnet50",
+          "timm:convnext_tiny")  # fmt: skip
+TINY = ("convmixer-16-2-k3-p8", "cnn,blocks=2,width=8", "resnet,depth=10,width=16")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One process."""
+
+    model: str
+    image_size: int
+    batch_size: int
+    precision: str
+    recomputed: bool
+    compiled: bool = False
+    limit_gib: float | None = None
+    """Of an emulated card; None: the whole one."""
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        more = ", recomputed" * self.recomputed + ", compiled" * self.compiled
+        return f"{self.model}, {self.image_size} px, batch {self.batch_size}, {self.precision}{more}"
+
+    @property
+    def steps(self) -> Steps:
+        """What is traced for it."""
+        return Steps(self.image_size, networks.CLASSES, self.precision, recomputed=self.recomputed)
+
+    def make(self) -> nn.Module:
+        """The network."""
+        return networks.build(self.model, self.image_size).to(memory_format=torch.channels_last)
+
+
+@dataclass
+class Options:
+    """Measure peak memory."""
+
+    models: tuple[str, ...] = ()
+    """Networks, as `benchmarks/networks.py` names them."""
+    image_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    precisions: tuple[str, ...] = ()
+    """fp32, bf16, fp16."""
+    recomputed: tuple[bool, ...] = ()
+    """With activation checkpointing of each block; by default without and, on a GPU, with."""
+    compiled: tuple[bool, ...] = (False,)
+    """Under torch.compile; nothing is predicted for it but the estimate."""
+    cards: tuple[float, ...] = ()
+    """Sizes in GiB of cards to emulate, on a GPU."""
+    tiny: bool = False
+    """Small models on small images: a rehearsal in a minute."""
+    out: Path | None = None
+    """The JSON; by default results/memory_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run."""
+
+
+def trials(options: Options, *, gpu: bool) -> list[Trial]:
+    """All configurations; on a GPU at least sixty by default."""
+    small = options.tiny or not gpu
+    models = options.models or (TINY if small else MODELS)
+    sizes = options.image_sizes or ((64, 96) if small else (256, 512))
+    batches = options.batch_sizes or ((16,) if small else (8, 16, 32))
+    precisions = options.precisions or (("fp32",) if small else ("fp32", "bf16"))
+    recomputed = options.recomputed or ((False,) if small else (False, True))
+    for model in models:
+        networks.check(model)
+    return [Trial(*chosen) for chosen in product(models, sizes, batches, precisions, recomputed, options.compiled)]
+
+
+# ------------------------------------------------------------------------------------------------- the trial's process
+
+
+def measured(trial: Trial) -> dict[str, Any]:
+    """What this process found: bytes allocated and reserved at the peak; on a CPU allocated alone.
+
+    Raises:
+        torch.OutOfMemoryError: the emulated card is too small.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    if gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        torch.zeros(1, device=device)
+        free, total = torch.cuda.mem_get_info(device)
+        context = total - free - torch.cuda.memory_reserved(device)
+        if trial.limit_gib is not None:
+            share = (trial.limit_gib * GIB - context) / total
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    network = trial.make().to(device)
+    training = Training(network, trial.steps, trial.batch_size)
+    if trial.compiled:
+        training.model = torch.compile(training.model)
+    training.begin()
+    training.step(0)  # what libraries keep once, they keep now
+    if not gpu:
+        return {"allocated": [_on_cpu(training) for _ in range(REPEATS)]}
+    allocated = []
+    for number in range(REPEATS):
+        torch.cuda.reset_peak_memory_stats(device)
+        training.step(number)
+        torch.cuda.synchronize(device)
+        allocated.append(torch.cuda.max_memory_allocated(device))
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": allocated,
+        "reserved": torch.cuda.max_memory_reserved(device),
+        "context": total - free - torch.cuda.memory_reserved(device),
+    }
+
+
+def _on_cpu(training: Training) -> int:
+    """Bytes that the CPU's allocator held at most in a step: what was there before, and its own record of the rest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kept = [*training.network.parameters(), *training.network.buffers()]
+    kept += [value for state in training.optimizer.optimizer.state.values() for value in state.values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        training.step(1)
+    now = most = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return int(most)
+
+
+# ---------------------------------------------------------------------------------------------- the benchmark's process
+
+
+def in_process(trial: Trial) -> dict[str, Any]:
+    """The trial in a process of its own; `failed` with the reason where it did not go through."""
+    command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    lines = done.stderr.strip().splitlines() or ["it said nothing"]
+    return {"failed": lines[-1][:200]}
+
+
+def largest(trial: Trial, most: int = 1024) -> int:
+    """The largest batch that goes through on the emulated card, by doubling and bisection; 0 if none."""
+
+    def works(batch: int) -> bool:
+        return "failed" not in in_process(Trial(**asdict(trial) | {"batch_size": batch}))
+
+    low, high = 0, 2
+    while high <= most and works(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
+
+
+def row(trial: Trial, *, gpu: bool) -> dict[str, Any]:
+    """A configuration's measurement beside its prediction."""
+    described = {"name": trial.name, "kind": "memory", "model": trial.model, "image_size": trial.image_size,
+                 "batch_size": trial.batch_size, "precision": trial.precision,
+                 "witness": "CUDA allocator" if gpu else "CPU allocator's record"}  # fmt: skip
+    found = in_process(trial)
+    if "failed" in found:
+        return described | {"failed": found["failed"]}
+    tape = trace(trial.make, trial.steps)
+    peak = tape.peak(trial.batch_size)
+    spread = harness.spread([size / GIB for size in found["allocated"]])
+    described |= spread | {"unit": "GiB", "predicted_gib": peak.held / GIB}
+    described["error"] = peak.held / GIB / spread["median"] - 1
+    described |= {f"{kind.replace(' ', '_')}_gib": peak.kinds[kind] / GIB for kind in KINDS if peak.kinds[kind]}
+    if gpu:
+        replayed = replay(tape, trial.batch_size)
+        assert replayed is not None
+        described |= {"reserved_gib": found["reserved"] / GIB,
+                      "predicted_reserved_gib": replayed.most / GIB,
+                      "context_gib": found["context"] / GIB}  # fmt: skip
+    return described
+
+
+def errors(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Median and worst error of the prediction over all configurations that have one."""
+    found = [abs(each["error"]) for each in rows if "error" in each]
+    if len(found) < 5:
+        return []
+    worst = max((each for each in rows if "error" in each), key=lambda each: abs(each["error"]))
+    about = {"kind": "error", "unit": "%", "configurations": len(found)}
+    spread = harness.spread([100 * value for value in found])
+    most = 100 * float(np.max(found))
+    return [
+        {"name": "median error of the prediction", **about, **spread},
+        {"name": f"worst error: {worst['name']}", **about, "median": most, "low": most, "high": most, "n": len(found)},
+    ]
+
+
+def main(options: Options) -> None:
+    """Measure, print and write."""
+    gpu = torch.cuda.is_available()
+    if options.cards and not gpu:
+        raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
+    harness.begin()
+    rows = [row(trial, gpu=gpu) for trial in trials(options, gpu=gpu)]
+    for size, model, side in product(options.cards, options.models or MODELS, options.image_sizes or (256, 512)):
+        for precision in options.precisions or ("fp32", "bf16"):
+            batch = largest(Trial(model, side, 2, precision, recomputed=False, limit_gib=size))
+            rows.append(
+                {"name": f"largest batch, {size:g} GiB, {model}, {side} px, {precision}", "kind": "largest",
+                 "model": model, "image_size": side, "precision": precision, "card_gib": size,
+                 "median": batch, "low": batch, "high": batch, "unit": "photographs", "n": 5}
+            )  # fmt: skip
+    rows += errors(rows)
+    shown = [each for each in rows if "failed" not in each]
+    harness.show(f"Peak memory, {harness.hardware_name(harness.machine())}", shown, ("predicted_gib", "error"))
+    for each in rows:
+        if "failed" in each:
+            harness.say(f"{each['name']} failed: {each['failed']}")
+    harness.say(f"written to {harness.write('memory', rows, options.out, wandb=options.wandb)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--trial"]:
+        print(json.dumps(measured(Trial(**json.loads(sys.argv[2])))))
+        sys.exit(0)
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"memory.py: {mistake}") from None

@@ -1,0 +1,98 @@
+"""The micro batch of a run on a GPU: chosen by prediction, then checked by one real step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastddr import models, optimizers, ranks
+from fastddr.config import Config
+from fastddr.memory import allowances
+from fastddr.memory.planning import choose_micro_batch
+from fastddr.memory.predicting import GIB, Case, predict
+from fastddr.memory.tracing import Inexact, Training
+from fastddr.runtime import choose_precision
+
+
+def one_step(config: Config, micro: int, world: int, device: torch.device) -> None:
+    """Two real steps with a throw-away model and random images; the second one is the first with all moments.
+
+    Raises:
+        torch.OutOfMemoryError: they are too large for the device.
+    """
+    case = Case(config, micro, world)
+    with torch.random.fork_rng(devices=[]):
+        network = models.build(
+            config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
+        ).to(device)
+    ema = optimizers.make_ema(network, 0.999) if case.steps.average else None
+    training = Training(network, case.steps, micro, ema=ema)
+    for number in range(2):
+        training.step(number)
+
+
+def checked(
+    config: Config, world: int, free_bytes: int, try_: Callable[[int], None], allowance: allowances.Allowance
+) -> tuple[int, list[str]]:
+    """The largest micro batch that is predicted to fit and whose real step does, and what to say.
+
+    Args:
+        config: with its precision.
+        world: ranks.
+        free_bytes: of this rank's card.
+        try_: one real step with so many photographs at once; raises `torch.OutOfMemoryError` if that is too much.
+        allowance: of the card.
+
+    Raises:
+        UserError: none fits.
+    """
+    said: list[str] = []
+    below = None
+    while True:
+        micro, reason = choose_micro_batch(config, world, free_bytes, allowance, below)
+        try:
+            try_(micro)
+        except torch.OutOfMemoryError:
+            said.append(f"micro batch {micro}: a real step ran out of memory, although {reason}")
+            below = micro
+        else:
+            return micro, [*said, f"micro batch {micro}: {reason}; a real step went through"]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def settle(config: Config, device: torch.device, world: int) -> tuple[Config, float | None, list[str]]:
+    """A run's configuration with its micro batch, the predicted peak in GiB, and what to say. A CPU's stays as it is.
+
+    Raises:
+        UserError: not even the smallest micro batch fits, or the global batch cannot be divided.
+    """
+    if device.type != "cuda":
+        return config, None, []
+    given = config
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    precision, _ = choose_precision(given.precision, launched, torch.cuda.get_device_capability(device))
+    chosen: Any = precision
+    config = replace(config, precision=chosen)
+    allowance = allowances.load(torch.cuda.get_device_name(device))
+    said: list[str] = []
+    try:
+        if config.micro_batch_size == "auto":
+            free = min(ranks.gather([torch.cuda.mem_get_info(device)[0]]))
+            micro, said = checked(config, world, free, lambda size: one_step(config, size, world, device), allowance)
+            # All ranks hold as many, so the one with least room decides.
+            config = replace(config, micro_batch_size=min(ranks.gather([micro])))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        if config.batch_size % world or int(config.micro_batch_size) * world > config.batch_size:
+            return replace(config, precision=given.precision), None, said
+        found = predict(Case(config, int(config.micro_batch_size), world), allowance)
+    except Inexact as problem:
+        return replace(config, precision=given.precision), None, [*said, f"memory is not predicted: {problem}"]
+    own = (found.total - found.kinds["context"] - found.kinds["loader"]) / GIB
+    said.append(f"memory: {own:.2f} GiB predicted for PyTorch, most of it {found.binding}; {allowance.source}")
+    return replace(config, precision=given.precision), own, said

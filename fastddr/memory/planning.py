@@ -1,0 +1,205 @@
+"""What fits on a card: the largest micro batch, the cheapest change that makes a training fit, a table of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fastddr.config import Config
+from fastddr.errors import UserError
+from fastddr.loaders.capacity import SHARES
+from fastddr.memory.allowances import Allowance
+from fastddr.memory.cards import images_per_second
+from fastddr.memory.predicting import (
+    PHOTOGRAPHS,
+    Case,
+    fits,
+    gib,
+    loader_bytes,
+    needed,
+    predict,
+    tape_of,
+)
+
+#: Below so many photographs at once BatchNorm's statistics are so noisy that another change is cheaper.
+FEW = 8
+#: Largest micro batch that is looked for.
+MOST = 4096
+
+
+@dataclass(frozen=True)
+class Way:
+    """A change that makes a training fit."""
+
+    flags: str
+    costs: str
+    """What it changes besides."""
+    case: Case
+    total: int
+    """Bytes, as predicted for it."""
+
+
+def divisors(number: int) -> list[int]:
+    """All, the largest first."""
+    return [part for part in range(number, 0, -1) if number % part == 0]
+
+
+def largest(case: Case, limit: int, allowance: Allowance) -> int:
+    """The largest micro batch of at most `limit` bytes, whatever the global batch; 0 if there is none."""
+    low, high = 0, 1
+    while high <= MOST and fits(replace(case, micro=high), limit, allowance):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(replace(case, micro=middle), limit, allowance) else (low, middle)
+    return low
+
+
+def _smaller(case: Case, limit: int, allowance: Allowance) -> int | None:
+    """The largest micro batch below the case's that divides a rank's part of the global batch and fits."""
+    least = 2 if case.steps.mixed else 1
+    parts = [micro for micro in divisors(case.config.batch_size // case.ranks) if least <= micro < case.micro]
+    return next((micro for micro in parts if fits(replace(case, micro=micro), limit, allowance)), None)
+
+
+def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
+    """Changes that make a training fit into `limit` bytes, each by its own prediction, the cheapest first.
+
+    Cheap is what changes the result little: where photographs are kept (nothing), the micro batch (BatchNorm's
+    statistics), the precision, a very small micro batch, the model's stem, and last the image.
+    """
+
+    def way(flags: str, costs: str, changed: Case) -> Iterator[Way]:
+        total = predict(changed, allowance).total
+        if total <= limit:
+            yield Way(flags, costs, changed, total)
+
+    def smaller(flags: str, costs: str, changed: Case, least: int) -> Iterator[Way]:
+        micro = _smaller(changed, limit, allowance)
+        if micro is not None and micro >= least:
+            normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
+            yield Way(
+                f"{flags} --micro-batch-size {micro}".strip(), "; ".join(filter(None, (costs, normed))),
+                replace(changed, micro=micro), predict(replace(changed, micro=micro), allowance).total,
+            )  # fmt: skip
+
+    config = case.config
+    if config.loading.store == "vram":
+        stored = replace(config, loading=replace(config.loading, store="ram"))
+        yield from way("--loading.store ram", "nothing in the result", replace(case, config=stored))
+        case, config = replace(case, config=stored), stored
+    yield from smaller("", "", case, FEW)
+    if config.precision == "fp32":
+        half = replace(case, config=replace(config, precision="bf16"))
+        yield from way("--precision bf16", "numbers of less precision (fp16 on older cards)", half)
+        yield from smaller("--precision bf16", "numbers of less precision (fp16 on older cards)", half, 1)
+    found = _smaller(case, limit, allowance)
+    if found is not None and found < FEW:
+        yield from smaller("", "", case, 1)
+    if config.model == "resnet" and config.resnet.stem != "standard":
+        stem = replace(case, config=replace(config, resnet=replace(config.resnet, stem="standard")))
+        yield from way("--resnet.stem standard", "another model: its maps are a sixteenth as large", stem)
+        yield from smaller("--resnet.stem standard", "another model", stem, 1)
+    for part in (3, 2, 1):
+        size = config.image_size * part // 4 // 32 * 32
+        if size:
+            sized = replace(case, config=replace(config, image_size=size))
+            yield from way(f"--image-size {size}", "less of the photograph is seen at once", sized)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A model and size of the table."""
+
+    model: str
+    image_size: int
+    canvas: int
+    largest: int
+    """Largest micro batch; 0 if not even one photograph fits."""
+    micro: int = 0
+    """What is chosen for the wanted global batch; 0 as well then."""
+    accumulation: int = 0
+    store: str = ""
+    """Where DDR's decoded photographs would be kept."""
+    total: int = 0
+    """Bytes with this micro batch, or with one photograph where that does not fit."""
+    rate: float | None = None
+    """Images a second at most; None where the card's limits are not known."""
+
+
+def line(case: Case, limit: int, allowance: Allowance, bandwidth: float | None, peak: float | None) -> Line:
+    """What is chosen for one configuration, at its global batch.
+
+    Raises:
+        UserError: the global batch cannot be cut among the ranks.
+    """
+    config = case.config
+    if config.batch_size % case.ranks:
+        raise UserError(f"batch_size {config.batch_size} cannot be divided by {case.ranks} ranks; change one.")
+    part = config.batch_size // case.ranks
+    whole = replace(case, micro=part)
+    micro = part if fits(whole, limit, allowance) else _smaller(whole, limit, allowance)
+    most = largest(case, limit, allowance)
+    found = Line(config.model, config.image_size, config.canvas, most)
+    if micro is None:
+        return replace(found, total=predict(replace(case, micro=1), allowance).total)
+    chosen = replace(case, micro=micro)
+    total = predict(chosen, allowance).total
+    photographs = PHOTOGRAPHS * 3 * config.canvas**2
+    vram = photographs <= SHARES["vram"] * (limit - allowance.context) and total + photographs <= limit
+    rate = None
+    if bandwidth is not None and peak is not None:
+        rate = images_per_second(tape_of(chosen), micro, part // micro, bandwidth, peak)
+    store = "vram" if vram else "ram or a file"
+    return replace(found, micro=micro, accumulation=part // micro, store=store, total=total, rate=rate)
+
+
+def choose_micro_batch(
+    config: Config, world: int, free_bytes: int, allowance: Allowance | None = None, below: int | None = None
+) -> tuple[int, str]:
+    """The largest micro batch that fits, and the reason; the global batch, and so the recipe, stays.
+
+    Args:
+        config: `precision` may be `auto`, which is half precision on a GPU.
+        world: ranks that share the global batch.
+        free_bytes: of the card, now that CUDA's context is there. Where the loader may keep photographs in VRAM, it
+            may take its quarter of them.
+        allowance: what no trace sees; by default what is declared.
+        below: take a smaller one than this, which was too large in reality.
+
+    Raises:
+        UserError: the global batch cannot be divided by the ranks, or not even the smallest micro batch fits.
+    """
+    from fastddr.memory import allowances
+
+    allowance = allowance or allowances.DECLARED
+    if config.batch_size % world:
+        raise UserError(f"batch_size {config.batch_size} cannot be divided by {world} ranks; change one.")
+    part = config.batch_size // world
+    config = replace(config, precision="bf16") if config.precision == "auto" else config
+    keeps = config.loader in ("auto", "resident") and config.loading.store in ("auto", "vram")
+    room = int(free_bytes * (1 - allowance.share) * (1 - SHARES["vram"] if keeps else 1))
+    # The loader's store has its share already, and the context is there.
+    config = replace(config, loading=replace(config.loading, store="ram"))
+
+    def need(micro: int) -> int:
+        case = Case(config, micro, world)
+        own = needed(tape_of(case), micro) + loader_bytes(config, micro, allowance)
+        return own + allowance.workspaces
+
+    refused = ""
+    least = 2 if Case(config, part, world).steps.mixed else 1
+    for micro in divisors(part):
+        if micro < least or (below is not None and micro >= below):
+            continue
+        wanted = need(micro)
+        if wanted <= room:
+            quarter = ", a quarter left to decoded photographs" if keeps else ""
+            return micro, f"{gib(wanted)} predicted of {gib(room)} that may be taken{quarter}{refused}"
+        refused = refused or f"; {micro} would take {gib(wanted)}"
+    smallest = max(least, 1)
+    raise UserError(
+        f"batch_size {config.batch_size}: even {smallest} photograph(s) of {config.image_size} px at once would take "
+        f"{gib(need(smallest))} of the card's memory, of which {gib(room)} may be taken; lower --image-size, or see "
+        "`fastddr plan`."
+    )

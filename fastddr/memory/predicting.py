@@ -1,0 +1,191 @@
+"""How much memory of a card a training takes, by kind: a tape for any configuration, kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddr import models
+from fastddr.config import Config
+from fastddr.data.cache import folder
+from fastddr.memory.allocator import replay
+from fastddr.memory.allowances import GIB, Allowance
+from fastddr.memory.tape import KINDS, Tape, rounded
+from fastddr.memory.tracing import Steps, trace
+from fastddr.runtime import DTYPES
+
+#: Gradable photographs of DDR in train and valid, which a store of decoded ones would keep.
+PHOTOGRAPHS = 6260 + 2503
+#: Of what an eager step keeps for its backward pass, what a compiled one keeps: four maps of a ConvMixer's six.
+COMPILED = 4 / 6
+#: To how many bytes the room that the allocator needs is found.
+_STEP = 2 * 2**20
+#: Batches that the loader has on their way to a GPU, if nothing else is asked for, and the one that it makes.
+_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training whose memory is asked for."""
+
+    config: Config
+    """Its `precision` is not `auto`; `loading.store` is where photographs will be kept."""
+    micro: int
+    """Photographs that a rank holds at once."""
+    ranks: int = 1
+    recomputed: bool = False
+    """With activation checkpointing."""
+    compiled: bool = False
+    """Under torch.compile: an estimate, because nothing of it is traced."""
+
+    @property
+    def steps(self) -> Steps:
+        """What the memory of its step depends on."""
+        config = self.config
+        return Steps(
+            image_size=config.image_size,
+            classes=config.num_classes,
+            precision=config.precision,
+            optimizer=config.optimizer.name,
+            momentum=config.optimizer.momentum,
+            clip_norm=None if config.optimizer.clip_norm is None else 1.0,
+            average=config.optimizer.ema_decay is not None,
+            accumulated=self.micro * self.ranks < config.batch_size,
+            mixed=bool(config.augment.mixup or config.augment.cutmix),
+            ranks=min(self.ranks, 2),
+            recomputed=self.recomputed,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes by kind at the peak."""
+
+    kinds: dict[str, int]
+    estimated: bool
+    """Whether part of it is no trace but an estimate (compiled steps)."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.kinds.values())
+
+    @property
+    def binding(self) -> str:
+        """What takes most."""
+        return max(self.kinds, key=lambda kind: self.kinds[kind])
+
+
+@cache
+def _code() -> str:
+    """A digest of the code that tapes depend on."""
+    package = Path(__file__).parents[1]
+    files = [package / "step.py", package / "losses.py", package / "optimizers.py", package / "loaders" / "base.py"]
+    files += sorted((package / "models").glob("*.py")) + [package / "memory" / f"{n}.py" for n in ("tape", "tracing")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def tape_of(case: Case) -> Tape:
+    """The tape of a case, from the cache where it was traced before.
+
+    Raises:
+        UserError: there is no such model.
+        Inexact: its memory is not affine in the batch.
+    """
+    tape = _traced(case.config.model, tuple(case.config.model_settings.items()), case.steps)
+    if not case.compiled:
+        return tape
+    saved = [kind == "activations" for kind in tape.kinds]
+    each = [int(e * COMPILED) if s else e for e, s in zip(tape.each, saved, strict=True)]
+    return replace(tape, each=each)
+
+
+@lru_cache(maxsize=32)
+def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Tape:
+    make = partial(models.build, model, num_classes=steps.classes, image_size=steps.image_size, **dict(chosen))
+    key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
+    return kept(hashlib.sha256(key.encode()).hexdigest()[:32], partial(trace, make, steps, proof=False))
+
+
+def kept(key: str, make: Callable[[], Tape]) -> Tape:
+    """The tape of a key from the user's cache, else made and kept there."""
+    path = folder() / "memory" / f"{key}.json"
+    try:
+        return Tape(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass  # none yet, or a broken one: it is made anew
+    tape = make()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(tape.as_json()), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        # Without a cache the next question takes as long again.
+        with suppress(OSError):
+            beside.unlink()
+    return tape
+
+
+def needed(tape: Tape, batch: int) -> int:
+    """The least that the allocator has to be allowed, so that it gets through the steps: its peak and fragmentation."""
+    low = tape.peak(batch).held
+    if replay(tape, batch, low) is not None:
+        return low
+    allocator = replay(tape, batch)
+    assert allocator is not None
+    high = allocator.most
+    while high - low > _STEP:
+        middle = (low + high) // 2
+        low, high = (low, middle) if replay(tape, batch, middle) is not None else (middle, high)
+    return high
+
+
+def loader_bytes(config: Config, micro: int, allowance: Allowance, photographs: int = PHOTOGRAPHS) -> int:
+    """What the loader keeps on the card: batches on their way, the decoder, and its store if that is in VRAM."""
+    ahead = (config.loading.prefetch or _AHEAD - 1) + 1
+    image = 3 * config.image_size**2 * DTYPES[config.precision].itemsize
+    store = photographs * 3 * config.canvas**2 if config.loading.store == "vram" else 0
+    decoder = 0 if config.loader in ("torchvision", "replay") else allowance.decoder
+    return ahead * rounded(micro * image) + store + decoder
+
+
+def fits(case: Case, limit: int, allowance: Allowance) -> bool:
+    """Whether `predict` comes to at most `limit` bytes; where that is clear it is found sooner."""
+    tape = tape_of(case)
+    room = limit - loader_bytes(case.config, case.micro, allowance) - allowance.workspaces - allowance.context
+    if tape.peak(case.micro).held > room:
+        return False
+    free = replay(tape, case.micro)
+    return (free is not None and free.most <= room) or needed(tape, case.micro) <= room
+
+
+def predict(case: Case, allowance: Allowance, photographs: int = PHOTOGRAPHS) -> Prediction:
+    """The peak of a training on a GPU, by kind; no GPU is needed to say it."""
+    tape = tape_of(case)
+    peak = tape.peak(case.micro)
+    found = {kind: peak.kinds[kind] for kind in KINDS}
+    found["fragmentation"] = needed(tape, case.micro) - peak.held
+    found["loader"] = loader_bytes(case.config, case.micro, allowance, photographs)
+    found["workspaces"] = allowance.workspaces
+    found["context"] = allowance.context
+    return Prediction(found, case.compiled)
+
+
+def usable(vram: float, allowance: Allowance) -> int:
+    """Bytes of a card of `vram` GiB that may be used."""
+    return int(vram * GIB * (1 - allowance.share))
+
+
+def gib(count: float) -> str:
+    """`7.8 GiB`."""
+    return f"{count / GIB:.1f} GiB" if count >= 0.095 * GIB else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,435 @@
+"""Records what a training step does to the memory, from `step.training_step` itself, on tensors without values.
+
+`FakeTensorMode` gives tensors that have shapes and storages but no memory, so a step of any size takes milliseconds. A
+dispatch mode sees each operation and notes each storage that is new; a weak reference tells when it goes. That is what
+the allocator of a GPU would be asked for, in its order, but for what a kernel takes for itself (`allowances`).
+
+The tensors are on the CPU, under the CPU's autocast: a build of PyTorch without CUDA can neither move a module to a
+CUDA device that is not there nor run the autograd engine on it. The optimizer is the fused one of a GPU, so the flag of
+a bad step stays a tensor and nothing asks for a value.
+
+Why not `torch.distributed._tools.mem_tracker.MemTracker`: it gives snapshots and no order of events, so neither the
+allocator can be replayed nor another batch size answered. Tests hold this recorder against it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from fastddr import losses, optimizers
+from fastddr.loaders.base import Batch
+from fastddr.memory.tape import Tape
+from fastddr.runtime import DTYPES
+from fastddr.step import Tally, training_step
+
+#: Batches that are traced: two give each block's line, a third has to lie on it. BatchNorm wants more than one value a
+#: channel, so none is 1.
+BATCHES, PROOF = (2, 3), 7
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+#: How many of their first inputs are read twice.
+_TWICE = {
+    torch.ops.aten.native_batch_norm.default: 1,
+    torch.ops.aten.native_batch_norm_backward.default: 2,
+    torch.ops.aten.convolution_backward.default: 1,
+}
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a step is made, as far as its memory depends on it."""
+
+    image_size: int
+    """Side of the images in pixels."""
+    classes: int = 5
+    precision: str = "fp32"
+    """`fp32`, `bf16` or `fp16`."""
+    optimizer: str = "adam"
+    momentum: float = 0.9
+    """Of SGD."""
+    clip_norm: float | None = None
+    average: bool = False
+    """Whether averaged weights (EMA) are kept."""
+    accumulated: bool = False
+    """Whether a step has several micro batches: the memory is the same for any number of them above one."""
+    mixed: bool = False
+    """Whether images are mixed with each other, which makes a second copy of them."""
+    ranks: int = 1
+    """With several, DDP keeps all gradients in buckets, from the first step on."""
+    recomputed: bool = False
+    """Whether the activations within each block are computed again in the backward pass (checkpointing)."""
+
+
+class Inexact(RuntimeError):
+    """A model whose memory is not affine in the batch."""
+
+
+class Recorder(TorchDispatchMode):
+    """Within it every new storage is a block of the tape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[str] = []
+        self.sizes: list[int] = []
+        self.events: list[int] = []
+        self.flop = self.moved = 0
+        self._living: dict[int, tuple[int, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        after = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        kind = "activations" if torch.is_grad_enabled() else "temporaries"
+        if func is torch.ops.aten._to_copy.default and before and self.kind(before[0]) == "parameters":
+            kind = "weight copies"
+        for tensor in after:
+            self.note(tensor, kind)
+        self._count(func, args, before, after)
+        return found
+
+    def note(self, tensor: Tensor, kind: str) -> None:
+        """Give a tensor's storage a kind; one that was not seen before is taken now."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._living.get(key)
+        if known is not None:
+            return
+        number = len(self.kinds)
+        self.kinds.append(kind)
+        self.sizes.append(storage.nbytes())
+        self.events.append(number + 1)
+        self._living[key] = number, weakref.ref(storage, partial(self._gone, key, number))
+
+    def _gone(self, key: int, number: int, _: Any) -> None:
+        self.events.append(-(number + 1))
+        # A storage that came at the same address may be known by now.
+        if self._living[key][0] == number:
+            del self._living[key]
+
+    def rename(self, tensor: Tensor, kind: str) -> None:
+        """Give the block of a tensor another kind, from its beginning on."""
+        self.note(tensor, kind)
+        self.kinds[self._living[tensor.untyped_storage()._cdata][0]] = kind
+
+    def kind(self, tensor: Tensor) -> str | None:
+        """The kind of a tensor's block; None where it has none."""
+        known = self._living.get(tensor.untyped_storage()._cdata)
+        return None if known is None else self.kinds[known[0]]
+
+    def _count(self, func: Any, args: Any, before: list[Tensor], after: list[Tensor]) -> None:
+        # A view moves nothing. What is written in place was read as well.
+        inputs = {tensor.untyped_storage()._cdata for tensor in before}
+        if all(tensor.untyped_storage()._cdata in inputs for tensor in after) and not func._schema.is_mutable:
+            return
+        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*before, *after))
+        # Statistics need a pass before the one that uses them; a convolution's gradients read the output's once each.
+        twice = before[: _TWICE.get(func, 0)]
+        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in twice)
+        if func is _CONVOLUTIONS[0]:
+            self.flop += 2 * after[0].numel() * args[1][0].numel()
+        elif func is _CONVOLUTIONS[1]:
+            # The gradient of the input where somebody asks for it, and that of the weights.
+            self.flop += 2 * args[0].numel() * args[2][0].numel() * (int(args[10][0]) + int(args[10][1]))
+        elif func in _PRODUCTS:
+            self.flop += 2 * after[0].numel() * before[-1].shape[-2]
+
+
+class StandIn(Accelerator):
+    """What `training_step` asks of an Accelerator, without its state, which is a process's for good."""
+
+    num_processes = 1
+    sync_gradients = True
+
+    def __init__(self, accumulation: int, *, scaler: bool) -> None:
+        # Not Accelerator's: it would choose device and precision for the whole process.
+        self._every, self._micro = accumulation, 0
+        # In float16 the scaler looks after bad gradients; what it keeps is a few numbers.
+        self.scaler = object() if scaler else None
+
+    @contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """The gradients meet in the last micro batch of a step."""
+        self._micro += 1
+        self.sync_gradients = self._micro % self._every == 0
+        yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """The gradients of a micro batch."""
+        (loss / self._every).backward(**kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Tensor:
+        """As Accelerate's."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+
+class SteppedLast(torch.optim.Optimizer):
+    """An optimizer that steps, and drops its gradients, in the last micro batch only, as Accelerate's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, accelerator: StandIn) -> None:
+        # A wrapper without groups or state of its own, as Accelerate's is one.
+        self.optimizer, self._accelerator = optimizer, accelerator
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """The other one's, at the end of a step."""
+        if self._accelerator.sync_gradients:
+            self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The other one's, at the end of a step."""
+        if self._accelerator.sync_gradients:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def _recompute(network: nn.Module) -> None:
+    """Activation checkpointing of each block: a member of a Sequential that has parts, and no such member within."""
+    members = [
+        child for module in network.modules() if isinstance(module, nn.Sequential) for child in module.children()
+    ]
+    whole = {id(child) for child in members if any(True for _ in child.children())}
+    for block in {id(child): child for child in members if id(child) in whole}.values():
+        if not any(id(inner) in whole for inner in block.modules() if inner is not block):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _into(place: Tensor, parameter: Tensor) -> None:
+    """Move a gradient into its place in a bucket."""
+    if parameter.grad is not None and parameter.grad is not place:
+        place.copy_(parameter.grad)
+        parameter.grad = place
+
+
+class Training:
+    """A model and all that its steps need, on any device."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        steps: Steps,
+        batch: int,
+        recorder: Recorder | None = None,
+        ema: AveragedModel | None = None,
+    ) -> None:
+        """`batch` photographs at once; the network and its averaged weights, if there are any, are on their device."""
+        self.steps, self.batch, self.recorder, self.network = steps, batch, recorder, network
+        self.device = next(network.parameters()).device
+        self.accumulation = 2 if steps.accumulated else 1
+        self.accelerator = StandIn(self.accumulation, scaler=steps.precision == "fp16")
+        network.train()
+        self._keep([*network.parameters(), *network.buffers()], "parameters")
+        if steps.recomputed:
+            _recompute(network)
+        self.ema = ema
+        if self.ema is not None:
+            self._keep([*self.ema.parameters(), *self.ema.buffers()], "averaged weights")
+        inner = optimizers.build(network, steps.optimizer, lr=1e-6, momentum=steps.momentum, fused=True)
+        self.optimizer = SteppedLast(inner, self.accelerator)
+        self.model = self._mixed_precision(network)
+        self.buckets = self._bucketed() if steps.ranks > 1 else []
+        self._gradients()
+        self.criterion, self.tally = losses.build(), Tally.zeros(self.device)
+        self._moments()
+
+    def _keep(self, tensors: list[Tensor], kind: str) -> None:
+        if self.recorder is not None:
+            for tensor in tensors:
+                self.recorder.rename(tensor, kind)
+
+    def _mixed_precision(self, network: nn.Module) -> nn.Module:
+        """As `Accelerator.prepare` wraps it: forward under autocast, logits in float32."""
+        if self.steps.precision == "fp32":
+            return network
+        inner, dtype, kind = network.forward, DTYPES[self.steps.precision], self.device.type
+
+        def forward(image: Tensor) -> Tensor:
+            with torch.autocast(kind, dtype):
+                logits: Tensor = inner(image)
+            return logits.float()
+
+        network.forward = forward
+        return network
+
+    def _bucketed(self) -> list[Tensor]:
+        """DDP's buckets with `gradient_as_bucket_view`: a gradient is copied into its place and lives there."""
+        places = []
+        for parameter in self.network.parameters():
+            place = torch.zeros_like(parameter)
+            places.append(place)
+            self._keep([place], "gradients")
+            parameter.register_post_accumulate_grad_hook(partial(_into, place))
+        return places
+
+    def _gradients(self) -> None:
+        if self.recorder is None or self.buckets:
+            return
+        for parameter in self.network.parameters():
+            parameter.register_post_accumulate_grad_hook(self._is_gradient)
+
+    def _is_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._keep([parameter.grad], "gradients")
+
+    def _moments(self) -> None:
+        moments = [
+            value
+            for state in self.optimizer.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        self._keep(moments, "optimizer")
+
+    def _batches(self) -> Iterator[Batch]:
+        size, dtype = self.steps.image_size, DTYPES[self.steps.precision]
+        for _ in range(self.accumulation):
+            image = torch.zeros(self.batch, 3, size, size, device=self.device, dtype=dtype)
+            image = image.contiguous(memory_format=torch.channels_last)
+            numbers = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+            valid = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+            self._keep([image, numbers, valid], "images")
+            yield Batch(image=image, grade=numbers, id=numbers, valid=valid)
+
+    def _mix(self, _microstep: int, image: Tensor, grade: Tensor) -> tuple[Tensor, Tensor]:
+        """What mixup takes: a rolled copy, scaled, and shares of the grades."""
+        mixed = image.roll(1, 0).mul_(0.5).add_(image.mul(0.5)).contiguous(memory_format=torch.channels_last)
+        self._keep([mixed], "images")
+        return mixed, torch.zeros(self.batch, self.steps.classes, device=self.device)
+
+    def begin(self) -> None:
+        """Let the optimizer make its moments, by an update with gradients of zero, as the first step would."""
+        inner = self.optimizer.optimizer
+        for parameter in self.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad(set_to_none=True)
+        self._moments()
+
+    def step(self, number: int) -> None:
+        """One optimizer step, and the averaged weights'."""
+        training_step(
+            self.accelerator,
+            self.model,
+            self._batches(),
+            self.criterion,
+            self.optimizer,
+            self.tally,
+            self.steps.clip_norm,
+            self._mix if self.steps.mixed else None,
+        )
+        self._moments()
+        if self.ema is not None:
+            optimizers.update_ema(self.ema, self.network, number, 0.999)
+
+
+@dataclass(frozen=True)
+class _Run:
+    kinds: list[str]
+    sizes: list[int]
+    events: list[int]
+    begins: int
+    flop: int
+    moved: int
+
+
+def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool = True) -> _Run:
+    """A step with `batch` photographs at once, recorded with all that is there before it.
+
+    It is one in which the optimizer has its moments already: at the peak of the first one they are not there yet. With
+    `fake=False` on real tensors of the CPU.
+    """
+    recorder = Recorder()
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("meta") if fake else nullcontext())
+        network = make()
+        ema = optimizers.make_ema(network, 0.999) if steps.average else None
+        if fake:
+            # Back to the CPU: what stands in for values is a shape, a layout and a storage without memory.
+            stack.close()
+            stack.enter_context(FakeTensorMode())
+            _hollow(network)
+            if ema is not None:
+                _hollow(ema)
+        stack.enter_context(recorder)
+        training = Training(network, steps, batch, recorder, ema)
+        training.begin()
+        begins = len(recorder.events)
+        recorder.flop = recorder.moved = 0
+        training.step(0)
+        events = _ordered(recorder.events)
+    return _Run(list(recorder.kinds), list(recorder.sizes), events, begins, recorder.flop, recorder.moved)
+
+
+def _ordered(events: list[int]) -> list[int]:
+    """The same, but blocks that are freed together, between two that are taken, by number.
+
+    The cache of autocast frees its copies in the order of their addresses, which is another one in each run.
+    """
+    found: list[int] = []
+    for freed, group in groupby(events, lambda event: event < 0):
+        together = list(group)
+        found += sorted(together, reverse=True) if freed else together
+    return found
+
+
+def _hollow(network: nn.Module) -> None:
+    """Give a network on `meta` fake parameters and buffers on the CPU, in the same layout."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        known = made.get(id(tensor))
+        if known is None:
+            known = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                known = nn.Parameter(known, tensor.requires_grad)
+            made[id(tensor)] = known
+        return known
+
+    for module in network.modules():
+        for named in (module._parameters, module._buffers):
+            for name, tensor in named.items():
+                if tensor is not None:
+                    named[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def trace(make: Callable[[], nn.Module], steps: Steps, *, proof: bool = True) -> Tape:
+    """The tape of a model's step, for any batch.
+
+    Two batches are traced, of 2 and of 3 photographs, which give each block's bytes as a line over the batch; with
+    `proof` a third, of 7, has to lie on it. Without it that is left to the tests, which prove it of fastddr's models.
+
+    Args:
+        make: a new network, images (b, 3, h, w) to logits (b, classes), built where it is called.
+        steps: how it is trained.
+
+    Raises:
+        Inexact: a block's size is not affine in the batch, or another batch takes other blocks.
+        UserError: the model cannot be made.
+    """
+    low, high = (run(make, steps, batch) for batch in BATCHES)
+    third = run(make, steps, PROOF) if proof else None
+    if low.events != high.events or (third is not None and third.events != low.events):
+        raise Inexact(f"the model takes other blocks for {BATCHES[1]} photographs than for {BATCHES[0]}")
+    each = [b - a for a, b in zip(low.sizes, high.sizes, strict=True)]
+    fixed = [size - BATCHES[0] * slope for size, slope in zip(low.sizes, each, strict=True)]
+    if third is not None and [f + PROOF * e for f, e in zip(fixed, each, strict=True)] != third.sizes:
+        raise Inexact("the memory of the model is not affine in the batch")
+
+    def line(name: str) -> dict[str, int]:
+        a, b = getattr(low, name), getattr(high, name)
+        micro = 2 if steps.accumulated else 1
+        return {"fixed": (a - BATCHES[0] * (b - a)) // micro, "each": (b - a) // micro}
+
+    return Tape(low.kinds, fixed, each, low.events, low.begins, line("flop"), line("moved"))

@@ -1,0 +1,250 @@
+"""What `fastddr plan` says: one training by kind of memory, or a table of models for a card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from fastddr import cli
+from fastddr.config import MODELS, Config
+from fastddr.errors import UserError
+from fastddr.memory import allowances, cards, planning
+from fastddr.memory.predicting import GIB, Case, Prediction, gib, predict, tape_of, usable
+from fastddr.memory.tape import KINDS
+
+#: Sides of images in the table, where none is asked for.
+SIZES = (256, 512)
+#: Cheapest changes that are told.
+_WAYS = 2
+#: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """The flags of `fastddr plan` itself."""
+
+    @property
+    def vram(self) -> float | None: ...
+    @property
+    def depth(self) -> int | None: ...
+    @property
+    def card(self) -> str | None: ...
+    @property
+    def tbps(self) -> float | None: ...
+    @property
+    def tflops(self) -> float | None: ...
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def recompute(self) -> bool: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def calibrate(self) -> bool: ...
+    @property
+    def plot(self) -> Path | None: ...
+    @property
+    def as_json(self) -> bool: ...
+
+
+def run(asked: Asked, flags: list[str]) -> int:
+    """Answer, and return the exit code.
+
+    Raises:
+        UserError: a flag that cannot be, in one sentence.
+    """
+    if asked.calibrate:
+        found, path = allowances.calibrate()
+        sys.stdout.write(f"context {gib(found.context)}, workspaces {gib(found.workspaces)}; kept in {path}\n")
+        return 0
+    card = None if asked.card is None else cards.known(asked.card)
+    vram = asked.vram if asked.vram is not None else None if card is None else card.memory
+    if vram is None:
+        raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME.")
+    if vram <= 0 or asked.gpus < 1:
+        raise UserError(f"--vram {vram:g} --gpus {asked.gpus}: both must be above 0.")
+    allowance = allowances.load(_here())
+    limit = usable(vram, allowance)
+    if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
+        return _question(asked, configured(flags, asked.depth), vram, limit, allowance)
+    if asked.plot is not None:
+        raise UserError("--plot draws one training: name it with --model or --preset.")
+    return _table(asked, flags, card, vram, limit, allowance)
+
+
+def _here() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def configured(flags: Sequence[str], depth: int | None = None, model: str | None = None) -> Config:
+    """The training that flags ask for: by default the model's report preset, in the precision that a GPU would take.
+
+    A canvas that is smaller than the image, and was not asked for, is made as large.
+    """
+    flags = list(flags)
+    model = model or cli.last_value(flags, "--model")
+    if cli.last_value(flags, "--preset") is None and model in MODELS:
+        flags = ["--preset", f"report-{model}", *flags]
+    size = cli.last_value(flags, "--image-size")
+    if cli.last_value(flags, "--canvas") is None and size is not None and size.isdigit():
+        flags += ["--canvas", str(max(int(size), 512))]
+    config = cli.parse(flags, "fastddr plan")
+    if depth is not None:
+        key = "--cnn.blocks" if config.model == "cnn" else f"--{config.model}.depth"
+        config = cli.parse([*flags, key, str(depth)], "fastddr plan")
+    return replace(config, precision="bf16") if config.precision == "auto" else config
+
+
+def _case(asked: Asked, config: Config) -> Case:
+    if config.batch_size % asked.gpus:
+        raise UserError(f"batch_size {config.batch_size} cannot be divided by {asked.gpus} GPUs; change one.")
+    part = config.batch_size // asked.gpus
+    micro = part if config.micro_batch_size == "auto" else int(config.micro_batch_size)
+    if part % micro:
+        raise UserError(f"micro_batch_size {micro} does not divide {part} photographs a GPU; choose a divisor.")
+    return Case(config, micro, asked.gpus, asked.recompute, asked.compile)
+
+
+def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: allowances.Allowance) -> int:
+    case = _case(asked, config)
+    found = predict(case, allowance)
+    fits = found.total <= limit
+    ways: list[planning.Way] = []
+    for way in planning.ways(case, limit, allowance) if not fits else ():
+        ways.append(way)
+        if len(ways) == _WAYS:
+            break
+    if asked.plot is not None:
+        course(case, asked.plot)
+    if asked.as_json:
+        json.dump(
+            {"fits": fits, "vram_gib": vram, "total": found.total, "limit": limit, "kinds": found.kinds,
+             "binding": found.binding, "estimated": found.estimated, "allowance": asdict(allowance),
+             "ways": [{"flags": way.flags, "costs": way.costs, "total": way.total} for way in ways]},
+            sys.stdout, indent=1,
+        )  # fmt: skip
+        print()
+        return 0
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    settings = ", ".join(f"{key} {value}" for key, value in config.model_settings.items())
+    console.print(
+        f"{config.model} ({settings}), {config.image_size} px, {config.precision}, {case.micro} photographs at once of "
+        f"a global batch of {config.batch_size} on {asked.gpus} GPU(s)"
+    )
+    console.print(_kinds(found))
+    verdict = "fits" if fits else "does not fit"
+    console.print(
+        f"{verdict}: {gib(found.total)} of the {gib(limit)} that may be used of {vram:g} GiB; "
+        f"{'most' if fits else 'what binds'}: {found.binding}"
+    )
+    if found.estimated:
+        console.print("compiled steps are estimated: four maps a layer are kept where eager mode keeps six")
+    for number, way in enumerate(ways):
+        head = "cheapest change" if number == 0 else "or"
+        console.print(f"{head}: {way.flags}  ({gib(way.total)}; {way.costs})")
+    if not fits and not ways:
+        console.print("no single change makes it fit: take a smaller model or a larger card")
+    console.print(f"context, workspaces and decoder: {allowance.source}")
+    return 0
+
+
+def _kinds(found: Prediction) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for kind, size in found.kinds.items():
+        if size:
+            table.add_row(f"  {kind}", gib(size))
+    return table
+
+
+def lines(
+    asked: Asked, flags: list[str], card: cards.Card | None, limit: int, allowance: allowances.Allowance
+) -> list[planning.Line]:
+    """The table's lines."""
+    size = cli.last_value(flags, "--image-size")
+    found = []
+    for model in MODELS:
+        for side in SIZES if size is None else (int(size),):
+            config = configured(["--image-size", str(side), *flags, "--model", model], None, model)
+            bandwidth = asked.tbps * 1e12 if asked.tbps else None if card is None else card.bandwidth
+            peak = None if card is None else card.single if config.precision == "fp32" else card.half
+            peak = asked.tflops * 1e12 if asked.tflops else peak
+            case = Case(config, 1, asked.gpus, asked.recompute, asked.compile)
+            found.append(planning.line(case, limit, allowance, bandwidth, peak))
+    return found
+
+
+def _table(
+    asked: Asked,
+    flags: list[str],
+    card: cards.Card | None,
+    vram: float,
+    limit: int,
+    allowance: allowances.Allowance,
+) -> int:
+    found = lines(asked, flags, card, limit, allowance)
+    if asked.as_json:
+        json.dump([asdict(line) for line in found], sys.stdout, indent=1)
+        print()
+        return 0
+    table = Table(title=f"{vram:g} GiB a card, {asked.gpus} GPU(s), {gib(limit)} of each used", title_justify="left")
+    for heading in ("model", "image of canvas", "most at once", "micro batch", "accumulated", "store", "peak",
+                    "images/s at most"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("model", "store") else "right")
+    for line in found:
+        rate = "" if line.rate is None else f"{asked.gpus * line.rate:,.0f}"
+        cells = [str(line.micro), str(line.accumulation), line.store] if line.micro else ["does not fit", "", ""]
+        table.add_row(
+            line.model, f"{line.image_size} of {line.canvas}", str(line.largest), *cells, gib(line.total), rate
+        )
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 130)
+    console.print(table)
+    if any(line.rate is None for line in found):
+        console.print("images/s: the card's limits are not known; give --card NAME, or --tbps and --tflops.")
+    console.print(f"context, workspaces and decoder: {allowance.source}")
+    return 0
+
+
+def course(case: Case, path: Path, title: str | None = None) -> None:
+    """Draw the memory of one step, by kind, over its events: takings and freeings in their order, not time."""
+    tape = tape_of(case)
+    moments = list(tape.course(case.micro))
+    layers: list[Any] = [[moment[kind] / GIB for moment in moments] for kind in KINDS]
+    used = [place for place, layer in enumerate(layers) if max(layer, default=0) > 0]
+    figure = Figure(figsize=(8.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for fill, place in zip(
+        axis.stackplot(range(len(moments)), *(layers[place] for place in used),
+                       colors=[_COLOURS[place] for place in used], labels=[KINDS[place] for place in used]),
+        used, strict=True,
+    ):  # fmt: skip
+        fill.set_hatch(_HATCHES[place])
+        fill.set_edgecolor("white")
+        fill.set_linewidth(0)
+    config = case.config
+    axis.set_title(
+        title or f"{config.model}, {config.image_size} px, {config.precision}, {case.micro} photographs: one step",
+        loc="left", fontsize=10,
+    )  # fmt: skip
+    axis.set_xlabel("blocks taken and freed, in their order", fontsize=9)
+    axis.set_ylabel("GiB", fontsize=9)
+    axis.set_xlim(0, max(1, len(moments) - 1))
+    axis.set_ylim(0)
+    axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,275 @@
+"""Predicting and planning: kinds, what fits, the cheapest change, the micro batch of a run, and the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastddr import verbs
+from fastddr.config import Config, OptimizerConfig, ResNetConfig, from_mapping
+from fastddr.errors import UserError
+from fastddr.memory import allowances, cards, fitting, planning, predicting
+from fastddr.memory.allowances import DECLARED, GIB, MIB, Allowance
+from fastddr.memory.planning import choose_micro_batch, largest, line, ways
+from fastddr.memory.predicting import Case, fits, needed, predict, tape_of
+from fastddr.reporting import plans
+
+#: Nothing but the step itself.
+NOTHING = Allowance(context=0, workspaces=0, decoder=0, share=0.0, source="none")
+
+
+def config(**changes: Any) -> Config:
+    """A small ResNet in float32 on a global batch of 24, its photographs in RAM."""
+    tree = {"model": "resnet", "resnet": {"depth": 10, "width": 16}, "batch_size": 24, "image_size": 64, "canvas": 64,
+            "precision": "fp32", "loading": {"store": "ram"}}  # fmt: skip
+    return from_mapping(tree | changes, "test")
+
+
+def test_the_kinds_add_up_and_fragmentation_is_what_the_allocator_needs() -> None:
+    case = Case(config(), 24)
+    found = predict(case, DECLARED)
+    tape = tape_of(case)
+    assert found.total == sum(found.kinds.values())
+    assert found.kinds["fragmentation"] == needed(tape, 24) - tape.peak(24).held >= 0
+    assert found.kinds["context"] == DECLARED.context
+    assert not found.estimated
+
+
+def test_precision_average_recomputation_and_compilation_change_what_they_should() -> None:
+    plain = Case(config(), 24)
+    activations = predict(plain, NOTHING).kinds["activations"]
+    half = predict(replace(plain, config=config(precision="bf16")), NOTHING)
+    # ReLU and BatchNorm keep half as many bytes; the indices of the pooling stay 8 bytes each.
+    assert 0.5 < half.kinds["activations"] / activations < 0.7
+    assert half.kinds["weight copies"] > 0
+    averaged = predict(replace(plain, config=config(optimizer={"ema_decay": 0.9})), NOTHING)
+    assert averaged.kinds["averaged weights"] > 0
+    # What is kept is one map a block; so many blocks, that the stem, which is no block, does not outweigh them.
+    mixer = Case(config(model="convmixer", convmixer={"dim": 16, "depth": 8, "kernel_size": 3, "patch_size": 4}), 24)
+    kept, all_ = (predict(replace(mixer, recomputed=on), NOTHING).kinds["activations"] for on in (True, False))
+    assert kept < 0.5 * all_
+    compiled = predict(replace(plain, compiled=True), NOTHING)
+    assert compiled.estimated
+    assert compiled.kinds["activations"] < activations
+
+
+def test_a_store_in_vram_counts() -> None:
+    ram, vram = (predict(Case(config(loading={"store": store}), 24), NOTHING, 100) for store in ("ram", "vram"))
+    assert vram.total - ram.total == 100 * 3 * 64**2
+
+
+@given(limit=st.integers(8, 400), micro=st.sampled_from([24, 12, 8, 6, 4, 3, 2, 1]))
+@settings(max_examples=25)
+def test_plan_never_says_fits_above_the_limit(limit: int, micro: int) -> None:
+    case = Case(config(), micro)
+    assert fits(case, limit * MIB, NOTHING) == (predict(case, NOTHING).total <= limit * MIB)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+    case, limit = Case(config(), 1), 64 * MIB
+    most = largest(case, limit, NOTHING)
+    assert most > 1
+    assert fits(replace(case, micro=most), limit, NOTHING)
+    assert not fits(replace(case, micro=most + 1), limit, NOTHING)
+    assert largest(case, MIB, NOTHING) == 0
+
+
+@pytest.mark.parametrize("share", [0.95, 0.6, 0.35, 0.2])
+def test_each_change_that_is_named_fits_by_its_own_prediction(share: float) -> None:
+    case = Case(config(resnet={"depth": 10, "width": 16, "stem": "stride1"}), 24)
+    limit = int(share * predict(case, NOTHING).total)
+    found = list(ways(case, limit, NOTHING))
+    assert found
+    for way in found:
+        assert way.total == predict(way.case, NOTHING).total <= limit, way.flags
+        assert way.case.config.batch_size == 24
+
+
+def test_the_cheapest_change_comes_first() -> None:
+    case = Case(config(loading={"store": "vram"}), 24)
+    limit = predict(case, NOTHING).total - MIB
+    assert next(ways(case, limit, NOTHING)).flags == "--loading.store ram"
+    plain = Case(config(), 24)
+    limit = predict(replace(plain, micro=12), NOTHING).total
+    assert next(ways(plain, limit, NOTHING)).flags == "--micro-batch-size 12"
+
+
+def test_a_line_of_the_table() -> None:
+    case = Case(config(), 1)
+    whole = line(case, GIB, NOTHING, None, None)
+    assert (whole.micro, whole.accumulation, whole.rate) == (24, 1, None)
+    tight = line(case, predict(replace(case, micro=6), NOTHING).total, NOTHING, 1e12, 1e14)
+    assert tight.micro * tight.accumulation == 24
+    assert tight.micro < 24
+    assert tight.rate is not None
+    none = line(case, MIB, NOTHING, None, None)
+    assert (none.largest, none.micro) == (0, 0)
+    assert none.total > MIB
+
+
+def test_images_a_second_are_the_slower_of_both_limits() -> None:
+    tape = tape_of(Case(config(), 24))
+    flop, moved = tape.cost(24)
+    assert cards.images_per_second(tape, 24, 1, 1e30, 1e12) == pytest.approx(24 * 1e12 / flop)
+    assert cards.images_per_second(tape, 24, 1, 1e12, 1e30) == pytest.approx(24 * 1e12 / moved)
+    with pytest.raises(UserError, match="did you mean 'H100 SXM'"):
+        cards.known("H100 SX")
+
+
+# ------------------------------------------------------------------------------------------------------ the micro batch
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
+    plenty, why = choose_micro_batch(config(), 1, 4 * GIB, NOTHING)
+    assert plenty == 24
+    assert "predicted of 4.0 GiB" in why
+    case = Case(config(), 8)
+    room = predict(case, NOTHING).total
+    micro, why = choose_micro_batch(config(), 1, room, NOTHING)
+    assert micro == 8
+    assert "; 24 would take" in why
+
+
+def test_ranks_share_the_global_batch() -> None:
+    assert choose_micro_batch(config(), 2, 4 * GIB, NOTHING)[0] == 12
+    with pytest.raises(UserError, match="cannot be divided by 5 ranks"):
+        choose_micro_batch(config(), 5, 4 * GIB, NOTHING)
+
+
+def test_a_quarter_is_left_to_the_store() -> None:
+    room = predict(Case(config(), 8), NOTHING).total
+    assert choose_micro_batch(config(loading={"store": "auto"}), 1, room, NOTHING)[0] < 8
+    assert choose_micro_batch(config(loading={"store": "auto"}), 1, room * 4 // 3 + MIB, NOTHING)[0] == 8
+
+
+def test_what_does_not_fit_at_all_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"even 1 photograph\(s\) of 64 px at once would take .*lower --image-size"):
+        choose_micro_batch(config(), 1, MIB, NOTHING)
+
+
+def test_a_real_step_that_runs_out_of_memory_takes_the_next_smaller_divisor() -> None:
+    tried = []
+
+    def step(micro: int) -> None:
+        tried.append(micro)
+        if micro > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    micro, said = fitting.checked(config(), 1, 4 * GIB, step, NOTHING)
+    assert (micro, tried) == (8, [24, 12, 8])
+    assert len(said) == 3
+    assert said[0].startswith("micro batch 24: a real step ran out of memory")
+    assert said[-1].endswith("a real step went through")
+
+
+def test_the_real_step_trains_on_the_cpu_and_leaves_the_seed_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    fitting.one_step(config(optimizer={"ema_decay": 0.9, "clip_norm": 1.0}), 12, 1, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_cpu_run_stays_as_it_is() -> None:
+    given_ = config()
+    assert fitting.settle(given_, torch.device("cpu"), 1) == (given_, None, [])
+
+
+# ------------------------------------------------------------------------------------------------- allowances and cache
+
+
+def test_allowances_of_a_card_are_kept_and_never_another_cards() -> None:
+    found = replace(NOTHING, context=5, source="calibrated on X")
+    path = allowances.store("NVIDIA X 1", found)
+    assert allowances.load("NVIDIA X 1") == found
+    assert allowances.load("NVIDIA X 2") == allowances.load(None) == DECLARED
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read; remove it"):
+        allowances.load("NVIDIA X 1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_calibrating_without_a_gpu_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="--calibrate measures a GPU, and PyTorch sees none here"):
+        allowances.calibrate()
+
+
+def test_a_tape_is_kept_and_a_broken_one_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path))
+    tape = tape_of(Case(config(), 24))
+    made = []
+
+    def make() -> Any:
+        made.append(1)
+        return tape
+
+    assert predicting.kept("k", make) == tape == predicting.kept("k", make)
+    assert len(made) == 1
+    (tmp_path / "memory" / "k.json").write_text('{"kinds": 1}')
+    assert predicting.kept("k", make) == tape
+    assert len(made) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+SMALL = ("--preset", "quickstart", "--image-size", "64")
+
+
+def test_plan_answers_one_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "course.png"
+    assert (
+        verbs.main("plan", ["--vram", "8", "--plot", str(picture), *SMALL, "--model", "resnet", "--depth", "12"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("resnet (depth 12, width 16, stem standard), 64 px, bf16, 32 photographs at once")
+    assert "fits: " in said
+    assert "declared, not measured on this card" in said
+    assert picture.stat().st_size > 5000
+
+
+def test_plan_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--vram", "1.42", "--json", *SMALL, "--model", "cnn", "--precision", "fp32", "--batch-size", "512"]
+    assert verbs.main("plan", flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["total"] == sum(found["kinds"].values()) > found["limit"]
+    assert found["ways"][0]["flags"].startswith("--micro-batch-size ")
+    assert all(way["total"] <= found["limit"] for way in found["ways"])
+
+
+def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verbs.main("plan", ["--vram", "8", "--tbps", "1", "--tflops", "100", *SMALL[2:]]) == 0
+    said = capsys.readouterr().out
+    assert [name in said for name in ("convmixer", "cnn", "resnet", "64 of 512")] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "needs the card's memory: --vram 8"),
+        (["--vram", "0"], "must be above 0"),
+        (["--vram", "8", "--plot", "x.png"], "--plot draws one training"),
+        (["--vram", "8", "--model", "resnet", "--depht", "3"], "unknown argument"),
+        (["--card", "H9000"], "known are"),
+        (["--vram", "8", *SMALL, "--model", "cnn", "--micro-batch-size", "5"], "does not divide 32"),
+    ],
+)
+def test_a_wrong_plan_is_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verbs.main("plan", flags) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_training_without_a_preset_begins_at_the_reports() -> None:
+    found = plans.configured(["--model", "resnet", "--image-size", "600"], 40)
+    assert (found.preset, found.canvas, found.precision) == ("report-resnet", 600, "bf16")
+    assert found.resnet == ResNetConfig(depth=40, width=64)
+    assert found.optimizer == OptimizerConfig()
+    assert planning.divisors(12) == [12, 6, 4, 3, 2, 1]

@@ -205,10 +205,6 @@ class Plan:
     """Peak of the card in TFLOP/s at the training's precision, for images a second."""
     gpus: int = 1
     """Ranks that share the global batch, each with such a card."""
-    recompute: bool = False
-    """As if each block's activations were computed again in the backward pass (activation checkpointing)."""
-    compile: bool = False
-    """As if the model were compiled: an estimate."""
     calibrate: bool = False
     """Measure this machine's GPU: its context and workspaces, which no trace sees."""
     plot: Path | None = None

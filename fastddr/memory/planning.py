@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fastddr.config import Config
+from fastddr.config import MODELS, Config
 from fastddr.errors import UserError
 from fastddr.loaders.capacity import SHARES
 from fastddr.memory.allowances import Allowance
@@ -65,8 +65,9 @@ def _smaller(case: Case, limit: int, allowance: Allowance) -> int | None:
 def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
     """Changes that make a training fit into `limit` bytes, each by its own prediction, the cheapest first.
 
-    Cheap is what changes the result little: where photographs are kept (nothing), the micro batch (BatchNorm's
-    statistics), the precision, a very small micro batch, the model's stem, and last the image.
+    Cheap is what changes the result little and costs little time: where photographs are kept, the micro batch
+    (BatchNorm's statistics), activations that are computed again, the precision, a very small micro batch, the model's
+    stem, and last the image.
     """
 
     def way(flags: str, costs: str, changed: Case) -> Iterator[Way]:
@@ -89,6 +90,9 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
         yield from way("--loading.store ram", "nothing in the result", replace(case, config=stored))
         case, config = replace(case, config=stored), stored
     yield from smaller("", "", case, FEW)
+    if _has_blocks(config):
+        again = replace(case, config=replace(config, memory=replace(config.memory, checkpointing=True)))
+        yield from way("--memory.checkpointing", "nothing in the result; a step takes about a third longer", again)
     if config.precision == "fp32":
         half = replace(case, config=replace(config, precision="bf16"))
         yield from way("--precision bf16", "numbers of less precision (fp16 on older cards)", half)
@@ -105,6 +109,11 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
         if size:
             sized = replace(case, config=replace(config, image_size=size))
             yield from way(f"--image-size {size}", "less of the photograph is seen at once", sized)
+
+
+def _has_blocks(config: Config) -> bool:
+    """Whether activation checkpointing can be asked for: not twice, not with torch.compile, and only of our models."""
+    return not (config.memory.checkpointing or config.compile) and config.model in MODELS
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,6 @@ class Case:
     micro: int
     """Photographs that a rank holds at once."""
     ranks: int = 1
-    recomputed: bool = False
-    """With activation checkpointing."""
-    compiled: bool = False
-    """Under torch.compile: an estimate, because nothing of it is traced."""
 
     @property
     def steps(self) -> Steps:
@@ -62,7 +58,7 @@ class Case:
             accumulated=self.micro * self.ranks < config.batch_size,
             mixed=bool(config.augment.mixup or config.augment.cutmix),
             ranks=min(self.ranks, 2),
-            recomputed=self.recomputed,
+            recomputed=self.config.memory.checkpointing,
         )
 
 
@@ -102,7 +98,7 @@ def tape_of(case: Case) -> Tape:
         Inexact: its memory is not affine in the batch.
     """
     tape = _traced(case.config.model, tuple(case.config.model_settings.items()), case.steps)
-    if not case.compiled:
+    if not case.config.compile:
         return tape
     saved = [kind == "activations" for kind in tape.kinds]
     each = [int(e * COMPILED) if s else e for e, s in zip(tape.each, saved, strict=True)]
@@ -178,7 +174,7 @@ def predict(case: Case, allowance: Allowance, photographs: int = PHOTOGRAPHS) ->
     found["loader"] = loader_bytes(case.config, case.micro, allowance, photographs)
     found["workspaces"] = allowance.workspaces
     found["context"] = allowance.context
-    return Prediction(found, case.compiled)
+    return Prediction(found, case.config.compile)
 
 
 def usable(vram: float, allowance: Allowance) -> int:

@@ -29,11 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from fastddr import losses, optimizers
 from fastddr.loaders.base import Batch
 from fastddr.memory.tape import Tape
+from fastddr.models import levers
 from fastddr.runtime import DTYPES
 from fastddr.step import Tally, training_step
 
@@ -195,17 +195,6 @@ class SteppedLast(torch.optim.Optimizer):
             self.optimizer.zero_grad(set_to_none=set_to_none)
 
 
-def _recompute(network: nn.Module) -> None:
-    """Activation checkpointing of each block: a member of a Sequential that has parts, and no such member within."""
-    members = [
-        child for module in network.modules() if isinstance(module, nn.Sequential) for child in module.children()
-    ]
-    whole = {id(child) for child in members if any(True for _ in child.children())}
-    for block in {id(child): child for child in members if id(child) in whole}.values():
-        if not any(id(inner) in whole for inner in block.modules() if inner is not block):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 def _into(place: Tensor, parameter: Tensor) -> None:
     """Move a gradient into its place in a bucket."""
     if parameter.grad is not None and parameter.grad is not place:
@@ -232,7 +221,7 @@ class Training:
         network.train()
         self._keep([*network.parameters(), *network.buffers()], "parameters")
         if steps.recomputed:
-            _recompute(network)
+            levers.recompute_blocks(network, "this model")
         self.ema = ema
         if self.ema is not None:
             self._keep([*self.ema.parameters(), *self.ema.buffers()], "averaged weights")

@@ -46,10 +46,6 @@ class Asked(Protocol):
     @property
     def gpus(self) -> int: ...
     @property
-    def recompute(self) -> bool: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
     def calibrate(self) -> bool: ...
     @property
     def plot(self) -> Path | None: ...
@@ -114,7 +110,7 @@ def _case(asked: Asked, config: Config) -> Case:
     micro = part if config.micro_batch_size == "auto" else int(config.micro_batch_size)
     if part % micro:
         raise UserError(f"micro_batch_size {micro} does not divide {part} photographs a GPU; choose a divisor.")
-    return Case(config, micro, asked.gpus, asked.recompute, asked.compile)
+    return Case(config, micro, asked.gpus)
 
 
 def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: allowances.Allowance) -> int:
@@ -182,7 +178,7 @@ def lines(
             bandwidth = asked.tbps * 1e12 if asked.tbps else None if card is None else card.bandwidth
             peak = None if card is None else card.single if config.precision == "fp32" else card.half
             peak = asked.tflops * 1e12 if asked.tflops else peak
-            case = Case(config, 1, asked.gpus, asked.recompute, asked.compile)
+            case = Case(config, 1, asked.gpus)
             found.append(planning.line(case, limit, allowance, bandwidth, peak))
     return found
 

@@ -52,10 +52,13 @@ def test_precision_average_recomputation_and_compilation_change_what_they_should
     averaged = predict(replace(plain, config=config(optimizer={"ema_decay": 0.9})), NOTHING)
     assert averaged.kinds["averaged weights"] > 0
     # What is kept is one map a block; so many blocks, that the stem, which is no block, does not outweigh them.
-    mixer = Case(config(model="convmixer", convmixer={"dim": 16, "depth": 8, "kernel_size": 3, "patch_size": 4}), 24)
-    kept, all_ = (predict(replace(mixer, recomputed=on), NOTHING).kinds["activations"] for on in (True, False))
-    assert kept < 0.5 * all_
-    compiled = predict(replace(plain, compiled=True), NOTHING)
+    mixer = {"dim": 16, "depth": 8, "kernel_size": 3, "patch_size": 4}
+    kept, all_ = (
+        predict(Case(config(model="convmixer", convmixer=mixer, memory={"checkpointing": on}), 24), NOTHING)
+        for on in (True, False)
+    )
+    assert kept.kinds["activations"] < 0.5 * all_.kinds["activations"]
+    compiled = predict(replace(plain, config=config(compile=True)), NOTHING)
     assert compiled.estimated
     assert compiled.kinds["activations"] < activations
 

@@ -214,9 +214,9 @@ class Plan:
 
     def run(self, flags: Sequence[str]) -> int:
         """The exit code; `flags` are training's."""
-        from fastddr.reporting import plans
+        from fastddr.memory import questions
 
-        return plans.run(self, list(flags))
+        return questions.run(self, list(flags))
 
 
 VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from fastddr import verbs
 from fastddr.config import Config, OptimizerConfig, ResNetConfig, from_mapping
 from fastddr.errors import UserError
-from fastddr.memory import allowances, cards, fitting, planning, predicting
+from fastddr.memory import allowances, cards, fitting, planning, predicting, questions
 from fastddr.memory.allowances import DECLARED, GIB, MIB, Allowance
 from fastddr.memory.planning import choose_micro_batch, largest, line, ways
 from fastddr.memory.predicting import Case, fits, needed, predict, tape_of
-from fastddr.reporting import plans
 
 #: Nothing but the step itself.
 NOTHING = Allowance(context=0, workspaces=0, decoder=0, share=0.0, source="none")
@@ -271,7 +270,7 @@ def test_a_wrong_plan_is_one_sentence(flags: list[str], said: str, capsys: pytes
 
 
 def test_a_training_without_a_preset_begins_at_the_reports() -> None:
-    found = plans.configured(["--model", "resnet", "--image-size", "600"], 40)
+    found = questions.configured(["--model", "resnet", "--image-size", "600"], 40)
     assert (found.preset, found.canvas, found.precision) == ("report-resnet", 600, "bf16")
     assert found.resnet == ResNetConfig(depth=40, width=64)
     assert found.optimizer == OptimizerConfig()

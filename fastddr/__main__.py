@@ -12,12 +12,13 @@ USAGE = """usage: fastddr VERB [options]
   check    decode every photograph of a data set, and say what is wrong with it
   prepare  crop every photograph to the retina and make it smaller, once, so that training is fast
   plan     predict the GPU memory of a training, without a GPU, and what to change so that it fits
+  evaluate score a run's weights on a split, or on other data
   synth    write a synthetic DDR data set into a folder
 
 `fastddr VERB --help` tells a verb's options; `fastddr --version` the version.
 """
 
-VERBS = ("train", "check", "prepare", "plan", "synth")
+VERBS = ("train", "check", "prepare", "plan", "evaluate", "synth")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         from fastddr import train
 
         return train.main(rest, prog="fastddr train")
+    if verb == "evaluate":
+        from fastddr.inference import evaluate
+
+        return evaluate.main(rest)
     if verb in VERBS:
         from fastddr import verbs
 

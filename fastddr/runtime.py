@@ -133,7 +133,7 @@ def keep_memory() -> None:
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     die_with_parent()
-    return PartialState(cpu=_on_cpu(), timeout=_SET_UP)
+    return PartialState(cpu=on_cpu(), timeout=_SET_UP)
 
 
 def from_main(do: Callable[[], T]) -> T:
@@ -153,7 +153,8 @@ def from_main(do: Callable[[], T]) -> T:
     return value
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether this process trains on the CPU: there is no GPU, or it was asked for."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
 
 
@@ -163,15 +164,16 @@ def start(config: Config) -> Runtime:
     Raises:
         UserError: a precision or a batch that this machine cannot do.
     """
-    on_cpu, state = _on_cpu(), join()
+    state = join()
+    cpu = on_cpu()
     decisions = [
-        f"device {'cpu' if on_cpu else 'cuda'}: "
-        + ("PyTorch sees no GPU" if not torch.cuda.is_available() else "asked for" if on_cpu else "a GPU is there")
+        f"device {'cpu' if cpu else 'cuda'}: "
+        + ("PyTorch sees no GPU" if not torch.cuda.is_available() else "asked for" if cpu else "a GPU is there")
     ]
-    capability = None if on_cpu else torch.cuda.get_device_capability(state.device)
+    capability = None if cpu else torch.cuda.get_device_capability(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, reason = choose_precision(config.precision, launched, capability)
-    tf32 = ", matrix products in TF32" if precision == "fp32" and not on_cpu and not config.deterministic else ""
+    tf32 = ", matrix products in TF32" if precision == "fp32" and not cpu and not config.deterministic else ""
     decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)
     decisions.append(
@@ -180,18 +182,18 @@ def start(config: Config) -> Runtime:
     threads = config.threads or ranks.cores()
     # accelerate launch sets OMP_NUM_THREADS=1 on a CPU, which halves the speed; this overrides it.
     torch.set_num_threads(threads)
-    if on_cpu:
+    if cpu:
         keep_memory()
     decisions.append(f"threads {threads}: {'asked for' if config.threads else 'the cores of this rank'}")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    elif not on_cpu:
+    elif not cpu:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulation,
         step_scheduler_with_optimizer=False,

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
+from jaxtyping import Int
+
 from fastddr import ranks
 from fastddr.config import Config
 from fastddr.data.manifest import Manifest
@@ -66,29 +69,41 @@ class RunLoaders:
         return loader
 
     def _task(self, split: str, train: bool = False) -> Task:
-        config, manifest, run = self._config, self._manifest, self._runtime
-        full = not train and config.evaluation.field == "full"
-        evaluated = (config.evaluation.batch_size or run.micro_batch_size) * run.world
-        budget = config.loading.store_gib
-        return Task(
-            files=manifest.files(),
-            grades=manifest.grade,
-            widths=manifest.width,
-            heights=manifest.height,
-            ids=manifest.ids(split),
-            train=train,
-            image_size=config.image_size,
-            canvas=config.image_size if full else config.canvas,
-            augment=config.augment,
-            seed=config.seed,
-            batch_size=config.batch_size if train else evaluated,
-            accumulation=run.accumulation if train else 1,
-            rank=run.rank,
-            world=run.world,
-            device=run.device,
-            dtype=run.image_dtype,
-            threads=config.loading.threads or ranks.cores(),
-            prefetch=config.loading.prefetch,
-            store=config.loading.store,
-            budget=None if budget is None else int(budget * 2**30),
-        )
+        return task(self._config, self._manifest, self._runtime, self._manifest.ids(split), train=train)
+
+
+def scoring(
+    config: Config, manifest: Manifest, runtime: Runtime, ids: Int[np.ndarray, " n"], say: Callable[[str], None]
+) -> Loader:
+    """A loader that reads these photographs once, each as validation does, with the loader of the configuration."""
+    name = streaming()[0] if config.loader == "auto" else config.loader
+    return build(name, replace(task(config, manifest, runtime, ids, train=False), store="none"), say)
+
+
+def task(config: Config, manifest: Manifest, run: Runtime, ids: Int[np.ndarray, " n"], *, train: bool) -> Task:
+    """What a loader needs to know to train on these photographs, or to score them."""
+    full = not train and config.evaluation.field == "full"
+    evaluated = (config.evaluation.batch_size or run.micro_batch_size) * run.world
+    budget = config.loading.store_gib
+    return Task(
+        files=manifest.files(),
+        grades=manifest.grade,
+        widths=manifest.width,
+        heights=manifest.height,
+        ids=ids,
+        train=train,
+        image_size=config.image_size,
+        canvas=config.image_size if full else config.canvas,
+        augment=config.augment,
+        seed=config.seed,
+        batch_size=config.batch_size if train else evaluated,
+        accumulation=run.accumulation if train else 1,
+        rank=run.rank,
+        world=run.world,
+        device=run.device,
+        dtype=run.image_dtype,
+        threads=config.loading.threads or ranks.cores(),
+        prefetch=config.loading.prefetch,
+        store=config.loading.store,
+        budget=None if budget is None else int(budget * 2**30),
+    )

@@ -41,8 +41,9 @@ def write(
     *,
     root: Path | None = None,
     left_out: Sequence[Problem] = (),
+    folder: Path | None = None,
 ) -> Path:
-    """Write RUN/report/ and return the path of its report.md.
+    """Write RUN/report/, or another folder, and return the path of its report.md.
 
     `splits` holds any of train, valid, test and `valid_last` (valid under the last weights). `facts` is shown
     in its order, label and value, and a mapping as a value in one line; `notes` are sentences. Paths of
@@ -50,7 +51,7 @@ def write(
     is there. `left_out` are the photographs and labels that were not used. Raises OSError when a file cannot be
     written; a photograph that cannot be opened is a grey tile.
     """
-    report = Path(run_dir) / "report"
+    report = folder or Path(run_dir) / "report"
     report.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for name, split in splits.items():
@@ -81,17 +82,19 @@ def summary(
     sync_command: str | None = None,
     tensorboard: bool = True,
     console: Console | None = None,
+    folder: Path | None = None,
 ) -> None:
-    """Print the main figures of RUN/report/metrics.json, and what to type next."""
+    """Print the main figures of metrics.json in RUN/report/, or in another folder, and what to type next."""
     run_dir = Path(run_dir)
-    found = json.loads((run_dir / "report" / "metrics.json").read_text(encoding="utf-8"))
+    report = folder or run_dir / "report"
+    found = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     table.add_column("", no_wrap=True)
     for name in found:
         table.add_column(_column(name), justify="right", no_wrap=True)
     for label, cells in tables.rows(found, short=True):
         table.add_row(label, *cells)
-    commands = [("report", shlex.quote(str(run_dir / "report" / "report.md")))]
+    commands = [("report", shlex.quote(str(report / "report.md")))]
     if tensorboard:
         commands.append(("curves", f"tensorboard --logdir {shlex.quote(str(run_dir.parent))}"))
     if sync_command:

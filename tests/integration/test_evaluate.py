@@ -1,0 +1,130 @@
+"""`fastddr evaluate`: a run's weights on a split, or on other data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import launch, train
+from torch import nn
+
+from fastddr.__main__ import main
+from fastddr.evaluation.views import Averaged
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny, tmp_path_factory.mktemp("runs") / "run", "--epochs", "3", "--lr", "0.01")
+
+
+def evaluated(run: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, str]], Path]:
+    """Figures, rows of predictions.csv, and the folder of a new evaluation."""
+    before = set((run / "evaluations").glob("*"))
+    assert main(["evaluate", str(run), *arguments]) == 0
+    [folder] = set((run / "evaluations").glob("*")) - before
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return json.loads((folder / "metrics.json").read_text()), rows, folder
+
+
+def reported(run: Path, split: str) -> list[dict[str, str]]:
+    with (run / "report" / "predictions.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["split"] == split]
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_gets_the_figures_of_the_report(run: Path, split: str) -> None:
+    figures, rows, folder = evaluated(run, "--split", split)
+    wanted = json.loads((run / "report" / "metrics.json").read_text())[split]
+    assert figures[split] == wanted
+    assert rows == reported(run, split)
+    assert (folder / "report.md").is_file()
+    assert (folder / "confusion_matrix.png").is_file()
+
+
+def test_every_scoring_of_test_is_noted(run: Path) -> None:
+    def scorings() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run / "test_scorings.jsonl").read_text().splitlines()]
+
+    before = scorings()
+    evaluated(run, "--split", "valid")
+    assert scorings() == before
+    figures, _, _ = evaluated(run, "--split", "test", "--weights", "last")
+    [new] = scorings()[len(before) :]
+    assert (new["by"], new["n"], new["qwk"]) == ("evaluate", figures["test"]["n"], figures["test"]["qwk"])
+    assert new["weights"].startswith("last")
+
+
+def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -> None:
+    figures, rows, _ = evaluated(run, "--split", "all", "--batch-size", "5")
+    assert figures["all"]["n"] == len(rows) == 27 + 11 + 13
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    photographs = sorted((other / "DR_grading" / "test").glob("*.jpg"))
+    photographs[0].write_bytes(photographs[1].read_bytes())
+    assert main(["evaluate", str(run), "--data", str(other)]) == 0
+
+
+def test_probabilities_are_averaged_over_the_views(run: Path) -> None:
+    plain = {row["path"]: row for row in reported(run, "test")}
+    _, rows, folder = evaluated(run, "--tta", "dihedral")
+    assert "dihedral" in folder.name
+    assert any(abs(float(row["p0"]) - float(plain[row["path"]]["p0"])) > 1e-4 for row in rows)
+    assert all(sum(float(row[f"p{grade}"]) for grade in range(5)) == pytest.approx(1) for row in rows)
+
+
+@pytest.mark.parametrize("views", ["flips", "dihedral"])
+def test_a_view_of_the_photograph_has_the_same_answer(views: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    image = torch.randn(2, 3, 8, 8)
+    averaged = Averaged(model, views).eval()  # type: ignore[arg-type]
+    turned = torch.rot90(image, 2, (-2, -1)).flip(-1) if views == "flips" else torch.rot90(image, 1, (-2, -1)).flip(-1)
+    torch.testing.assert_close(averaged(turned), averaged(image))
+    mean = torch.stack([model(v).softmax(1) for v in (image, image.flip(-1))]).mean(0)
+    assert not torch.allclose(mean, averaged(image).softmax(1)), "there are more views than two"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "there is no run here"),
+        (["RUN", "--batch-size", "0"], "--batch-size 0"),
+        (["RUN", "--data", "nowhere"], "there is no such folder"),
+    ],
+)
+def test_what_a_user_gets_wrong(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert main(["evaluate", *(str(run) if word == "RUN" else word for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastddr: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_other_photographs_are_not_taken_for_the_runs_own(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(tiny, tmp_path / "data"))
+    run = train(data, tmp_path / "run", "--epochs", "1")
+    photograph = next((data / "DR_grading" / "test").glob("*.jpg"))
+    photograph.write_bytes(photograph.read_bytes() + b"\0")
+    assert main(["evaluate", str(run)]) == 2
+    assert "these are not the photographs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    before = list((run / "evaluations").glob("*"))
+    done = launch(2, "fastddr", "evaluate", str(copy), "--split", "test", "--batch-size", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [folder] = set((copy / "evaluations").iterdir()) - {copy / "evaluations" / path.name for path in before}
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = reported(run, "test")
+    assert [row["path"] for row in rows] == [row["path"] for row in wanted]
+    assert [float(row["p0"]) for row in rows] == pytest.approx([float(row["p0"]) for row in wanted], abs=1e-6)

@@ -82,27 +82,32 @@ def versions() -> dict[str, str]:
     }
 
 
-def out_of_memory(device: torch.device, micro_batch_size: int, image_size: int, *, store: str) -> str:
+def out_of_memory(
+    device: torch.device, micro_batch_size: int, image_size: int, *, store: str, need: float | None = None
+) -> str:
     """What to tell the user whose card was too small, and the ways out, the one that changes least first.
 
     Args:
         micro_batch_size: photographs that this rank held at once.
         image_size: their side in pixels.
         store: where the loader keeps photographs.
+        need: GiB that were predicted for PyTorch, None where nothing was.
     """
-    held = ""
+    held = "" if need is None else f" ({need:.1f} GiB were predicted)"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         peak = torch.cuda.max_memory_allocated(device)
         gib = [f"{size / 2**30:.1f} GiB" for size in (peak, total, free)]
-        held = f" (PyTorch held up to {gib[0]} of {gib[1]}; {gib[2]} are free now)"
+        predicted = "" if need is None else f"{need:.1f} GiB were predicted; "
+        held = f" ({predicted}PyTorch held up to {gib[0]} of {gib[1]}; {gib[2]} are free now)"
     ways = []
     if store == "vram":
         ways.append("keep photographs elsewhere with --loading.store ram")
     if micro_batch_size > 1:
         smaller = max(size for size in range(1, micro_batch_size) if micro_batch_size % size == 0)
         ways.append(f"hold fewer photographs at once with --micro-batch-size {smaller}, which keeps the global batch")
-    ways.append("take a smaller --image-size and --canvas")
+    ways.append("compute activations again with --memory.checkpointing, which changes no number and takes longer")
+    ways.append("take a smaller --image-size and --canvas (`fastddr plan` says what fits)")
     return (
         f"the memory of {device} is too small for {micro_batch_size} photographs of {image_size} px at once{held}: "
         f"{', or '.join(ways)}."

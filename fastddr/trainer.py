@@ -187,7 +187,7 @@ class Trainer:
         """
         if self.finished:
             return
-        assert self.saver is not None
+        assert self.saver is not None and self.loaders is not None
         with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress):
             try:
                 while self.progress.epoch < self.config.epochs:
@@ -197,10 +197,10 @@ class Trainer:
             except StopRequested as request:
                 self._stop(str(request))
             except torch.OutOfMemoryError as error:
-                assert self.loaders is not None
-                size, store = self.runtime.micro_batch_size, self.loaders.choice.store
-                sentence = out_of_memory(self.runtime.device, size, self.config.image_size, store=store)
-                raise UserError(sentence) from error
+                raise UserError(out_of_memory(
+                    self.runtime.device, self.runtime.micro_batch_size, self.config.image_size,
+                    store=self.loaders.choice.store, need=self.predicted_gib,
+                )) from error  # fmt: skip
             else:
                 self.stopping.settle()
 

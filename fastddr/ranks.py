@@ -80,7 +80,7 @@ def gather(items: list[T]) -> list[T]:
     return found
 
 
-def expect(timeout: timedelta) -> None:
+def expect(minutes: float) -> timedelta:
     """From now on a rank that has not entered a collective for so long is taken for frozen; called by all ranks.
 
     Before that, while data are looked at, one rank may keep the others waiting for longer.
@@ -88,14 +88,16 @@ def expect(timeout: timedelta) -> None:
     import torch.distributed as dist
 
     global _roll_call
+    timeout = timedelta(minutes=minutes)
     if world() == 1:
-        return
+        return timeout
     _roll_call = dist.new_group(backend="gloo")
     # PyTorch 2.11 has it under its former name.
     set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     # NCCL ends a process whose wait was too long, so the wait over the CPU in each step must be the shorter one.
     spare = timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)
     set_timeout(timeout + spare)
+    return timeout
 
 
 def tell(reason: str) -> None:

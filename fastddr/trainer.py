@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from types import TracebackType
@@ -137,8 +137,7 @@ class Trainer:
         else:
             self.progress = going_on
         self.watch = Watch(self.runtime.device)
-        timeout = timedelta(minutes=config.rank_timeout_minutes)
-        ranks.expect(timeout)
+        timeout = ranks.expect(config.rank_timeout_minutes)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
             world=self.runtime.world, timeout=timeout,
@@ -187,7 +186,8 @@ class Trainer:
         """
         if self.finished:
             return
-        assert self.saver is not None and self.loaders is not None
+        assert self.saver is not None
+        assert self.loaders is not None
         with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress):
             try:
                 while self.progress.epoch < self.config.epochs:

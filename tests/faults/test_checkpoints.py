@@ -13,10 +13,10 @@ import pytest
 import torch
 from tests_support import ROOT, settings, train, weights
 
-from fastddr import checkpoints
+from fastddr import checkpoints, cli
 from fastddr.errors import UserError
 from fastddr.runs import Progress, RunFolder
-from fastddr.saving import Saver
+from fastddr.saving import Saver, Training
 from fastddr.tracking import Tracker
 from fastddr.trainer import Trainer
 
@@ -26,7 +26,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import hazards, torch
-from fastddr import checkpoints
+from fastddr import checkpoints, cli
 from fastddr.checkpoints import Snapshot
 
 folder, then = Path(sys.argv[1]), {"kill": hazards.die, "full": hazards.full}[sys.argv[2]]
@@ -146,30 +146,47 @@ def test_a_status_that_cannot_be_written_does_not_hide_the_reason(
     assert "status.json could not be written" in capsys.readouterr().out
 
 
-def test_minutes_and_epochs_and_how_many_are_kept(tiny: Path, tmp_path: Path) -> None:
-    def saved(name: str, *more: str) -> list[int]:
-        steps = []
-        with Trainer(settings(tiny, tmp_path / name, "--epochs", "4", *more)) as trainer:
-            save = trainer.saver.save  # type: ignore[union-attr]
+def counting(tmp_path: Path, *flags: str) -> Saver:
+    """When a run of four epochs saves; nothing is written."""
+    config = cli.parse(["--epochs", "4", *flags], "test")
+    model = torch.nn.Linear(1, 1)
+    training = Training(model, None, torch.optim.SGD(model.parameters()), None)
+    return Saver(RunFolder(tmp_path), training, config, main=False, fingerprint="", step=0, wandb_id=None)
 
-            def noted(progress: Any, *, best: bool) -> None:
-                steps.append(progress.step)
-                save(progress, best=best)
 
-            trainer.saver.save = noted  # type: ignore[union-attr, method-assign]
-            trainer.fit()
-            best = trainer.progress.best_step
-        stand = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("step-*"))
-        assert f"step-{best:08d}" in stand
-        assert len(stand) == len({*steps[-3:], best}), "keeps three"
-        return steps
+def saved(saver: Saver, *, best: tuple[int, ...] = (), asked: tuple[int, ...] = ()) -> list[int]:
+    """Steps at which it saves, of epochs of three steps; `best` are epochs, `asked` steps at which the clock asks."""
+    steps = []
+    for epoch in range(1, 5):
+        for step in range(3 * epoch - 2, 3 * epoch + 1):
+            if saver.due(step, step in asked, last=step == 3 * epoch):
+                steps.append(step)
+        if saver.due_after(epoch, epoch in best):
+            steps.append(3 * epoch)
+    return steps
 
-    # An epoch has three steps; every save below is due to what is asked, or because it is the best so far.
-    keep = ("--keep-checkpoints", "3")
-    assert saved("minutes", "--save-every-minutes", "1e-9", *keep) == list(range(1, 13))
-    often = saved("epochs", *keep)
-    assert often == [3, 6, 9, 12]
-    seldom = saved("seldom", "--save-every-epochs", "3", *keep)
-    assert {9, 12} <= set(seldom) < set(often)
-    owed = saved("owed", "--save-every-epochs", "4", "--save-every-steps", "6", *keep)
-    assert {6, 12} <= set(owed), "one that is due at the end of an epoch is taken when that was validated"
+
+@pytest.mark.parametrize(
+    ("flags", "best", "asked", "steps"),
+    [
+        ([], (), (), [3, 6, 9, 12]),
+        (["--save-every-steps", "2"], (), (), [2, 3, 4, 6, 8, 9, 10, 12]),
+        ([], (), (1, 5, 6), [1, 3, 5, 6, 9, 12]),
+        (["--save-every-epochs", "3"], (1,), (), [3, 9, 12]),
+        # One that is due at the end of an epoch is taken when that was validated.
+        (["--save-every-epochs", "9", "--save-every-steps", "6"], (), (9,), [6, 9, 12]),
+    ],
+)
+def test_when_a_checkpoint_is_due(
+    tmp_path: Path, flags: list[str], best: tuple[int, ...], asked: tuple[int, ...], steps: list[int]
+) -> None:
+    assert saved(counting(tmp_path, *flags), best=best, asked=asked) == steps
+
+
+def test_minutes_and_how_many_are_kept(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Trainer(settings(tiny, run, "--save-every-minutes", "1e-9", "--keep-checkpoints", "3")) as trainer:
+        trainer.fit()
+        best = trainer.progress.best_step
+    stand = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert stand == {f"step-{step:08d}" for step in (4, 5, 6, best)}, "every step was saved, and the newest are kept"

@@ -246,7 +246,7 @@ def test_plan_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixtur
 
 
 def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verbs.main("plan", ["--vram", "8", "--tbps", "1", "--tflops", "100", *SMALL[2:]]) == 0
+    assert verbs.main("plan", ["--vram", "8", "--tbps", "1", "--tflops", "100", "--image-size", "64", *SMALL[2:]]) == 0
     said = capsys.readouterr().out
     assert [name in said for name in ("convmixer", "cnn", "resnet", "64 of 512")] == [True] * 4
 

@@ -277,7 +277,7 @@ def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
         shutil.rmtree(run)
     return [
         {
-            "name": name, **harness.spread(values), "unit": "s", "p95": float(np.percentile(values, 95)),
+            "name": name, **harness.spread(values), "unit": "s", "p95": round(float(np.percentile(values, 95)), 3),
             "ranks": options.ranks,
         }
         for name, values in (("SIGTERM to the checkpoint", saved), ("SIGTERM to the end of all processes", ended))

@@ -23,11 +23,9 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,22 +35,13 @@ import hazards
 import numpy as np
 import torch
 import tyro
+from victims import MODEL, Runs, equal, kill, processes, state, status
 
 from fastddr import checkpoints, cli
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
-#: In the environment of every process of a training: which run it is of.
-_MARK = "FASTDDR_FAULTS"
 PARTS = ("kills", "stops", "saves", "disk", "bad", "ranks")
-#: A small model with all the state that training can have: moments, averages, warm-up, clipping, accumulation.
-MODEL = [
-    "--image-size", "96", "--canvas", "112", "--batch-size", "16", "--micro-batch-size", "4",
-    "--convmixer.dim", "32", "--convmixer.depth", "2", "--convmixer.kernel-size", "5", "--convmixer.patch-size", "8",
-    "--optimizer.ema-decay", "0.99", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.2",
-    "--tracking.no-wandb", "--tracking.no-tensorboard", "--threads", "1", "--loading.threads", "1",
-]  # fmt: skip
 
 
 @dataclass
@@ -79,91 +68,6 @@ class Options:
     """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
-class Runs:
-    """Starts trainings in a scratch folder, as a user would."""
-
-    def __init__(self, options: Options, scratch: Path) -> None:
-        self.scratch = scratch
-        self._ranks = options.ranks
-        self.data = options.data or str(_photographs(scratch / "synthetic"))
-        self._environment = os.environ | {
-            "FASTDDR_CACHE": str(scratch / "cache"), "WANDB_MODE": "disabled",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }  # fmt: skip
-
-    def start(self, run: Path, *more: str, ranks: int | None = None) -> subprocess.Popen[str]:
-        """A training that goes on in the background; what it says stands beside the run."""
-        ranks = ranks or self._ranks
-        script = [str(ROOT / "fastddr" / "train.py"), "--data", self.data, "--run-dir", str(run), *MODEL, *more]
-        launcher = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        ]  # fmt: skip
-        command = [*launcher, *script] if ranks > 1 else [sys.executable, *script]
-        environment = self._environment | {_MARK: run.name}
-        with (self.scratch / f"{run.name}.txt").open("a") as said:
-            return subprocess.Popen(command, env=environment, stdout=said, stderr=said, text=True)
-
-    def finish(self, run: Path, *more: str) -> None:
-        """Train to the end.
-
-        Raises:
-            RuntimeError: it did not end well.
-        """
-        if self.start(run, *more).wait() != 0:
-            raise RuntimeError(self.said(run)[-3000:])
-
-    def said(self, run: Path) -> str:
-        """All that the trainings of a run have printed."""
-        return (self.scratch / f"{run.name}.txt").read_text()
-
-    def wait(self, done: Callable[[], bool], process: subprocess.Popen[str], run: Path) -> None:
-        """Wait for something that a training does.
-
-        Raises:
-            RuntimeError: it ended before, or took five minutes.
-        """
-        ends = time.monotonic() + 300
-        while not done():
-            if process.poll() is not None or time.monotonic() > ends:
-                raise RuntimeError(f"training ended or hung before its time: {self.said(run)[-3000:]}")
-            time.sleep(0.002)
-
-    def first_checkpoint(self, process: subprocess.Popen[str], run: Path) -> None:
-        """Wait until a training has saved."""
-        self.wait(lambda: (run / "checkpoints" / "last").exists(), process, run)
-
-
-def _photographs(root: Path) -> Path:
-    from fastddr.data import synthetic
-
-    counts = synthetic.default_counts()
-    few = {split: tuple(max(2, n // 4) for n in grades) for split, grades in counts.items()}
-    return synthetic.generate(root, counts=few, size=128, seed=0)
-
-
-def _status(run: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def _state(run: Path) -> dict[str, torch.Tensor]:
-    """Everything in the last checkpoint, by name."""
-    saved = checkpoints.load(run / "checkpoints" / "last")
-    found = dict(saved.model)
-    found |= {f"ema.{name}": tensor for name, tensor in (saved.ema or {}).items()}
-    for index, moments in saved.optimizer["state"].items():
-        found |= {f"{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return found
-
-
-def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def _count(name: str, good: int, of: int, **more: Any) -> dict[str, Any]:
     return {"name": name, "median": good, "low": good, "high": good, "unit": f"of {of}", "n": of, **more}
 
@@ -177,7 +81,7 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
     arguments = _arguments(options, runs)
     undisturbed = runs.scratch / "undisturbed"
     runs.finish(undisturbed, *arguments)
-    wanted, lines = _state(undisturbed), _steps(undisturbed)
+    wanted, lines = state(undisturbed), _steps(undisturbed)
     same = resumed = unloadable = gone_on = writing = 0
     for number in range(options.kills):
         run = runs.scratch / f"killed-{number}"
@@ -186,23 +90,23 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         runs.first_checkpoint(process, run)
         # Anywhere in what is left of the training; a save may be as short as a step.
         step = rng.randrange(4, options.steps - 4)
-        runs.wait(lambda run=run, step=step: _status(run).get("step", 0) >= step, process, run)  # type: ignore[misc]
+        runs.wait(lambda run=run, step=step: status(run).get("step", 0) >= step, process, run)
         if number % 2:
-            runs.wait(lambda folder=folder: any(folder.glob(".step-*")), process, run)  # type: ignore[misc]
+            runs.wait(lambda folder=folder: any(folder.glob(".step-*")), process, run)
         else:
             time.sleep(rng.random() * 0.1)
-        _kill(run)
+        kill(run)
         process.wait()
         writing += any(folder.glob(".step-*"))
         told: list[str] = []
         found = checkpoints.load_newest(folder, told.append)
         unloadable += len(told)
-        if _status(run).get("state") != "running":
+        if status(run).get("state") != "running":
             raise RuntimeError(f"{run.name} had ended before it was killed: take more --steps.")
         runs.finish(run, *arguments)
         at = 0 if found is None else found.state["progress"]["step"]
         resumed += f"resumed at step {at}" in runs.said(run) and at > 0
-        same += _equal(_state(run), wanted)
+        same += equal(state(run), wanted)
         gone_on += _steps(run) == lines
         shutil.rmtree(run)
         harness.say(f"  kill {number + 1} at step {at}: {same} the same, {resumed} resumed")
@@ -231,29 +135,6 @@ def _steps(run: Path) -> list[tuple[int, bool]]:
     return [(line["step"], "valid/qwk" in line) for line in lines]
 
 
-def _processes(run: Path, rank: int | None = None) -> list[int]:
-    """The processes of a run's training, ranks before their launcher; or that of one rank."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # another user's, or it has ended meanwhile
-            continue
-        own = [entry[5:] for entry in environment if entry.startswith(b"RANK=")]
-        if f"{_MARK}={run.name}".encode() in environment and (rank is None or own == [str(rank).encode()]):
-            found.append((not own, int(folder.name)))
-    return [process for _, process in sorted(found)]
-
-
-def _kill(run: Path) -> None:
-    """Kill launcher and ranks alike, as a power cut does; none of them is there any more afterwards."""
-    while processes := _processes(run):
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.01)
-
-
 def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
     """SIGTERM in the midst of training: how long until the checkpoint stands, and until everything has ended."""
     rng = random.Random(options.seed)
@@ -265,13 +146,13 @@ def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
         time.sleep(rng.random())
         began = time.monotonic()
         os.kill(process.pid, signal.SIGTERM)
-        runs.wait(lambda run=run: _status(run).get("state") == "preempted", process, run)  # type: ignore[misc]
+        runs.wait(lambda run=run: status(run).get("state") == "preempted", process, run)
         saved.append(time.monotonic() - began)
         process.wait()
         ended.append(time.monotonic() - began)
         if (
-            _state(run)
-            and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != _status(run)["step"]
+            state(run)
+            and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != status(run)["step"]
         ):
             raise RuntimeError(f"{run.name} did not save the step at which it stopped")
         shutil.rmtree(run)
@@ -404,7 +285,7 @@ def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
                 (run / "STOP").touch()
             return told
 
-        trainer.criterion, trainer.watch.look = Spoiling(), watched  # type: ignore[assignment, method-assign]
+        trainer.criterion, trainer.watch.look = Spoiling(), watched
         trainer.fit()
         told = trainer.progress.skipped
     return [
@@ -421,8 +302,8 @@ def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
         process = runs.start(run, "--epochs", "100000", "--rank-timeout-minutes", "0.25", ranks=2)
         runs.first_checkpoint(process, run)
         began = time.monotonic()
-        os.kill(_processes(run, rank=1)[0], number)
-        runs.wait(lambda run=run: _status(run).get("state") == "failed", process, run)  # type: ignore[misc]
+        os.kill(processes(run, rank=1)[0], number)
+        runs.wait(lambda run=run: status(run).get("state") == "failed", process, run)
         said = time.monotonic() - began
         process.wait()
         ended = time.monotonic() - began
@@ -430,12 +311,6 @@ def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
         for name, value in ((f"{about}: the reason is told", said), (f"{about}: all has ended", ended)):
             rows.append({"name": name, "median": value, "low": value, "high": value, "unit": "s", "n": 1, "ranks": 2})
     return rows
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def main(options: Options) -> None:
@@ -448,8 +323,9 @@ def main(options: Options) -> None:
     }  # fmt: skip
     harness.begin()
     rows: list[dict[str, Any]] = []
-    with _scratch() as scratch:
-        runs = Runs(options, scratch)
+    # A disk of ours that could not be unmounted must not hide what went wrong.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        runs = Runs(options.data, options.ranks, Path(scratch))
         for part in options.only:
             harness.say(part)
             rows += do[part](options, runs)

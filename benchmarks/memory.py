@@ -143,7 +143,7 @@ def measured(trial: Trial) -> dict[str, Any]:
     training.begin()
     training.step(0)  # what libraries keep once, they keep now
     if not gpu:
-        return {"allocated": [_on_cpu(training) for _ in range(REPEATS)]}
+        return {"allocated": [on_cpu(training) for _ in range(REPEATS)]}
     allocated = []
     for number in range(REPEATS):
         torch.cuda.reset_peak_memory_stats(device)
@@ -158,7 +158,7 @@ def measured(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _on_cpu(training: Training) -> int:
+def on_cpu(training: Training) -> int:
     """Bytes that the CPU's allocator held at most in a step: what was there before, and its own record of the rest."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -167,7 +167,7 @@ def _on_cpu(training: Training) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         training.step(1)
     now = most = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
@@ -189,10 +189,17 @@ def in_process(trial: Trial) -> dict[str, Any]:
 
 
 def largest(trial: Trial, most: int = 1024) -> int:
-    """The largest batch that goes through on the emulated card, by doubling and bisection; 0 if none."""
+    """The largest batch that goes through on the emulated card, by doubling and bisection; 0 if none.
+
+    Raises:
+        RuntimeError: a trial failed, but not for want of memory.
+    """
 
     def works(batch: int) -> bool:
-        return "failed" not in in_process(Trial(**asdict(trial) | {"batch_size": batch}))
+        reason: str = in_process(Trial(**asdict(trial) | {"batch_size": batch})).get("failed", "")
+        if reason and "out of memory" not in reason.lower():
+            raise RuntimeError(f"{trial.name}, batch {batch}: {reason}")
+        return not reason
 
     low, high = 0, 2
     while high <= most and works(high):
@@ -254,7 +261,7 @@ def main(options: Options) -> None:
             rows.append(
                 {"name": f"largest batch, {size:g} GiB, {model}, {side} px, {precision}", "kind": "largest",
                  "model": model, "image_size": side, "precision": precision, "card_gib": size,
-                 "median": batch, "low": batch, "high": batch, "unit": "photographs", "n": 5}
+                 "median": batch, "low": batch, "high": batch, "unit": "photographs", "n": 1}
             )  # fmt: skip
     rows += errors(rows)
     shown = [each for each in rows if "failed" not in each]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +55,47 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
 
 
-def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with this many processes, as the README has it, of a script or of a module by its name."""
+def launching(ranks: int, script: str | Path, *arguments: str) -> list[str]:
+    """The command `accelerate launch`, as the README has it, of a script or of a module by its name."""
     script_ = ["-m", script] if isinstance(script, str) else [str(script)]
     many = ["--multi_gpu"] if ranks > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks),
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", *script_, *arguments]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return [sys.executable, "-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", "0", *script_, *arguments]  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+
+
+def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command of `launching`, to its end."""
+    command = launching(ranks, script, *arguments)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=_environment())
+
+
+@contextmanager
+def job(data: Path, cwd: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks that train in the folder `run` until somebody ends them; what they say goes into the file `said`."""
+    train = ROOT / "fastddr" / "train.py"
+    command = launching(2, train, "--data", str(data), "--run-dir", "run", *SMALL, "--micro-batch-size", "2",
+                        "--epochs", "100000", *more)  # fmt: skip
+    with (cwd / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=_environment())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def first_checkpoint(process: subprocess.Popen[bytes], cwd: Path) -> None:
+    """Wait until a `job` in this folder has saved."""
+    said, ends = cwd / "said", time.monotonic() + 200
+    while not (cwd / "run" / "checkpoints" / "last").exists():
+        assert time.monotonic() < ends, said.read_text()[-3000:]
+        assert process.poll() is None, said.read_text()[-3000:]
+        time.sleep(0.1)
 
 
 def task(found: Manifest, split: str = "train", **changes: Any) -> loaders.Task:

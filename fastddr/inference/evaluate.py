@@ -183,6 +183,11 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"fastddr: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
+        return EXIT_USER_ERROR
     except ranks.RankLost as error:
         print(f"fastddr: {error}", file=sys.stderr)
         return 1

@@ -87,7 +87,8 @@ class Tape:
 
     def cost(self, batch: int) -> tuple[int, int]:
         """(FLOP, bytes moved) of one micro batch of `batch` photographs and its share of the update."""
-        return tuple(found["fixed"] + found["each"] * batch for found in (self.flop, self.moved))  # type: ignore[return-value]
+        flop, moved = (found["fixed"] + found["each"] * batch for found in (self.flop, self.moved))
+        return flop, moved
 
     def as_json(self) -> dict[str, Any]:
         """For the cache."""

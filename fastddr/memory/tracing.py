@@ -184,6 +184,7 @@ class SteppedLast(torch.optim.Optimizer):
         # A wrapper without groups or state of its own, as Accelerate's is one.
         self.optimizer, self._accelerator = optimizer, accelerator
 
+    # Accelerate's returns nothing either, where PyTorch's may return the closure's loss.
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """The other one's, at the end of a step."""
         if self._accelerator.sync_gradients:
@@ -390,6 +391,7 @@ def _hollow(network: nn.Module) -> None:
         for named in (module._parameters, module._buffers):
             for name, tensor in named.items():
                 if tensor is not None:
+                    # Of parameters `fake` makes parameters, which its signature does not say.
                     named[name] = fake(tensor)  # type: ignore[assignment]
 
 

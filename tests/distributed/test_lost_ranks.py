@@ -6,43 +6,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, SMALL, task
+from tests_support import first_checkpoint, job, task
 
 from fastddr import checkpoints
 from fastddr.data import manifest
-
-
-@contextmanager
-def job(data: Path, cwd: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Two ranks that train until somebody ends them; what they say goes into the file `said`."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(ROOT / "fastddr" / "train.py"), "--data", str(data), "--run-dir", "run", *SMALL,
-               "--micro-batch-size", "2", "--epochs", "100000", *more]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
-    with (cwd / "said").open("w") as said:
-        process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=environment)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(file: Path, process: subprocess.Popen[bytes], said: Path) -> None:
-    ends = time.monotonic() + 200
-    while not file.exists():
-        assert time.monotonic() < ends, said.read_text()[-3000:]
-        assert process.poll() is None, said.read_text()[-3000:]
-        time.sleep(0.1)
 
 
 def rank(number: int, cwd: Path) -> int:
@@ -65,7 +37,7 @@ def rank(number: int, cwd: Path) -> int:
 def test_a_lost_rank_ends_the_job(how: str, tiny: Path, tmp_path: Path) -> None:
     run, said = tmp_path / "run", tmp_path / "said"
     with job(tiny, tmp_path, "--rank-timeout-minutes", "0.1") as process:
-        wait_for(run / "checkpoints" / "last", process, said)
+        first_checkpoint(process, tmp_path)
         lost, began = rank(1, tmp_path), time.monotonic()
         os.kill(lost, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         while json.loads((run / "status.json").read_text())["state"] == "running":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from fastddr.memory.allocator import Allocator, replay
 from fastddr.memory.tape import Tape, rounded
 from fastddr.memory.tracing import Steps, Training, trace
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Make = Callable[[], nn.Module]
 SIZE = 8
 
@@ -166,25 +169,16 @@ def test_real_tensors_take_the_same_blocks_in_the_same_order(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_cpu_allocator_has_given_out_as_much(name: str) -> None:
+def test_the_cpu_allocator_has_given_out_as_much(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An independent witness: what PyTorch's allocator was asked for in the same step, the scratch of kernels included,
     which no trace sees."""
-    from torch.profiler import ProfilerActivity, profile
-
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    on_cpu = importlib.import_module("memory").on_cpu
     # Large enough that the maps outweigh the scratch.
     steps = Steps(128)
     training = Training(small(name, 128)(), steps, 16)
     training.step(0)
-    network = training.network
-    kept: list[Tensor] = [*network.parameters(), *network.buffers()]
-    kept += [value for state in training.optimizer.optimizer.state.values() for value in state.values()]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        training.step(1)
-    now = most = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+    most = on_cpu(training)
     predicted = held(tracing.run(small(name, 128), steps, 16))
     assert predicted <= most <= 1.25 * predicted
 

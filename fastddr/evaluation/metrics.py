@@ -7,10 +7,10 @@ out those that the truth does not hold: else a split without grade 3 would score
 Where ungradable is a sixth class, kappa is of the photographs that truth and prediction both grade, and sensitivity
 and specificity are of those that the truth grades, with "ungradable" for a prediction counted as referred.
 
-torchmetrics counts the matrix and computes AUC and calibration error. The rates of a matrix are written out
-in `_rates`, for many matrices at once: the bootstrap needs them for two thousand, while torchmetrics takes
-labels only and averages over absent grades otherwise. `tests/unit/test_metrics.py` holds the two against each
-other.
+torchmetrics counts the matrix and computes the calibration error, scikit-learn the areas under curves (`ranking`).
+The rates of a matrix are written out in `rates`, for many matrices at once: the bootstrap needs them for two thousand,
+while the libraries take labels only and average over absent grades otherwise. `tests/unit/test_metrics.py` holds them
+against each other.
 
 C: grades that the model tells apart    n: photographs    b: matrices
 """
@@ -25,20 +25,19 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from fastddr.data.grades import ICDR, REFERABLE
+from fastddr.data.grades import ICDR
+from fastddr.evaluation import ranking
 
 #: Equal-width bins of confidence for the expected calibration error and the reliability diagram.
 BINS = 15
-#: Bootstrap samples behind every interval.
-SAMPLES = 2000
 
-_MEANS = ("accuracy", "qwk", "macro_f1", "balanced_accuracy")
+MEANS = ("accuracy", "qwk", "macro_f1", "balanced_accuracy")
+
+
+#: A score, and whether each photograph is one of those that should score high.
+Ranking = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     """All figures of one split but their intervals, ready for JSON.
 
     `loss` is the cross-entropy in nats, whatever the model was trained with. Rates lie in 0..1. The predicted
-    grade is the largest logit, the lowest grade of a tie. `auc` is the mean, over the grades present, of one
-    grade against the rest; `referable.auc` ranks by the summed probability of the referable grades. `ece` is
-    the expected calibration error (L1, `BINS` bins) of the predicted grade's probability.
+    grade is the largest logit, the lowest grade of a tie. `auc` and `average_precision` are means, over the grades
+    present, of one grade against the rest. `endpoints` ranks by the summed probability of a grade and all worse
+    ones, `referable` is the one of them that is grade 2 or worse. `ece` is the expected calibration error (L1,
+    `BINS` bins) of the predicted grade's probability.
 
     Raises ValueError for a grade outside 0..C-1 and for a logit that is not finite: a grade read off NaN
     would look like any other.
@@ -74,81 +74,70 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
     _check(logits, grades)
     n, classes = logits.shape
-    matrix = multiclass_confusion_matrix(logits.argmax(1), grades, num_classes=classes)
-    rates = figures_from_confusion(matrix)
+    found = figures_from_confusion(multiclass_confusion_matrix(logits.argmax(1), grades, num_classes=classes))
     probabilities = logits.softmax(1)
     ece = multiclass_calibration_error(probabilities, grades, classes, n_bins=BINS) if n else None
-    aucs = [_auc(probabilities[:, grade], grades == grade) for grade in range(classes)]
-    present = [auc for auc in aucs if auc is not None]
-    referable = rates["referable"]
-    if referable is not None:
-        graded = grades < len(ICDR)
-        referable["auc"] = _auc(probabilities[graded, REFERABLE:].sum(1), grades[graded] >= REFERABLE)
+    one_by_one = [
+        ranking.figures(*one_against_rest(probabilities, grades, grade), operating=False) for grade in range(classes)
+    ]
+    endpoints: dict[str, Any] = found["endpoints"]
+    for name, values in endpoints.items():
+        values |= ranking.figures(*worse_than(probabilities, grades, name))
     return {
         "n": n,
         "loss": float(torch.nn.functional.cross_entropy(logits, grades)) if n else None,
-        **{key: rates[key] for key in (*_MEANS, "recall", "confusion_matrix")},
-        "auc": float(np.mean(present)) if present else None,
-        "referable": referable,
+        **{key: found[key] for key in (*MEANS, "recall", "confusion_matrix")},
+        **{key: _mean_of([values[key] for values in one_by_one]) for key in ("auc", "average_precision")},
+        "referable": endpoints.get("referable"),
+        "endpoints": endpoints,
         "ece": None if ece is None else float(ece),
+        **({"without_ungradable": found["without_ungradable"]} if "without_ungradable" in found else {}),
     }
+
+
+def one_against_rest(probabilities: Float[Tensor, "n C"], grades: Int[Tensor, " n"], grade: int) -> Ranking:
+    """The score of a grade, and which photographs have it."""
+    return probabilities[:, grade].numpy(), (grades == grade).numpy()
+
+
+def worse_than(probabilities: Float[Tensor, "n C"], grades: Int[Tensor, " n"], endpoint: str) -> Ranking:
+    """The score of an endpoint, the summed probability of its grades, and which of the graded photographs reach it."""
+    graded, least = grades < len(ICDR), ranking.ENDPOINTS[endpoint]
+    return probabilities[graded, least:].sum(1).numpy(), (grades[graded] >= least).numpy()
 
 
 def figures_from_confusion(matrix: Any) -> dict[str, Any]:
     """The figures that a (C, C) confusion matrix alone gives: `n`, rates, and the matrix as lists.
 
     Rows = truth, columns = prediction. Accuracy and quadratic-weighted kappa would not notice a swapped axis;
-    recall, sensitivity and specificity do.
+    recall, sensitivity and specificity do. With ungradable as a sixth class, `without_ungradable` has what the graders
+    of the other photographs see: there "ungradable" is just a wrong answer.
     """
     counts = np.asarray(matrix)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or len(counts) < 2:
         raise ValueError(f"a confusion matrix is C x C with C >= 2, not {' x '.join(map(str, counts.shape))}")
-    rates = {key: value[0] for key, value in _rates(counts[None]).items()}
-    return {
+    found = {key: value[0] for key, value in rates(counts[None]).items()}
+    endpoints = {
+        name: {key: _number(found[f"{name}_{key}"]) for key in ("sensitivity", "specificity")}
+        for name in ranking.ENDPOINTS
+        if f"{name}_sensitivity" in found
+    }
+    values: dict[str, Any] = {
         "n": int(counts.sum()),
-        **{key: _number(rates[key]) for key in _MEANS},
-        "recall": [_number(value) for value in rates["recall"]],
+        **{key: _number(found[key]) for key in MEANS},
+        "recall": [_number(value) for value in found["recall"]],
         "confusion_matrix": counts.astype(int).tolist(),
-        "referable": {key: _number(rates[key]) for key in ("sensitivity", "specificity")}
-        if "sensitivity" in rates
-        else None,
+        "referable": endpoints.get("referable"),
+        "endpoints": endpoints,
     }
-
-
-def intervals(matrix: Any, *, level: float = 0.95, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
-    """Percentile-bootstrap intervals `[low, high]` of the rates of a (C, C) confusion matrix, rows = truth.
-
-    Photographs are drawn again within each grade, so the mix of grades stays as it is; drawing photographs of
-    one grade is drawing its row of the matrix from a multinomial, so nothing is drawn one by one. Photographs
-    count as independent; two eyes of one patient are not, so the truth is a little wider. The interval speaks
-    of the photographs, not of the training seed, and is [1, 1] where a rate is 1: a percentile bootstrap
-    cannot see what did not happen. None where the rate itself is undefined.
-    """
-    counts = np.asarray(matrix).astype(np.int64)
-    point = figures_from_confusion(counts)
-    rng = np.random.Generator(np.random.Philox(seed))
-    drawn = np.zeros((samples, *counts.shape), dtype=np.int64)
-    for grade, row in enumerate(counts):
-        if row.sum():
-            drawn[:, grade] = rng.multinomial(row.sum(), row / row.sum(), size=samples)
-    rates = _rates(drawn)
-
-    def interval(estimate: float | None, values: np.ndarray) -> list[float] | None:
-        # A sample may leave kappa undefined (one grade, all in one column) where the whole split does not.
-        values = values[~np.isnan(values)]
-        if estimate is None or not values.size:
-            return None
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        return [float(low), float(high)]
-
-    referable = point["referable"]
-    return {
-        **{key: interval(point[key], rates[key]) for key in _MEANS},
-        "recall": [interval(value, rates["recall"][:, grade]) for grade, value in enumerate(point["recall"])],
-        "referable": {key: interval(referable[key], rates[key]) for key in ("sensitivity", "specificity")}
-        if referable is not None
-        else None,
-    }
+    if len(counts) > len(ICDR):
+        graded = counts.copy()
+        graded[len(ICDR) :] = 0
+        others = {key: value[0] for key, value in rates(graded[None]).items()}
+        values["without_ungradable"] = {
+            "n": int(graded.sum()), **{key: _number(others[key]) for key in MEANS}
+        }  # fmt: skip
+    return values
 
 
 def reliability(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, list[Any]]:
@@ -169,7 +158,7 @@ def reliability(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict
     return {"count": count.tolist(), **means}
 
 
-def _rates(matrices: np.ndarray) -> dict[str, np.ndarray]:
+def rates(matrices: np.ndarray) -> dict[str, np.ndarray]:
     """Rates of (b, C, C) confusion matrices as (b,) arrays, `recall` (b, C); NaN where undefined."""
     m = matrices.astype(np.float64)
     truth, predicted, hit = m.sum(2), m.sum(1), np.diagonal(m, axis1=1, axis2=2)
@@ -182,19 +171,20 @@ def _rates(matrices: np.ndarray) -> dict[str, np.ndarray]:
     grade = np.arange(scale.shape[-1])
     weight = (grade[:, None] - grade[None, :]) ** 2.0  # Cohen 1968, quadratic: the farther, the worse
     expected = scale.sum(2)[:, :, None] * scale.sum(1)[:, None, :]
-    rates = {
+    found = {
         "accuracy": _ratio(hit.sum(1), n),
         "qwk": 1 - _ratio((weight * scale).sum((1, 2)) * scale.sum((1, 2)), (weight * expected).sum((1, 2))),
         "macro_f1": _mean(f1),
         "balanced_accuracy": _mean(recall),
         "recall": recall,
     }
-    if m.shape[-1] > REFERABLE:
-        # A photograph that is called ungradable is referred too.
-        ill = slice(REFERABLE, len(ICDR))
-        rates["sensitivity"] = _ratio(m[:, ill, REFERABLE:].sum((1, 2)), truth[:, ill].sum(1))
-        rates["specificity"] = _ratio(m[:, :REFERABLE, :REFERABLE].sum((1, 2)), truth[:, :REFERABLE].sum(1))
-    return rates
+    for name, least in ranking.ENDPOINTS.items():
+        if m.shape[-1] > least:
+            # A photograph that is called ungradable is referred too.
+            ill = slice(least, len(ICDR))
+            found[f"{name}_sensitivity"] = _ratio(m[:, ill, least:].sum((1, 2)), truth[:, ill].sum(1))
+            found[f"{name}_specificity"] = _ratio(m[:, :least, :least].sum((1, 2)), truth[:, :least].sum(1))
+    return found
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -212,12 +202,10 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _auc(score: Float[Tensor, " n"], positive: Tensor) -> float | None:
-    """Area under the ROC curve of a score in 0..1; None unless both answers occur."""
-    if not positive.any() or positive.all():
-        return None
-    # A sum of probabilities may exceed 1 by a rounding, and torchmetrics would then take all for logits.
-    return float(binary_auroc(score.clamp(0, 1), positive.long()))
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of what is defined."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _check(logits: Tensor, grades: Tensor) -> None:

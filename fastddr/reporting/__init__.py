@@ -1,14 +1,14 @@
 """What a run found, as files that a person reads: RUN/report/.
 
-    report.md  metrics.json  predictions.csv  curves.png  confusion_matrix.png  reliability.png  worst.png
+    report.md  metrics.json  predictions.csv  curves.png  confusion_matrix.png  roc.png  reliability.png  worst.png
+
+and about.json, what else is in report.md, so that `again` can make it anew.
 
 Each file is written beside and renamed, so a kill leaves no half of one.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shlex
@@ -23,14 +23,16 @@ from rich.text import Text
 
 from fastddr.data import problems
 from fastddr.data.problems import Problem
-from fastddr.evaluation.metrics import SplitResult, figures, intervals
-from fastddr.reporting import plots, tables
+from fastddr.evaluation import bootstrap
+from fastddr.evaluation.calibration import temperature as fitted
+from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.reporting import plots, predictions, ranked, tables
+from fastddr.reporting.predictions import LAST
 from fastddr.tracking import METRICS
 
-__all__ = ["read_metrics", "summary", "write"]
+__all__ = ["ABOUT", "read_metrics", "summary", "write"]
 
-#: The split scored for the last weights beside the best: in the figures, not in predictions.csv.
-LAST = "valid_last"
+ABOUT = "about.json"
 
 
 def write(
@@ -42,38 +44,70 @@ def write(
     root: Path | None = None,
     left_out: Sequence[Problem] = (),
     folder: Path | None = None,
+    temperature: float | None = None,
+    title: str | None = None,
+    predicted: bool = True,
 ) -> Path:
     """Write RUN/report/, or another folder, and return the path of its report.md.
 
     `splits` holds any of train, valid, test and `valid_last` (valid under the last weights). `facts` is shown
     in its order, label and value, and a mapping as a value in one line; `notes` are sentences. Paths of
     photographs are taken below `root` where they are relative. The curves come from RUN/metrics.jsonl, if it
-    is there. `left_out` are the photographs and labels that were not used. Raises OSError when a file cannot be
-    written; a photograph that cannot be opened is a grey tile.
+    is there. `left_out` are the photographs and labels that were not used. The temperature for calibrated
+    probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one. `title`
+    is by default the run's name. The predictions are written unless they are there already (`predicted` false). Raises OSError when a file cannot be written; a photograph that cannot be opened is a
+    grey tile.
     """
     report = folder or Path(run_dir) / "report"
     report.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    for name, split in splits.items():
-        values = figures(split.logits, split.grades)
-        found[name] = {"weights": split.weights, **values, "ci": intervals(values["confusion_matrix"])}
+    if "valid" in splits and len(splits["valid"].grades):
+        temperature = fitted(splits["valid"].logits, splits["valid"].grades)
+    found = {name: _figures(split, None if name == LAST else temperature) for name, split in splits.items()}
     logged = read_metrics(run_dir)
-    shown = {name: values for name, values in found.items() if name in ("valid", "test")} or found
+    shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
     pictures = {"curves.png": plots.curves(logged)} if plots.has_curves(logged) else {}
-    pictures["confusion_matrix.png"] = plots.confusion(shown)
-    pictures["reliability.png"] = plots.reliability({name: splits[name] for name in shown})
+    pictures["confusion_matrix.png"] = plots.confusion({name: found[name] for name in shown})
+    pictures["roc.png"] = ranked.curves(shown)
+    pictures["reliability.png"] = plots.reliability(shown, temperature)
     if shown:
         name = "test" if "test" in shown else next(iter(shown))
         pictures["worst.png"] = plots.worst(name, splits[name], root)
     for name, picture in pictures.items():
         _put(report / name, picture)
+    title = title or Path(run_dir).resolve().name
+    about = {
+        "run": title,
+        "facts": facts,
+        "notes": list(notes),
+        "weights": {name: split.weights for name, split in splits.items()},
+        "root": None if root is None else str(Path(root).absolute()),
+        "temperature": temperature,
+    }
+    _put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
     _put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
-    _put(report / "predictions.csv", _predictions(splits).encode())
-    text = tables.markdown(Path(run_dir).resolve().name, found, facts, notes, list(pictures), left_out)
+    if predicted:
+        these = {name: split for name, split in splits.items() if name != LAST}
+        _put(report / predictions.FILE, predictions.dump(these))
+        if LAST in splits:
+            _put(report / predictions.LAST_FILE, predictions.dump({LAST: splits[LAST]}))
     if left_out:
         _put(report / "left_out.csv", problems.write_list(left_out).encode("utf-8", "surrogateescape"))
+    text = tables.markdown(title, found, facts, notes, list(pictures), left_out)
     _put(report / "report.md", text.encode())
     return report / "report.md"
+
+
+def _figures(split: SplitResult, temperature: float | None) -> dict[str, Any]:
+    """What metrics.json has of a split."""
+    # In one order, whatever the split's: the samples are drawn by row.
+    order = split.ids.argsort()
+    logits, grades = split.logits[order], split.grades[order]
+    values = figures(logits, grades)
+    found = {"weights": split.weights, **values, "ci": bootstrap.intervals(logits, grades, values)}
+    if temperature is not None:
+        cooled = figures(logits / temperature, grades)
+        found["calibrated"] = {"temperature": temperature, "ece": cooled["ece"], "loss": cooled["loss"]}
+    return found
 
 
 def summary(
@@ -126,23 +160,6 @@ def _weights(found: Mapping[str, Mapping[str, Any]]) -> list[Text]:
 
 def _column(name: str) -> str:
     return "valid (last)" if name == LAST else name
-
-
-def _predictions(splits: Mapping[str, SplitResult]) -> str:
-    """`path,split,grade,predicted,p0,...`: a row a photograph in the order of ids, p in full precision."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    classes = next((split.logits.shape[1] for split in splits.values()), 0)
-    writer.writerow(["path", "split", "grade", "predicted", *(f"p{grade}" for grade in range(classes))])
-    for name, split in splits.items():
-        if name == LAST:
-            continue
-        probabilities = split.logits.detach().cpu().double().softmax(1).tolist()
-        predicted, grades = split.logits.argmax(1).tolist(), split.grades.tolist()
-        for row in split.ids.argsort().tolist():
-            values = [repr(value) for value in probabilities[row]]
-            writer.writerow([split.paths[row], name, grades[row], predicted[row], *values])
-    return text.getvalue()
 
 
 def _put(path: Path, content: bytes) -> None:

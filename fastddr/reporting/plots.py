@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 
+from fastddr.data.problems import one_line
 from fastddr.evaluation import metrics
 from fastddr.reporting.tables import Figures, cell, names, title
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 TRAIN, VALID = ORANGE, BLUE
 DPI = 150
 #: Tiles of worst.png: columns, rows, and the side of a photograph in pixels.
@@ -82,7 +83,7 @@ def curves(logged: Sequence[Mapping[str, Any]]) -> bytes:
                     axes.plot(*best, "o", color=VALID, markersize=6, label=f"best: {best[1]:.3f}, epoch {best[0]:g}")
             if axes.lines:
                 axes.legend(loc="best")
-        return _png(figure)
+        return png(figure)
 
 
 def confusion(found: Mapping[str, Figures]) -> bytes:
@@ -97,18 +98,21 @@ def confusion(found: Mapping[str, Figures]) -> bytes:
             bar.set_label("Share of the row (recall on the diagonal)")
             bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
-def reliability(splits: Mapping[str, metrics.SplitResult]) -> bytes:
-    """Accuracy against confidence in bins, and how many photographs lie in each; on the line = calibrated."""
+def reliability(splits: Mapping[str, metrics.SplitResult], temperature: float | None = None) -> bytes:
+    """Accuracy against confidence in bins, and how many photographs lie in each; on the line = calibrated.
+
+    With a temperature also what it makes of it.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.4 + 5.0 * max(len(splits), 1), 5.6), layout="constrained")
         if splits:
             grid = figure.subplots(2, len(splits), sharex=True, squeeze=False, height_ratios=[3.4, 1])
             for (top, bottom), (name, split) in zip(grid.T, splits.items(), strict=True):
-                _calibration(top, bottom, name, split)
-        return _png(figure)
+                _calibration(top, bottom, name, split, temperature)
+        return png(figure)
 
 
 def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> bytes:
@@ -141,8 +145,8 @@ def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> by
                 weight="normal",
                 pad=5,
             )
-            axes.text(0, TILE + 8, _middle(Path(split.paths[row]).name, 40), size=7, color=GREY, va="top")
-        return _png(figure)
+            axes.text(0, TILE + 8, _middle(one_line(Path(split.paths[row]).name), 40), size=7, color=GREY, va="top")
+        return png(figure)
 
 
 def _matrix(axes: Axes, split: str, values: Figures) -> Any:
@@ -174,7 +178,7 @@ def _matrix(axes: Axes, split: str, values: Figures) -> Any:
     return image
 
 
-def _calibration(top: Axes, bottom: Axes, name: str, split: metrics.SplitResult) -> None:
+def _calibration(top: Axes, bottom: Axes, name: str, split: metrics.SplitResult, temperature: float | None) -> None:
     bins = metrics.reliability(split.logits, split.grades)
     count = np.array(bins["count"])
     filled = count > 0
@@ -184,6 +188,11 @@ def _calibration(top: Axes, bottom: Axes, name: str, split: metrics.SplitResult)
     top.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="calibrated")
     top.vlines(confidence, accuracy, confidence, color=ORANGE, alpha=0.35, linewidth=6, label="gap")
     top.plot(confidence, accuracy, "o-", color=BLUE, markersize=5, label=title(name))
+    if temperature is not None:
+        cooled = metrics.reliability(split.logits / temperature, split.grades)
+        pairs = [(c, a) for c, a in zip(cooled["confidence"], cooled["accuracy"], strict=True) if c is not None]
+        label = f"at temperature {temperature:.2f}"
+        top.plot(*zip(*pairs, strict=True), "s--", color=GREEN, markersize=4, linewidth=1.2, label=label)
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="Accuracy")
     top.set_title(f"{title(name)}: calibration error {cell(ece)}")
     top.legend(loc="best")
@@ -254,7 +263,7 @@ def _middle(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.problems import Problem, one_line
+from fastddr.evaluation.ranking import ENDPOINTS
 
 DISCLAIMER = "Research use only; not a medical device."
 #: So many of the photographs that were left out stand in report.md; all in left_out.csv.
@@ -21,12 +22,26 @@ RATES = (
     ("Macro F1", ("macro_f1",), False),
     ("Balanced accuracy", ("balanced_accuracy",), True),
     ("AUC, one grade against the rest", ("auc",), False),
+    ("Average precision, one grade against the rest", ("average_precision",), False),
     ("Referable: sensitivity", ("referable", "sensitivity"), True),
     ("Referable: specificity", ("referable", "specificity"), True),
     ("Referable: AUC", ("referable", "auc"), False),
     ("Expected calibration error", ("ece",), True),
+    ("Expected calibration error, at the temperature", ("calibrated", "ece"), True),
     ("Cross-entropy (nats)", ("loss",), False),
+    ("Accuracy without ungradable", ("without_ungradable", "accuracy"), True),
+    ("Macro F1 without ungradable", ("without_ungradable", "macro_f1"), False),
 )
+#: The same of each endpoint.
+ENDPOINT_RATES = (
+    ("sensitivity", "sensitivity", True),
+    ("specificity", "specificity", True),
+    ("AUC", "auc", False),
+    ("average precision", "average_precision", False),
+    ("sensitivity at a specificity of 90 %", "sensitivity_at_specificity_90", True),
+    ("specificity at a sensitivity of 90 %", "specificity_at_sensitivity_90", True),
+)
+ENDPOINT_NAMES = {"any": "Any retinopathy", "referable": "Referable", "severe": "Severe"}
 #: The rates that the terminal shows, and what it calls them.
 SHORT = {
     "Accuracy": "accuracy",
@@ -95,6 +110,12 @@ def markdown(
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "
         "kind: compare models on one split, never one model across splits."
     )
+    temperatures = {values["calibrated"]["temperature"] for values in found.values() if "calibrated" in values}
+    if temperatures:
+        parts.append(
+            f"Temperature: {', '.join(f'{value:.3f}' for value in sorted(temperatures))}, fitted on valid. The "
+            "calibrated probabilities are the softmax of the logits over it; no other figure here uses them."
+        )
     if notes:
         parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]
     if left_out:
@@ -108,6 +129,14 @@ def markdown(
         parts += ["## Training", "![Loss, accuracy and kappa by epoch](curves.png)"]
     if found:
         parts += ["## Recall of each grade", _recall(found)]
+    if any(values["endpoints"] for values in found.values()):
+        parts += ["## Endpoints", _endpoints(found)]
+        parts.append(
+            "Sensitivity and specificity are of the predicted grade. The operating points at 90 % take their threshold "
+            "from these very photographs; a threshold to work with is chosen on valid."
+        )
+    if "roc.png" in pictures:
+        parts.append("![ROC and precision-recall curves](roc.png)")
     parts += ["## Confusion matrices", "Rows are the truth, columns the prediction."]
     if "confusion_matrix.png" in pictures:
         parts.append("![Confusion matrices](confusion_matrix.png)")
@@ -132,6 +161,18 @@ def _recall(found: Mapping[str, Figures]) -> str:
             line.append(f"{cell(values['recall'][grade], values['ci']['recall'][grade])} of {count:,}")
         body.append(line)
     return _table(["Grade", *(title(split) for split in found)], body)
+
+
+def _endpoints(found: Mapping[str, Figures]) -> str:
+    body = []
+    for name, least in ENDPOINTS.items():
+        for label, key, per_cent in ENDPOINT_RATES:
+            cells = [
+                cell(_at(values, ("endpoints", name, key)), _at(values["ci"], ("endpoints", name, key)), per_cent)
+                for values in found.values()
+            ]
+            body.append([f"{ENDPOINT_NAMES[name]} (grade ≥ {least}): {label}", *cells])
+    return _table(["", *(title(split) for split in found)], body)
 
 
 def _matrix(matrix: Sequence[Sequence[int]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from rich.console import Console
 
 from fastddr import reporting
 from fastddr.data.grades import ICDR
+from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.reporting import plots, tables
+from fastddr.reporting import again, plots, predictions, tables
 
 #: Rows = truth. No photograph of grade 3, and not the same read the other way.
 TEST = np.array([[30, 2, 5, 0, 1], [4, 1, 3, 0, 0], [9, 0, 20, 2, 1], [0, 0, 0, 0, 0], [2, 0, 3, 0, 6]])
@@ -75,9 +77,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_holds_what_the_design_says(run: Path) -> None:
-    pictures = {"curves.png", "confusion_matrix.png", "reliability.png", "worst.png"}
+    pictures = {"curves.png", "confusion_matrix.png", "roc.png", "reliability.png", "worst.png"}
     files = {"report.md", "metrics.json", "predictions.csv"} | pictures
-    assert {path.name for path in (run / "report").iterdir()} == files
+    beside = {"about.json", "predictions_last.csv"}
+    assert {path.name for path in (run / "report").iterdir()} == files | beside
     text = (run / "report" / "report.md").read_text()
     assert all(f"({name})" in text for name in files - {"report.md"})
 
@@ -92,9 +95,16 @@ def test_metrics_json_is_json_and_the_figures(run: Path) -> None:
     assert test.pop("weights") == "best (step 120, epoch 9)"
     assert found["valid_last"]["weights"] == "last (step 130, epoch 10)"
     ci = test.pop("ci")
-    assert test == figures(SPLITS["test"].logits, SPLITS["test"].grades)
+    temperature = found["valid"]["calibrated"]["temperature"]
+    calibrated = test.pop("calibrated")
+    cooled = figures(SPLITS["test"].logits / temperature, SPLITS["test"].grades)
+    expected = {"temperature": temperature, "ece": cooled["ece"], "loss": cooled["loss"]}
+    assert calibrated == pytest.approx(expected, abs=1e-6)
+    assert "calibrated" not in found["valid_last"], "the temperature is of other weights"
+    order = SPLITS["test"].ids.argsort()
+    assert test == figures(SPLITS["test"].logits[order], SPLITS["test"].grades[order])
     assert test["confusion_matrix"] == TEST.tolist()
-    assert set(ci) == {"accuracy", "qwk", "macro_f1", "balanced_accuracy", "recall", "referable"}
+    assert set(ci) == set(test) - {"n", "confusion_matrix"} | {"samples"}
     assert ci["recall"][3] is test["recall"][3] is None
     assert ci["accuracy"][0] < test["accuracy"] < ci["accuracy"][1]
 
@@ -144,6 +154,7 @@ def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
     [
         ("curves.png", (1800, 585)),
         ("confusion_matrix.png", (1980, 900)),
+        ("roc.png", (1650, 1470)),
         ("reliability.png", (1560, 840)),
         ("worst.png", (1800, 1695)),
     ],
@@ -171,7 +182,7 @@ def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_matrix_is_drawn_with_the_truth_down(monkeypatch: pytest.MonkeyPatch) -> None:
     figure_of: list[Any] = []
-    monkeypatch.setattr(plots, "_png", lambda figure: figure_of.append(figure) or b"")
+    monkeypatch.setattr(plots, "png", lambda figure: figure_of.append(figure) or b"")
     plots.confusion({"test": figures(SPLITS["test"].logits, SPLITS["test"].grades)})
     axes = figure_of[0].axes[0]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("Truth", "Predicted")
@@ -192,6 +203,69 @@ def test_little_is_enough_for_a_report(tmp_path: Path) -> None:
     assert "Grade 2" in text
     assert "curves.png" not in text
     assert not list((tmp_path / "report").glob(".*"))
+
+
+def test_a_report_made_again_is_the_same(run: Path, tmp_path: Path) -> None:
+    """From what lies in the folder, without a model: to the last figure and picture."""
+    copy = tmp_path / run.name
+    shutil.copytree(run, copy)
+    before = {path.name: path.read_bytes() for path in (copy / "report").iterdir()}
+    for name in set(before) - {"about.json", "predictions.csv", "predictions_last.csv"}:
+        (copy / "report" / name).unlink()
+    assert again.write(copy) == copy / "report" / "report.md"
+    after = {path.name: path.read_bytes() for path in (copy / "report").iterdir()}
+    assert after.keys() == before.keys()
+    same = {"report.md", "predictions.csv", "predictions_last.csv", "about.json", "confusion_matrix.png", "worst.png"}
+    for name in same - {"about.json"}:
+        assert after[name] == before[name], name
+    old, new = (json.loads(files["metrics.json"]) for files in (before, after))
+    for split in old:
+        assert new[split]["loss"] == pytest.approx(old[split]["loss"], abs=1e-12)
+        assert new[split]["ci"]["qwk"] == old[split]["ci"]["qwk"]
+
+
+def test_what_is_no_report_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run here"):
+        again.write(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="has no report yet"):
+        again.write(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "report", copy)
+    (copy / "predictions.csv").write_text("path,split,grade,predicted,p0,p1\na.jpg,test,0,0,0.5\n")
+    with pytest.raises(UserError, match=r"predictions\.csv, line 2"):
+        again.write(copy)
+    (copy / "predictions.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match="not a list of predictions"):
+        again.write(copy)
+    (copy / "about.json").unlink()
+    with pytest.raises(UserError, match=r"about\.json"):
+        again.write(copy)
+
+
+def test_a_name_that_is_no_text_and_a_probability_of_nothing(tmp_path: Path) -> None:
+    """A file's name may hold any bytes; a softmax may be exactly 0."""
+    result = SplitResult(
+        torch.tensor([[900.0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]), torch.tensor([4, 1]), torch.arange(2),
+        [b"a\xff,\n.jpg".decode(errors="surrogateescape"), "b.jpg"], "best",
+    )  # fmt: skip
+    (tmp_path / "p.csv").write_bytes(predictions.dump({"test": result}))
+    read = predictions.load(tmp_path / "p.csv", {"test": "best"})["test"]
+    assert list(read.paths) == list(result.paths)
+    assert read.logits.isfinite().all()
+    assert read.weights == "best"
+    assert torch.allclose(read.logits.softmax(1), result.logits.double().softmax(1), rtol=0, atol=1e-15)
+    assert reporting.write(tmp_path, {"test": result}, {}).is_file()
+
+
+def test_an_ungradable_class_is_counted_with_and_without(tmp_path: Path) -> None:
+    matrix = np.zeros((6, 6), int)
+    matrix[:5, :5], matrix[5, 5], matrix[5, 0] = TEST, 9, 3
+    text = reporting.write(tmp_path, {"test": split(matrix)}, {}).read_text()
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert tables.cell(np.trace(matrix) / matrix.sum()) in lines["Accuracy"]
+    assert tables.cell(np.trace(TEST) / TEST.sum()) in lines["Accuracy without ungradable"]
+    assert "of 12" in lines["5 Ungradable"]
 
 
 def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:

@@ -1,0 +1,168 @@
+"""The bootstrap against scikit-learn with counts as weights, against theory, and its promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from fastddr.evaluation import bootstrap, ranking
+from fastddr.evaluation.calibration import temperature
+from fastddr.evaluation.metrics import figures
+
+#: DDR's grades: half healthy, few severe.
+SHARES = torch.tensor([0.5, 0.05, 0.35, 0.02, 0.08])
+
+
+def answers(n: int, skill: float = 1.5, seed: int = 0, noise: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a grader with some skill, and the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    grades = torch.multinomial(SHARES, n, replacement=True, generator=generator)
+    drawn = torch.randn(n, 5, generator=torch.Generator().manual_seed(100 + noise))
+    return drawn + skill * torch.nn.functional.one_hot(grades, 5), grades
+
+
+@st.composite
+def weighed(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores with ties, truth and counts of a few samples: some photographs in none, some truths all one answer."""
+    n = draw(st.integers(1, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    score = rng.integers(0, draw(st.integers(1, 20)) + 1, n) / 20
+    positive = rng.random(n) < draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+    counts = rng.integers(0, 4, (3, n))
+    return score, positive, counts
+
+
+@settings(max_examples=150, deadline=None)
+@given(weighed())
+def test_each_sample_has_the_figures_of_scikit_learn(split: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """The counts as sample weights: to 1e-9."""
+    score, positive, counts = split
+    found = ranking.Ranked(score, positive).sampled(counts.astype(np.float32))
+    for row, weight in enumerate(counts):
+        drawn = weight > 0
+        if not (positive & drawn).any() or (positive | ~drawn).all():
+            assert all(np.isnan(values[row]) for values in found.values())
+            continue
+        given_ = {"sample_weight": weight[drawn]}
+        truth, said = positive[drawn], score[drawn]
+        assert found["auc"][row] == pytest.approx(sk.roc_auc_score(truth, said, **given_), abs=1e-9)
+        precision = sk.average_precision_score(truth, said, **given_)
+        assert found["average_precision"][row] == pytest.approx(precision, abs=1e-9)
+        alarms, hits, _ = sk.roc_curve(truth, said, drop_intermediate=False, **given_)
+        sensitivity = hits[1 - alarms >= 0.9 - 1e-9].max()
+        assert found["sensitivity_at_specificity_90"][row] == pytest.approx(sensitivity, abs=1e-9)
+        specificity = (1 - alarms)[hits >= 0.9 - 1e-9].max()
+        assert found["specificity_at_sensitivity_90"][row] == pytest.approx(specificity, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weighed())
+def test_a_sample_of_each_photograph_once_is_the_split(split: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    score, positive, counts = split
+    found = ranking.Ranked(score, positive).sampled(np.ones((1, counts.shape[1]), np.float32))
+    for key, value in ranking.figures(score, positive).items():
+        if value is None:
+            assert np.isnan(found[key][0])
+        else:
+            assert found[key][0] == pytest.approx(value, abs=1e-9), key
+
+
+def leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    """A tree of figures or intervals as one level; an interval is a leaf."""
+    if isinstance(tree, dict):
+        return {k: v for key, item in tree.items() for k, v in leaves(item, f"{name}.{key}").items()}
+    if isinstance(tree, list) and name.endswith(".recall"):
+        return {k: v for i, item in enumerate(tree) for k, v in leaves(item, f"{name}.{i}").items()}
+    return {name: tree}
+
+
+def test_every_figure_lies_in_its_interval_and_the_seed_decides() -> None:
+    logits, grades = answers(600)
+    point = figures(logits, grades)
+    found = bootstrap.intervals(logits, grades, point)
+    assert found == bootstrap.intervals(logits, grades, point)
+    assert found != bootstrap.intervals(logits, grades, point, seed=1)
+    assert found.pop("samples") == bootstrap.SAMPLES
+    values, inside = leaves(point), leaves(found)
+    assert set(inside) == set(values) - {".n", ".confusion_matrix"}
+    for name, (low, high) in inside.items():
+        # The calibration error of a sample is larger than that of the split: noise only ever adds to it.
+        assert low < values[name] < high or name == ".ece", name
+
+
+def test_an_interval_is_as_wide_as_theory_says() -> None:
+    """Recall: the normal approximation of a share. AUC: Hanley and McNeil 1982, from the variance of its two means."""
+    logits, grades = answers(1500)
+    point = figures(logits, grades)
+    found = bootstrap.intervals(logits, grades, point)
+    for grade, (low, high) in enumerate(found["recall"]):
+        share, n = point["recall"][grade], int((grades == grade).sum())
+        assert high - low == pytest.approx(2 * 1.96 * (share * (1 - share) / n) ** 0.5, rel=0.2)
+    score = logits.double().softmax(1)[:, 2:].sum(1).numpy()
+    ill = grades.numpy() >= 2
+    above = (score[ill][:, None] > score[~ill][None, :]).mean(1), (score[ill][:, None] > score[~ill][None, :]).mean(0)
+    error = sum(part.var(ddof=1) / len(part) for part in above) ** 0.5  # DeLong 1988
+    low, high = found["referable"]["auc"]
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.12)
+
+
+def test_what_is_undefined_has_no_interval() -> None:
+    logits, grades = answers(60)
+    kept = grades != 3
+    point = figures(logits[kept], grades[kept])
+    found = bootstrap.intervals(logits[kept], grades[kept], point)
+    assert point["recall"][3] is None
+    assert found["recall"][3] is None
+    only = figures(logits[:1], torch.zeros(1, dtype=torch.int64))
+    of_one = bootstrap.intervals(logits[:1], torch.zeros(1, dtype=torch.int64), only)
+    assert of_one["auc"] is None
+    assert of_one["referable"]["sensitivity"] is None
+    nobody = torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
+    empty = leaves(bootstrap.intervals(*nobody, figures(*nobody)))
+    assert set(empty.values()) == {None, bootstrap.SAMPLES}
+
+
+def test_a_perfect_grader_is_sure() -> None:
+    _, grades = answers(80)
+    logits = 40.0 * torch.nn.functional.one_hot(grades, 5)
+    found = bootstrap.intervals(logits, grades, figures(logits, grades))
+    for key in ("accuracy", "qwk", "macro_f1", "auc", "average_precision"):
+        assert found[key] == pytest.approx([1, 1])
+
+
+def test_pairs_are_surer_than_two_intervals() -> None:
+    """Two graders that err on the same photographs: their difference is known better than either."""
+    one, grades = answers(500)
+    other = one + 0.3 * torch.randn(500, 5, generator=torch.Generator().manual_seed(5))
+    found = bootstrap.differences(one, other, grades)
+    low, high = bootstrap.interval(found["accuracy"])
+    alone = bootstrap.intervals(one, grades, figures(one, grades))["accuracy"]
+    assert high - low < 0.8 * (alone[1] - alone[0])
+    exact = figures(other, grades)["accuracy"] - figures(one, grades)["accuracy"]
+    assert low < exact < high
+    same = bootstrap.differences(one, one, grades)
+    assert all(np.all(values == 0) for values in (same["accuracy"], same["qwk"], same["referable"]["auc"]))
+
+
+def test_many_photographs_take_fewer_samples() -> None:
+    assert bootstrap.samples(3759) == 2000
+    assert bootstrap.samples(40_000) == 500
+    assert bootstrap.samples(10**6) == bootstrap.LEAST
+
+
+def test_a_temperature_undoes_what_was_done() -> None:
+    logits, grades = answers(5000)
+    honest = logits * temperature(logits, grades) ** -1
+    assert temperature(honest, grades) == pytest.approx(1, abs=1e-3)
+    assert temperature(3 * honest, grades) == pytest.approx(3, rel=1e-3)
+    cooled = figures(3 * honest / temperature(3 * honest, grades), grades)
+    assert cooled["ece"] < figures(3 * honest, grades)["ece"]
+    assert cooled["accuracy"] == figures(logits, grades)["accuracy"]
+    with pytest.raises(ValueError, match="none"):
+        temperature(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import platform
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import accelerate
@@ -73,13 +76,46 @@ def memory(device: torch.device, predicted: float | None = None) -> dict[str, fl
     return found
 
 
+def device_name(device: torch.device) -> str:
+    """ "cpu", or "cuda (NVIDIA H100)"."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def code_state() -> str | None:
+    """The commit of the checkout that this code lies in, with "-dirty" where files were changed; None without git."""
+    package = Path(fastddr.__file__).parent
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(package), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        # An installed package may lie in somebody else's checkout.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def versions() -> dict[str, str]:
+    """What a run was made with; of DALI only the build that is installed."""
+    dali = {name: version(name) for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _installed(name)}
     return {
         "fastddr": fastddr.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchvision": version("torchvision"),
         "accelerate": accelerate.__version__,
+        **dali,
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def out_of_memory(

@@ -22,6 +22,7 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.evaluation.views import Averaged, Views
 from fastddr.loaders.run import scoring
+from fastddr.reporting import again
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder, claim
 from fastddr.runtime import Runtime
@@ -167,10 +168,20 @@ def _write(
         )  # fmt: skip
     about = facts(config, found, began, parameters, [])
     reporting.write(
-        place, {asked.split: result}, about, found.notes, root=found.root, left_out=found.left_out, folder=place
-    )
+        place, {asked.split: result}, about, found.notes, root=found.root, left_out=found.left_out, folder=place,
+        temperature=_temperature(run, asked), title=f"{run.path.resolve().name}: {label}",
+    )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
+
+
+def _temperature(run: RunFolder, asked: Evaluate) -> float | None:
+    """The temperature that was fitted on valid at the end of the run, where it is of these weights and views."""
+    report = run.path / "report"
+    if asked.weights != "best" or asked.tta != "none" or not (report / reporting.ABOUT).is_file():
+        return None
+    found: float | None = again.read_about(report)["temperature"]
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -55,8 +55,8 @@ def write(
     photographs are taken below `root` where they are relative. The curves come from RUN/metrics.jsonl, if it
     is there. `left_out` are the photographs and labels that were not used. The temperature for calibrated
     probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one. `title`
-    is by default the run's name. The predictions are written unless they are there already (`predicted` false). Raises OSError when a file cannot be written; a photograph that cannot be opened is a
-    grey tile.
+    is by default the run's name. Predictions are written unless they are there already (`predicted` false). Raises
+    OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
     """
     report = folder or Path(run_dir) / "report"
     report.mkdir(parents=True, exist_ok=True)

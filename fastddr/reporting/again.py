@@ -87,7 +87,7 @@ def write(place: Path, root: Path | None = None) -> Path:
     folder = folder_of(place)
     found = stored(folder)
     about = found.about
-    order = ("train", "valid", "valid_last", "test", *found.splits)
+    order = ("train", "valid", "test", predictions.LAST, *found.splits)
     splits = {name: found.splits[name] for name in dict.fromkeys(order) if name in found.splits}
     where = root or (None if about["root"] is None else Path(about["root"]))
     # Only a run's own report shows the course of its training.

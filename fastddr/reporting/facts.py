@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fastddr.config import Config
 from fastddr.data.manifest import Manifest
-from fastddr.meters import MEMORY, versions
+from fastddr.meters import MEMORY, code_state, device_name, versions
 from fastddr.runtime import Runtime
 
 
@@ -21,6 +24,7 @@ def facts(
         return [line[key] for line in logged if line.get(key) is not None]
 
     shown: dict[str, Any] = {
+        "Command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
         "Begins at": config.init or "random weights",
         "Preset": config.preset,
@@ -39,7 +43,7 @@ def facts(
             "schedule": config.optimizer.schedule,
         },
         "Seed": config.seed,
-        "Device": f"{runtime.device.type}, {runtime.world} rank(s), {runtime.threads} threads each",
+        "Device": f"{device_name(runtime.device)}, {runtime.world} rank(s), {runtime.threads} threads each",
         "Precision": config.precision,
         "Loader": config.loader,
     }
@@ -50,4 +54,4 @@ def facts(
     for key, label in MEMORY.items():
         if peaks := values(key):
             shown[label] = f"{max(peaks):.2f} GiB"
-    return shown | {"Versions": versions()}
+    return shown | {"Versions": versions(), "Code": code_state() or "not a checkout of git"}

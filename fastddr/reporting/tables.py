@@ -103,7 +103,7 @@ def markdown(
     """The text of report.md."""
     titles = [title(split) for split in found]
     parts = [f"# {_text(name)}", f"**{DISCLAIMER}**", "## Figures"]
-    parts.append(_table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
+    parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
     parts.append(
         "In brackets: 95 % percentile-bootstrap intervals over the photographs, drawn again within each "
         "grade; they leave out the chance of another training seed. Means over grades leave out grades "
@@ -124,7 +124,7 @@ def markdown(
             f" {len(left_out) - LISTED:,} more are in [left_out.csv](left_out.csv)." if len(left_out) > LISTED else ""
         )
         parts += ["## Left out", f"{len(left_out):,} photographs or labels were not used.{more}"]
-        parts.append(_table(["File", "Kind", "Why"], [[p.path, p.kind, p.reason] for p in shown], left=3))
+        parts.append(table(["File", "Kind", "Why"], [[p.path, p.kind, p.reason] for p in shown], left=3))
     if "curves.png" in pictures:
         parts += ["## Training", "![Loss, accuracy and kappa by epoch](curves.png)"]
     if found:
@@ -147,7 +147,7 @@ def markdown(
     if "worst.png" in pictures:
         parts += ["## The worst mistakes", "![The worst mistakes](worst.png)"]
     if facts:
-        parts += ["## The run", _table(["", ""], [[key, _fact(value)] for key, value in facts.items()])]
+        parts += ["## The run", table(["", ""], [[key, _fact(value)] for key, value in facts.items()])]
     parts += ["## Files", "[metrics.json](metrics.json), [predictions.csv](predictions.csv)"]
     return "\n\n".join(parts) + "\n"
 
@@ -160,7 +160,7 @@ def _recall(found: Mapping[str, Figures]) -> str:
             count = sum(values["confusion_matrix"][grade])
             line.append(f"{cell(values['recall'][grade], values['ci']['recall'][grade])} of {count:,}")
         body.append(line)
-    return _table(["Grade", *(title(split) for split in found)], body)
+    return table(["Grade", *(title(split) for split in found)], body)
 
 
 def _endpoints(found: Mapping[str, Figures]) -> str:
@@ -172,16 +172,16 @@ def _endpoints(found: Mapping[str, Figures]) -> str:
                 for values in found.values()
             ]
             body.append([f"{ENDPOINT_NAMES[name]} (grade ≥ {least}): {label}", *cells])
-    return _table(["", *(title(split) for split in found)], body)
+    return table(["", *(title(split) for split in found)], body)
 
 
 def _matrix(matrix: Sequence[Sequence[int]]) -> str:
     labels = [f"{grade} {name}" for grade, name in enumerate(names(len(matrix)))]
     body = [[f"**{label}**", *(f"{n:,}" for n in row)] for label, row in zip(labels, matrix, strict=True)]
-    return _table(["truth ↓ predicted →", *labels], body)
+    return table(["truth ↓ predicted →", *labels], body)
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+def table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table: the first `left` columns to the left, the others to the right if there are several."""
     rule = [":--"] * left + [":--" if len(head) == 2 else "--:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(_text(text) for text in line) + " |" for line in (head, rule, *body))

@@ -1,0 +1,221 @@
+"""`fastddr compare RUN RUN ...`: runs side by side on the same photographs, and how sure their differences are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation import bootstrap
+from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.reporting import again, tables
+
+#: What is compared: label, place in the figures, whether it is read in per cent, and whether less is better.
+COLUMNS = (
+    ("accuracy", ("accuracy",), True, False),
+    ("kappa (QWK)", ("qwk",), False, False),
+    ("macro F1", ("macro_f1",), False, False),
+    ("balanced acc.", ("balanced_accuracy",), True, False),
+    ("AUC", ("auc",), False, False),
+    ("referable AUC", ("referable", "auc"), False, False),
+    ("calibration err.", ("ece",), True, True),
+)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs on the photographs of one split: figures with 95 % intervals, and paired differences to the first.
+
+    Reads what the runs, or evaluations of theirs, have predicted already; nothing is scored.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN RUN ...")]
+    """Folders of runs, or of evaluations (RUN/evaluations/NAME); the others are compared with the first."""
+    split: str = "valid"
+    """Of which split. Choose between models by valid; test is for the one that was chosen."""
+    common: bool = False
+    """Compare on the photographs that all of them scored, where they are not the same."""
+    out: Path | None = None
+    """Also write this: .md for a table, .json for the figures."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run's figures, and its differences to the first run's (None for the first)."""
+
+    name: str
+    weights: str
+    found: dict[str, Any]
+    ci: dict[str, Any]
+    differences: dict[str, Any] | None
+
+
+def compare(asked: Compare) -> list[Compared]:
+    """The runs in their order.
+
+    Raises:
+        UserError: fewer than two runs, or they did not score the same photographs.
+    """
+    if len(asked.runs) < 2:
+        raise UserError("fastddr compare: give at least two runs, like runs/A runs/B.")
+    if asked.out is not None and asked.out.suffix not in (".md", ".json"):
+        raise UserError(f"--out {asked.out}: write to a .md or a .json.")
+    splits = [_split(place, asked.split) for place in asked.runs]
+    names = [_name(place) for place in asked.runs]
+    rows = _rows(splits, names, asked.common)
+    grades = splits[0].grades[rows[0]]
+    compared: list[Compared] = []
+    for name, split, order in zip(names, splits, rows, strict=True):
+        logits = split.logits[order]
+        values = figures(logits, grades)
+        drawn = None
+        if compared:
+            drawn = bootstrap.differences(splits[0].logits[rows[0]], logits, grades)
+        ci = bootstrap.intervals(logits, grades, values)
+        compared.append(Compared(name, split.weights, values, ci, drawn))
+    return compared
+
+
+def _name(place: Path) -> str:
+    """A run's name, with the evaluation's where it is one."""
+    place = place.resolve()
+    return f"{place.parent.parent.name}/{place.name}" if place.parent.name == "evaluations" else place.name
+
+
+def _split(place: Path, split: str) -> SplitResult:
+    found = again.stored(again.folder_of(place)).splits
+    if split not in found:
+        raise UserError(
+            f"{place}: it has no predictions of {split}, only of {', '.join(found)}; name one with --split."
+        )
+    return found[split]
+
+
+def _rows(splits: Sequence[SplitResult], names: Sequence[str], common: bool) -> list[torch.Tensor]:
+    """Which rows of each split, so that all have the same photographs in the same order.
+
+    Raises:
+        UserError: they do not, or their truth differs.
+    """
+    where = [{path: row for row, path in enumerate(split.paths)} for split in splits]
+    shared = set(where[0]).intersection(*where[1:])
+    for name, rows in zip(names, where, strict=True):
+        if len(rows) > len(shared) and not common:
+            raise UserError(
+                f"{name}: {len(rows) - len(shared)} of its {len(rows)} photographs were not scored by all of the runs; "
+                "name runs of the same data and split, or compare on what they share with --common."
+            )
+    if not shared:
+        raise UserError(f"{', '.join(names)}: these runs scored no photograph in common.")
+    if len({split.logits.shape[1] for split in splits}) > 1:
+        raise UserError(f"{', '.join(names)}: these models do not tell apart as many grades; compare like with like.")
+    paths = sorted(shared)
+    orders = [torch.tensor([rows[path] for path in paths]) for rows in where]
+    for name, split, order in zip(names, splits, orders, strict=True):
+        differ = (split.grades[order] != splits[0].grades[orders[0]]).nonzero()
+        if len(differ):
+            path = paths[int(differ[0])]
+            raise UserError(
+                f"{name}: the grade of {path} is another than in {names[0]} ({len(differ)} such photographs); "
+                "score both on the same labels."
+            )
+    return orders
+
+
+def table(compared: Sequence[Compared]) -> list[list[str]]:
+    """Head and rows: each run's figures, then the differences of each to the first."""
+    body = [["", *(label for label, *_ in COLUMNS)]]
+    for one in compared:
+        cells = [tables.cell(_at(one.found, keys), _at(one.ci, keys), pct) for _, keys, pct, _ in COLUMNS]
+        body.append([one.name, *cells])
+    for one in compared[1:]:
+        assert one.differences is not None
+        cells = []
+        for _, keys, per_cent, _ in COLUMNS:
+            first, here = _at(compared[0].found, keys), _at(one.found, keys)
+            interval = None if first is None or here is None else bootstrap.interval(_at(one.differences, keys))
+            cells.append(_signed(None if interval is None else here - first, interval, per_cent))
+        body.append([f"{one.name} − {compared[0].name}", *cells])
+    return body
+
+
+def _signed(value: float | None, interval: Sequence[float] | None, per_cent: bool) -> str:
+    """ "+1.2 (+0.3 to +2.1) *", in points of per cent or plain; the star where 0 lies outside."""
+    if value is None or interval is None:
+        return "–"
+    scale, digits = (100, 1) if per_cent else (1, 3)
+    low, high = (bound * scale for bound in interval)
+    star = " *" if low > 0 or high < 0 else ""
+    return f"{value * scale:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){star}"
+
+
+def _at(tree: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        tree = None if tree is None else tree[key]
+    return tree
+
+
+def legend(compared: Sequence[Compared], split: str) -> str:
+    """What the table needs to be understood."""
+    return (
+        f"{compared[0].found['n']:,} photographs of {split}. In brackets 95 % intervals, by a bootstrap over the "
+        "photographs; differences are paired, and * marks those whose interval leaves out 0. With several comparisons "
+        f"some stars are chance, and none speaks of another training seed. {tables.DISCLAIMER}"
+    )
+
+
+def as_json(compared: Sequence[Compared], split: str) -> dict[str, Any]:
+    """Figures, intervals and intervals of the differences, by run."""
+    runs = []
+    for one in compared:
+        difference = None
+        if one.differences is not None:
+            difference = {
+                ".".join(keys): bootstrap.interval(values)
+                for _, keys, *_ in COLUMNS
+                if (values := _at(one.differences, keys)) is not None
+            }
+        runs.append({"run": one.name, "weights": one.weights, **one.found, "ci": one.ci, "difference_ci": difference})
+    return {"split": split, "first": compared[0].name, "runs": runs}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb; its exit code."""
+    asked = tyro.cli(Compare, args=list(arguments), prog="fastddr compare")
+    try:
+        compared = compare(asked)
+        body = table(compared)
+        if asked.out is not None:
+            if asked.out.suffix == ".json":
+                text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
+            else:
+                text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
+            asked.out.write_text(text, encoding="utf-8")
+    except UserError as error:
+        print(f"fastddr: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
+        return EXIT_USER_ERROR
+    console = Console(highlight=False, markup=False)
+    # Turned, so that many figures fit into a narrow terminal: a column a run.
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    shown.add_column("")
+    for row in body[1:]:
+        shown.add_column(row[0], justify="right", overflow="fold")
+    for index, label in enumerate(body[0][1:], 1):
+        shown.add_row(label, *(row[index] for row in body[1:]))
+    console.print(shown)
+    console.print(f"\n{legend(compared, asked.split)}", style="dim")
+    return 0

@@ -24,7 +24,7 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
-from fastddr.meters import Waited, Window, memory, out_of_memory
+from fastddr.meters import Waited, Window, code_state, memory, out_of_memory, versions
 from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
@@ -149,10 +149,8 @@ class Trainer:
         self.tracker = Tracker.start(
             self.accelerator,
             self.run.path,
-            asdict(self.config) | {"fingerprint": fingerprint},
-            project=config.tracking.project,
-            wandb=config.tracking.wandb,
-            tensorboard=config.tracking.tensorboard,
+            asdict(self.config) | {"fingerprint": fingerprint, "code": code_state(), "versions": versions()},
+            options=config.tracking,
             resume_step=None if going_on is None else going_on.step,
             say=lambda line: self.console.print(f"  {line}"),
         )
@@ -395,11 +393,14 @@ class Trainer:
                 weights=weights, step=progress.step, epoch=progress.epoch,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
-        sync = self.tracker.sync_command
+        commands = self.tracker.view_command, self.tracker.sync_command
         self.tracker.finish()
         if self.runtime.is_main:
             reporting.summary(
-                self.run.path, sync_command=sync, tensorboard=self.config.tracking.tensorboard, console=self.console
+                self.run.path,
+                wandb_commands=commands,
+                tensorboard=self.config.tracking.tensorboard,
+                console=self.console,
             )
         self.accelerator.wait_for_everyone()
 

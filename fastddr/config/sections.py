@@ -198,6 +198,14 @@ class TrackingConfig:
     """TensorBoard files in the run folder."""
     project: str = "fastddr"
     """The W&B project."""
+    group: str | None = None
+    """The W&B group, for runs that belong together: the seeds of one setting, a sweep."""
+    log_images: bool = False
+    """Also show the photographs of the worst mistakes in W&B and TensorBoard, which may be public."""
+    log_code: bool = True
+    """Keep fastddr's own source files with the W&B run."""
+    checkpoints: Literal["reference", "upload", "none"] = "reference"
+    """The best and the last checkpoint in W&B: where they lie with their checksums, their bytes, or nothing."""
     log_every_steps: int = 10
     """Steps between two lines of training figures; each epoch ends with one too."""
 

@@ -113,7 +113,7 @@ def _figures(split: SplitResult, temperature: float | None) -> dict[str, Any]:
 def summary(
     run_dir: Path,
     *,
-    sync_command: str | None = None,
+    wandb_commands: tuple[str | None, str | None] = (None, None),
     tensorboard: bool = True,
     console: Console | None = None,
     folder: Path | None = None,
@@ -131,8 +131,8 @@ def summary(
     commands = [("report", shlex.quote(str(report / "report.md")))]
     if tensorboard:
         commands.append(("curves", f"tensorboard --logdir {shlex.quote(str(run_dir.parent))}"))
-    if sync_command:
-        commands.append(("upload", sync_command))
+    # To see an offline W&B run in the terminal, and to upload it.
+    commands += [(word, command) for word, command in zip(("view", "upload"), wandb_commands, strict=True) if command]
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
     body = Group(table, Text(), *_weights(found), Text(), Text(tables.DISCLAIMER, style="dim"))
     panel = Panel(body, title=run_dir.resolve().name, title_align="left", expand=False, padding=(1, 2))

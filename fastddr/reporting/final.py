@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastddr import reporting
 from fastddr.config import Config
 from fastddr.data.manifest import SPLITS, Manifest
+from fastddr.data.problems import one_line
 from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.reporting import plots, tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder
 from fastddr.runtime import Runtime
-from fastddr.tracking import Tracker
+from fastddr.tracking import Answers, Mistake, Tracker
+
+#: Mistakes that the trackers list.
+WORST = 50
 
 
 def write_final(
@@ -48,9 +54,28 @@ def write_final(
     for name in SPLITS:
         if name not in ordered:
             continue
+        if name != "train":
+            tracker.log_answers(answers(name, ordered[name], manifest.root), step)
         values = figures(ordered[name].logits, ordered[name].grades)
         shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
         final |= {f"final/{name}_{key}": value for key, value in shown.items()}
         if name == "test":
             run.append_test_scoring({"by": "train", "weights": weights, "n": values["n"], **shown})
     tracker.log(final, step=step, epoch=epoch)
+    tracker.log_manifest(run.manifest)
+    tracker.log_checkpoints(run.checkpoints)
+
+
+def answers(name: str, split: SplitResult, root: Path) -> Answers:
+    """What the trackers are told of a split."""
+    order, predicted, confidence = plots.mistakes(split)
+    grades = split.grades.numpy()
+    worst = [
+        Mistake(
+            one_line(split.paths[row]), root / split.paths[row], int(grades[row]), int(predicted[row]),
+            float(confidence[row]),
+        )
+        for row in order[:WORST]
+    ]  # fmt: skip
+    probabilities = split.logits.detach().cpu().double().softmax(1).numpy()
+    return Answers(name, grades, probabilities, tables.names(probabilities.shape[1]), worst)

@@ -115,14 +115,23 @@ def reliability(splits: Mapping[str, metrics.SplitResult], temperature: float | 
         return png(figure)
 
 
-def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> bytes:
-    """The worst mistakes: farthest from the truth first, and among those the most confident."""
+def mistakes(split: metrics.SplitResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that were graded wrongly, the worst first; what was predicted of each row, and its probability.
+
+    Farthest from the truth first, and among those the most confident.
+    """
     probabilities = split.logits.detach().cpu().double().softmax(1).numpy()
     predicted, grades = split.logits.argmax(1).numpy(), split.grades.numpy()
     confidence = probabilities.max(1, initial=0)
     distance = np.abs(predicted.astype(int) - grades.astype(int))
     wrong = np.flatnonzero(distance)
-    order = wrong[np.lexsort((-confidence[wrong], -distance[wrong]))][: COLUMNS * ROWS]
+    return wrong[np.lexsort((-confidence[wrong], -distance[wrong]))], predicted, confidence
+
+
+def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> bytes:
+    """The worst mistakes: farthest from the truth first, and among those the most confident."""
+    order, predicted, confidence = mistakes(split)
+    grades, wrong, order = split.grades.numpy(), order, order[: COLUMNS * ROWS]
     labels = names(split.logits.shape[1])
     with mpl.rc_context(STYLE):
         rows = max(1, -(-len(order) // COLUMNS))

@@ -51,8 +51,8 @@ def split(matrix: np.ndarray, weights: str = "best (step 120, epoch 9)", prefix:
 SPLITS = {
     "train": split(np.diag([5, 5, 5, 5, 5]), prefix="train"),
     "valid": split(TEST.T, prefix="valid"),
-    "valid_last": split(TEST, "last (step 130, epoch 10)", prefix="valid"),
     "test": split(TEST, prefix="test"),
+    "valid_last": split(TEST, "last (step 130, epoch 10)", prefix="valid"),
 }
 
 
@@ -131,16 +131,16 @@ def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
     assert "Research use only; not a medical device." in text
     assert "- 7 ungradable photographs were left out." in text
     assert "Rows are the truth, columns the prediction." in text
-    test = text.split("### test\n")[1].split("\n## ")[0]
+    test = text.split("### test\n")[1].split("\n#")[0]
     cells = [line.strip("| ").split(" | ") for line in test.strip().splitlines()]
     assert cells[0] == ["truth ↓ predicted →", *(f"{grade} {name}" for grade, name in enumerate(ICDR))]
     assert [[int(cell) for cell in line[1:]] for line in cells[2:]] == TEST.tolist()
     recall = text.split("## Recall of each grade\n")[1].split("\n## ")[0]
     columns = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in recall.splitlines()}
-    assert columns["Grade"] == ["Grade", "train", "valid", "valid (last weights)", "test"]
-    assert columns["3 Severe NPDR"][4] == "– of 0"
-    assert columns["0 No DR"][4].startswith("78.9 % (")
-    assert columns["0 No DR"][4].endswith("of 38")
+    assert columns["Grade"] == ["Grade", "train", "valid", "test", "valid (last weights)"]
+    assert columns["3 Severe NPDR"][3] == "– of 0"
+    assert columns["0 No DR"][3].startswith("78.9 % (")
+    assert columns["0 No DR"][3].endswith("of 38")
     weights = next(line for line in text.splitlines() if line.startswith("| Weights"))
     assert weights.count("best (step 120, epoch 9)") == 3
     assert weights.count("last (step 130, epoch 10)") == 1
@@ -270,16 +270,17 @@ def test_an_ungradable_class_is_counted_with_and_without(tmp_path: Path) -> None
 
 def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    reporting.summary(run, sync_command="wandb sync somewhere", console=console)
+    reporting.summary(run, wandb_commands=("wandb leet here", "wandb sync somewhere"), console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     accuracy = tables.cell(np.trace(TEST) / TEST.sum())
     assert next(line for line in text.splitlines() if "accuracy" in line).count(accuracy) == 3
     assert "train, valid, test: best (step 120, epoch 9)" in text
     assert "wandb sync somewhere" in text
+    assert "wandb leet here" in text
     assert "tensorboard --logdir" in text
     assert tables.DISCLAIMER in text
     long = f"wandb sync {'a' * 120}"
-    reporting.summary(run, sync_command=long, console=(narrow := Console(file=io.StringIO(), width=80)))
+    reporting.summary(run, wandb_commands=(None, long), console=(narrow := Console(file=io.StringIO(), width=80)))
     assert long in narrow.file.getvalue(), "what is to be copied is not broken"  # type: ignore[attr-defined]
     reporting.summary(run, tensorboard=False, console=(plain := Console(file=io.StringIO(), width=100)))
     assert "tensorboard" not in plain.file.getvalue()  # type: ignore[attr-defined]

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddr import tracking
-from fastddr.tracking import Tracker, truncate_to
+from fastddr.config import TrackingConfig
+from fastddr.tracking import Answers, Mistake, Tracker, truncate_to, wandb_run
 
 MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
 
@@ -34,15 +34,13 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def start(run: Path, said: list[str] | None = None, accelerator: Any = MAIN, **options: Any) -> Tracker:
     run.mkdir(parents=True, exist_ok=True)
-    options = {
-        "project": "fastddr-tests",
-        "wandb": False,
-        "tensorboard": False,
-        "resume_step": None,
-        **options,
-    }
+    resume_step = options.pop("resume_step", None)
+    asked = {"project": "fastddr-tests", "wandb": False, "tensorboard": False, "log_code": False, **options}
     say = said.append if said is not None else lambda line: None
-    return Tracker.start(accelerator, run, {"model": {"name": "cnn"}, "seed": 1}, say=say, **options)
+    return Tracker.start(
+        accelerator, run, {"model": {"name": "cnn"}, "seed": 1}, say=say, options=TrackingConfig(**asked),
+        resume_step=resume_step,
+    )  # fmt: skip
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -149,8 +147,11 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     tracker.finish()
     assert capfd.readouterr() == ("", "")
     assert len(said) == 2
-    assert said[0] == f"W&B: offline (not logged in); upload later with: {tracker.sync_command}"
+    assert said[0] == (
+        f"W&B: offline (not logged in); see it with: {tracker.view_command}; upload later with: {tracker.sync_command}"
+    )
     assert tracker.sync_command == f"wandb sync {run}/wandb/offline-run-*"
+    assert tracker.view_command == f"wandb leet {run}/wandb"
     assert "WANDB_DATA_DIR" not in os.environ
     files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 2
@@ -168,13 +169,107 @@ def inspect(path: Path) -> dict[str, Any]:
     return json.loads(found.stdout)
 
 
+def the_answers(tmp_path: Path) -> Answers:
+    """40 photographs of 5 grades, none of grade 3; two mistakes, one of which cannot be opened."""
+    photograph = tmp_path / "photos" / "a.jpg"
+    photograph.parent.mkdir(parents=True)
+    Image.new("RGB", (900, 600), (200, 80, 20)).save(photograph)
+    rng = np.random.default_rng(0)
+    grades = np.array([0, 1, 2, 4] * 10)
+    probabilities = rng.dirichlet(np.ones(5), 40)
+    worst = [
+        Mistake("a.jpg", photograph, 0, 4, 0.9), Mistake("b|b.jpg", tmp_path / "photos" / "b.jpg", 2, 1, 0.5)
+    ]  # fmt: skip
+    return Answers("test", grades, probabilities, ["No DR", "Mild", "Moderate", "Severe", "Proliferative"], worst)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("photographs", [False, True])
+def test_wandb_has_curves_tables_and_artifacts(tmp_path: Path, photographs: bool) -> None:
+    """Read back from the offline run; no photograph is in it unless that is asked for."""
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    (run / "checkpoints" / "best").symlink_to("step-00000010")
+    (run / "checkpoints" / "last").symlink_to("step-00000010")
+    (run / "manifest.csv").write_text("path\n")
+    said: list[str] = []
+    options = {"log_images": photographs, "group": "seeds", "log_code": True, "checkpoints": "upload"}
+    tracker = start(run, said, wandb=True, **options)
+    tracker.log({"valid/qwk": 0.5, "valid/loss": 1.5, "train/loss": 2.0}, step=5, epoch=1)
+    tracker.log({"valid/qwk": 0.25, "valid/loss": 1.25, "train/loss": 1.0}, step=10, epoch=2)
+    tracker.log_answers(the_answers(tmp_path), 10)
+    tracker.log_manifest(run / "manifest.csv")
+    tracker.log_checkpoints(run / "checkpoints")
+    tracker.finish()
+    assert len(said) == 1, said
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    found = inspect(file)["summary"]
+    assert found["valid/qwk"] == {"max": 0.5}
+    assert found["valid/loss"] == {"min": 1.25}
+    assert found["train/loss"] == lines(run)[-1]["train/loss"] == 1.0
+    for name in ("confusion_matrix_table", "pr_table", "roc_table", "worst"):
+        assert found[f"test/{name}"]["_type"].startswith("table"), name
+    (table,) = run.glob("wandb/offline-run-*/files/media/table/test/worst*.json")
+    rows = json.loads(table.read_text())["data"]
+    assert [row[:4] for row in rows] == [["a.jpg", "No DR", "Proliferative", 0.9], ["b|b.jpg", "Moderate", "Mild", 0.5]]
+    assert [len(row) for row in rows] == [5 if photographs else 4] * 2
+    staged = [path for path in run.glob("wandb/**/*") if path.is_file()]
+    pictures = [path for path in staged if path.read_bytes()[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0")]
+    assert bool(pictures) == photographs
+    records = file.read_bytes()
+    for word in (b"seeds", b"checkpoint-", b"manifest-", b"best", b"step-00000010", b"fastddr-code"):
+        assert word in records, word
+    assert list(run.glob("wandb/artifacts/staging/*")), "the bytes are staged in the run folder"
+
+
+def test_checkpoints_are_named_and_not_copied_unless_asked(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "best").mkdir(parents=True)
+    (run / "checkpoints" / "best" / "model.safetensors").write_bytes(b"w" * 100_000)
+    (run / "manifest.csv").write_text("path\n")
+    said: list[str] = []
+    tracker = start(run, said, wandb=True)
+    tracker.log_manifest(run / "manifest.csv")
+    tracker.log_checkpoints(run / "checkpoints")  # there is no `last`
+    tracker.finish()
+    assert len(said) == 1, said
+    staged = sum(path.stat().st_size for path in run.glob("wandb/**/*") if path.is_file())
+    assert staged < 100_000
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"checkpoint-" in file.read_bytes()
+
+
+def test_tensorboard_has_curves_and_mistakes(tmp_path: Path) -> None:
+    tracker = start(tmp_path / "run", tensorboard=True)
+    tracker.log_answers(the_answers(tmp_path), 10)
+    tracker.log_manifest(tmp_path / "nothing")
+    tracker.finish()
+    read = events(tmp_path / "run")
+    assert not read.Tags()["images"]
+    curves = {tag for tag in read.Tags()["tensors"] if "/pr " in tag}
+    assert curves == {"test/pr 0 No DR", "test/pr 1 Mild", "test/pr 2 Moderate", "test/pr 4 Proliferative"}
+    text = read.Tensors("test/worst/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "b\\|b.jpg | Moderate | Mild | 50%" in text
+    config = read.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "name: cnn" in config
+    tracker = start(tmp_path / "other", tensorboard=True, log_images=True)
+    (tmp_path / "photos" / "a.jpg").rename(tmp_path / "a.jpg")
+    (tmp_path / "photos").rmdir()
+    tracker.log_answers(the_answers(tmp_path), 10)
+    tracker.finish()
+    images = [events(tmp_path / "other").Images(tag)[0] for tag in ("test/worst 01", "test/worst 02")]
+    assert [(image.width, image.height) for image in images] == [(512, 341), (512, 512)]
+
+
 def test_wandb_that_cannot_come_online_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     wandb.teardown()  # it reads the environment once
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 2)
     said: list[str] = []
     tracker = start(tmp_path, said, wandb=True)
     tracker.log({"train/loss": 0.5}, step=1, epoch=1)

@@ -1,0 +1,214 @@
+"""Where the figures of a run go: `metrics.jsonl` always, Weights & Biases and TensorBoard beside it.
+
+`metrics.jsonl` is the truth and the trackers are copies: an error of a tracker is said once, ends that
+tracker and never the run, while a line that cannot be written to `metrics.jsonl` raises OSError.
+
+The trackers are driven directly, not through `Accelerator.init_trackers`, for three reasons. Its W&B tracker
+hands our step to W&B as the run's own, and W&B drops what steps back, as an offline run does after a resume;
+it starts all trackers in one call, so one that fails takes the others and the run along; and its TensorBoard
+tracker writes the config as hyper-parameters, which must be flat. From Accelerate comes which rank is the
+main process: only that one writes, all others hold a tracker that does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
+
+from fastddr.config import TrackingConfig
+from fastddr.tracking.copies import Answers, Copy, Mistake, first_line
+from fastddr.tracking.wandb_run import WandbRun
+
+__all__ = ["METRICS", "Answers", "Mistake", "Tracker", "truncate_to"]
+
+METRICS = "metrics.jsonl"
+
+Number = float | int | None
+Say = Callable[[str], None]
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """What is asked of an `accelerate.Accelerator`."""
+
+    @property
+    def is_main_process(self) -> bool: ...
+
+
+class Tracker:
+    """Logs figures by optimizer step. Made by `start`; end it with `finish` on every way out."""
+
+    def __init__(self, lines: TextIO | None, copies: list[Copy], say: Say) -> None:
+        self._lines, self._copies, self._say = lines, copies, say
+        self._options = TrackingConfig()
+        #: What to type to upload an offline W&B run; None when there is nothing to upload.
+        self.sync_command: str | None = None
+        #: What to type to see an offline W&B run in the terminal.
+        self.view_command: str | None = None
+        #: The page of an online W&B run.
+        self.url: str | None = None
+        #: The id of the W&B run, online or not.
+        self.wandb_id: str | None = None
+
+    @classmethod
+    def start(
+        cls,
+        accelerator: Ranks,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        *,
+        options: TrackingConfig,
+        resume_step: int | None,
+        say: Say,
+    ) -> Tracker:
+        """Open the run's records; call it on all ranks.
+
+        `resume_step` is the step of the checkpoint that training goes on from: later lines of `metrics.jsonl`
+        are cut off, to be written again. None begins anew and leaves no line. `config` may be nested. `say`
+        gets at most one line a tracker. Raises OSError when the run folder cannot be written.
+        """
+        if not accelerator.is_main_process:
+            return cls(None, [], say)
+        run_dir = Path(run_dir).absolute()
+        path = run_dir / METRICS
+        truncate_to(path, -1 if resume_step is None else resume_step)
+        tracker = cls(path.open("a", encoding="utf-8", buffering=1), [], say)
+        tracker._options = options
+        if options.wandb:
+            tracker._start_wandb(run_dir, config)
+        if options.tensorboard:
+            with tracker._guard("TensorBoard", (ImportError, OSError)):
+                from fastddr.tracking.boards import TensorBoard
+
+                tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
+        return tracker
+
+    def log(self, values: Mapping[str, Any], *, step: int, epoch: float) -> None:
+        """Record numbers (Python's, NumPy's or one-element tensors; None is kept) at an optimizer step.
+
+        In `metrics.jsonl` a value that is not finite is null. Raises OSError if it cannot be written there.
+        """
+        if self._lines is None:
+            return
+        numbers = {name: _number(value) for name, value in values.items()}
+        head = {"step": int(step), "epoch": epoch, "time": round(time.time(), 3)}
+        record = {**head, **{name: _finite(value) for name, value in numbers.items()}}
+        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+        known = {name: value for name, value in numbers.items() if value is not None}
+        self._each(lambda copy: copy.log({**known, "epoch": epoch}, int(step)))
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Show a picture file under a name in the trackers; the run folder has it already."""
+        self._each(lambda copy: copy.log_image(name, Path(path), int(step)))
+
+    def log_answers(self, answers: Answers, step: int) -> None:
+        """What a model said of a split at the end: curves, and the worst mistakes.
+
+        Photographs themselves only with `log_images`: trackers may be public.
+        """
+        self._each(lambda copy: copy.log_answers(answers, int(step), self._options.log_images))
+
+    def log_manifest(self, path: Path) -> None:
+        """The list of the photographs, as where it lies and its checksum."""
+        self._each(lambda copy: copy.log_file("manifest", "dataset", path, [], upload=False))
+
+    def log_checkpoints(self, folder: Path) -> None:
+        """The checkpoints `best` and `last` in a folder, as the options say."""
+        if self._options.checkpoints != "none":
+            upload = self._options.checkpoints == "upload"
+            for alias in ("best", "last"):
+                path = folder / alias
+                if path.is_dir():
+                    self._each(partial(_log_checkpoint, path=path, alias=alias, upload=upload))
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Close everything; a second call does nothing. `failed` marks the W&B run as failed."""
+        self._each(lambda copy: copy.finish(failed))
+        self._copies = []
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+
+    def _start_wandb(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        try:
+            copy = WandbRun(run_dir, config, self._options)
+        except ImportError as error:
+            self._say(f"W&B is off: {first_line(error)}")
+            return
+        with self._guard("W&B", copy.errors):
+            said = copy.start()
+            if said is None:
+                return
+            self._copies.append(copy)
+            self.sync_command, self.url, self.wandb_id = copy.sync_command, copy.url, copy.id
+            self.view_command = copy.view_command
+            self._say(said)
+
+    def _each(self, do: Callable[[Copy], None]) -> None:
+        """Do something with each tracker, and drop the one that fails at it."""
+        for copy in list(self._copies):
+            with self._guard(copy.name, copy.errors, copy):
+                do(copy)
+
+    @contextlib.contextmanager
+    def _guard(self, name: str, errors: tuple[type[Exception], ...], copy: Copy | None = None) -> Iterator[None]:
+        try:
+            yield
+        except errors as error:
+            if copy is not None:
+                self._copies.remove(copy)
+            self._say(f"{name} is off from here on, {METRICS} goes on: {first_line(error)}")
+
+
+def truncate_to(path: Path, step: int) -> int:
+    """Cut `metrics.jsonl` back to its lines with `step` <= the given one, and return how many lines went.
+
+    A last line that a killed process left unfinished goes too. Written beside and renamed, so a kill leaves
+    the old file or the new one. Raises ValueError for a broken line elsewhere: it was not us who wrote that.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            at = record["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a line of figures; mend or remove it") from error
+        # The figures of the end are of no step, and come again when the run gets there again.
+        final = any(name.startswith("final/") for name in record)
+        if at <= step and not final and line.endswith("\n"):
+            kept.append(line)
+    if len(kept) < len(lines):
+        beside = path.with_name(f".{path.name}.tmp")
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    return len(lines) - len(kept)
+
+
+def _log_checkpoint(copy: Copy, path: Path, alias: str, upload: bool) -> None:
+    copy.log_file("checkpoint", "model", path, [alias, path.resolve().name], upload)
+
+
+def _number(value: Any) -> Number:
+    """A Python number of a scalar; whole numbers stay whole."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return value.item() if hasattr(value, "item") else float(value)
+
+
+def _finite(value: Number) -> Number:
+    return value if value is None or math.isfinite(value) else None

@@ -1,0 +1,225 @@
+"""Weights & Biases, offline or online. The only module that imports wandb."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+import fastddr
+from fastddr.config import TrackingConfig
+from fastddr.tracking.copies import Answers, first_line, short, thumbnail
+
+#: Seconds for W&B to come online before the run goes on offline, and to upload its rest at the end.
+INIT_TIMEOUT, FINISH_TIMEOUT = 20, 120
+#: What the table of runs shows of a curve; of all others the last value.
+SUMMARIES = {
+    "valid/qwk": "max",
+    "valid/accuracy": "max",
+    "valid/macro_f1": "max",
+    "valid/balanced_accuracy": "max",
+    "valid/auc": "max",
+    "valid/loss": "min",
+    "train/images_per_second": "mean",
+    "train/data_wait": "mean",
+}
+
+
+#: Points of a curve at most; a chart holds 10,000 in all.
+POINTS = 500
+
+
+def roc_points(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """1 − specificity and sensitivity."""
+    alarms, hits, _ = roc_curve(positive, score)
+    return alarms, hits
+
+
+def pr_points(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision."""
+    precision, recall, _ = precision_recall_curve(positive, score)
+    return recall, precision
+
+
+class WandbRun:
+    """A W&B run whose files lie in RUN/wandb, online where possible.
+
+    The mode is that of WANDB_MODE; else offline unless there is a login (WANDB_API_KEY, netrc, settings).
+    What cannot come online goes on offline. Its id is kept in RUN/wandb/id.txt, so a resumed run is the same
+    run. Raises ImportError without wandb.
+    """
+
+    name = "W&B"
+    errors: tuple[type[Exception], ...]
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], options: TrackingConfig) -> None:
+        import wandb
+
+        self._wandb = wandb
+        # All of them: wandb's derive from no class of its own (that of a lost service straight from Exception), and
+        # a copy of the figures must never stop a run. Each is said, and ends this tracker.
+        self.errors = (Exception,)
+        self._run_dir, self._config, self._options = run_dir, config, options
+        self._run: Any = None
+        self._own_data_dir = False
+
+    def start(self) -> str | None:
+        """Begin the run; the line to say, or None where WANDB_MODE switches W&B off."""
+        mode, why = os.environ.get("WANDB_MODE", "").lower(), "WANDB_MODE"
+        if mode == "disabled":
+            return None
+        folder = self._run_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        if "WANDB_DATA_DIR" not in os.environ:  # where artifacts are staged; by default outside the run folder
+            os.environ["WANDB_DATA_DIR"] = str(folder)
+            self._own_data_dir = True
+        self._wandb.setup(settings=self._wandb.Settings(silent=True))
+        if not mode:
+            mode, why = ("online", "") if self._logged_in() else ("offline", "not logged in")
+        try:
+            self._run = self._init(mode)
+        except self.errors as error:
+            if mode in ("offline", "dryrun"):
+                raise
+            # The service still holds the run's id, and would refuse it to the offline run.
+            self._wandb.teardown()
+            why = f"could not come online: {first_line(error)}"
+            self._run = self._init("offline")
+        # Offline, W&B's own step is 0 after a resume, and what goes backwards is dropped: ours is a value.
+        self._run.define_metric("*", step_metric="step")
+        for metric, summary in SUMMARIES.items():
+            self._run.define_metric(metric, step_metric="step", summary=summary)
+        if self._options.log_code:
+            self._run.log_code(root=str(Path(fastddr.__file__).parent), name="fastddr-code")
+        if self.sync_command is None:
+            return f"W&B: {self.url}" if self.url else f"W&B: {mode}"
+        return f"W&B: offline ({why}); see it with: {self.view_command}; upload later with: {self.sync_command}"
+
+    @property
+    def id(self) -> str:
+        found: str = self._run.id
+        return found
+
+    @property
+    def url(self) -> str | None:
+        return self._run.url
+
+    @property
+    def sync_command(self) -> str | None:
+        """All offline parts of this run: every resume leaves one."""
+        if not self._run.offline:
+            return None
+        return f"wandb sync {shlex.quote(short(self._run_dir / 'wandb'))}/offline-run-*"
+
+    @property
+    def view_command(self) -> str | None:
+        """Shows the run in the terminal, where it is offline."""
+        if not self._run.offline:
+            return None
+        return f"wandb leet {shlex.quote(short(self._run_dir / 'wandb'))}"
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        self._run.log({name: self._wandb.Image(str(path)), "step": step})
+
+    def log_answers(self, answers: Answers, step: int, photographs: bool) -> None:
+        """Confusion matrix, precision-recall and ROC curves of each grade, and a table of the worst mistakes."""
+        names, grades = list(answers.names), answers.grades.tolist()
+        split = answers.split
+        found: dict[str, Any] = {"step": step}
+        predicted = answers.probabilities.argmax(1).tolist()
+        found[f"{split}/confusion_matrix"] = self._wandb.plot.confusion_matrix(
+            y_true=grades, preds=predicted, class_names=names, title=f"Confusion matrix, {split}"
+        )
+        for name, chart in self._curves(answers).items():
+            found[f"{split}/{name}"] = chart
+        columns: list[str | int] = ["photograph", "truth", "predicted", "confidence"]
+        columns += ["picture"] if photographs else []
+        table = self._wandb.Table(columns=columns)
+        for mistake in answers.worst:
+            row = [mistake.path, names[mistake.truth], names[mistake.predicted], mistake.confidence]
+            if photographs:
+                row.append(self._wandb.Image(thumbnail(mistake.file)))
+            table.add_data(*row)
+        found[f"{split}/worst"] = table
+        self._run.log(found)
+
+    def _curves(self, answers: Answers) -> dict[str, Any]:
+        """ROC and precision-recall of each grade against the rest, as charts of W&B's own (its helpers want pandas)."""
+        charts = {}
+        for name, curve, x, y, title in (
+            ("roc", roc_points, "1 − specificity", "sensitivity", "ROC"),
+            ("pr", pr_points, "recall", "precision", "Precision and recall"),
+        ):
+            table = self._wandb.Table(columns=["class", x, y])
+            for grade in answers.present:
+                xs, ys = curve(answers.grades == grade, answers.probabilities[:, grade])
+                # Evenly along the curve, both ends included.
+                rows = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), POINTS)).round().astype(int))
+                for row in rows:
+                    table.add_data(answers.names[grade], float(xs[row]), float(ys[row]))
+            charts[name] = self._wandb.plot_table(
+                vega_spec_name="wandb/area-under-curve/v0",
+                data_table=table,
+                fields={"x": x, "y": y, "class": "class"},
+                string_fields={"title": f"{title}, {answers.split}", "x-axis-title": x, "y-axis-title": y},
+            )
+        return charts
+
+    def log_file(self, name: str, kind: str, path: Path, aliases: Sequence[str], upload: bool) -> None:
+        """A file or folder as an artifact: its bytes, or where it lies and its checksums."""
+        artifact = self._wandb.Artifact(f"{name}-{self._run.id}", type=kind, metadata={"path": short(path)})
+        if not upload:
+            artifact.add_reference(path.resolve().as_uri(), name=None if path.is_dir() else path.name)
+        elif path.is_dir():
+            artifact.add_dir(str(path.resolve()))
+        else:
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact, aliases=list(aliases))
+
+    def finish(self, failed: bool) -> None:
+        if self._own_data_dir:
+            os.environ.pop("WANDB_DATA_DIR", None)
+        self._run.finish(exit_code=int(failed))
+
+    def _logged_in(self) -> bool:
+        try:
+            return bool(self._wandb.login(prompt=False, verify=False))
+        except self.errors:  # a key that is no key
+            return False
+
+    def _init(self, mode: Any) -> Any:
+        return self._wandb.init(
+            project=self._options.project,
+            group=self._options.group,
+            job_type="train",
+            name=self._run_dir.name,
+            dir=str(self._run_dir),
+            id=_run_id(self._run_dir / "wandb" / "id.txt"),
+            resume="allow",
+            reinit="create_new",  # never a run that someone else began in this process
+            mode=mode,
+            config=dict(self._config),
+            allow_val_change=True,
+            settings=self._wandb.Settings(
+                silent=True,
+                console="off",  # our progress bars are nothing to record
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+            ),
+        )
+
+
+def _run_id(path: Path) -> str:
+    """The id kept in a file, or a new one, kept there. From the system's randomness: no seed moves."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

@@ -103,7 +103,7 @@ def versions() -> dict[str, str]:
     return {
         "fastddr": fastddr.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": version("torchvision"),
         "accelerate": accelerate.__version__,
         **dali,

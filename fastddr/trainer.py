@@ -348,7 +348,7 @@ class Trainer:
         best = progress.best_qwk is None or qwk > progress.best_qwk
         if best:
             progress.best_qwk, progress.best_step, progress.best_epoch = qwk, progress.step, progress.epoch
-        named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy")
+        named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy", "auc")
         assert self.tracker is not None
         self.tracker.log(
             {f"valid/{name}": values[name] for name in named}

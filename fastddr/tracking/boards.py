@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from fastddr.tracking.copies import Answers, thumbnail
@@ -24,7 +24,7 @@ class TensorBoard:
 
         purge = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-        settings = yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=False)
+        settings = json.dumps(dict(config), indent=2, default=str)
         self._writer.add_text("config", "".join(f"    {row}\n" for row in settings.splitlines()), resume_step or 0)
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests_support import ROOT, TINY, settings, train, weights
 
 from fastddr import checkpoints, cli, config, runs
@@ -39,7 +40,10 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_folder_holds_everything(run: Path) -> None:
     there = {path.relative_to(run).as_posix() for path in run.rglob("*")}
-    report = ("report.md", "curves.png", "confusion_matrix.png", "reliability.png", "worst.png", "metrics.json")
+    report = (
+        "report.md", "curves.png", "confusion_matrix.png", "roc.png", "reliability.png", "worst.png", "metrics.json",
+        "about.json", "predictions_last.csv",
+    )  # fmt: skip
     for name in ("config.yaml", "manifest.csv", "metrics.jsonl", "status.json", "test_scorings.jsonl",
                  "checkpoints/best", "checkpoints/last", "report/predictions.csv",
                  *(f"report/{name}" for name in report)):  # fmt: skip
@@ -67,6 +71,28 @@ def test_figures_are_logged_by_optimizer_step(run: Path) -> None:
     assert {"train/accuracy", "train/lr", "train/images_per_second", "train/data_wait"} <= training[0].keys()
     assert [line["step"] for line in logged if "valid/qwk" in line] == [3, 6]
     assert [round(line["train/lr"], 6) for line in training[:3]] == [0.001, 0.002, 0.003], "0.4 of 6 steps warm up"
+
+
+def test_trackers_are_copies_of_the_figures(run: Path, tiny: Path) -> None:
+    """Read back from the offline W&B run by its own command, and from TensorBoard's files."""
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary", str(file)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    logged, summary = lines(run), told["summary"]
+    for name in ("train/loss", "train/accuracy", "valid/recall_0", "final/test_qwk", "final/valid_loss"):
+        values = [line[name] for line in logged if line.get(name) is not None]
+        assert summary[name] == pytest.approx(values[-1], abs=1e-12), name
+    kappas = [line["valid/qwk"] for line in logged if line.get("valid/qwk") is not None]
+    assert summary["valid/qwk"] == {"max": pytest.approx(max(kappas), abs=1e-12)}
+    assert {"valid/confusion_matrix_table", "test/roc_table", "test/pr_table", "test/worst"} <= summary.keys()
+    assert told["config"]["seed"] == 0
+    assert told["config"]["fingerprint"] == manifest.read(tiny).fingerprint
+    read = EventAccumulator(str(run / "tensorboard")).Reload()
+    losses = [line["train/loss"] for line in logged if "train/loss" in line]
+    assert [event.value for event in read.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
+    assert {"test/worst/text_summary", "config/text_summary"} <= set(read.Tags()["tensors"])
+    assert {"report/confusion_matrix", "report/roc", "report/curves"} <= set(read.Tags()["images"])
+    assert "report/worst" not in read.Tags()["images"], "photographs stay in the run folder"
 
 
 def test_every_photograph_is_scored_once(run: Path, tiny: Path) -> None:

@@ -253,7 +253,7 @@ def test_tensorboard_has_curves_and_mistakes(tmp_path: Path) -> None:
     text = read.Tensors("test/worst/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "b\\|b.jpg | Moderate | Mild | 50%" in text
     config = read.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "name: cnn" in config
+    assert '"name": "cnn"' in config
     tracker = start(tmp_path / "other", tensorboard=True, log_images=True)
     (tmp_path / "photos" / "a.jpg").rename(tmp_path / "a.jpg")
     (tmp_path / "photos").rmdir()

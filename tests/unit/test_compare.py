@@ -1,0 +1,102 @@
+"""Runs side by side: the same photographs, paired differences, and a sentence where they cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastddr.__main__ import main
+from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.inference import compare
+from fastddr.reporting import ABOUT, predictions
+
+GRADES = torch.multinomial(
+    torch.tensor([0.5, 0.1, 0.3, 0.05, 0.05]), 200, replacement=True, generator=torch.Generator().manual_seed(0)
+)
+
+
+def result(
+    noise: int, skill: float = 1.5, names: list[str] | None = None, grades: torch.Tensor = GRADES
+) -> SplitResult:
+    """A grader of some skill, its photographs in an order of its own."""
+    generator = torch.Generator().manual_seed(noise)
+    logits = torch.randn(len(grades), 5, generator=generator) + skill * torch.nn.functional.one_hot(grades, 5)
+    order = torch.randperm(len(grades), generator=generator)
+    names = names or [f"valid/{number:03d}.jpg" for number in range(len(grades))]
+    return SplitResult(
+        logits[order], grades[order], torch.arange(len(grades)), [names[row] for row in order.tolist()], "best"
+    )
+
+
+def folder(path: Path, **splits: SplitResult) -> Path:
+    """What a comparison reads of a run."""
+    report = path / "report"
+    report.mkdir(parents=True)
+    (report / predictions.FILE).write_bytes(predictions.dump(splits))
+    about = {"run": path.name, "facts": {}, "notes": [], "weights": dict.fromkeys(splits, "best"), "root": None}
+    (report / ABOUT).write_text(json.dumps(about))
+    return path
+
+
+def test_runs_are_compared_photograph_by_photograph(tmp_path: Path) -> None:
+    """The order of a file does not count, and the difference is that of the figures."""
+    weak, strong = result(1, 1.0), result(2, 3.0)
+    runs = (folder(tmp_path / "a", valid=weak), folder(tmp_path / "b", valid=strong))
+    first, second = compare.compare(compare.Compare(runs))
+    assert (first.name, second.name, first.differences) == ("a", "b", None)
+    for one, split in ((first, weak), (second, strong)):
+        expected = figures(split.logits, split.grades)
+        for key in ("accuracy", "qwk", "auc", "loss"):
+            assert one.found[key] == pytest.approx(expected[key], abs=1e-9)
+    head, *body = compare.table([first, second])
+    assert [row[0] for row in body] == ["a", "b", "b − a"]
+    gain = second.found["accuracy"] - first.found["accuracy"]
+    cell = body[2][head.index("accuracy")]
+    assert cell.startswith(f"{100 * gain:+.1f} (")
+    assert cell.endswith("*"), "so large a difference is no chance"
+    same = compare.compare(compare.Compare((runs[0], runs[0])))
+    assert compare.table(same)[3][1] == "+0.0 (+0.0 to +0.0)"
+
+
+def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [folder(tmp_path / name, valid=result(seed), test=result(seed + 9)) for seed, name in enumerate("abc")]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.md")]) == 0
+    said = capsys.readouterr().out
+    assert "200 photographs of valid" in said
+    assert "b − a" in (tmp_path / "c.md").read_text()
+    assert "Research use only" in (tmp_path / "c.md").read_text()
+    assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / "c.json")]) == 0
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [run["run"] for run in found["runs"]] == ["a", "b", "c"]
+    assert found["runs"][0]["difference_ci"] is None
+    low, high = found["runs"][2]["difference_ci"]["referable.auc"]
+    assert low < found["runs"][2]["referable"]["auc"] - found["runs"][0]["referable"]["auc"] < high
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = folder(tmp_path / "one", valid=result(1))
+    names = [f"valid/{number:03d}.jpg" for number in range(10, 210)]
+    shifted = folder(tmp_path / "shifted", valid=result(2, names=names, grades=torch.roll(GRADES, -10)))
+    relabelled = GRADES.clone()
+    relabelled[7] = (relabelled[7] + 1) % 5
+    other = folder(tmp_path / "other", valid=result(2, grades=relabelled))
+    stranger = folder(tmp_path / "stranger", valid=result(2, names=[f"x{number}" for number in range(200)]))
+    for arguments, words in (
+        ([one], "at least two runs"),
+        ([one, tmp_path / "nothing"], "there is no run here"),
+        ([one, one, "--split", "test"], "it has no predictions of test, only of valid"),
+        ([one, shifted], "10 of its 200 photographs were not scored by all of the runs"),
+        ([one, stranger, "--common"], "no photograph in common"),
+        ([one, other], "the grade of valid/007.jpg is another than in one (1 such photographs)"),
+        ([one, one, "--out", tmp_path / "c.txt"], "write to a .md or a .json"),
+    ):
+        assert main(["compare", *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.startswith("fastddr: ")
+        assert said.count("\n") == 1
+    shared = compare.compare(compare.Compare((one, shifted), common=True))
+    assert [run.found["n"] for run in shared] == [190, 190]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from fastddr.errors import EXIT_USER_ERROR, nearest
@@ -13,12 +14,14 @@ USAGE = """usage: fastddr VERB [options]
   prepare  crop every photograph to the retina and make it smaller, once, so that training is fast
   plan     predict the GPU memory of a training, without a GPU, and what to change so that it fits
   evaluate score a run's weights on a split, or on other data
+  predict  grade photographs without labels by a run's weights, into a table
+  export   write a run's model as ONNX, torch.export or safetensors, checked, with a model card
   synth    write a synthetic DDR data set into a folder
 
 `fastddr VERB --help` tells a verb's options; `fastddr --version` the version.
 """
 
-VERBS = ("train", "check", "prepare", "plan", "evaluate", "synth")
+VERBS = ("train", "check", "prepare", "plan", "evaluate", "predict", "export", "synth")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         from fastddr import train
 
         return train.main(rest, prog="fastddr train")
-    if verb == "evaluate":
-        from fastddr.inference import evaluate
-
-        return evaluate.main(rest)
+    if verb in ("evaluate", "predict", "export"):
+        module = importlib.import_module(f"fastddr.inference.{verb}")
+        code: int = module.main(rest)
+        return code
     if verb in VERBS:
         from fastddr import verbs
 

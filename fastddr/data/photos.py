@@ -139,7 +139,8 @@ def ready(paths: Sequence[str], recipe: Recipe | None, on_progress: Progress) ->
     photos = {photo.path: photo for photo in _sound([p for p in paths if p not in set(raw)], on_progress)}
     if recipe is not None and raw:
         photos |= {photo.path: photo for photo in _prepared(raw, recipe, on_progress)}
-    return [photos[path] for path in paths], _said(recipe, len(raw), [kind for kind in kinds.values() if kind])
+    made = sum(not photos[path].kind for path in raw)
+    return [photos[path] for path in paths], _said(recipe, made, [kind for kind in kinds.values() if kind])
 
 
 def _said(recipe: Recipe | None, prepared: int, there: Sequence[Recipe]) -> list[str]:

@@ -31,6 +31,7 @@ from fastddr.data.masters import Recipe
 from fastddr.data.photos import Photo
 from fastddr.data.problems import one_line
 from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation import explain
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import restore
 from fastddr.inference.restore import Restored, Scoring
@@ -58,6 +59,8 @@ class Predict(Scoring):
     """The table."""
     overwrite: bool = False
     """Write over a table that is there already."""
+    explain: Path | None = None
+    """Also write, into this folder, each photograph's window beside a heat map of what speaks for its grade."""
     preparation: str = "auto"
     """`auto`: as the run's photographs were prepared. `none`, or the side of masters in pixels, where the run does not
     say it."""
@@ -86,7 +89,7 @@ def predict(asked: Predict) -> Answer:
     """
     config, state = restore.settings(asked), runtime.join()
     console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
-    runtime.from_main(lambda: _free(asked))
+    runtime.from_main(lambda: _free(asked, config.evaluation.field))
     found = runtime.from_main(lambda: photos.find(asked.photographs))
     began = runtime.start(config)
     console.print(f"  device {began.device.type}, precision {began.precision}, ranks: {began.world}")
@@ -100,16 +103,27 @@ def predict(asked: Predict) -> Answer:
     answer = Answer(tuple(listed), _logits(asked, config, restored, began, usable, console) if usable else None)
     if began.is_main:
         _write(asked, answer, config.num_classes)
+    if asked.explain is not None and usable:
+        _explain(asked.explain, config, restored, began, usable, console)
+    if began.is_main:
         _sum_up(asked, answer, restored, console)
     return answer
 
 
-def _free(asked: Predict) -> None:
+def _free(asked: Predict, window: str) -> None:
     """Raise `UserError` where the table cannot be put."""
     if not asked.photographs:
         raise UserError("name photographs: files, folders, globs, or a CSV with a column path.")
     if asked.out.is_dir():
         raise UserError(f"--out {asked.out}: this is a folder; give a file.")
+    if asked.explain is not None:
+        explain.check()
+        if asked.window == "multi":
+            raise UserError(
+                "--explain shows one window of a photograph; leave it out, or give --window center or full."
+            )
+        if asked.explain.is_file() or (asked.explain.is_dir() and any(asked.explain.iterdir()) and not asked.overwrite):
+            raise UserError(f"--explain {asked.explain}: it is not an empty folder; give another, or --overwrite.")
     if asked.out.exists() and not asked.overwrite:
         raise UserError(f"--out {asked.out}: it is there already; give another name, or --overwrite.")
     if not asked.out.absolute().parent.is_dir():
@@ -148,6 +162,44 @@ def _logits(
     finally:
         loader.close()
     return result.logits
+
+
+def _explain(
+    folder: Path, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
+) -> None:
+    """An overlay of each photograph, under the model without test-time augmentation: the window is what it shows."""
+    listed = as_manifest(usable)
+    files = overlays(folder, usable)
+    runtime.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        bar.update(done * began.world)
+
+    def title(id_: int, grade: int, probability: float) -> str:
+        return f"{grade} {_NAMES[grade]}, probability {probability:.2f}; right: what speaks for it"
+
+    try:
+        with EpochBar(console, "explaining", len(usable)) as bar:
+            explain.write(restored.model, loader, config.augment, files.__getitem__, title, count)
+    finally:
+        loader.close()
+    began.accelerator.wait_for_everyone()
+    console.print(f"heat maps: {folder}")
+
+
+def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
+    """The file of each photograph's overlay: by its name, with a number where several bear it."""
+    taken: dict[str, int] = {}
+    found = []
+    for photo in usable:
+        stem = Path(photo.path).stem
+        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
+        found.append(folder / f"{stem}{'' if number == 1 else f'.{number}'}.png")
+    return found
 
 
 def as_manifest(usable: Sequence[Photo]) -> Manifest:

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from fastddr import ranks
 from fastddr.data import masters, photograph
+from fastddr.data.grades import UNKNOWN
 from fastddr.data.layouts.common import PHOTOGRAPHS, PREPARED
+from fastddr.data.manifest import Manifest
 from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import one_line
@@ -193,3 +197,18 @@ def _prepared(paths: Sequence[str], recipe: Recipe, on_progress: Progress) -> It
     for file, path in there.items():
         one = made[file]
         yield Photo(path, one.master, recipe.size, recipe.size, one.kind, one.reason)
+
+
+def as_manifest(usable: Sequence[Photo]) -> Manifest:
+    """Photographs as loaders take them: without grades, each its own row."""
+    return Manifest(
+        root=Path.cwd(),
+        path=tuple(photo.file for photo in usable),
+        grade=np.full(len(usable), UNKNOWN, dtype=np.int64),
+        split=("test",) * len(usable),
+        width=np.array([photo.width for photo in usable], dtype=np.int64),
+        height=np.array([photo.height for photo in usable], dtype=np.int64),
+        size=np.zeros(len(usable), dtype=np.int64),
+        notes=(),
+        layout="files",
+    )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fastddr.config import AugmentConfig
@@ -32,6 +32,8 @@ from fastddr.loaders.base import Loader
 _STRENGTH = 0.6
 #: Perceptually uniform, and rising in lightness: legible to colour-blind readers and in print.
 _COLOURS = "inferno"
+#: Pixels that the side of a window has in an overlay, at least.
+_LEAST = 224
 
 
 def check() -> None:
@@ -105,11 +107,12 @@ def overlay(photograph: UInt8[np.ndarray, "s s 3"], heat_map: Float[np.ndarray, 
     colours = matplotlib.colormaps[_COLOURS](heat_map)[:, :, :3] * 255
     share = (_STRENGTH * np.sqrt(heat_map))[:, :, None]
     mixed = np.rint(photograph * (1 - share) + colours * share).astype(np.uint8)
-    side = len(photograph)
-    sheet = Image.new("RGB", (2 * side + 4, side + 18), "white")
-    sheet.paste(Image.fromarray(photograph), (0, 0))
-    sheet.paste(Image.fromarray(mixed), (side + 4, 0))
-    ImageDraw.Draw(sheet).text((4, side + 3), title, fill="black")
+    # Small windows are shown larger, pixel by pixel, so that the text has room.
+    side = len(photograph) * -(-_LEAST // len(photograph))
+    sheet = Image.new("RGB", (2 * side + 4, side + 20), "white")
+    for left, pixels_ in ((0, photograph), (side + 4, mixed)):
+        sheet.paste(Image.fromarray(pixels_).resize((side, side), Image.Resampling.NEAREST), (left, 0))
+    ImageDraw.Draw(sheet).text((4, side + 3), title, fill="black", font=ImageFont.load_default(12))
     return sheet
 
 

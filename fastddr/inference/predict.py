@@ -25,8 +25,7 @@ from torch import Tensor
 from fastddr import ranks, runtime
 from fastddr.config import Config
 from fastddr.data import masters, photos, prepare
-from fastddr.data.grades import ICDR, REFERABLE, UNKNOWN
-from fastddr.data.manifest import Manifest
+from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.masters import Recipe
 from fastddr.data.photos import Photo
 from fastddr.data.problems import one_line
@@ -144,7 +143,7 @@ def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
 def _logits(
     asked: Predict, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
 ) -> Float[Tensor, "n C"]:
-    listed = as_manifest(usable)
+    listed = photos.as_manifest(usable)
     loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: console.print(f"  {line}"))
     done = 0
 
@@ -168,7 +167,7 @@ def _explain(
     folder: Path, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
 ) -> None:
     """An overlay of each photograph, under the model without test-time augmentation: the window is what it shows."""
-    listed = as_manifest(usable)
+    listed = photos.as_manifest(usable)
     files = overlays(folder, usable)
     runtime.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
@@ -200,21 +199,6 @@ def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
         taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
         found.append(folder / f"{stem}{'' if number == 1 else f'.{number}'}.png")
     return found
-
-
-def as_manifest(usable: Sequence[Photo]) -> Manifest:
-    """Photographs as loaders take them: without grades, each its own row."""
-    return Manifest(
-        root=Path.cwd(),
-        path=tuple(photo.file for photo in usable),
-        grade=np.full(len(usable), UNKNOWN, dtype=np.int64),
-        split=("test",) * len(usable),
-        width=np.array([photo.width for photo in usable], dtype=np.int64),
-        height=np.array([photo.height for photo in usable], dtype=np.int64),
-        size=np.zeros(len(usable), dtype=np.int64),
-        notes=(),
-        layout="files",
-    )
 
 
 def rows(answer: Answer, classes: int) -> list[list[str]]:

@@ -60,7 +60,8 @@ def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | None, abou
         "- Probabilities are those of the network; how well they are calibrated stands in the run's report.",
         "## Check",
         f"Before this file was kept it was read back and run on {about['photographs']} photographs "
-        f"({about['checked_on']}): its probabilities differed from those of the run's own evaluation by at most {about['difference']:.1e} "
+        f"({about['checked_on']}): its probabilities differed from those of the run's own evaluation by at most "
+        f"{about['difference']:.1e} "
         f"(allowed: {about['allowed']:.0e}).",
     ]
     return "\n\n".join(parts) + "\n"

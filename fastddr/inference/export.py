@@ -57,8 +57,8 @@ class Export:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     format: Format = "onnx"
-    """`onnx` and `torch-export` take uint8 canvases, with windows and normalisation inside; `safetensors` is the weights
-    alone."""
+    """`onnx` and `torch-export` take uint8 canvases, with windows and normalisation inside; `safetensors` is the
+    weights alone."""
     out: Path | None = None
     """New folder for it; by default RUN/exports/FORMAT."""
     overwrite: bool = False
@@ -115,7 +115,7 @@ def export(asked: Export) -> Path:
                 f"up to {about['difference']:.1e}, more than {ALLOWED:.0e}, so it is not kept; take another --format."
             )
         about |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        about |= {"versions": versions(), "config": asdict(config)}
+        about |= {"versions": versions(), "config": asdict(config) | {"data": card.name(config), "exclude": None}}
         (part / "model_card.md").write_text(card.markdown(restored, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out)
@@ -134,12 +134,8 @@ def difference(run: Run, restored: Restored, began: runtime.Runtime, seen: Manif
     The run's answer is that of `fastddr evaluate` in float32 on the CPU, by the loader that cuts its windows from whole
     canvases. The file gets the canvases, several at a time where they have one size, and now and then one alone.
     """
-    wanted = replace(
-        task(restored.config, seen, began, ids, train=False),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        store="none",
-    )
+    wanted = task(restored.config, seen, began, ids, train=False)
+    wanted = replace(wanted, device=torch.device("cpu"), dtype=torch.float32, store="none")
     with closing(loaders.build("resident", wanted)) as loader:
         result = score(began.accelerator, restored.model, loader, paths=seen.path, weights=restored.weights)
     expected = dict(zip(result.ids.tolist(), result.logits.double().softmax(1).numpy(), strict=True))
@@ -208,6 +204,7 @@ def _about(asked: Export, restored: Restored, deployed: Deployed) -> dict[str, A
         "input": {"name": formats.INPUT, "dtype": "uint8", "shape": ["b", "h", "w", 3], "canvas": deployed.canvas},
         "output": {"name": formats.OUTPUT, "dtype": "float32", "shape": ["b", config.num_classes]},
         "window": config.evaluation.field,
+        "reported": restore.stored(asked.run).evaluation.field,
         "image_size": config.image_size,
         "mean": list(config.augment.mean),
         "std": list(config.augment.std),

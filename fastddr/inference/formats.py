@@ -59,14 +59,14 @@ def write(format: Format, deployed: Deployed, file: Path, about: Mapping[str, ob
             program = torch.export.export(deployed, (example,), dynamic_shapes=dynamic)
             torch.export.save(program, file, extra_files=facts)
             return
-        program = torch.onnx.export(
+        graph = torch.onnx.export(
             deployed, (example,), dynamo=True, dynamic_shapes=dynamic, input_names=[INPUT], output_names=[OUTPUT],
             opset_version=_OPSET, verbose=False,
         )  # fmt: skip
-        assert program is not None
-        program.model.metadata_props.update(facts)
+        assert graph is not None
+        graph.model.metadata_props.update(facts)
         # Whole in one file: a second one with the weights would get lost.
-        program.save(file, external_data=False)
+        graph.save(file, external_data=False)
 
 
 def read(format: Format, file: Path, rebuild: Callable[[], nn.Module], deployed: Deployed) -> Run:

@@ -115,8 +115,9 @@ def _listed(file: str) -> Iterator[str]:
         raise UserError(
             f"{file}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
         ) from None
-    column = rows[0].index("path") if rows and "path" in rows[0] else 0
-    for number, row in enumerate(rows[1:] if rows and "path" in rows[0] else rows, 1):
+    headed = bool(rows) and "path" in rows[0]
+    column = rows[0].index("path") if headed else 0
+    for number, row in enumerate(rows[headed:], 1 + headed):
         if len(row) <= column or not row[column]:
             raise UserError(f"{file}: its row {number} has no path; mend it.")
         yield os.path.join(os.path.dirname(file), row[column])

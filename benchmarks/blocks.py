@@ -289,6 +289,11 @@ def faults(results: Sequence[Result], link: Link) -> list[str]:
     return _listed(results, link, "faults", "What is lost when something goes wrong")
 
 
+def predict(results: Sequence[Result], link: Link) -> list[str]:
+    """All rows of grading photographs without labels."""
+    return _listed(results, link, "predict", "Grading photographs without labels")
+
+
 def _listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
     texts = []
     for result in _of(results, name):
@@ -314,4 +319,5 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "ceilings": ceilings,
     "decode": decode,
     "faults": faults,
+    "predict": predict,
 }

@@ -16,14 +16,16 @@ USAGE = """usage: fastddr VERB [options]
   evaluate score a run's weights on a split, or on other data
   compare  set runs side by side on the same photographs, with intervals of their differences
   report   make the report of a run again
+  predict  grade photographs without labels by a run's weights, into a table
+  export   write a run's model as ONNX, torch.export or safetensors, checked, with a model card
   synth    write a synthetic DDR data set into a folder
 
 `fastddr VERB --help` tells a verb's options; `fastddr --version` the version.
 """
 
-VERBS = ("train", "check", "prepare", "plan", "evaluate", "compare", "report", "synth")
+VERBS = ("train", "check", "prepare", "plan", "evaluate", "compare", "report", "predict", "export", "synth")
 #: Verbs that load PyTorch, each a module of `fastddr.inference`.
-LATER = ("evaluate", "compare", "report")
+LATER = ("evaluate", "compare", "report", "predict", "export")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,6 +33,10 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 
 
+#: Places (x, y) of the nine windows of an evaluation with several, row by row; the middle one is the fifth.
+NINE = np.stack(np.meshgrid(range(3), range(3)), axis=-1).reshape(-1, 2)
+
+
 @dataclass(frozen=True)
 class Maps:
     """The two maps of each of n photographs."""
@@ -146,14 +150,18 @@ def evaluation_maps(
     canvas_height: Int[np.ndarray, " n"],
     image_size: int,
     augment: AugmentConfig,
+    place: Int[np.ndarray, "n 2"] | None = None,
 ) -> Maps:
-    """The middle window of each canvas, normalised and nothing else."""
-    x = (canvas_width - image_size) // 2
-    y = (canvas_height - image_size) // 2
+    """A window of each canvas, normalised and nothing else.
+
+    `place`: of the window along each side (x, y), 0 = at the beginning, 1 = in the middle, 2 = at the end; by default
+    the middle one.
+    """
+    free = np.stack([canvas_width, canvas_height], axis=1) - image_size
+    corner = (np.ones_like(free) if place is None else place) * free // 2
     linear = np.broadcast_to(np.eye(2), (len(canvas_width), 2, 2))
-    middle = np.stack([x, y], axis=1) + image_size / 2
     colour = np.broadcast_to(_normalisation(augment), (len(canvas_width), 3, 4))
-    return Maps(_about_middle(linear, middle, image_size), colour.astype(np.float32))
+    return Maps(_about_middle(linear, corner + image_size / 2, image_size), colour.astype(np.float32))
 
 
 def as_crops(affine: Float[np.ndarray, "n 2 3"], image_size: int) -> Crops | None:

@@ -393,15 +393,10 @@ class Trainer:
                 weights=weights, step=progress.step, epoch=progress.epoch,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
-        commands = self.tracker.view_command, self.tracker.sync_command
         self.tracker.finish()
         if self.runtime.is_main:
-            reporting.summary(
-                self.run.path,
-                wandb_commands=commands,
-                tensorboard=self.config.tracking.tensorboard,
-                console=self.console,
-            )
+            told, boards = (self.tracker.view_command, self.tracker.sync_command), self.config.tracking.tensorboard
+            reporting.summary(self.run.path, wandb_commands=told, tensorboard=boards, console=self.console)
         self.accelerator.wait_for_everyone()
 
     def __exit__(

@@ -181,9 +181,10 @@ class LossConfig:
 class EvaluationConfig:
     """How a split is scored."""
 
-    field: Literal["center", "full"] = "center"
+    field: Literal["center", "full", "multi"] = "center"
     """`center`: the centre window of the canvas. `full`: the same on a canvas as small as the window, so that
-    its short side is seen whole."""
+    its short side is seen whole. `multi`: the mean of the probabilities over nine windows, in three rows and columns
+    from edge to edge of the canvas."""
     batch_size: int | None = None
     """Photographs a rank holds at once; by default the training micro batch."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fastddr.data import photograph
-from fastddr.data.disc import find_disc, square
+from fastddr.data.disc import Disc, find_disc, square
 from fastddr.data.photograph import BadPhotograph
 from fastddr.errors import UserError
 
@@ -99,34 +99,55 @@ def name_of(path: str, format: Format) -> str:
     return path if extension.lower() == ".png" else f"{stem}.png"
 
 
+class Master(NamedTuple):
+    """A photograph as `prepare` makes it, not yet written."""
+
+    content: bytes
+    digest: str
+    """Of the source's pixels, where they were hashed."""
+    disc: Disc
+    left: int
+    top: int
+    side: int
+
+
+def master(file: str, size: int, format: Format, *, whole: bool) -> Master:
+    """The master of a photograph; `whole`: it is known already that all of it decodes.
+
+    Raises:
+        BadPhotograph: it cannot be used.
+    """
+    digest = ""
+    with photograph.strict_sizes():
+        if not whole:
+            digest = photograph.digest(file)
+        image = _upright(file)
+    disc = find_disc(np.asarray(image))
+    left, top, side = square(disc, image.width, image.height)
+    return Master(_encoded(cut(image, left, top, side, size), format), digest, disc, left, top, side)
+
+
 def make(job: Job, place: Place, journal: str) -> Result:
     """Make one photograph, and add a line to the journal.
 
     Raises:
         UserError: it cannot be written.
     """
-    digest = ""
     try:
-        with photograph.strict_sizes():
-            file = os.path.join(place.root, job.source)
-            if not job.whole:
-                digest = photograph.digest(file)
-            image = _upright(file)
+        made = master(os.path.join(place.root, job.source), place.size, place.format, whole=job.whole)
     except BadPhotograph as bad:
         return Result(job.source, None, kind=bad.kind, reason=bad.reason)
-    disc = find_disc(np.asarray(image))
-    left, top, side = square(disc, image.width, image.height)
-    content = _encoded(cut(image, left, top, side, place.size), place.format)
+    disc = made.disc
     row = Row(
-        job.path, job.source, job.source_bytes, len(content), left, top, side,
+        job.path, job.source, job.source_bytes, len(made.content), made.left, made.top, made.side,
         f"{disc.x:.2f}", f"{disc.y:.2f}", f"{disc.radius:.2f}", f"{disc.confidence:.4f}", disc.method,
     )  # fmt: skip
     target = os.path.join(place.out, job.target)
     try:
-        _write(target, content, row, journal)
+        _write(target, made.content, row, journal)
     except OSError as error:
         raise cannot_write(target, error) from None
-    return Result(job.source, row, digest)
+    return Result(job.source, row, made.digest)
 
 
 def cut(image: Image.Image, left: int, top: int, side: int, size: int) -> Image.Image:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fastddr.config import SplitConfig
-from fastddr.data import survey
+from fastddr.data import masters, survey
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.layouts import SPLITS
 from fastddr.data.problems import NOTES, Problem, errors, one_line, refuse
@@ -91,9 +91,9 @@ class Manifest:
         }
 
     def to_csv(self) -> str:
-        """All rows as CSV, behind a comment line with the fingerprint."""
+        """All rows as CSV, behind comment lines with the fingerprint and with how the photographs were prepared."""
         text = io.StringIO()
-        text.write(f"# fingerprint: {self.fingerprint}\n")
+        text.write(f"# fingerprint: {self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["id", "path", "split", "grade", "width", "height", "bytes"])
         columns = (self.path, self.split, self.grade, self.width, self.height, self.size)

@@ -116,18 +116,31 @@ def digest(file: str) -> str:
     Raises:
         BadPhotograph: it does not.
     """
+    _, pixels = _decoded(file)
+    found = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.hexdigest()
+
+
+def sound(file: str) -> Header:
+    """What the header says of a photograph that decodes to its end. To be called within `strict_sizes`.
+
+    Raises:
+        BadPhotograph: it does not.
+    """
+    status(file)
+    return _decoded(file)[0]
+
+
+def _decoded(file: str) -> tuple[Header, np.ndarray]:
     try:
         with open(file, "rb") as stream:
             content = stream.read()
     except OSError as error:
         raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror or error})") from None
-    _header(io.BytesIO(content), file)
+    found = _header(io.BytesIO(content), file)
     pixels = _decode_jpeg(content) if content[:2] == b"\xff\xd8" else None
-    if pixels is None:
-        pixels = _decode_by_pillow(content)
-    found = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    found.update(np.ascontiguousarray(pixels).data)
-    return found.hexdigest()
+    return found, _decode_by_pillow(content) if pixels is None else pixels
 
 
 def upright(file: str) -> Image.Image:

@@ -169,14 +169,14 @@ def _results(jobs: Sequence[Job], place: Place, workers: int | None) -> Iterator
     # Processes: a quarter of the time is spent with the interpreter's lock held. Spawned, since the caller may hold
     # threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker)
     try:
         yield pool.map(make, jobs, chunksize=min(8, -(-len(jobs) // workers) or 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _worker() -> None:
+def begin_worker() -> None:
     """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

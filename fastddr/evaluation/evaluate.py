@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.loaders.base import Loader
@@ -23,6 +25,8 @@ def score(
     on_batch: Callable[[], object] | None = None,
 ) -> SplitResult:
     """The logits of every photograph of the loader's split, in the order of their ids, on every rank.
+
+    Where the loader gives several windows of a photograph, they are the logarithm of the windows' mean probabilities.
 
     Args:
         accelerator: gathers from all ranks; its autocast is the model's.
@@ -47,6 +51,8 @@ def score(
     # Every rank holds as many rows, padding included, so one plain gather a tensor does it.
     logits, grades, ids, valid = (accelerator.gather(torch.cat(column)).cpu() for column in zip(*parts, strict=True))
     logits, grades, ids = logits[valid], grades[valid], ids[valid]
+    if loader.task.views > 1:
+        logits, grades, ids = _mean(logits, grades, ids, loader.task.views)
     order = ids.argsort()
     wanted = torch.as_tensor(loader.task.ids).sort().values
     if not torch.equal(ids[order], wanted):
@@ -55,3 +61,14 @@ def score(
     return SplitResult(
         logits=logits[order], grades=grades[order], ids=ids, paths=[paths[i] for i in ids.tolist()], weights=weights
     )
+
+
+def _mean(
+    logits: Float[Tensor, "v C"], grades: Int[Tensor, " v"], ids: Int[Tensor, " v"], views: int
+) -> tuple[Float[Tensor, "n C"], Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """One row for each photograph, of the rows of its windows."""
+    order = ids.argsort(stable=True)
+    logits, grades, ids = (column[order].unflatten(0, (-1, views)) for column in (logits, grades, ids))
+    if not torch.equal(ids, ids[:, :1].expand_as(ids)):
+        raise RuntimeError(f"not every photograph was scored in {views} windows")
+    return logits.log_softmax(2).logsumexp(1) - math.log(views), grades[:, 0], ids[:, 0]

@@ -84,6 +84,8 @@ class Task:
     seed: int
     batch_size: int
     """The global batch."""
+    multi: bool = False
+    """Evaluation gives nine windows of each photograph, one after the other, instead of the middle one."""
     accumulation: int = 1
     """Micro batches that make one rank's part of a global batch."""
     rank: int = 0
@@ -116,7 +118,12 @@ class Task:
     @property
     def steps(self) -> int:
         """Global batches in an epoch."""
-        return len(self.ids) // self.batch_size if self.train else -(-len(self.ids) // self.batch_size)
+        return len(self.ids) // self.batch_size if self.train else -(-len(self.ids) * self.views // self.batch_size)
+
+    @property
+    def views(self) -> int:
+        """Windows of each photograph in an epoch."""
+        return len(sampling.NINE) if self.multi else 1
 
     @cached_property
     def only_crops(self) -> bool:
@@ -135,7 +142,7 @@ class Task:
 
     def requests(self, epoch: int) -> Requests:
         """Everything that this rank loads in an epoch. A pure function of the task and the epoch."""
-        ids = sampling.order(self.ids, self.seed, epoch) if self.train else self.ids
+        ids = sampling.order(self.ids, self.seed, epoch) if self.train else np.repeat(self.ids, self.views)
         id_, valid = sampling.schedule(
             ids, self.batch_size, rank=self.rank, world=self.world, accumulation=self.accumulation, pad=not self.train
         )
@@ -146,7 +153,8 @@ class Task:
             rows = sampling.numbers(len(self.files), self.seed, epoch)[flat]
             maps = sampling.training_maps(rows, canvas_width, canvas_height, self.image_size, self.augment)
         else:
-            maps = sampling.evaluation_maps(canvas_width, canvas_height, self.image_size, self.augment)
+            place = self._places(len(ids)) if self.multi else None
+            maps = sampling.evaluation_maps(canvas_width, canvas_height, self.image_size, self.augment, place)
         shape = id_.shape
         return Requests(
             id=id_,
@@ -158,6 +166,12 @@ class Task:
             canvas_width=canvas_width.reshape(shape),
             canvas_height=canvas_height.reshape(shape),
         )
+
+    def _places(self, count: int) -> Int[np.ndarray, "m 2"]:
+        """The place of each window of this rank, as `requests` orders them; the padding repeats the last one."""
+        cut = {"rank": self.rank, "world": self.world, "accumulation": self.accumulation}
+        window, _ = sampling.schedule(np.arange(count), self.batch_size, **cut, pad=True)
+        return sampling.NINE[window.reshape(-1) % self.views]
 
 
 class Loader(DataLoaderStateMixin, ABC):

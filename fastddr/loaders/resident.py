@@ -113,7 +113,7 @@ class ResidentLoader(Loader):
                     if not self._fill(decoded, chunks=1):
                         raise RuntimeError(f"photographs {ids[store.missing(ids)]} were not decoded")
                 yield k
-                # The padding of an evaluation repeats its last photograph, in the next batch too.
+                # A photograph's windows, or the padding behind the last one, may go on in the next batch.
                 store.release(np.setdiff1d(ids, requests.id[k + 1 :][:1]))
         finally:
             decoded.close()

@@ -158,9 +158,10 @@ def test_csv_has_every_row_and_the_fingerprint(tiny: Path) -> None:
     found = manifest.read(tiny)
     lines = found.to_csv().splitlines()
     assert lines[0] == f"# fingerprint: {found.fingerprint}"
-    assert lines[1] == "id,path,split,grade,width,height,bytes"
-    assert lines[2] == f"0,{found.path[0]},train,{found.grade[0]},80,80,{found.size[0]}"
-    assert len(lines) == len(found) + 2
+    assert lines[1] == "# prepared: null"
+    assert lines[2] == "id,path,split,grade,width,height,bytes"
+    assert lines[3] == f"0,{found.path[0]},train,{found.grade[0]},80,80,{found.size[0]}"
+    assert len(lines) == len(found) + 3
 
 
 def test_a_changed_file_is_read_again_in_spite_of_the_cache(copy: Path) -> None:

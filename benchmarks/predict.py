@@ -1,0 +1,158 @@
+"""Images a second of `fastddr predict` beside the plain way: Pillow, torchvision's transforms and a loop.
+
+    python benchmarks/predict.py                                    # synthetic 512² JPEGs, the quickstart's model
+    python benchmarks/predict.py --data photos --run runs/NAME      # your own photographs and run
+
+Both grade the same photographs in one process that has loaded everything. `predict` also decodes each photograph once
+more to see that it is whole, and writes its table; the plain way does neither. Every way has one turn a round;
+intervals are those of the median over the rounds, ratios are taken round by round. Photographs are taken as they are,
+so nothing is prepared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import sources
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from torch import nn
+from torchvision.transforms import v2
+
+from fastddr.config import Config, load_preset
+from fastddr.data import photos, synthetic
+from fastddr.errors import UserError
+from fastddr.inference import predict, restore
+from fastddr.ranks import available_cores
+from fastddr.runtime import on_cpu
+from fastddr.trainer import Trainer
+
+
+@dataclass
+class Options:
+    """Compare `fastddr predict` with a plain loop."""
+
+    data: Path | None = None
+    """Folder of photographs; by default synthetic ones, in the user's cache."""
+    run: Path | None = None
+    """Folder of a run; by default the quickstart's model, trained for one epoch on a few photographs."""
+    photographs: int = 240
+    """How many are graded in a turn, at most."""
+    batch_sizes: tuple[int, ...] = (1, 32)
+    """Photographs that are graded together."""
+    rounds: int = 5
+    """Turns of each way, at least 5."""
+    out: Path | None = None
+    """The JSON; by default results/predict_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
+
+
+def trained(folder: Path) -> Path:
+    """A run of the quickstart's model, of one epoch."""
+    few = synthetic.generate(folder / "few", counts=synthetic.ddr_counts(72), size=128)
+    config = replace(load_preset("quickstart"), data=str(few), run_dir=str(folder / "run"), epochs=1, batch_size=16)
+    config = replace(config, tracking=replace(config.tracking, wandb=False, tensorboard=False))
+    with contextlib.redirect_stdout(io.StringIO()), Trainer(config) as trainer:
+        trainer.fit()
+    return folder / "run"
+
+
+def ours(run: Path, files: Sequence[str], batch_size: int, out: Path) -> Callable[[], float]:
+    """Images a second of `fastddr predict`, from the command's parsed flags to the written table."""
+    asked = predict.Predict(
+        run=run, photographs=tuple(files), out=out, overwrite=True, batch_size=batch_size, preparation="none"
+    )
+
+    def turn() -> float:
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            answer = predict.predict(asked)
+        assert not answer.bad
+        return len(files) / (time.perf_counter() - began)
+
+    return turn
+
+
+def plain(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> Callable[[], float]:
+    """Images a second of the loop that everybody writes first."""
+    device = next(model.parameters()).device
+    see = v2.Compose(
+        [
+            v2.Resize(config.canvas, antialias=True),
+            v2.CenterCrop(config.image_size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(config.augment.mean, config.augment.std),
+        ]
+    )
+
+    @torch.inference_mode()
+    def turn() -> float:
+        began, answers = time.perf_counter(), []
+        for start in range(0, len(files), batch_size):
+            images = [see(Image.open(file).convert("RGB")) for file in files[start : start + batch_size]]
+            answers.append(model(torch.stack(images).to(device)).softmax(1).cpu())
+        assert len(torch.cat(answers)) == len(files)
+        return len(files) / (time.perf_counter() - began)
+
+    return turn
+
+
+def main(options: Options) -> None:
+    """Measure, print and write."""
+    console = Console(soft_wrap=True)
+    if options.rounds < 5:
+        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
+    [(kind, root)] = sources.roots(options.data, ("95-420",), None, 512, console)
+    found = photos.find([str(root)]).paths
+    files = found[:: max(1, len(found) // options.photographs)][: options.photographs]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        run = options.run or trained(folder)
+        harness.begin()
+        config = restore.settings(restore.Scoring(run=run, window="center"))
+        device = torch.device("cpu" if on_cpu() else "cuda")
+        model = restore.restore(run, config, "best", device, lambda line: None).model
+        trials: dict[str, Callable[[], float]] = {}
+        for size in options.batch_sizes:
+            trials[f"fastddr predict, {_batches(size)}"] = ours(run, files, size, folder / "grades.csv")
+            trials[f"plain loop, {_batches(size)}"] = plain(model, config, files, size)
+        for turn in trials.values():  # once before it counts: caches, buffers, DALI's pools
+            turn()
+        speeds = harness.interleaved(trials, options.rounds, lambda k: harness.say(f"  round {k} of {options.rounds}"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    about: dict[str, Any] = {
+        "photographs": kind, "graded": len(files), "model": config.model, "image_size": config.image_size,
+        "canvas": config.canvas, "threads": available_cores(), "device": device.type,
+    }  # fmt: skip
+    rows = [{"name": name, **about, **harness.spread(values), "unit": "images/s"} for name, values in speeds.items()]
+    for size in options.batch_sizes:
+        ours_, other = (f"{way}, {_batches(size)}" for way in ("fastddr predict", "plain loop"))
+        ratio = harness.ratio(speeds[ours_], speeds[other])
+        rows.append({"name": f"{ours_} / plain loop", "kind": "ratio", **about, **ratio, "unit": "×"})
+    harness.show("Grading photographs", rows)
+    console.print(f"written to {harness.write('predict', rows, options.out, wandb=options.wandb)}")
+
+
+def _batches(size: int) -> str:
+    return "one at a time" if size == 1 else f"batches of {size}"
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"predict.py: {mistake}") from None

@@ -1,0 +1,186 @@
+"""Which photographs are masters of `fastddr prepare`, and masters of single photographs, in the cache folder.
+
+A run's manifest.csv says how its photographs were prepared. What it predicts later gets the same, so that its answer is
+the one that it gives on the masters.
+
+    CACHE/masters/v1-512-jpeg/KEY.jpg   KEY: of the source's path, size and time of change
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from fastddr import ranks
+from fastddr.data import cache, crop, prepare
+from fastddr.data.crop import Format
+from fastddr.data.layouts.common import PREPARED
+from fastddr.data.photograph import BadPhotograph
+from fastddr.errors import UserError
+
+_LINE = "# prepared: "
+
+
+class Recipe(NamedTuple):
+    """What masters are made with; all of it changes their bytes."""
+
+    version: int
+    """Of `fastddr prepare`."""
+    size: int
+    format: Format
+
+    def __str__(self) -> str:
+        return f"{self.size} px, {self.format}"
+
+
+class Made(NamedTuple):
+    """What became of a photograph: its master, or the kind and reason of a fault."""
+
+    file: str
+    master: str
+    kind: str = ""
+    reason: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ which are masters
+
+
+def of_folder(folder: Path) -> Recipe | None:
+    """How the photographs of this folder were prepared; None where they were not. A folder within a set is of the set.
+
+    Raises:
+        UserError: what `fastddr prepare` wrote there cannot be read.
+    """
+    for above in (folder, *folder.parents):
+        file = above / PREPARED / "settings.json"
+        if file.is_file():
+            return _recipe(file, file.read_bytes())
+    return None
+
+
+def line(recipe: Recipe | None) -> str:
+    """The line of manifest.csv that says how the photographs of a run were prepared."""
+    return _LINE + json.dumps(None if recipe is None else {"prepare": recipe.version, **recipe._asdict()})
+
+
+def of_run(manifest: Path, data: str) -> Recipe | None:
+    """How a run's photographs were prepared, by its manifest.csv, or by its data folder where that does not say it.
+
+    Raises:
+        UserError: neither tells.
+    """
+    try:
+        with manifest.open("rb") as stream:
+            for text in stream:
+                if not text.startswith(b"#"):
+                    break
+                if text.startswith(_LINE.encode()):
+                    said = text.removeprefix(_LINE.encode())
+                    return None if said.strip() == b"null" else _recipe(manifest, said)
+    except FileNotFoundError:
+        pass  # then the data folder is asked
+    folder = Path(data).expanduser().absolute()
+    if data != "synthetic" and not folder.exists():
+        raise UserError(
+            f"{manifest}: it does not say whether the photographs were prepared, and {folder} is no longer there; say "
+            "it with --preparation none, or with --preparation 512 for masters of that size."
+        )
+    return None if data == "synthetic" else of_folder(folder if folder.is_dir() else folder.parent)
+
+
+def _recipe(file: Path, text: bytes) -> Recipe:
+    try:
+        facts = json.loads(text)
+        version, size, format = facts["prepare"], facts["size"], facts["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: what it says of `fastddr prepare` cannot be read; restore it.") from None
+    return Recipe(int(version), int(size), cast(Format, str(format)))
+
+
+# ------------------------------------------------------------------------------------------------ new ones
+
+
+def make(
+    files: Sequence[str], recipe: Recipe, on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, Made]:
+    """The master of each photograph, made where the cache has none; on all ranks of a job the same call and answer.
+
+    Args:
+        files: absolute paths of photographs that can be stat'ed.
+        recipe: what masters are made with.
+        on_progress: called with (done, total) of this rank's part.
+
+    Raises:
+        UserError: they cannot be written; or the recipe is of another version of `fastddr prepare`.
+    """
+    if recipe.version != prepare.VERSION:
+        raise UserError(
+            f"the run's photographs were prepared by version {recipe.version} of `fastddr prepare`, and this is "
+            f"version {prepare.VERSION}, which gives other pixels; install the fastddr of that run, or say "
+            "--preparation none."
+        )
+    folder = cache.folder() / "masters" / f"v{recipe.version}-{recipe.size}-{recipe.format}"
+    # Each machine needs all of them: which photographs fall to a rank is not known here.
+    mine = list(files[ranks.local_rank() :: ranks.local_world()])
+    found: list[Made | str] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in _made(mine, folder, recipe):
+            found.append(one)
+            if on_progress is not None:
+                on_progress(len(found), len(mine))
+    except OSError as error:
+        found.append(str(crop.cannot_write(error.filename or folder, error)))
+    except UserError as error:  # the other ranks must not wait for this one
+        found.append(str(error))
+    except BrokenProcessPool:
+        found.append("a process that prepared photographs was killed, as happens when memory runs out; run again.")
+    found = ranks.gather(found)
+    if said := next((one for one in found if isinstance(one, str)), None):
+        raise UserError(said)
+    return {one.file: one for one in found if isinstance(one, Made)}
+
+
+def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:
+    one = partial(_one, folder=str(folder), recipe=recipe)
+    workers = min(ranks.cores(), max(1, len(files) // 64))
+    if workers == 1:
+        yield from map(one, files)
+        return
+    # Spawned, since the caller may hold CUDA and threads, which do not survive a fork.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare.begin_worker)
+    try:
+        yield from pool.map(one, files, chunksize=8)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one(file: str, folder: str, recipe: Recipe) -> Made:
+    about = os.stat(file)
+    named = os.fsencode(f"{os.path.realpath(file)}\0{about.st_size}\0{about.st_mtime_ns}")
+    key = hashlib.sha256(named).hexdigest()[:32]
+    target = os.path.join(folder, f"{key}.{'jpg' if recipe.format == 'jpeg' else 'png'}")
+    if os.path.exists(target):  # whole, since it was renamed; and made of a photograph that decoded to its end
+        return Made(file, target)
+    try:
+        content = crop.master(file, recipe.size, recipe.format, whole=False).content
+    except BadPhotograph as bad:
+        return Made(file, "", bad.kind, bad.reason)
+    part = f"{target}.{os.getpid()}{crop.PART}"
+    try:
+        with open(part, "wb") as stream:
+            stream.write(content)
+        os.replace(part, target)
+    except OSError as error:
+        if os.path.lexists(part):
+            os.unlink(part)
+        raise crop.cannot_write(target, error) from None
+    return Made(file, target)

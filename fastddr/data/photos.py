@@ -1,0 +1,215 @@
+"""Photographs without labels: found by name, folder, glob or list, each checked, and prepared where it shall be.
+
+Nothing here ends at a photograph that cannot be used: it stays in the list, with its reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastddr import ranks
+from fastddr.data import masters, photograph
+from fastddr.data.grades import UNKNOWN
+from fastddr.data.layouts.common import PHOTOGRAPHS, PREPARED
+from fastddr.data.manifest import Manifest
+from fastddr.data.masters import Recipe
+from fastddr.data.photograph import BadPhotograph
+from fastddr.data.problems import one_line
+from fastddr.errors import UserError
+
+#: Called with (what is done, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the user named."""
+
+    paths: tuple[str, ...]
+    """Each photograph once, as a path of the user's: the file named, or folder and name."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what was passed over."""
+
+
+class Photo(NamedTuple):
+    """One photograph, ready for a loader, or with the reason why it is not."""
+
+    path: str
+    """As `Found` has it."""
+    file: str = ""
+    """What is loaded: the photograph, or its master in the cache."""
+    width: int = 0
+    """Of what is loaded, upright."""
+    height: int = 0
+    kind: str = ""
+    """Of the fault (a key of `problems.ERRORS`); empty where the photograph can be used."""
+    reason: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def find(named: Sequence[str]) -> Found:
+    """The photographs of these files, folders (with all below), globs and lists (.csv), in this order.
+
+    A list has a column `path`, or a path a line; relative ones are below the list's folder. Hidden files are passed
+    over, and in folders and globs what is no photograph by its name.
+
+    Raises:
+        UserError: there is nothing of that name, a list cannot be read, or there is no photograph at all.
+    """
+    paths: dict[str, str] = {}
+    doubled = others = 0
+    for name in named:
+        for path, wanted in _of(name):
+            if not wanted and not path.lower().endswith(PHOTOGRAPHS):
+                others += 1
+            elif (key := os.path.abspath(path)) in paths:
+                doubled += 1
+            else:
+                paths[key] = path
+    if not paths:
+        raise UserError(f"{', '.join(named)}: there is no photograph here ({', '.join(PHOTOGRAPHS)}); name others.")
+    notes = [f"{others} files are passed over: no photographs by their names."] if others else []
+    notes += [f"{doubled} photographs were named twice and count once."] if doubled else []
+    return Found(tuple(paths.values()), tuple(notes))
+
+
+def _of(name: str) -> Iterator[tuple[str, bool]]:
+    """(Path, whether it was named by itself) of all that one argument means."""
+    if os.path.isdir(name):
+        yield from ((path, False) for path in _below(name))
+    elif name.lower().endswith(".csv"):
+        yield from ((path, True) for path in _listed(name))
+    elif os.path.lexists(name):
+        yield name, True
+    elif found := sorted(glob.glob(name, recursive=True)):
+        for path in found:
+            yield from ((inner, False) for inner in (_below(path) if os.path.isdir(path) else [path]))
+    else:
+        raise UserError(f"{name}: there is no such photograph, folder or list; correct its name.")
+
+
+def _below(folder: str) -> Iterator[str]:
+    """Files below a folder, but hidden ones and the tables and sheets of `fastddr prepare`."""
+    for above, below, names in os.walk(folder):
+        tables = PREPARED if os.path.isfile(os.path.join(above, PREPARED, "settings.json")) else ""
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != tables)
+        yield from (os.path.join(above, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _listed(file: str) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (OSError, csv.Error) as error:
+        raise UserError(
+            f"{file}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
+        ) from None
+    headed = bool(rows) and "path" in rows[0]
+    column = rows[0].index("path") if headed else 0
+    for number, row in enumerate(rows[headed:], 1 + headed):
+        if len(row) <= column or not row[column]:
+            raise UserError(f"{file}: its row {number} has no path; mend it.")
+        yield os.path.join(os.path.dirname(file), row[column])
+
+
+# ------------------------------------------------------------------------------------------------ making ready
+
+
+def ready(paths: Sequence[str], recipe: Recipe | None, on_progress: Progress) -> tuple[list[Photo], list[str]]:
+    """Each photograph as it is loaded, in this order, and sentences about what was prepared; by all ranks of a job.
+
+    Args:
+        paths: of `find`.
+        recipe: how the run's photographs were prepared, None where they were not. What is a master already, by the
+            folder that it lies in, is not prepared again.
+        on_progress: hears how far it is.
+
+    Raises:
+        UserError: masters cannot be made here.
+    """
+    folders = {folder: masters.of_folder(Path(folder).resolve()) for folder in {os.path.dirname(p) for p in paths}}
+    kinds = {path: folders[os.path.dirname(path)] for path in paths}
+    raw = [path for path in paths if kinds[path] is None] if recipe else []
+    photos = {photo.path: photo for photo in _sound([p for p in paths if p not in set(raw)], on_progress)}
+    if recipe is not None and raw:
+        photos |= {photo.path: photo for photo in _prepared(raw, recipe, on_progress)}
+    made = sum(not photos[path].kind for path in raw)
+    return [photos[path] for path in paths], _said(recipe, made, [kind for kind in kinds.values() if kind])
+
+
+def _said(recipe: Recipe | None, prepared: int, there: Sequence[Recipe]) -> list[str]:
+    found = []
+    if recipe is None:
+        found.append("no preparation: the run was trained on photographs as they are")
+        if there:
+            found.append(f"note: {len(there)} of these are masters of `fastddr prepare`, unlike what it was trained on")
+        return found
+    if prepared:
+        found.append(f"preparation: {prepared:,} photographs cropped to the retina ({recipe}), as the run's were")
+    if there:
+        found.append(f"no preparation of {len(there):,} photographs: they are masters of `fastddr prepare` already")
+    if different := sum(kind != recipe for kind in there):
+        found.append(f"note: {different:,} of these were made otherwise than the run's, which are {recipe}")
+    return found
+
+
+def _sound(paths: Sequence[str], on_progress: Progress) -> list[Photo]:
+    """Each photograph as it is, decoded once to see that it is whole: the ranks share them."""
+    mine, done = ranks.share(paths), []
+    with photograph.strict_sizes(), ThreadPoolExecutor(ranks.cores()) as pool:
+        for photo in pool.map(_checked, mine):
+            done.append(photo)
+            on_progress("checking photographs", len(done), len(mine))
+    return ranks.gather(done)
+
+
+def _checked(path: str) -> Photo:
+    file = os.path.abspath(path)
+    try:
+        header = photograph.sound(file)
+    except BadPhotograph as bad:
+        return Photo(path, kind=bad.kind, reason=bad.reason)
+    return Photo(path, file, header.width, header.height)
+
+
+def _prepared(paths: Sequence[str], recipe: Recipe, on_progress: Progress) -> Iterator[Photo]:
+    there, files = {}, []
+    with photograph.strict_sizes():
+        for path in paths:
+            try:
+                photograph.status(path)
+            except BadPhotograph as bad:
+                yield Photo(path, kind=bad.kind, reason=bad.reason)
+            else:
+                there[os.path.abspath(path)] = path
+                files.append(os.path.abspath(path))
+    made = masters.make(files, recipe, lambda done, total: on_progress("preparing photographs", done, total))
+    for file, path in there.items():
+        one = made[file]
+        yield Photo(path, one.master, recipe.size, recipe.size, one.kind, one.reason)
+
+
+def as_manifest(usable: Sequence[Photo]) -> Manifest:
+    """Photographs as loaders take them: without grades, each its own row."""
+    return Manifest(
+        root=Path.cwd(),
+        path=tuple(photo.file for photo in usable),
+        grade=np.full(len(usable), UNKNOWN, dtype=np.int64),
+        split=("test",) * len(usable),
+        width=np.array([photo.width for photo in usable], dtype=np.int64),
+        height=np.array([photo.height for photo in usable], dtype=np.int64),
+        size=np.zeros(len(usable), dtype=np.int64),
+        notes=(),
+        layout="files",
+    )

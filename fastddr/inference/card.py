@@ -1,0 +1,141 @@
+"""The model card of an exported model: on what it was trained, how well it grades, what it is for, and what not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastddr.config import Config
+from fastddr.data.grades import ICDR, REFERABLE
+from fastddr.data.masters import Recipe
+from fastddr.errors import UserError
+from fastddr.inference.deployed import Deployed
+from fastddr.inference.restore import Restored
+from fastddr.reporting import tables
+
+
+def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | None, about: Mapping[str, Any]) -> str:
+    """The text of the card.
+
+    `recipe`: how the run's photographs were prepared. `about`: what was exported and how it was checked; its keys are
+    those of export.json.
+
+    Raises:
+        UserError: the run's metrics.json cannot be read.
+    """
+    config, run = restored.config, restored.run
+    parts = [f"# {run.path.resolve().name}: {config.model}", f"**{tables.DISCLAIMER}**"]
+    parts += [
+        f"A grader of diabetic retinopathy from fundus photographs, trained by fastddr. Weights: {restored.weights}, "
+        f"{restored.parameters:,} parameters. It gives the probability of each of {config.num_classes} classes: "
+        + ", ".join(f"{grade} {name}" for grade, name in enumerate(tables.names(config.num_classes)))
+        + f". Referable means grade {REFERABLE} ({ICDR[REFERABLE]}) or worse."
+    ]
+    parts += ["## Input and output", _input(deployed, recipe, about)]
+    parts += ["## Data", *_data(restored)]
+    found = _metrics(restored)
+    if found:
+        lines = [["", *map(tables.title, found)], *([label, *cells] for label, cells in tables.rows(found))]
+        parts += ["## Figures", _table(lines)]
+        parts += [
+            "In brackets: 95 % bootstrap intervals over the photographs, as the run's report has them"
+            + ("" if about["window"] == about["reported"] else f", which graded by the window `{about['reported']}`")
+            + ". They hold for the split named; the splits of a data set differ in kind."
+        ]
+    else:
+        parts += ["## Figures", "The run's report (report/metrics.json) has none of these weights on valid or test."]
+    parts += [
+        "## Intended use",
+        "Research on grading and on training methods, and comparison with other models on the same split. It is not "
+        "validated for diagnosis, screening or triage, and no decision about a patient may rest on it.",
+        "## Limits",
+        "- It knows photographs like those that it was trained on: their cameras, fields, preparation and population. "
+        "On others its figures are unknown until they are measured.\n"
+        "- It sees diabetic retinopathy alone: no macular oedema as such, no glaucoma, no other disease.\n"
+        "- It gives a grade to anything, also to a photograph that cannot be graded"
+        + (", though ungradable is one of its classes.\n" if config.num_classes > len(ICDR) else ".\n")
+        + "- Rare grades have wide intervals; look at the recall of each grade in the run's report.\n"
+        "- Probabilities are those of the network; how well they are calibrated stands in the run's report.",
+        "## Check",
+        f"Before this file was kept it was read back and run on {about['photographs']} photographs "
+        f"({about['checked_on']}): its probabilities differed from those of the run's own evaluation by at most "
+        f"{about['difference']:.1e} "
+        f"(allowed: {about['allowed']:.0e}).",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _input(deployed: Deployed, recipe: Recipe | None, about: Mapping[str, Any]) -> str:
+    prepared = (
+        f"cropped to the disc of the retina as `fastddr prepare` does ({recipe})" if recipe else "not prepared (raw)"
+    )
+    size, canvas = deployed.size, deployed.canvas
+    windows = f"the mean over nine windows of {size} px" if len(deployed.places) > 1 else f"the middle {size} px window"
+    lines = [
+        f"- Photographs: {prepared}, upright (EXIF applied), scaled with antialiasing so that the short side is "
+        f"{canvas} px: the canvas.",
+        f"- What is graded: {windows} of the canvas.",
+    ]
+    if about["format"] == "safetensors":
+        lines.append(
+            f"- `{about['file']}` holds the weights alone; images are RGB, normalised with mean "
+            f"{list(deployed.config.augment.mean)} and standard deviation {list(deployed.config.augment.std)} of "
+            "values in 0-1, (b, 3, h, w) in float32, and the model gives logits."
+        )
+    else:
+        lines.append(
+            f"- `{about['file']}` takes `canvas`, uint8 RGB (b, h, w, 3) with any b, and any h and w of at least "
+            f"{size}; windows and normalisation are inside. It gives `probabilities`, float32 (b, "
+            f"{deployed.config.num_classes})."
+        )
+    return "\n".join(lines)
+
+
+def _data(restored: Restored) -> list[str]:
+    """What it was trained on: split sizes by grade, from the run's manifest."""
+    try:
+        lines = restored.run.manifest.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except FileNotFoundError:
+        return ["The run has no manifest.csv, so its photographs are not known."]
+    counts: dict[str, dict[str, int]] = {}
+    for line in lines:
+        cells = line.rsplit(",", 5)
+        if len(cells) == 6 and cells[2].lstrip("-").isdigit():
+            of_split = counts.setdefault(cells[1], {})
+            of_split[cells[2]] = of_split.get(cells[2], 0) + 1
+    grades = sorted({grade for of_split in counts.values() for grade in of_split}, key=int)
+    names = {str(k): f"{k} {name}" for k, name in enumerate(tables.names(6))} | {"-1": "unknown"}
+    head = ["split", *(names.get(grade, grade) for grade in grades)]
+    body = [[split, *(f"{of_split.get(grade, 0):,}" for grade in grades)] for split, of_split in counts.items()]
+    said = _used(restored.config)
+    return [f"Data: {name(restored.config)}, fingerprint {restored.fingerprint}. {said}", _table([head, *body])]
+
+
+def _used(config: Config) -> str:
+    return "Grade 5 is a class." if config.num_classes > len(ICDR) else "Photographs of grade 5 were left out."
+
+
+def name(config: Config) -> str:
+    """The data folder's name, without the place of it."""
+    place = Path(config.data)
+    return place.parent.name if place.name == "DR_grading" and place.parent.name else place.name
+
+
+def _metrics(restored: Restored) -> dict[str, Any]:
+    file = restored.run.path / "report" / "metrics.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{file}: this is not JSON; make the run's report again.") from None
+    splits = ("valid", "valid_last", "test")
+    return {name: found[name] for name in splits if found.get(name, {}).get("weights") == restored.weights}
+
+
+def _table(lines: list[list[str]]) -> str:
+    rule = [":--", *["--:"] * (len(lines[0]) - 1)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in
+                     (lines[0], rule, *lines[1:]))  # fmt: skip

@@ -1,0 +1,244 @@
+"""`fastddr export RUN --format onnx`: a run's model as a file for elsewhere, checked before it is kept.
+
+    OUT/model.onnx       or model.pt2, model.safetensors
+    OUT/model_card.md    data, figures with intervals, intended use, limits
+    OUT/export.json      what it takes and gives, how it was checked, and the run's settings
+
+All of it is written beside OUT and renamed when the file, read back, gives the run's own answers on real photographs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import UInt8
+from rich.console import Console
+
+from fastddr import loaders, models, runtime
+from fastddr.config import Config
+from fastddr.data import masters, photos, source
+from fastddr.data.manifest import Manifest
+from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation.evaluate import score
+from fastddr.inference import card, formats, restore
+from fastddr.inference.deployed import Deployed
+from fastddr.inference.formats import Format, Run
+from fastddr.inference.restore import Restored, Weights
+from fastddr.loaders import canvases
+from fastddr.loaders.run import task
+from fastddr.meters import versions
+
+#: Most that a probability may differ from the run's own on any photograph of the check.
+ALLOWED = 1e-4
+#: Canvases that are run together in the check, where they are of one size; some are run alone as well.
+_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's model as a file: ONNX, torch.export, or weights alone; with a model card beside it.
+
+    The file is read back and must give the run's own probabilities on real photographs, or it is not kept.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    format: Format = "onnx"
+    """`onnx` and `torch-export` take uint8 canvases, with windows and normalisation inside; `safetensors` is the
+    weights alone."""
+    out: Path | None = None
+    """New folder for it; by default RUN/exports/FORMAT."""
+    overwrite: bool = False
+    """Put it in the place of an earlier export."""
+    weights: Weights = "best"
+    """Of the epoch with the highest kappa on valid, or of the last one."""
+    window: Literal["center", "full", "multi"] | None = None
+    """What of the canvas is graded, as in `evaluate`; by default as the run was validated."""
+    photographs: Path | None = None
+    """Folder of photographs to check it on; by default the valid split of the run's data."""
+    count: int = 64
+    """How many of them, spread over all; 0 = all."""
+
+
+def export(asked: Export) -> Path:
+    """Export, check and keep; the folder.
+
+    Raises:
+        UserError: the run cannot be used, the format needs what is not installed or cannot hold this model, there are
+            no photographs to check it on, or the file gives other answers.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    out = asked.out or asked.run / "exports" / asked.format
+    config = _settings(asked)
+    formats.check(asked.format)
+    if out.exists() and not (asked.overwrite and (out / "export.json").is_file()):
+        what = "it is there already" if (out / "export.json").is_file() else "it is there and no export"
+        raise UserError(f"--out {out}: {what}; give another folder, or --overwrite in the place of an export.")
+    began = runtime.start(config)
+    restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
+    recipe = masters.of_run(restored.run.manifest, config.data)
+    seen, ids, said = _photographs(asked, config, console)
+    deployed = Deployed(restored.model, config).eval()
+
+    def rebuild() -> torch.nn.Module:
+        return models.from_config(config, lambda line: None).eval()
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        part.chmod(0o777 & ~_umask())
+        file = part / formats.FILES[asked.format]
+        about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
+        try:
+            formats.write(asked.format, deployed, file, about)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--format {asked.format}: {config.model} cannot be exported so ({reason}).") from error
+        run = formats.read(asked.format, file, rebuild, deployed)
+        about["difference"] = difference(run, restored, began, seen, ids)
+        if not about["difference"] <= ALLOWED:
+            raise UserError(
+                f"--format {asked.format}: on {len(ids)} photographs the file's probabilities differ from the run's by "
+                f"up to {about['difference']:.1e}, more than {ALLOWED:.0e}, so it is not kept; take another --format."
+            )
+        about |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        about |= {"versions": versions(), "config": asdict(config) | {"data": card.name(config), "exclude": None}}
+        (part / "model_card.md").write_text(card.markdown(restored, deployed, recipe, about), encoding="utf-8")
+        (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        _keep(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    console.print(
+        f"{out / file.name}: its probabilities on {len(ids)} photographs ({said}) are the run's to "
+        f"{about['difference']:.1e}; read {out / 'model_card.md'} before you use it"
+    )
+    return out
+
+
+def difference(run: Run, restored: Restored, began: runtime.Runtime, seen: Manifest, ids: np.ndarray) -> float:
+    """The most that a probability of the file differs from that of the run's evaluation, on these photographs.
+
+    The run's answer is that of `fastddr evaluate` in float32 on the CPU, by the loader that cuts its windows from whole
+    canvases. The file gets the canvases, several at a time where they have one size, and now and then one alone.
+    """
+    wanted = task(restored.config, seen, began, ids, train=False)
+    wanted = replace(wanted, device=torch.device("cpu"), dtype=torch.float32, store="none")
+    with closing(loaders.build("resident", wanted)) as loader:
+        result = score(began.accelerator, restored.model, loader, paths=seen.path, weights=restored.weights)
+    expected = dict(zip(result.ids.tolist(), result.logits.double().softmax(1).numpy(), strict=True))
+    found = []
+    for k, (group, canvas) in enumerate(_canvases(wanted)):
+        found += [np.abs(answer - expected[id_]).max() for id_, answer in zip(group, run(canvas), strict=True)]
+        if k % _TOGETHER == 0:
+            found.append(np.abs(run(canvas[:1])[0] - expected[group[0]]).max())
+    return float(np.max(found))  # NaN where one is
+
+
+def _canvases(wanted: loaders.Task) -> Iterator[tuple[list[int], UInt8[np.ndarray, "b h w 3"]]]:
+    """Ids and canvases, as many together as come one after the other in one size."""
+    held: list[tuple[int, Any]] = []
+
+    def stacked() -> tuple[list[int], UInt8[np.ndarray, "b h w 3"]]:
+        return [id_ for id_, _ in held], np.stack([canvas.cpu().numpy() for _, canvas in held])
+
+    for made in canvases.build(wanted, _TOGETHER).walk(wanted.ids):
+        for id_, canvas in made:
+            if held and (len(held) == _TOGETHER or held[0][1].shape != canvas.shape):
+                yield stacked()
+                held = []
+            # The decoder's buffers are its own.
+            held.append((id_, canvas.clone()))
+    if held:
+        yield stacked()
+
+
+def _settings(asked: Export) -> Config:
+    # In float32: what is written is checked on the CPU.
+    wanted = restore.Scoring(run=asked.run, weights=asked.weights, window=asked.window, precision="fp32")
+    return restore.settings(wanted)
+
+
+def _photographs(asked: Export, config: Config, console: Console) -> tuple[Manifest, np.ndarray, str]:
+    """Photographs, the ids to check the file on, and what they are."""
+    if asked.photographs is not None:
+        listed, _ = photos.ready(photos.find([str(asked.photographs)]).paths, None, lambda what, done, total: None)
+        usable = [photo for photo in listed if not photo.kind]
+        if not usable:
+            raise UserError(f"--photographs {asked.photographs}: none of them can be used; give others.")
+        found, ids, said = photos.as_manifest(usable), np.arange(len(usable)), "a folder that was given"
+    else:
+        try:
+            found = source.open_data(config, console)
+        except UserError as error:
+            raise UserError(
+                f"{str(error).rstrip('.')}; or check the export on other photographs, with --photographs FOLDER."
+            ) from None
+        ids, said = found.ids("valid"), "of the valid split of its data"
+    if asked.count and asked.count < len(ids):
+        ids = ids[np.linspace(0, len(ids) - 1, asked.count).round().astype(int)]
+    return found, ids, said
+
+
+def _about(asked: Export, restored: Restored, deployed: Deployed) -> dict[str, Any]:
+    """What is kept in the file and in export.json."""
+    config = restored.config
+    return {
+        "format": asked.format,
+        "file": formats.FILES[asked.format],
+        "model": config.model,
+        "weights": restored.weights,
+        "fingerprint": restored.fingerprint,
+        "input": {"name": formats.INPUT, "dtype": "uint8", "shape": ["b", "h", "w", 3], "canvas": deployed.canvas},
+        "output": {"name": formats.OUTPUT, "dtype": "float32", "shape": ["b", config.num_classes]},
+        "window": config.evaluation.field,
+        "reported": restore.stored(asked.run).evaluation.field,
+        "image_size": config.image_size,
+        "mean": list(config.augment.mean),
+        "std": list(config.augment.std),
+        "use": "research use only; not a medical device",
+    }
+
+
+def _keep(part: Path, out: Path) -> None:
+    """Put the finished folder in its place; an earlier one is removed after that."""
+    old = part.with_name(f"{part.name}.old")
+    if out.exists():
+        os.replace(out, old)
+    os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb; its exit code."""
+    asked = tyro.cli(Export, args=list(arguments), prog="fastddr export")
+    try:
+        export(asked)
+    except UserError as error:
+        print(f"fastddr: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0

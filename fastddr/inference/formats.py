@@ -1,0 +1,106 @@
+"""The formats that a model is exported in: each writes a file, and reads it back as a function for the check."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from safetensors.torch import load_file, save
+from torch import nn
+
+from fastddr.errors import UserError
+from fastddr.inference.deployed import Deployed
+
+Format = Literal["onnx", "torch-export", "safetensors"]
+#: What a file is read back as: canvases to probabilities.
+Run = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b C"]]
+
+#: Name of each format's file.
+FILES: dict[Format, str] = {
+    "onnx": "model.onnx", "torch-export": "model.pt2", "safetensors": "model.safetensors"
+}  # fmt: skip
+assert set(FILES) == set(get_args(Format))
+#: Names of the graph's input and output.
+INPUT, OUTPUT = "canvas", "probabilities"
+_OPSET = 18
+
+
+def check(format: Format) -> None:
+    """Raise `UserError` where what a format needs is not installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if format == "onnx" and missing:
+        raise UserError(
+            f'--format onnx: {", ".join(missing)} is not installed; pip install -e ".[onnx]" installs what it needs.'
+        )
+
+
+def write(format: Format, deployed: Deployed, file: Path, about: Mapping[str, object]) -> None:
+    """Write a model, on the CPU and in evaluation mode, to a file; `about` is kept in it as JSON."""
+    facts = {"fastddr": json.dumps(about)}
+    if format == "safetensors":
+        tensors = {key: value.contiguous() for key, value in deployed.model.state_dict().items()}
+        file.write_bytes(save(tensors, facts))
+        return
+    height, width = deployed.canvas, deployed.canvas + 8
+    example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    # The batch and both sides may have any size, as long as a window fits.
+    dynamic = {INPUT: dict.fromkeys(range(3), torch.export.Dim.DYNAMIC)}
+    with _quiet():
+        if format == "torch-export":
+            program = torch.export.export(deployed, (example,), dynamic_shapes=dynamic)
+            torch.export.save(program, file, extra_files=facts)
+            return
+        graph = torch.onnx.export(
+            deployed, (example,), dynamo=True, dynamic_shapes=dynamic, input_names=[INPUT], output_names=[OUTPUT],
+            opset_version=_OPSET, verbose=False,
+        )  # fmt: skip
+        assert graph is not None
+        graph.model.metadata_props.update(facts)
+        # Whole in one file: a second one with the weights would get lost.
+        graph.save(file, external_data=False)
+
+
+def read(format: Format, file: Path, rebuild: Callable[[], nn.Module], deployed: Deployed) -> Run:
+    """The file as a function, by nothing but what is in it; of safetensors, in a new model that `rebuild` makes."""
+    if format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda canvas: session.run([OUTPUT], {INPUT: canvas})[0]
+    network: nn.Module
+    if format == "torch-export":
+        with _quiet():
+            network = torch.export.load(file).module()
+    else:
+        network = Deployed(rebuild(), deployed.config)
+        network.model.load_state_dict(load_file(file), strict=True)
+        network.eval()
+
+    def run(canvas: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b C"]:
+        with torch.inference_mode():
+            return network(torch.from_numpy(canvas)).numpy()
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters remark on themselves; what they cannot do is an exception."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

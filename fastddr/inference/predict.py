@@ -1,0 +1,264 @@
+"""`fastddr predict RUN PHOTOS...`: grades of photographs without labels, as a table.
+
+    grades.csv   path,grade,name,referable,p0,...,confidence,status,reason
+
+A photograph that cannot be used has a row with its reason, and ends nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+
+from fastddr import ranks, runtime
+from fastddr.config import Config
+from fastddr.data import masters, photos, prepare
+from fastddr.data.grades import ICDR, REFERABLE
+from fastddr.data.masters import Recipe
+from fastddr.data.photos import Photo
+from fastddr.data.problems import one_line
+from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation import explain
+from fastddr.evaluation.evaluate import score
+from fastddr.inference import restore
+from fastddr.inference.restore import Restored, Scoring
+from fastddr.loaders.run import scoring
+from fastddr.progress import EpochBar
+from fastddr.runtime import Runtime
+
+#: Exit code where some photographs could not be graded; the table says which.
+EXIT_SOME_BAD = 1
+_NAMES = (*ICDR, "Ungradable")
+
+
+@dataclass(frozen=True)
+class Predict(Scoring):
+    """Grade photographs without labels by a run's weights, into a table.
+
+    Raw photographs get the preparation that the run was trained with. Exit code 0 = all are graded, 1 = some cannot be
+    used (the table says which and why), 2 = a mistake in the command. Several GPUs share the work:
+    `accelerate launch -m fastddr predict RUN PHOTOS...`.
+    """
+
+    photographs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PHOTOS...")] = ()
+    """Files, folders (with all below), globs, and lists (.csv with a column `path`)."""
+    out: Path = Path("grades.csv")
+    """The table."""
+    overwrite: bool = False
+    """Write over a table that is there already."""
+    explain: Path | None = None
+    """Also write, into this folder, each photograph's window beside a heat map of what speaks for its grade."""
+    preparation: str = "auto"
+    """`auto`: as the run's photographs were prepared. `none`, or the side of masters in pixels, where the run does not
+    say it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run says of photographs."""
+
+    photos: tuple[Photo, ...]
+    """All, in the order in which they were named."""
+    logits: Float[Tensor, "n C"] | None
+    """Of those that can be used, in this order; None where none can."""
+
+    @property
+    def bad(self) -> int:
+        """How many have no grade."""
+        return sum(bool(photo.kind) for photo in self.photos)
+
+
+def predict(asked: Predict) -> Answer:
+    """Grade, write, and say what was done; the answer is the same on every rank.
+
+    Raises:
+        UserError: the run, its weights or the place of the table cannot be used, or there are no photographs.
+    """
+    config, state = restore.settings(asked), runtime.join()
+    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
+    runtime.from_main(lambda: _free(asked, config.evaluation.field))
+    found = runtime.from_main(lambda: photos.find(asked.photographs))
+    began = runtime.start(config)
+    console.print(f"  device {began.device.type}, precision {began.precision}, ranks: {began.world}")
+    restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
+    with EpochBar(console, "looking at photographs") as bar:
+        recipe = runtime.from_main(lambda: _recipe(asked, restored))
+        listed, said = photos.ready(found.paths, recipe, lambda _, done, total: bar.update(done, total=total))
+    for line in (*found.notes, *said):
+        console.print(f"  {one_line(line)}")
+    usable = [photo for photo in listed if not photo.kind]
+    answer = Answer(tuple(listed), _logits(asked, config, restored, began, usable, console) if usable else None)
+    if began.is_main:
+        _write(asked, answer, config.num_classes)
+    if asked.explain is not None and usable:
+        _explain(asked.explain, config, restored, began, usable, console)
+    if began.is_main:
+        _sum_up(asked, answer, restored, console)
+    return answer
+
+
+def _free(asked: Predict, window: str) -> None:
+    """Raise `UserError` where the table cannot be put."""
+    if not asked.photographs:
+        raise UserError("name photographs: files, folders, globs, or a CSV with a column path.")
+    if asked.out.is_dir():
+        raise UserError(f"--out {asked.out}: this is a folder; give a file.")
+    if asked.explain is not None:
+        explain.check()
+        if asked.window == "multi":
+            raise UserError(
+                "--explain shows one window of a photograph; leave it out, or give --window center or full."
+            )
+        if asked.explain.is_file() or (asked.explain.is_dir() and any(asked.explain.iterdir()) and not asked.overwrite):
+            raise UserError(f"--explain {asked.explain}: it is not an empty folder; give another, or --overwrite.")
+    if asked.out.exists() and not asked.overwrite:
+        raise UserError(f"--out {asked.out}: it is there already; give another name, or --overwrite.")
+    if not asked.out.absolute().parent.is_dir():
+        raise UserError(f"--out {asked.out}: its folder is not there; make it first.")
+
+
+def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
+    if asked.preparation == "none":
+        return None
+    if asked.preparation == "auto":
+        return masters.of_run(restored.run.manifest, restored.config.data)
+    if not asked.preparation.isdecimal():
+        raise UserError(f"--preparation {asked.preparation}: give auto, none, or a side in pixels such as 512.")
+    wanted = prepare.Settings(size=int(asked.preparation))
+    return Recipe(prepare.VERSION, wanted.size, wanted.format)
+
+
+def _logits(
+    asked: Predict, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
+) -> Float[Tensor, "n C"]:
+    listed = photos.as_manifest(usable)
+    loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: console.print(f"  {line}"))
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += began.micro_batch_size * began.world
+        bar.update(min(done // loader.task.views, len(usable)))
+
+    try:
+        with EpochBar(console, "grading", len(usable)) as bar:
+            result = score(
+                began.accelerator, restored.averaged(asked.tta), loader, paths=listed.path, weights=restored.weights,
+                on_batch=count,
+            )  # fmt: skip
+    finally:
+        loader.close()
+    return result.logits
+
+
+def _explain(
+    folder: Path, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
+) -> None:
+    """An overlay of each photograph, under the model without test-time augmentation: the window is what it shows."""
+    listed = photos.as_manifest(usable)
+    files = overlays(folder, usable)
+    runtime.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        bar.update(done * began.world)
+
+    def title(id_: int, grade: int, probability: float) -> str:
+        return f"{grade} {_NAMES[grade]}, probability {probability:.2f}; right: what speaks for it"
+
+    try:
+        with EpochBar(console, "explaining", len(usable)) as bar:
+            explain.write(restored.model, loader, config.augment, files.__getitem__, title, count)
+    finally:
+        loader.close()
+    began.accelerator.wait_for_everyone()
+    console.print(f"heat maps: {folder}")
+
+
+def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
+    """The file of each photograph's overlay: by its name, with a number where several bear it."""
+    taken: dict[str, int] = {}
+    found = []
+    for photo in usable:
+        stem = Path(photo.path).stem
+        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
+        found.append(folder / f"{stem}{'' if number == 1 else f'.{number}'}.png")
+    return found
+
+
+def rows(answer: Answer, classes: int) -> list[list[str]]:
+    """The table with its heading; probabilities in full precision, no figures where there is no grade."""
+    head = ["path", "grade", "name", "referable", *(f"p{grade}" for grade in range(classes)), "confidence"]
+    found = [[*head, "status", "reason"]]
+    logits = torch.empty(0, classes) if answer.logits is None else answer.logits
+    known = zip(logits.argmax(1).tolist(), logits.double().softmax(1).tolist(), strict=True)
+    for photo in answer.photos:
+        if photo.kind:
+            found.append([photo.path, *[""] * (len(head) - 1), photo.kind, photo.reason])
+            continue
+        grade, probabilities = next(known)
+        # A photograph that is called ungradable is referred too, as in the metrics.
+        cells = [str(grade), _NAMES[grade], str(int(grade >= REFERABLE)), *map(repr, probabilities)]
+        found.append([photo.path, *cells, repr(max(probabilities)), "ok", ""])
+    return found
+
+
+def _write(asked: Predict, answer: Answer, classes: int) -> None:
+    """The table as a whole or not at all."""
+    beside = asked.out.with_name(f".{asked.out.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows(rows(answer, classes))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, asked.out)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console) -> None:
+    graded = len(answer.photos) - answer.bad
+    referable = 0 if answer.logits is None else int((answer.logits.argmax(1) >= REFERABLE).sum())
+    bad = f", {answer.bad:,} cannot be used (column reason)" if answer.bad else ""
+    console.print(
+        f"{graded:,} photographs graded under {restored.weights}, {referable:,} of them referable{bad}: {asked.out}"
+    )
+    console.print("Research use only; not a medical device.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb; its exit code."""
+    asked = tyro.cli(Predict, args=list(arguments), prog="fastddr predict")
+    try:
+        with ranks.watched():
+            answer = predict(asked)
+            ranks.join()
+    except UserError as error:
+        print(f"fastddr: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ranks.RankLost as error:
+        print(f"fastddr: {error}", file=sys.stderr)
+        return 1
+    # The launcher ends all ranks when one ends with an error; rank 0 alone tells.
+    return EXIT_SOME_BAD if answer.bad and ranks.rank() == 0 else 0

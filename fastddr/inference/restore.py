@@ -1,0 +1,137 @@
+"""A run's model under given weights, ready for logits: the one place where a model is built for inference.
+
+`fastddr evaluate`, `predict` and `export` all take it from here, and their flags about scoring as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from fastddr import checkpoints, models, ranks, runtime
+from fastddr.config import Config, from_mapping, read_yaml
+from fastddr.errors import UserError
+from fastddr.evaluation.views import Averaged, Views
+from fastddr.runs import RunFolder
+
+Weights = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The flags that `evaluate` and `predict` share."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    weights: Weights = "best"
+    """Of the epoch with the highest kappa on valid, or of the last one."""
+    tta: Views = "none"
+    """Test-time augmentation: the mean over `flips` (4 views) or over flips and quarter turns (`dihedral`, 8)."""
+    window: Literal["center", "full", "multi"] | None = None
+    """The centre window of the canvas, all of its short side, or the mean of the probabilities over nine windows of the
+    canvas; by default as the run was validated."""
+    batch_size: int | None = None
+    """Photographs a rank holds at once (windows, with --window multi); by default what the run held."""
+    loader: Literal["auto", "dali", "torchvision"] | None = None
+    """By default the run's."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """By default the run's on a GPU, fp32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's model under its best or last weights."""
+
+    run: RunFolder
+    config: Config
+    """The run's, with what was asked for; its `canvas` and `image_size` are those that the model sees."""
+    model: nn.Module
+    """Bare, on the device, in evaluation mode: normalised images (b, 3, s, s) to logits (b, C)."""
+    weights: str
+    """Which they are, for a reader: "best (step 120, epoch 9)"."""
+    fingerprint: str
+    """Of the photographs that it was trained on."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it was trained to have."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def averaged(self, views: Views) -> nn.Module:
+        """The model, or its mean over these views."""
+        return self.model if views == "none" else Averaged(self.model, views)
+
+
+def stored(run: Path) -> Config:
+    """The configuration that a run was trained with.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    file = RunFolder(run).config
+    if not file.is_file():
+        raise UserError(f"{run}: there is no run here (no config.yaml); give the folder of one, like runs/NAME.")
+    return from_mapping(read_yaml(file), str(file))
+
+
+def settings(asked: Scoring) -> Config:
+    """The run's configuration, with what is asked for.
+
+    Raises:
+        UserError: there is no such run, or a value that cannot be.
+    """
+    config = stored(asked.run)
+    sizes = (asked.batch_size, config.evaluation.batch_size, config.micro_batch_size)
+    held = next(size for size in sizes if size is not None)
+    if held == "auto" or int(held) < 1:
+        raise UserError(f"--batch-size {held}: give the number of photographs that a rank holds at once.")
+    other: dict[str, Any] = {}
+    if asked.loader is not None or config.loader == "replay":
+        other["loader"] = asked.loader or "auto"
+    return replace(
+        config,
+        **other,
+        run_dir=None,
+        batch_size=int(held) * ranks.world(),
+        micro_batch_size=int(held),
+        evaluation=replace(config.evaluation, field=asked.window or config.evaluation.field, batch_size=None),
+        precision=asked.precision or ("fp32" if runtime.on_cpu() else config.precision),
+    )
+
+
+def restore(
+    run: Path, config: Config, weights: Weights, device: torch.device, say: Callable[[str], None] = print
+) -> Restored:
+    """The model of a run.
+
+    Args:
+        run: its folder.
+        config: its configuration, by `stored` or `settings`.
+        weights: which; the averaged ones where the run kept an average.
+        device: where the model shall be.
+        say: hears what to know of the model.
+
+    Raises:
+        UserError: it has no such checkpoint, or one that cannot be used.
+    """
+    folder = RunFolder(run)
+    path = folder.checkpoints / weights
+    if not path.is_dir():
+        raise UserError(f"{run}: it has no {weights} checkpoint yet; train it further, or name other --weights.")
+    saved = checkpoints.load(path)
+    model = models.from_config(config, say)
+    checkpoints.load_weights(model, saved.model if saved.ema is None else saved.ema, saved.path)
+    progress = saved.state["progress"]
+    return Restored(
+        run=folder,
+        config=config,
+        model=model.to(device).eval(),
+        weights=f"{weights} (step {progress['step']}, epoch {progress['epoch']})",
+        fingerprint=saved.state["fingerprint"],
+    )

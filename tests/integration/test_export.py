@@ -1,0 +1,133 @@
+"""`fastddr export`: a file that gives the run's own answers, or none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests_support import train
+
+from fastddr.__main__ import main
+from fastddr.data import manifest
+from fastddr.inference import formats
+
+QUICK = ("--epochs", "1", "--lr", "0.01")
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny, tmp_path_factory.mktemp("runs") / "run", *QUICK)
+
+
+def needs(format: str) -> None:
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+
+
+@pytest.mark.parametrize(
+    ("format", "window"), [("safetensors", "center"), ("torch-export", "full"), ("onnx", "center"), ("onnx", "multi")]
+)
+def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, window: str) -> None:
+    needs(format)
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", format, "--out", str(out), "--window", window]) == 0
+    about = json.loads((out / "export.json").read_text())
+    file = out / formats.FILES[format]  # type: ignore[index]
+    assert sorted(path.name for path in out.iterdir()) == sorted(["export.json", "model_card.md", file.name])
+    assert list(tmp_path.iterdir()) == [out], "nothing is left beside"
+    assert 0 <= about["difference"] <= 1e-6 < about["allowed"]
+    assert about["photographs"] == 11
+    assert str(run.parent) not in (out / "export.json").read_text(), "no place of this machine"
+    card = (out / "model_card.md").read_text()
+    assert "Research use only; not a medical device." in card
+    figures = json.loads((run / "report" / "metrics.json").read_text())["test"]
+    low, high = figures["ci"]["accuracy"]
+    assert f"{100 * figures['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})" in card
+    assert "| train | 9 | 4 | 7 | 3 | 4 | 1 |" in card
+    assert ("which graded by the window `center`" in card) == (window != "center")
+
+
+def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:
+    needs("onnx")
+    import onnxruntime
+
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [(put.name, put.type) for put in session.get_inputs()] == [("canvas", "tensor(uint8)")]
+    canvas = np.random.default_rng(0).integers(0, 256, (5, 90, 131, 3), dtype=np.uint8)
+    [whole] = session.run(["probabilities"], {"canvas": canvas})
+    assert whole.shape == (5, 5)
+    assert whole.sum(1) == pytest.approx(1, abs=1e-5)
+    [window] = session.run(None, {"canvas": np.ascontiguousarray(canvas[2:3, 13:77, 33:97])})
+    np.testing.assert_allclose(window[0], whole[2], atol=1e-6, err_msg="the middle 64 px are what is graded")
+    stored = session.get_modelmeta().custom_metadata_map["fastddr"]
+    assert json.loads(stored)["fingerprint"] == manifest.read(tiny).fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["cnn", "resnet"])
+def test_other_models_as_onnx(tiny: Path, tmp_path: Path, model: str) -> None:
+    needs("onnx")
+    run = train(tiny, tmp_path / model, *QUICK, "--model", model)
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out), "--photographs", str(tiny), "--count", "5"]) == 0
+    assert json.loads((out / "export.json").read_text())["photographs"] == 5
+
+
+def test_a_file_with_other_answers_is_not_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = formats.write
+
+    def spoilt(format, deployed, file, about) -> None:  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            deployed.model.head.bias[0] += 0.01
+        write(format, deployed, file, about)
+        with torch.no_grad():
+            deployed.model.head.bias[0] -= 0.01
+
+    monkeypatch.setattr(formats, "write", spoilt)
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", "safetensors", "--out", str(out)]) == 2
+    assert "so it is not kept" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = ["export", str(run), "--format", "safetensors", "--out", str(out)]
+    assert main(asked) == 0
+    assert main(asked) == 2
+    assert "it is there already" in capsys.readouterr().err
+    (out / "export.json").write_text("{}")
+    assert main([*asked, "--overwrite"]) == 0
+    assert json.loads((out / "export.json").read_text())["format"] == "safetensors"
+    assert list(tmp_path.iterdir()) == [out]
+    (out / "export.json").unlink()
+    assert main([*asked, "--overwrite"]) == 2, "a folder that is no export stays"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "there is no run here"),
+        (["RUN", "--format", "onnx"], "onnxruntime is not installed"),
+        (["RUN", "--format", "safetensors", "--photographs", "gone"], "there is no such photograph"),
+    ],
+)
+def test_what_a_user_gets_wrong(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    assert main(["export", *(str(run) if word == "RUN" else word for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastddr: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (run / "exports" / "onnx").exists()

@@ -1,0 +1,172 @@
+"""`fastddr predict`: photographs without labels, graded as `evaluate` grades their masters."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests_support import launch, train
+
+from fastddr.__main__ import main
+from fastddr.data import prepare
+
+
+@pytest.fixture(scope="module")
+def masters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "masters"
+    prepare.run(str(tiny), out, prepare.Settings(size=96), sheet=3, workers=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(masters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(masters, tmp_path_factory.mktemp("runs") / "run", "--epochs", "1", "--lr", "0.01")
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def evaluated(run: Path, *arguments: str) -> dict[str, dict[str, str]]:
+    """Rows of predictions.csv of a new evaluation of test, by file name."""
+    before = set((run / "evaluations").glob("*"))
+    assert main(["evaluate", str(run), *arguments]) == 0
+    [folder] = set((run / "evaluations").glob("*")) - before
+    return {Path(row["path"]).name: row for row in table(folder / "predictions.csv")}
+
+
+def raw(tiny: Path, tmp_path: Path) -> Path:
+    """The photographs of test that are graded 0-4, without labels."""
+    out = tmp_path / "raw"
+    out.mkdir()
+    for line in (tiny / "DR_grading" / "test.txt").read_text().splitlines():
+        name, grade = line.split()
+        if grade != "5":
+            shutil.copy(tiny / "DR_grading" / "test" / name, out / name)
+    return out
+
+
+@pytest.mark.parametrize("flags", [(), ("--window", "full", "--tta", "flips"), ("--window", "multi")])
+def test_raw_photographs_get_the_answer_of_their_masters(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    out = tmp_path / "grades.csv"
+    assert main(["predict", str(run), str(raw(tiny, tmp_path)), "--out", str(out), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "13 photographs cropped to the retina (96 px, jpeg), as the run's were" in said
+    assert "13 photographs graded under best" in said
+    wanted = evaluated(run, *flags)
+    rows = table(out)
+    assert len(rows) == len(wanted) == 13
+    for row in rows:
+        other = wanted[Path(row["path"]).name]
+        figures = [row[f"p{grade}"] for grade in range(5)]
+        assert figures == [other[f"p{grade}"] for grade in range(5)], "to the last digit"
+        assert row["grade"] == other["predicted"]
+        assert row["referable"] == str(int(int(row["grade"]) >= 2))
+        assert row["confidence"] == figures[int(row["grade"])] == max(figures, key=float)
+        assert (row["status"], row["reason"]) == ("ok", "")
+    names = {"0": "No DR", "1": "Mild NPDR", "2": "Moderate NPDR", "3": "Severe NPDR", "4": "Proliferative DR"}
+    assert all(row["name"] == names[row["grade"]] for row in rows)
+
+
+def test_a_run_on_raw_photographs_prepares_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tiny, tmp_path / "run", "--epochs", "1")
+    assert main(["predict", str(run), str(raw(tiny, tmp_path)), "--out", str(tmp_path / "g.csv")]) == 0
+    assert "no preparation: the run was trained on photographs as they are" in capsys.readouterr().out
+    wanted = evaluated(run)
+    assert [row["p0"] for row in table(tmp_path / "g.csv")] == [row["p0"] for row in wanted.values()]
+
+
+def test_bad_photographs_have_a_row_and_end_nothing(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs = raw(tiny, tmp_path)
+    first, second, *_ = sorted(photographs.glob("*.jpg"))
+    first.write_bytes(first.read_bytes()[:800])
+    second.write_text("no picture")
+    out = tmp_path / "grades.csv"
+    assert main(["predict", str(run), str(photographs), "--out", str(out), "--batch-size", "3"]) == 1
+    assert "11 photographs graded" in (said := capsys.readouterr().out)
+    assert "2 cannot be used" in said
+    rows = table(out)
+    assert [row["status"] for row in rows] == ["truncated", "text", *["ok"] * 11]
+    assert rows[0]["grade"] == rows[0]["p0"] == ""
+    assert "text, not a photograph" in rows[1]["reason"]
+    nothing = ["predict", str(run), str(first), "--out", str(out), "--overwrite"]
+    assert main(nothing) == 1
+    assert [row["status"] for row in table(out)] == ["truncated"]
+    assert not list(tmp_path.glob(".grades.csv*")), "nothing is left beside"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["RUN", "gone.jpg"], "gone.jpg: there is no such photograph"),
+        (["RUN"], "name photographs"),
+        (["RUN", "PHOTOS", "--out", "there.csv"], "there.csv: it is there already"),
+        (["RUN", "PHOTOS", "--out", "no/such/folder.csv"], "its folder is not there"),
+        (["RUN", "PHOTOS", "--preparation", "maybe"], "--preparation maybe"),
+        (["RUN", "PHOTOS", "--explain", "heat", "--window", "multi"], "--explain shows one window"),
+        (["nowhere", "PHOTOS"], "there is no run here"),
+    ],
+)
+def test_what_a_user_gets_wrong(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], said: str,
+) -> None:  # fmt: skip
+    pytest.importorskip("captum")
+    monkeypatch.chdir(tmp_path)
+    Path("there.csv").write_text("mine")
+    known = {"RUN": str(run), "PHOTOS": str(tiny / "DR_grading" / "test")}
+    assert main(["predict", *(known.get(word, word) for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastddr: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert Path("there.csv").read_text() == "mine"
+
+
+def test_a_heat_map_for_each_photograph(run: Path, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    one = next((tiny / "DR_grading" / "test").glob("*.jpg"))
+    (tmp_path / "other").mkdir()
+    shutil.copy(one, tmp_path / "other" / one.name)
+    named = [str(one), str(tmp_path / "other"), "--out", str(tmp_path / "g.csv"), "--explain", str(tmp_path / "heat")]
+    assert main(["predict", str(run), *named]) == 0
+    assert sorted(path.name for path in (tmp_path / "heat").iterdir()) == [f"{one.stem}.2.png", f"{one.stem}.png"]
+    with Image.open(tmp_path / "heat" / f"{one.stem}.png") as image:
+        sheet = np.asarray(image.convert("RGB")).astype(int)
+    side = (sheet.shape[1] - 4) // 2
+    plain, heat = sheet[:side, :side], sheet[:side, side + 4 :]
+    assert np.abs(plain - heat).max() > 30, "the one on the right is under its map"
+
+
+def test_without_captum_it_is_one_sentence(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastddr.evaluation.explain.find_spec", lambda name: None)
+    out = str(tmp_path / "g.csv")
+    assert main(["predict", str(run), str(tiny), "--out", out, "--explain", str(tmp_path / "heat")]) == 2
+    assert "captum is not installed" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_table(run: Path, tiny: Path, tmp_path: Path) -> None:
+    photographs = raw(tiny, tmp_path)
+    wanted = evaluated(run)
+    asked = ["predict", str(run), str(photographs), "--out", "g.csv", "--batch-size", "4"]
+    done = launch(2, "fastddr", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = table(tmp_path / "g.csv")
+    assert [Path(row["path"]).name for row in rows] == sorted(wanted)
+    for row in rows:
+        assert float(row["p0"]) == pytest.approx(float(wanted[Path(row["path"]).name]["p0"]), abs=1e-6)

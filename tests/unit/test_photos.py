@@ -1,0 +1,123 @@
+"""Photographs without labels: what is found, what is wrong with them, and their masters in the cache."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+from photographs import draw, official, write_csv
+
+from fastddr.data import cache, manifest, masters, photos, prepare
+from fastddr.data.masters import Recipe
+from fastddr.errors import UserError
+
+RECIPE = Recipe(prepare.VERSION, 48, "jpeg")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(["b.jpg", "a.JPG", "below/c.png", ".hidden.jpg", ".hidden/d.jpg"]):
+        draw(tmp_path / "eyes" / name, number, format="PNG" if name.endswith("png") else "JPEG")
+    (tmp_path / "eyes" / "notes.txt").write_text("no photograph")
+    return tmp_path / "eyes"
+
+
+def names(found: photos.Found, folder: Path) -> list[str]:
+    return [Path(path).relative_to(folder).as_posix() for path in found.paths]
+
+
+def test_folders_globs_files_and_lists(folder: Path) -> None:
+    found = photos.find([str(folder)])
+    assert names(found, folder) == ["a.JPG", "b.jpg", "below/c.png"]
+    assert found.notes == ("1 files are passed over: no photographs by their names.",)
+    assert names(photos.find([f"{folder}/*"]), folder) == ["a.JPG", "b.jpg", "below/c.png"]
+    assert names(photos.find([f"{folder}/**/*.png"]), folder) == ["below/c.png"]
+    assert names(photos.find([f"{folder}/notes.txt"]), folder) == ["notes.txt"], "what is named by itself is taken"
+    write_csv(folder / "some.csv", ["grade", "path"], [["1", "below/c.png"], ["2", "gone.jpg"]])
+    assert names(photos.find([str(folder / "some.csv")]), folder) == ["below/c.png", "gone.jpg"]
+    (folder / "bare.csv").write_text("b.jpg\na.JPG\n")
+    assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG"]
+
+
+def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:
+    found = photos.find([str(folder / "b.jpg"), str(folder), str(folder / "below" / ".." / "b.jpg")])
+    assert names(found, folder) == ["b.jpg", "a.JPG", "below/c.png"]
+    assert found.notes[-1] == "2 photographs were named twice and count once."
+
+
+def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn.csv").write_text("path,grade\n,1\n")
+    for name, said in (("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no")):
+        with pytest.raises(UserError, match=said):
+            photos.find([str(tmp_path / name)])
+
+
+def test_a_bad_photograph_keeps_its_place_and_gets_its_reason(folder: Path) -> None:
+    whole = (folder / "a.JPG").read_bytes()
+    (folder / "torn.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "words.jpg").write_text("words")
+    paths = [str(folder / name) for name in ("torn.jpg", "b.jpg", "gone.jpg", "words.jpg", "below/c.png")]
+    for recipe in (None, RECIPE):
+        found, _ = photos.ready(paths, recipe, silent)
+        assert [photo.path for photo in found] == paths
+        assert [photo.kind for photo in found] == ["truncated", "", "missing", "text", ""]
+        assert all(bool(photo.kind) == bool(photo.reason) for photo in found)
+        assert [(photo.width, photo.height) for photo in found if not photo.kind] == (
+            [(40, 32), (40, 32)] if recipe is None else [(48, 48), (48, 48)]
+        )
+
+
+def test_masters_are_those_of_prepare_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = official(tmp_path / "raw")
+    prepare.run(str(source), tmp_path / "masters", prepare.Settings(size=48), sheet=0, workers=1)
+    raw = sorted((source / "DR_grading" / "test").glob("*.jpg"))
+    found, said = photos.ready([str(path) for path in raw], RECIPE, silent)
+    assert said == [f"preparation: {len(raw)} photographs cropped to the retina (48 px, jpeg), as the run's were"]
+    for path, photo in zip(raw, found, strict=True):
+        assert Path(photo.file).read_bytes() == (tmp_path / "masters/DR_grading/test" / path.name).read_bytes()
+        assert Path(photo.file).is_relative_to(cache.folder())
+    monkeypatch.setattr("fastddr.data.crop.master", None)
+    assert photos.ready([str(path) for path in raw], RECIPE, silent)[0] == found, "none is made again"
+    monkeypatch.undo()
+    # As large as before, as one may well be that was repaired.
+    os.utime(raw[0], ns=(0, raw[0].stat().st_mtime_ns + 1))
+    after = photos.ready([str(raw[0])], RECIPE, silent)[0]
+    assert after[0].file != found[0].file, "a changed photograph is another one"
+
+
+def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
+    prepare.run(str(official(tmp_path / "raw")), tmp_path / "out", prepare.Settings(size=48), sheet=2, workers=1)
+    there = photos.find([str(tmp_path / "out")])
+    assert not any("sheet" in path for path in there.paths), "contact sheets are no photographs"
+    found, said = photos.ready(there.paths, RECIPE, silent)
+    assert [photo.file for photo in found] == list(there.paths)
+    assert said == [f"no preparation of {len(found)} photographs: they are masters of `fastddr prepare` already"]
+    assert photos.ready(there.paths, RECIPE._replace(size=64), silent)[1][-1].startswith("note: ")
+    assert photos.ready(there.paths, None, silent)[1][-1].startswith("note: ")
+
+
+def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> None:
+    source = official(tmp_path / "raw")
+    prepare.run(str(source), tmp_path / "out", prepare.Settings(size=48), sheet=0, workers=1)
+    for data, wanted in ((source, None), (tmp_path / "out", RECIPE)):
+        file = tmp_path / "manifest.csv"
+        file.write_text(manifest.read(data).to_csv())
+        assert masters.of_run(file, "gone") == wanted
+        text = file.read_text()
+        file.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("# prep")))
+        assert masters.of_run(file, str(data)) == wanted, "an older run's data folder tells"
+        with pytest.raises(UserError, match="does not say whether"):
+            masters.of_run(file, str(tmp_path / "gone"))
+    assert len(list(csv.reader(text.splitlines()))) == text.count("\n")
+
+
+def test_masters_of_another_version_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=f"version {prepare.VERSION + 1} of `fastddr prepare`"):
+        masters.make([str(folder / "b.jpg")], RECIPE._replace(version=prepare.VERSION + 1))

@@ -1,0 +1,78 @@
+"""Nine evaluation windows of a canvas: where they lie, that all are scored once, and what becomes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from tests_support import batches, task
+from torch import Tensor, nn
+
+from fastddr import loaders, sampling
+from fastddr.config import AugmentConfig
+from fastddr.data.manifest import Manifest
+from fastddr.evaluation.evaluate import score
+
+
+@given(width=st.integers(64, 300), height=st.integers(64, 300))
+def test_the_windows_reach_from_edge_to_edge(width: int, height: int) -> None:
+    place = sampling.NINE
+    maps = sampling.evaluation_maps(np.full(9, width), np.full(9, height), 64, AugmentConfig(), place)
+    crops = sampling.as_crops(maps.affine, 64)
+    assert crops is not None
+    assert crops.x.reshape(3, 3).tolist() == [[0, (width - 64) // 2, width - 64]] * 3
+    assert crops.y.reshape(3, 3).T.tolist() == [[0, (height - 64) // 2, height - 64]] * 3
+    middle = sampling.evaluation_maps(np.array([width]), np.array([height]), 64, AugmentConfig())
+    assert (maps.affine[4] == middle.affine[0]).all(), "the fifth is the one that is scored without"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("each", [2, 5, 12])
+def test_each_window_is_asked_for_once_on_any_number_of_ranks(mixed: Manifest, world: int, each: int) -> None:
+    seen = []
+    for rank in range(world):
+        asked = task(mixed, "test", multi=True, batch_size=each * world, rank=rank, world=world)
+        requests = asked.requests(0)
+        assert len(requests) == asked.steps
+        flat = zip(requests.id.ravel(), requests.valid.ravel(), requests.affine.reshape(-1, 6).tolist(), strict=True)
+        seen += [(int(id_), tuple(affine)) for id_, valid, affine in flat if valid]
+    alone = task(mixed, "test", multi=True, batch_size=9).requests(0)
+    wanted = [(int(id_), tuple(affine)) for id_, affine in zip(alone.id.ravel(), alone.affine.reshape(-1, 6).tolist(),
+                                                               strict=True)]  # fmt: skip
+    assert sorted(seen) == sorted(wanted)
+    assert len(wanted) == 9 * len(mixed.ids("test"))
+
+
+@pytest.mark.parametrize("store", ["none", "ram"])
+def test_all_loaders_give_the_same_windows(mixed: Manifest, store: str) -> None:
+    asked = task(mixed, "test", multi=True, batch_size=5, store=store)
+    reference = batches("torchvision", asked)
+    for name in ("dali", "resident"):
+        for one, other in zip(batches(name, asked), reference, strict=True):
+            assert torch.equal(one.id, other.id)
+            assert (one.image - other.image).abs().mean() < 0.02
+
+
+class _Bright(nn.Module):
+    """Two logits: the mean of the window, and none."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean = image.mean((1, 2, 3))
+        return torch.stack([mean, torch.zeros_like(mean)], 1)
+
+
+def test_the_answer_is_the_mean_of_the_windows_probabilities(mixed: Manifest) -> None:
+    found = {}
+    for size in (9, 4):
+        loader = loaders.build("dali", task(mixed, "test", multi=True, batch_size=size))
+        found[size] = score(Accelerator(cpu=True), _Bright(), loader, paths=mixed.path, weights="some")
+        loader.close()
+    single = batches("dali", task(mixed, "test", multi=True, batch_size=9))
+    wanted = torch.stack([_Bright()(batch.image).softmax(1).mean(0) for batch in single])
+    for result in found.values():
+        assert result.ids.tolist() == mixed.ids("test").tolist()
+        torch.testing.assert_close(result.logits.softmax(1), wanted)
+    assert torch.equal(found[9].grades, torch.as_tensor(mixed.grade[mixed.ids("test")]))

@@ -90,6 +90,7 @@ def settings(asked: Evaluate) -> Config:
         batch_size=int(held) * ranks.world(),
         micro_batch_size=int(held),
         evaluation=replace(config.evaluation, field=field, batch_size=None),
+        sync_batchnorm=False,  # scoring takes the stored statistics, on a CPU too
         precision=asked.precision or ("fp32" if runtime.on_cpu() else config.precision),
     )
 

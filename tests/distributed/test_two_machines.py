@@ -131,6 +131,12 @@ def test_two_machines_train_lose_each_other_and_go_on(
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 121)), "no step twice"
     assert [line["epoch"] for line in lines if "valid/qwk" in line] == list(range(1, 41))
     figures = json.loads((run / "report" / "metrics.json").read_text())
-    assert {split: figures[split]["n"] for split in ("train", "valid", "test")} == {"train": 27, "valid": 11, "test": 13}
+    assert {split: figures[split]["n"] for split in ("train", "valid", "test")} == {
+        "train": 27,
+        "valid": 11,
+        "test": 13,
+    }
     with capsys.disabled():
-        print(f"the next start: resumed at step {saved}, done at step {json.loads((run / 'status.json').read_text())['step']}")
+        print(
+            f"the next start: resumed at step {saved}, done at step {json.loads((run / 'status.json').read_text())['step']}"
+        )

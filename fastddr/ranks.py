@@ -145,8 +145,8 @@ def _why(error: RuntimeError) -> str:
     if _TIMED_OUT in str(error):
         silent = _silent()
         return (
-            f"{silent} did not answer in time and may be frozen or cut off; the job ends here, and the same command with "
-            "--run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
+            f"{silent} did not answer in time and may be frozen or cut off; the job ends here, and the same command "
+            "with --run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
         )
     ends = time.monotonic() + _PATIENCE
     while time.monotonic() < ends:

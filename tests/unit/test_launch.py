@@ -189,7 +189,11 @@ class Slurm:
 
     def trains(self, state: str, wait: bool = False) -> None:
         """What the trainer does: begins, waits for the file STOP if it is to, and leaves this state."""
-        wanted = "for n in $(seq 200); do [[ -e $RUN/STOP ]] && break; sleep 0.1; done\n" if wait else ""
+        wanted = (
+            "for n in $(seq 200); do [[ -e $RUN/STOP ]] && break; sleep 0.1; done\nsleep 1  # it saves\n"
+            if wait
+            else ""
+        )
         self.machine.stub(
             "accelerate",
             'mkdir -p "$RUN"\ntouch "$RUN/begun"\n'

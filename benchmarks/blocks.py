@@ -14,7 +14,7 @@ from typing import Any
 
 import targets
 from stored import Result
-from wording import Link, Row, figure, listing, on, said, source, split, table, words
+from wording import Link, Row, figure, listing, number, on, said, source, split, table, words
 
 #: Others' loaders in words; what is not here goes by its name.
 _PEERS = {
@@ -294,6 +294,71 @@ def predict(results: Sequence[Result], link: Link) -> list[str]:
     return _listed(results, link, "predict", "Grading photographs without labels")
 
 
+def scaling(results: Sequence[Result], link: Link) -> list[str]:
+    """Speed, efficiency and share of communication by number of ranks."""
+    texts = []
+    for result in _of(results, "scaling"):
+        rows = {row["name"]: row for row in result.measured}
+        speeds = [row for row in rows.values() if row["unit"] == "images/s"]
+        lines = []
+        for ranks in sorted({row["ranks"] for row in speeds}):
+            cells = []
+            for kind in ("strong", "weak"):
+                name = f"{kind} scaling, {ranks} rank{'s' * (ranks > 1)}"
+                more = [rows.get(f"{name}: {what}") for what in ("efficiency", "communication")]
+                cells += [figure(rows[name]), *(figure(row) if row else "" for row in more)]
+            lines.append([str(ranks), *cells])
+        one = speeds[0]
+        about = (
+            f"**{result.hardware}.** Training steps of {said(one, ('model', 'precision', 'image_size'))} without a "
+            f"loader, {number(one['gradient_mb'])} MB of gradients: strong scaling with a global batch of "
+            f"{one['batch_size']}, weak scaling with {one['batch_size']} a rank; medians of {one['n']} rounds with "
+            "95 % intervals. Efficiency is of linear, communication is a share of the step."
+        )
+        headings = ["ranks", "strong, images/s", "efficiency", "communication"]
+        headings += ["weak, images/s", "efficiency", "communication"]
+        texts += [about, table(headings, lines), f"Measured by {source(result, link)}"]
+    return texts + _missing(results, "scaling")
+
+
+def scaling_paper(results: Sequence[Result], link: Link) -> list[str]:
+    """Larger machines, worked out and not measured."""
+    found = _of(results, "scaling-paper")[:1]
+    if not found:
+        return [_not_yet("scaling").replace(".py`", ".py --paper`")]
+    rows, day = found[0].measured, found[0].record["date"][:10]
+    models = list(dict.fromkeys(row["model"] for row in rows if row["kind"] == "paper model"))
+    networks = list(dict.fromkeys(row["network"] for row in rows if "network" in row))
+    gpus = sorted({row["gpus"] for row in rows if "gpus" in row})
+    sets = list(dict.fromkeys(row["name"].partition(",")[0] for row in rows if row["kind"] == "paper steps"))
+
+    def cell(kind: str, name: str) -> str:
+        return number(next(row["median"] for row in rows if row["kind"] == f"paper {kind}" and row["name"] == name))
+
+    texts = [
+        table(["", "million parameters", "MB of gradients", "ms a step, at the card's limits"],
+              [[m, *(cell("model", f"{m}: {what}") for what in ("parameters", "gradients", "a step"))] for m in models])
+    ]  # fmt: skip
+    for model in models:
+        lines = []
+        for count in gpus:
+            names = [f"{model}, {count} GPUs, {network}" for network in networks]
+            shares = [cell(kind, name) for kind in ("all-reduce", "weak", "strong") for name in names]
+            own = f"{model}, {count} GPUs"
+            lines.append([f"{count:,}", *shares, cell("photographs", own), cell("storage", own)])
+        short = [network.partition("/s ")[2] for network in networks]
+        headings = [f"{what}, {name}" for what in ("all-reduce ms", "weak", "strong") for name in short]
+        texts += [f"{model}:", table(["GPUs", *headings, "photographs/s", "GB/s a machine"], lines)]
+    lines = [
+        [name, *(cell("set", f"{name}: {what}") for what in ("JPEGs", "decoded")),
+         *(cell("steps", f"{name}, {count} GPUs") for count in gpus)]
+        for name in sets
+    ]  # fmt: skip
+    headings = ["set", "GB of JPEGs", "GB decoded", *(f"steps an epoch, {count:,} GPUs" for count in gpus)]
+    worked = f"Worked out, not measured, by `{found[0].record['command']}`, {day}, [JSON]({link(found[0].path)})."
+    return [*texts, "Photographs:", table(headings, lines), re.sub(r" --out [^ `]+", "", worked)]
+
+
 def _listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
     texts = []
     for result in _of(results, name):
@@ -320,4 +385,6 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "decode": decode,
     "faults": faults,
     "predict": predict,
+    "scaling": scaling,
+    "scaling-paper": scaling_paper,
 }

@@ -45,6 +45,8 @@ class Part:
     tiny: tuple[str, ...] = ()
     seconds: float | None = None
     """Of a script with `--seconds`, after which it begins nothing new: this share of its time."""
+    gpus: int = 0
+    """How many GPUs it needs, except in a rehearsal."""
 
     @property
     def script(self) -> Path:
@@ -95,6 +97,8 @@ PARTS = (
         tiny=(*_TINY_SET, "--batch-sizes", "8", "--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0"),
         seconds=0.2,
     ),
+    # Where there are several GPUs.
+    Part("scaling", 0.5, gpu=("--rounds", "5"), tiny=("--rounds", "5", "--steps", "1", "--image-size", "32"), gpus=2),
 )  # fmt: skip
 
 
@@ -210,7 +214,7 @@ def verdict(found: Mapping[str, stored.Result], results: Path, *, tiny: bool) ->
 def main(options: Options) -> int:
     """Run all parts; exit code 1 if one failed."""
     say = harness.say
-    parts = chosen(options.parts)
+    parts = [part for part in chosen(options.parts) if options.tiny or part.gpus <= torch.cuda.device_count()]
     if options.minutes <= 0:
         raise UserError(f"--minutes {options.minutes:g}: give it some time, ten are enough for most machines.")
     folder = options.out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"

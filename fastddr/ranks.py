@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,8 +61,17 @@ def available_cores() -> int:
 
 
 def cores() -> int:
-    """Cores that fall to this process of this machine, at least one."""
-    return max(1, available_cores() // local_world())
+    """Cores that fall to this process of this machine, at least one.
+
+    Accelerate may bind the process to the cores beside its GPU (ACCELERATE_CPU_AFFINITY), which are those of some of
+    the machine's processes and not of all; so what is divided is what all of them began with.
+    """
+    now = available_cores()
+    return max(1, min(now, max(now, _cores_at_start) // local_world()))
+
+
+#: Before anything binds this process to some of them.
+_cores_at_start = available_cores()
 
 
 def share(items: Sequence[T]) -> list[T]:
@@ -135,8 +145,8 @@ def _why(error: RuntimeError) -> str:
     if _TIMED_OUT in str(error):
         silent = _silent()
         return (
-            f"{silent} did not answer in time and may be frozen; the job ends here, and the same command with "
-            "--run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
+            f"{silent} did not answer in time and may be frozen or cut off; the job ends here, and the same command "
+            "with --run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
         )
     ends = time.monotonic() + _PATIENCE
     while time.monotonic() < ends:
@@ -155,13 +165,19 @@ def _silent() -> str:
     """Which ranks do not answer a call now; only rank 0 can tell."""
     import torch.distributed as dist
 
-    try:
-        dist.monitored_barrier(_roll_call, timeout=timedelta(seconds=_PATIENCE), wait_all_ranks=True)
-    except RuntimeError as error:
-        found = re.search(r"Ranks ([\d, ]+) failed", str(error))
-        if found:
-            return f"rank {found[1]}"
-    return "another rank"
+    found: list[str] = []
+
+    def call() -> None:
+        try:
+            dist.monitored_barrier(_roll_call, timeout=timedelta(seconds=_PATIENCE), wait_all_ranks=True)
+        except RuntimeError as error:
+            found.extend(re.findall(r"Ranks ([\d, ]+) failed", str(error)))
+
+    # The timeout is rank 0's alone: where the network to it is cut, the others would wait for ever.
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(2 * _PATIENCE)
+    return f"rank {found[0]}" if found else "another rank"
 
 
 def _store() -> Any:

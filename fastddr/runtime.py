@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
 
 from fastddr import ranks
 from fastddr.config import Config
@@ -54,6 +56,31 @@ class Runtime:
     def image_dtype(self) -> torch.dtype:
         """What a batch's images are: the autocast dtype on a GPU, float32 on a CPU."""
         return DTYPES[self.precision] if self.device.type == "cuda" else torch.float32
+
+
+class DDP(DistributedDataParallelKwargs):
+    """How gradients are shared: bucket by bucket while the backward pass goes on, each gradient a view of its bucket.
+
+    Buffers are not sent in each step, as they are by default: BatchNorm trains on its batch's statistics, and its
+    running ones are taken from rank 0 where they count (`Trainer._score`, checkpoints).
+    """
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Keywords of `DistributedDataParallel`. Newer PyTorch deprecates the name `broadcast_buffers`."""
+        names = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        found: dict[str, Any] = super().to_kwargs()
+        return found | {buffers: False}
+
+
+def share_gradients(accumulation: int) -> DDP:
+    """DDP as it is here. No search for unused parameters, which is its default.
+
+    The graph of a step is always the same, and DDP is told so where each backward pass shares its gradients. Within an
+    accumulation it cannot be: PyTorch's reducer wants to share them in the first pass, and fails in `no_sync`
+    ("expect_autograd_hooks_ INTERNAL ASSERT").
+    """
+    return DDP(gradient_as_bucket_view=True, static_graph=accumulation == 1)
 
 
 def choose_precision(asked: str, launched: str, capability: tuple[int, int] | None) -> tuple[str, str]:
@@ -179,6 +206,10 @@ def start(config: Config) -> Runtime:
     decisions.append(
         f"batch {config.batch_size} = {micro} at once × {accumulation} accumulated × {state.num_processes} rank(s)"
     )
+    if config.sync_batchnorm and cpu:
+        raise UserError(
+            "--sync-batchnorm shares BatchNorm's statistics among GPUs, and this trains on a CPU; leave it off here."
+        )
     threads = config.threads or ranks.cores()
     # accelerate launch sets OMP_NUM_THREADS=1 on a CPU, which halves the speed; this overrides it.
     torch.set_num_threads(threads)
@@ -197,8 +228,8 @@ def start(config: Config) -> Runtime:
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulation,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    accelerator.ddp_handler = share_gradients(accumulation)  # as an argument it may not be of a class of ours
     # Every rank the same seed: the weights start equal, and what differs by rank is drawn from (seed, epoch, id).
     torch.manual_seed(config.seed)
     return Runtime(

@@ -315,7 +315,7 @@ class Trainer:
         return self.ema.module if self.ema is not None else self.bare_model
 
     def _score(self, loader: loaders.Loader, weights: str) -> SplitResult:
-        # DDP lets every rank keep statistics of its own until the next forward; rank 0's are those that are saved.
+        # Every rank keeps statistics of its own; rank 0's are those that are saved.
         if self.runtime.world > 1:
             for buffer in self._weights.buffers():
                 torch.distributed.broadcast(buffer, src=0)

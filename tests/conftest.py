@@ -60,10 +60,14 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return manifest.read(photographs.odd(tmp_path_factory.mktemp("data") / "odd"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a card the `gpu` tests are skipped, and say why."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a card the `gpu` tests are skipped, and `netns` ones where they are not asked for; both say why."""
     import torch
 
+    if "netns" not in config.getoption("markexpr"):
+        for item in items:
+            if "netns" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="changes the host's networks; ask for it with -m netns"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -64,14 +64,15 @@ def launching(ranks: int, script: str | Path, *arguments: str) -> list[str]:
             "--main_process_port", "0", *script_, *arguments]  # fmt: skip
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of processes that import fastddr from here."""
     return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
 
 
 def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command of `launching`, to its end."""
     command = launching(ranks, script, *arguments)
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=_environment())
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def job(data: Path, cwd: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     command = launching(2, train, "--data", str(data), "--run-dir", "run", *SMALL, "--micro-batch-size", "2",
                         "--epochs", "100000", *more)  # fmt: skip
     with (cwd / "said").open("w") as said:
-        process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=_environment())
+        process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=environment())
     try:
         yield process
     finally:

@@ -101,6 +101,8 @@ class Config:
     """With several ranks, one that does not answer for so many minutes is taken for frozen, and the run ends."""
     max_hours: float | None = None
     """Save and end after so many hours, to go on later with the same --run-dir."""
+    sync_batchnorm: bool = False
+    """With several GPUs: BatchNorm takes its statistics over the photographs of all ranks, not of each by itself."""
     threads: int | None = None
     """Intra-op threads of PyTorch; by default the cores of this rank. Part of the run's identity: on a CPU the last
     bits of the weights depend on it."""

@@ -100,6 +100,7 @@ def settings(asked: Scoring) -> Config:
         run_dir=None,
         batch_size=int(held) * ranks.world(),
         micro_batch_size=int(held),
+        sync_batchnorm=False,  # scoring takes the stored statistics, on a CPU too
         evaluation=replace(config.evaluation, field=asked.window or config.evaluation.field, batch_size=None),
         precision=asked.precision or ("fp32" if runtime.on_cpu() else config.precision),
     )

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastddr import ranks
 from fastddr.config import Config
 from fastddr.errors import UserError, nearest
 from fastddr.models import levers, zoo
@@ -75,6 +76,9 @@ def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
             "  resnet.stem stride1: behind the stem, maps have the image's full resolution, 16 times the pixels of the "
             "standard stem's, and take as much more memory"
         )
+    if config.sync_batchnorm and ranks.world() > 1:
+        # Before anything hooks itself to the norms: they are replaced.
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.memory.checkpointing:
         levers.recompute_blocks(model, config.model)
         say("  memory.checkpointing: each block is computed again in the backward pass, and keeps only its input")

@@ -242,3 +242,29 @@ def test_a_compiled_step_is_the_eager_one_to_rounding(tmp_path: Path) -> None:
         assert found[how]["weights"].keys() == eager.keys()
         for name, values in eager.items():
             assert found[how]["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+
+
+def test_statistics_are_shared_among_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(
+        Config(), model="resnet", image_size=64, sync_batchnorm=True, memory=MemoryConfig(checkpointing=True)
+    )
+
+    def norms(config: Config) -> tuple[nn.Module, list[nn.Module]]:
+        torch.manual_seed(0)
+        model = models.from_config(config, lambda line: None)
+        return model, [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    one, alone = norms(asked)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plain, _ = norms(replace(asked, sync_batchnorm=False))
+    model, together = norms(asked)
+    assert not any(isinstance(norm, nn.SyncBatchNorm) for norm in (*alone, *plain.modules()))
+    assert len(together) == len(alone) > 0
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in together)
+    # A norm that is computed again must not count a batch twice, so the hooks go to the new ones.
+    assert all(norm._forward_pre_hooks for norm in together)
+    found, wanted = model.state_dict(), one.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5), "scoring needs no GPU"

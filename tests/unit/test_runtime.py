@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests_support import settings
+from torch.nn.parallel import DistributedDataParallel
 
+from fastddr import ranks
 from fastddr.errors import UserError
 from fastddr.ranks import cores
-from fastddr.runtime import choose_precision, divide_batch
+from fastddr.runtime import choose_precision, divide_batch, share_gradients, start
 
 
 @pytest.mark.parametrize(
@@ -62,3 +69,57 @@ def test_cores_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.Monke
     assert cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert cores() == 1
+
+
+def test_cores_are_those_before_a_process_was_bound_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of eight ranks share the half of 64 cores to which Accelerate binds them."""
+    monkeypatch.setattr("fastddr.ranks._cores_at_start", 64)
+    monkeypatch.setattr("fastddr.ranks.available_cores", lambda: 32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cores() == 8
+    monkeypatch.setattr("fastddr.ranks.available_cores", lambda: 4)
+    assert cores() == 4, "never more than there are"
+
+
+@pytest.mark.parametrize(("accumulation", "static"), [(1, True), (4, False)])
+def test_gradients_are_shared_in_views_without_a_search_or_buffers(accumulation: int, static: bool) -> None:
+    keywords = share_gradients(accumulation).to_kwargs()
+    assert keywords.pop("gradient_as_bucket_view")
+    assert keywords.pop("static_graph", False) is static
+    [(name, buffers)] = keywords.items()
+    assert name in inspect.signature(DistributedDataParallel).parameters
+    assert name in ("forward_sync_buffers", "broadcast_buffers")
+    assert buffers is False
+
+
+def test_ddp_under_its_former_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older PyTorch knows no `forward_sync_buffers`."""
+
+    def former(module: object, broadcast_buffers: bool = True) -> None:
+        pass
+
+    monkeypatch.setattr("fastddr.runtime.DistributedDataParallel", former)
+    assert share_gradients(1).to_kwargs()["broadcast_buffers"] is False
+
+
+def test_synchronised_statistics_need_gpus(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--sync-batchnorm shares .* on a CPU; leave it off here\.$"):
+        start(settings(tiny, tmp_path / "run", "--sync-batchnorm"))
+
+
+def test_a_rank_that_is_cut_off_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roll call has a timeout on rank 0 alone: without a connection to it the others' calls never return."""
+    over, returned = threading.Event(), list[bool]()
+    monkeypatch.setattr("torch.distributed.monitored_barrier", lambda *_, **__: returned.append(over.wait(30)))
+    monkeypatch.setattr(ranks, "_PATIENCE", 0.05)
+    assert ranks._silent() == "another rank"
+    assert not returned
+    over.set()
+
+
+def test_the_silent_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*_: object, **__: object) -> None:
+        raise RuntimeError("Ranks 2, 3 failed to pass monitoredBarrier in 3000 ms")
+
+    monkeypatch.setattr("torch.distributed.monitored_barrier", call)
+    assert ranks._silent() == "rank 2, 3"

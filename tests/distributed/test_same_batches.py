@@ -1,0 +1,112 @@
+"""One, two and four ranks train on the same global batches, and share gradients once a step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests_support import SMALL, environment
+
+#: Trains as `fastddr/train.py` does, but BatchNorm keeps the statistics that it began with, so that nothing but the sum
+#: over the batch can depend on its cut into ranks. Training so is of no use to anyone, hence no option of fastddr's.
+#: The ranks are forks of one process, which has imported everything: launching them takes far longer than training.
+FROZEN = """
+import json, os, socket, sys
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.modules.batchnorm import _BatchNorm
+from fastddr import cli
+from fastddr.trainer import Trainer
+
+
+def train(arguments):
+    with Trainer(cli.parse(arguments, "frozen")) as trainer:
+        for module in trainer.bare_model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+                module.train = lambda mode=True, module=module: module
+        model, found, shared = trainer.model, {}, []
+
+        def counted(state, bucket):
+            if bucket.is_last():
+                shared.append(trainer.progress.step)
+            return allreduce_hook(state, bucket)
+
+        if trainer.runtime.world > 1:
+            model.register_comm_hook(None, counted)
+            names = ("static_graph", "gradient_as_bucket_view", "find_unused_parameters", "broadcast_buffers")
+            found = {name: getattr(model, name) for name in names}
+        # As `fit`, but for the report.
+        while trainer.progress.epoch < trainer.config.epochs:
+            trainer.train_epoch()
+            trainer.validate()
+        trainer.stopping.settle()
+        found |= {"shared": shared, "accumulation": trainer.runtime.accumulation}
+        if trainer.runtime.is_main:
+            (trainer.run.path / "ddp.json").write_text(json.dumps(found))
+
+
+for world in map(int, sys.argv[1].split(",")):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            many = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in many.items()} if world > 1 else {})
+            train([*sys.argv[2:], "--run-dir", f"on{world}"])
+            sys.stdout.flush()
+            os._exit(0)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children), f"on {world} ranks"
+"""
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The run of each number of ranks; a global batch of 8, in micro batches of 2, so on four ranks nothing is
+    accumulated."""
+    folder = tmp_path_factory.mktemp("worlds")
+    script = folder / "frozen.py"
+    script.write_text(FROZEN)
+    command = [sys.executable, str(script), ",".join(map(str, WORLDS)), "--data", str(tiny), *SMALL]
+    command += ["--micro-batch-size", "2", "--model", "resnet", "--memory.checkpointing"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "strides" not in done.stderr, "gradients lie as their weights do"
+    return {world: folder / f"on{world}" for world in WORLDS}
+
+
+def losses(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train/loss", "valid/loss"])
+def test_the_loss_is_the_same_on_any_number_of_ranks(runs: dict[int, Path], name: str) -> None:
+    one = losses(runs[1], name)
+    assert len(one) == (6 if name == "train/loss" else 2)
+    assert max(one) - min(one) > 1e-3, "it moves, so that another course would be seen"
+    for world in WORLDS[1:]:
+        assert losses(runs[world], name) == pytest.approx(one, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_gradients_are_shared_once_a_step(runs: dict[int, Path]) -> None:
+    for world in WORLDS[1:]:
+        found: dict[str, Any] = json.loads((runs[world] / "ddp.json").read_text())
+        assert found["accumulation"] == 4 // world
+        assert found["shared"] == list(range(6)), "and not on the inner steps of an accumulation"
+        assert found["gradient_as_bucket_view"]
+        assert not found["find_unused_parameters"]
+        assert not found["broadcast_buffers"]
+        # PyTorch cannot have it within an accumulation.
+        assert found["static_graph"] == (world == 4)

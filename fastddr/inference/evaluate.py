@@ -18,6 +18,7 @@ from fastddr.config import Config, from_mapping, read_yaml
 from fastddr.data import manifest, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation import grading
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.evaluation.views import Averaged, Views
@@ -119,6 +120,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     weights += "" if asked.tta == "none" else f", {asked.tta} averaged"
     loader = scoring(config, found, began, _ids(found, asked.split), lambda line: console.print(f"  {line}"))
     try:
+        model = grading.wrap(model, config, progress.get("grading"))
         scored = model if asked.tta == "none" else Averaged(model, asked.tta)
         result = score(began.accelerator, scored, loader, paths=found.path, weights=weights)
     finally:

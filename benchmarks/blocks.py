@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import accounts
 import targets
 from stored import Result
 from wording import Link, Row, figure, listing, on, said, source, split, table, words
@@ -289,6 +290,31 @@ def faults(results: Sequence[Result], link: Link) -> list[str]:
     return _listed(results, link, "faults", "What is lost when something goes wrong")
 
 
+def report(results: Sequence[Result], link: Link) -> list[str]:
+    """The 2022 report's models."""
+    texts = []
+    for result in _of(results, "report"):
+        rows = result.measured
+        pretrained = next((row for row in reversed(rows) if row["pretraining"]), rows[-1])
+        texts.append(f"**{result.hardware}.** {' '.join(accounts.sentences([pretrained]))} {source(result, link)}")
+        texts += [accounts.accuracies(rows), accounts.details(rows), accounts.expenses(rows)]
+    return texts + _missing(results, "report")
+
+
+def ablation(results: Sequence[Result], link: Link) -> list[str]:
+    """A baseline and one change at a time."""
+    texts = []
+    for result in _of(results, "ablation"):
+        first = result.measured[0]
+        texts.append(
+            f"**{result.hardware}.** One change at a time on {first['data']} photographs: median of {first['n']} "
+            f"seeds with its 95 % interval, differences seed by seed. {accounts.caution(first['valid'])} "
+            f"{source(result, link)}"
+        )
+        texts.append(accounts.changes(result.rows))
+    return texts + _missing(results, "ablation")
+
+
 def _listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
     texts = []
     for result in _of(results, name):
@@ -314,4 +340,6 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "ceilings": ceilings,
     "decode": decode,
     "faults": faults,
+    "report": report,
+    "ablation": ablation,
 }

@@ -63,7 +63,7 @@ def test_a_result_has_its_form(path: Path) -> None:
         assert {"name", "median", "low", "high", "unit", "n"} <= set(row), row
         assert row["low"] <= row["median"] <= row["high"], row
         # Whole runs, counts of faults and a batch that was searched for are no medians.
-        single = record["benchmark"] in ("quickstart", "faults") or row.get("kind") == "largest"
+        single = record["benchmark"] in ("quickstart", "faults", "report", "ablation") or row.get("kind") == "largest"
         assert row["n"] >= (1 if single else 5), row
 
 
@@ -293,6 +293,8 @@ CLAIM = re.compile(
 ALLOWED = {
     "image (b 3 h w;": "the shape of a batch",
     "or eight times as long as wide": "the shape of a photograph",
+    # An aim, and it says so.
+    "84 %, kappa 0.85 and macro-F1 0.65 at least, within 10 minutes on one H200. Nobody has measured it yet.": "",
 }
 
 

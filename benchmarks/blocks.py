@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import accounts
 import targets
 from stored import Result
 from wording import Link, Row, figure, listing, number, on, said, source, split, table, words
@@ -359,6 +360,31 @@ def scaling_paper(results: Sequence[Result], link: Link) -> list[str]:
     return [*texts, "Photographs:", table(headings, lines), re.sub(r" --out [^ `]+", "", worked)]
 
 
+def report(results: Sequence[Result], link: Link) -> list[str]:
+    """The 2022 report's models."""
+    texts = []
+    for result in _of(results, "report"):
+        rows = result.measured
+        pretrained = next((row for row in reversed(rows) if row["pretraining"]), rows[-1])
+        texts.append(f"**{result.hardware}.** {' '.join(accounts.sentences([pretrained]))} {source(result, link)}")
+        texts += [accounts.accuracies(rows), accounts.details(rows), accounts.expenses(rows)]
+    return texts + _missing(results, "report")
+
+
+def ablation(results: Sequence[Result], link: Link) -> list[str]:
+    """A baseline and one change at a time."""
+    texts = []
+    for result in _of(results, "ablation"):
+        first = result.measured[0]
+        texts.append(
+            f"**{result.hardware}.** One change at a time on {first['data']} photographs: median of {first['n']} "
+            f"seeds with its 95 % interval, differences seed by seed. {accounts.caution(first['valid'])} "
+            f"{source(result, link)}"
+        )
+        texts.append(accounts.changes(result.rows))
+    return texts + _missing(results, "ablation")
+
+
 def _listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
     texts = []
     for result in _of(results, name):
@@ -387,4 +413,6 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "predict": predict,
     "scaling": scaling,
     "scaling-paper": scaling_paper,
+    "report": report,
+    "ablation": ablation,
 }

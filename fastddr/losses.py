@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fastddr.config import Config
 from fastddr.errors import UserError, nearest
 
-NAMES = ("cross_entropy",)
+NAMES = ("cross_entropy", "mse")
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
-    """Mean cross-entropy in nats over the valid photographs of a batch, with label smoothing.
+    """Mean cross-entropy in nats over the valid photographs of a batch, with label smoothing and class weights.
 
     `label_smoothing` is the share of the target that is spread evenly over all grades: Szegedy et al.,
-    "Rethinking the Inception Architecture" (2016), section 7.
+    "Rethinking the Inception Architecture" (2016), section 7. `weight` (classes) multiplies each grade's part of the
+    target, smoothed and mixed as it is. The sum is divided by the number of photographs and not by their weights, as
+    PyTorch does for grades but not for shares: so a global batch has the same gradient however it is cut.
     """
 
     def forward(
@@ -30,6 +35,11 @@ class CrossEntropy(nn.CrossEntropyLoss):
         """
         soft = grades.is_floating_point()
         grades = grades.float() if soft else grades.long()
+        if self.weight is not None:
+            each = F.cross_entropy(
+                logits.float(), grades, self.weight, reduction="none", label_smoothing=self.label_smoothing
+            )
+            return each.mean() if valid is None else each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
         if valid is None:
             return super().forward(logits.float(), grades)
         if soft:
@@ -47,9 +57,51 @@ class CrossEntropy(nn.CrossEntropyLoss):
         return total / valid.sum().clamp(min=1)
 
 
-def build(name: str = "cross_entropy", *, label_smoothing: float = 0.0) -> nn.Module:
+class MeanSquare(nn.Module):
+    """Mean squared distance of one value a photograph to its grade, over the valid photographs of a batch."""
+
+    def forward(
+        self,
+        values: Float[Tensor, "b 1"],
+        grades: Int[Tensor, " b"] | Float[Tensor, "b classes"],
+        valid: Bool[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """One float32 number. Without `valid` all count; a batch of padding alone has the loss 0, not NaN.
+
+        Where `grades` are shares of grades, the target is their mean.
+        """
+        if grades.is_floating_point():
+            grades = grades.float() @ torch.arange(grades.shape[1], dtype=torch.float32, device=grades.device)
+        each = (values[:, 0].float() - grades.float()).square()
+        return each.mean() if valid is None else each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+
+
+def class_weights(kind: str, grades: Int[np.ndarray, " n"], classes: int, beta: float = 0.999) -> Float[Tensor, " C"]:
+    """Weights of the grades by their numbers among `grades`, of the mean 1 over these photographs; 0 of an absent one.
+
+    `inverse`: ∝ 1 / n. `effective`: ∝ (1 − beta) / (1 − beta^n), Cui et al., "Class-Balanced Loss Based on Effective
+    Number of Samples" (2019), equation 4; they scale to the mean 1 over classes, which changes the learning rate.
+    """
+    counts = np.bincount(grades, minlength=classes).astype(np.float64)
+    numbers = counts if kind == "inverse" else (1 - beta**counts) / (1 - beta)
+    weights = np.divide(1.0, numbers, out=np.zeros(classes), where=counts > 0)
+    return torch.from_numpy(weights * counts.sum() / (weights @ counts)).float()
+
+
+def from_config(config: Config, grades: Int[np.ndarray, " n"], device: torch.device) -> nn.Module:
+    """The loss of a configuration; `grades` are those of the training photographs."""
+    loss = config.loss
+    weight = None
+    if loss.class_weights != "none":
+        weight = class_weights(loss.class_weights, grades, config.num_classes, loss.beta)
+    return build(loss.name, label_smoothing=loss.label_smoothing, weight=weight).to(device)
+
+
+def build(
+    name: str = "cross_entropy", *, label_smoothing: float = 0.0, weight: Float[Tensor, " classes"] | None = None
+) -> nn.Module:
     """A module that takes logits (b, classes), grades (b) or shares of them (b, classes), and optionally valid (b) to
-    one float32 number.
+    one float32 number; of `mse` the first are values (b, 1).
 
     Raises UserError for an unknown loss and for a label smoothing that is not in [0, 1).
     """
@@ -57,4 +109,6 @@ def build(name: str = "cross_entropy", *, label_smoothing: float = 0.0) -> nn.Mo
         raise UserError(f"there is no loss {name!r}: {nearest(name, NAMES)}")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"the loss cannot have label_smoothing={label_smoothing}: set it to 0 or more and less than 1.")
-    return CrossEntropy(label_smoothing=label_smoothing)
+    if name == "mse":
+        return MeanSquare()
+    return CrossEntropy(weight=weight, label_smoothing=label_smoothing)

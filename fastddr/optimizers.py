@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastddr.config import Config, OptimizerConfig
 from fastddr.errors import UserError, nearest
 
 NAMES = ("adam", "adamw", "sgd")
@@ -66,6 +67,14 @@ def build(
     return kind(groups, lr=lr, betas=(first, second), fused=fused)
 
 
+def from_config(model: nn.Module, config: Config) -> Optimizer:
+    """The optimizer of a configuration, as `build` makes it."""
+    chosen = config.optimizer
+    return build(
+        model, chosen.name, lr=config.lr, weight_decay=chosen.weight_decay, momentum=chosen.momentum, betas=chosen.betas
+    )
+
+
 def lr_factor(step: int, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine") -> float:
     """What the peak learning rate is multiplied by for optimizer step `step` of 0 … total_steps − 1.
 
@@ -89,6 +98,12 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int = 0, schedule: str 
         return 1.0
     done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
     return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def planned_factor(planned: OptimizerConfig, step: int, total_steps: int) -> float:
+    """`lr_factor` of a configuration; its warm-up is a share of all steps, and leaves one at least."""
+    warmup = min(round(planned.warmup_ratio * total_steps), total_steps - 1)
+    return lr_factor(step, total_steps, warmup, planned.schedule)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -121,13 +136,16 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 
 @torch.no_grad()
-def update_ema(ema: AveragedModel, model: nn.Module, step: int, decay: float) -> None:
+def update_ema(ema: AveragedModel, model: nn.Module, step: int, decay: float, skip: Tensor | None = None) -> None:
     """After step 0, 1, …: average = d · average + (1 − d) · model, with d = `ema_decay(step, decay)`.
 
-    Floating-point parameters and buffers are averaged, counters copied. `model` may be wrapped by now.
+    Floating-point parameters and buffers are averaged, counters copied. `model` may be wrapped by now. Where `skip`, a
+    flag on the device, is set, nothing moves: the step was left out.
     `AveragedModel.update_parameters` is not used, for it copies its counter to the device at each call, which
     makes the host wait for the device; this asks the device nothing.
     """
+    if skip is not None and not skip.is_cuda and bool(skip):
+        return
     averages: list[Tensor] = []
     values: list[Tensor] = []
     ours = chain(ema.module.parameters(), ema.module.buffers())
@@ -137,7 +155,14 @@ def update_ema(ema: AveragedModel, model: nn.Module, step: int, decay: float) ->
             values.append(value)
         else:
             average.copy_(value)
-    torch._foreach_lerp_(averages, values, 1.0 - ema_decay(step, decay))
+    share = 1.0 - ema_decay(step, decay)
+    if skip is None or not skip.is_cuda:
+        torch._foreach_lerp_(averages, values, share)
+    else:
+        # The flag stays on the device; a factor of all differences is one launch for many tensors.
+        moves = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(moves, torch.where(skip, 0.0, share))
+        torch._foreach_add_(averages, moves)
     ema.n_averaged += 1
 
 

@@ -33,6 +33,8 @@ class Progress:
     best_epoch: int = 0
     skipped: int = 0
     """Steps that were left out because their gradient was not finite."""
+    grading: dict[str, Any] | None = None
+    """Of a regression: thresholds and spread, as the last validation fitted them (`evaluation.grading`)."""
 
 
 @dataclass(frozen=True)

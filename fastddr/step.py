@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastddr.data.grades import ICDR
 from fastddr.loaders.base import Batch
 
 
@@ -31,14 +32,16 @@ class Tally:
         """Count one micro batch in: its mean loss, its logits (b, C) and its grades (b), or their shares (b, C).
 
         One whose loss is not finite does not count. Of a mixed photograph the grade with the larger share is the right
-        one.
+        one. Of a regression `logits` are values (b, 1), which are rounded: its thresholds are fitted after the epoch.
         """
         if grade.ndim == 2:
             grade = grade.argmax(1)
+        logits = logits.detach()
+        predicted = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0].round().clamp(0, len(ICDR) - 1)
         # A loss that is not finite would stand for all photographs of the window; its step is told by itself.
         finite = loss.detach().isfinite()
         self.loss += torch.where(finite, loss.detach().double(), 0.0) * len(grade)
-        self.correct += (logits.detach().argmax(1) == grade).sum() * finite
+        self.correct += (predicted == grade).sum() * finite
         self.count += finite * len(grade)
 
     def stack(self) -> Tensor:
@@ -64,7 +67,7 @@ def training_step(
 
     Args:
         accelerator: knows precision, ranks and how many micro batches make a step.
-        model: prepared by the accelerator; images (b, 3, h, w) to logits (b, C).
+        model: prepared by the accelerator; images (b, 3, h, w) to logits (b, C), or to one value (b, 1).
         micro_batches: this rank's part of one global batch, `accelerator.gradient_accumulation_steps` of them.
         criterion: logits and grades, or shares of them, to the mean loss.
         optimizer: prepared by the accelerator; it steps at the last micro batch only.

@@ -20,6 +20,7 @@ from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ra
 from fastddr.config import Config, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
+from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
@@ -109,22 +110,16 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         decay = config.optimizer.ema_decay
         self.ema = None if decay is None else optimizers.make_ema(model, decay)
-        optimizer = optimizers.build(
-            model,
-            config.optimizer.name,
-            lr=config.lr,
-            weight_decay=config.optimizer.weight_decay,
-            momentum=config.optimizer.momentum,
-            betas=config.optimizer.betas,
+        optimizer = optimizers.from_config(model, config)
+        self.criterion = losses.from_config(
+            config, self.manifest.grade[self.train_loader.task.ids], self.runtime.device
         )
-        self.criterion = losses.build("cross_entropy", label_smoothing=config.loss.label_smoothing)
         self.bare_model = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = models.levers.compiled(self.model, config, self.runtime.device)
         self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
-        average = None if self.ema is None else self.ema.module
-        training = Training(model, average, self.optimizer, self.accelerator.scaler)
+        training = Training(model, self.ema and self.ema.module, self.optimizer, self.accelerator.scaler)
         is_main, fingerprint = self.runtime.is_main, self.manifest.fingerprint
         going_on: runs.Progress | None = None
         if resumed:
@@ -224,9 +219,7 @@ class Trainer:
         )
 
     def _lr_factor(self, step: int) -> float:
-        total = self.config.epochs * self.steps_per_epoch
-        warmup = min(round(self.config.optimizer.warmup_ratio * total), total - 1)
-        return optimizers.lr_factor(step, total, warmup, self.config.optimizer.schedule)
+        return optimizers.planned_factor(self.config.optimizer, step, self.config.epochs * self.steps_per_epoch)
 
     def train_epoch(self) -> float:
         """The rest of the epoch that `progress` stands in; the seconds for which the host waited for data."""
@@ -254,7 +247,7 @@ class Trainer:
                     None if self.mixer is None else partial(self.mixer, progress.step),
                 )
                 if self.ema is not None and config.optimizer.ema_decay is not None:
-                    optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay)
+                    optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay, bad[0])
                 progress.step += 1
                 self._answer(self.watch.look(bad, progress.step, seen))
                 last = done == self.steps_per_epoch
@@ -314,14 +307,16 @@ class Trainer:
         """What is evaluated: the averaged weights where there are any."""
         return self.ema.module if self.ema is not None else self.bare_model
 
-    def _score(self, loader: loaders.Loader, weights: str) -> SplitResult:
+    def _score(self, loader: loaders.Loader, weights: str, *, fit: bool = False) -> SplitResult:
+        """A split; with `fit` it is valid, and a regression's grading is fitted to these weights."""
         # Every rank keeps statistics of its own; rank 0's are those that are saved.
         if self.runtime.world > 1:
             for buffer in self._weights.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+        model = grading.wrap(self._weights, self.config, self.progress.grading)
         found = score(
             self.accelerator,
-            self._weights,
+            self._weights if fit else views.averaged(model, self.config.evaluation.tta),
             loader,
             paths=self.manifest.path,
             weights=weights,
@@ -332,13 +327,15 @@ class Trainer:
                 f"the model's output is not finite at step {self.progress.step}; lower --lr or set "
                 f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
             )
+        if fit:
+            found, self.progress.grading = grading.fitted(found, self.config)
         return found
 
     def validate(self) -> dict[str, Any]:
         """Score the valid split, log, and save a checkpoint; the figures (`metrics.figures`)."""
         progress = self.progress
         try:
-            found = self._score(self.valid_loader, "current")
+            found = self._score(self.valid_loader, "current", fit=True)
         except StopRequested:
             # Its last step is saved as a step within the epoch, so that the next start scores it.
             progress.epoch -= 1
@@ -352,7 +349,8 @@ class Trainer:
         assert self.tracker is not None
         self.tracker.log(
             {f"valid/{name}": values[name] for name in named}
-            | {f"valid/recall_{grade}": recall for grade, recall in enumerate(values["recall"])},
+            | {f"valid/recall_{grade}": recall for grade, recall in enumerate(values["recall"])}
+            | grading.logged(progress.grading),
             step=progress.step,
             epoch=progress.epoch,
         )
@@ -372,13 +370,15 @@ class Trainer:
     def _report(self) -> None:
         progress = self.progress
         self.train_loader.close()
-        results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step})")}
+        tta = views.told(self.config.evaluation.tta)
+        results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step}){tta}")}
         assert self.saver is not None
         self.saver.flush()
         self.accelerator.wait_for_everyone()
         best = checkpoints.load(self.run.checkpoints / "best")
         checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
-        weights = f"best (step {progress.best_step}, epoch {progress.best_epoch})"
+        progress.grading = best.state["progress"].get("grading")
+        weights = f"best (step {progress.best_step}, epoch {progress.best_epoch}){tta}"
         for split in manifest.SPLITS:
             if self.manifest.has(split):
                 assert self.loaders is not None

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from fastddr.config.augment import check_augment
+from fastddr.config.losses import check_loss
 from fastddr.config.sections import (
     SIZES,
     AugmentConfig,
@@ -127,6 +128,11 @@ class Config:
     def num_classes(self) -> int:
         """Classes that the model tells apart: the five grades of ICDR, and ungradable where it is a class."""
         return 6 if self.ungradable == "class" else 5
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the model gives for a photograph: one logit a class, or one value."""
+        return 1 if self.loss.name == "mse" else self.num_classes
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -380,7 +386,7 @@ def check(config: Config, where: str) -> Config:
             "augment.mixup and augment.cutmix mix the photographs of a micro batch, so it cannot be 1; raise "
             f"{'micro_batch_size' if config.batch_size > 1 else 'batch_size'} or set both to 0.",
         )
-    need(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing must be from 0 to below 1.")
+    check_loss(config.loss, config.ungradable == "class", where)
     ratio = config.optimizer.warmup_ratio
     need(0 <= ratio < 1, f"optimizer.warmup_ratio is {ratio}, but must be from 0 to below 1.")
     clip = config.optimizer.clip_norm

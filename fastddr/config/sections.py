@@ -171,10 +171,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised: cross-entropy."""
+    """What is minimised."""
 
+    name: Literal["cross_entropy", "mse"] = "cross_entropy"
+    """`mse`: the model gives one value for each photograph, and its squared distance to the grade is made small;
+    thresholds that are fitted on valid make grades of it."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all grades."""
+    """Of cross-entropy: share of the target spread over all grades."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Of cross-entropy: how much a photograph counts, by its grade's number in train. `inverse`: 1 / number.
+    `effective`: 1 / effective number (Cui et al., 2019). The mean over train is 1."""
+    beta: float = 0.999
+    """Of `effective`: 0 weighs all grades alike, nearly 1 is `inverse`."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,9 @@ class EvaluationConfig:
     from edge to edge of the canvas."""
     batch_size: int | None = None
     """Photographs a rank holds at once; by default the training micro batch."""
+    tta: Literal["none", "flips", "dihedral"] = "none"
+    """Test-time augmentation at the end of the run: its report has the mean over 4 (`flips`) or 8 views (`dihedral`)
+    of each photograph. Validation after an epoch has one view."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,16 @@ _VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
 assert {"none", *_VIEWS} == set(get_args(Views))
 
 
+def averaged(model: nn.Module, views: Views) -> nn.Module:
+    """A model of logits, or its mean over the views."""
+    return model if views == "none" else Averaged(model, views)
+
+
+def told(views: Views) -> str:
+    """What a name of weights ends with: `, dihedral averaged`."""
+    return "" if views == "none" else f", {views} averaged"
+
+
 class Averaged(nn.Module):
     """A model whose logits are the logarithm of its mean probabilities over the views.
 

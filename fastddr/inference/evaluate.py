@@ -136,7 +136,7 @@ def _write(
 
 
 def _temperature(run: RunFolder, asked: Evaluate) -> float | None:
-    """The temperature that was fitted on valid at the end of the run, where it is of these weights, views and windows."""
+    """The temperature that was fitted on valid at the end of the run, where it is of this way of scoring."""
     report = run.path / "report"
     other = asked.weights != "best" or asked.tta != "none" or asked.window is not None
     if other or not (report / reporting.ABOUT).is_file():

@@ -17,6 +17,7 @@ from torch import nn
 from fastddr import checkpoints, models, ranks, runtime
 from fastddr.config import Config, from_mapping, read_yaml
 from fastddr.errors import UserError
+from fastddr.evaluation import grading
 from fastddr.evaluation.views import Averaged, Views
 from fastddr.runs import RunFolder
 
@@ -52,7 +53,8 @@ class Restored:
     config: Config
     """The run's, with what was asked for; its `canvas` and `image_size` are those that the model sees."""
     model: nn.Module
-    """Bare, on the device, in evaluation mode: normalised images (b, 3, s, s) to logits (b, C)."""
+    """On the device, in evaluation mode: normalised images (b, 3, s, s) to logits (b, C), a regression's with its
+    thresholds."""
     weights: str
     """Which they are, for a reader: "best (step 120, epoch 9)"."""
     fingerprint: str
@@ -132,7 +134,7 @@ def restore(
     return Restored(
         run=folder,
         config=config,
-        model=model.to(device).eval(),
+        model=grading.wrap(model, config, progress.get("grading")).to(device).eval(),
         weights=f"{weights} (step {progress['step']}, epoch {progress['epoch']})",
         fingerprint=saved.state["fingerprint"],
     )

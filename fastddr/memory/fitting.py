@@ -27,7 +27,7 @@ def one_step(config: Config, micro: int, world: int, device: torch.device) -> No
     case = Case(config, micro, world)
     with torch.random.fork_rng(devices=[]):
         network = models.build(
-            config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
+            config.model, num_classes=config.outputs, image_size=config.image_size, **config.model_settings
         ).to(device)
     ema = optimizers.make_ema(network, 0.999) if case.steps.average else None
     training = Training(network, case.steps, micro, ema=ema)

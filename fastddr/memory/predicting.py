@@ -49,7 +49,7 @@ class Case:
         config = self.config
         return Steps(
             image_size=config.image_size,
-            classes=config.num_classes,
+            classes=config.outputs,
             precision=config.precision,
             optimizer=config.optimizer.name,
             momentum=config.optimizer.momentum,

@@ -57,6 +57,7 @@ class Steps:
     image_size: int
     """Side of the images in pixels."""
     classes: int = 5
+    """What the model gives for an image; 1 is the value of a regression."""
     precision: str = "fp32"
     """`fp32`, `bf16` or `fp16`."""
     optimizer: str = "adam"
@@ -231,7 +232,8 @@ class Training:
         self.model = self._mixed_precision(network)
         self.buckets = self._bucketed() if steps.ranks > 1 else []
         self._gradients()
-        self.criterion, self.tally = losses.build(), Tally.zeros(self.device)
+        self.criterion = losses.build("mse" if steps.classes == 1 else "cross_entropy")
+        self.tally = Tally.zeros(self.device)
         self._moments()
 
     def _keep(self, tensors: list[Tensor], kind: str) -> None:

@@ -70,7 +70,7 @@ def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
     Raises:
         UserError: no such model can be made.
     """
-    model = build(config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings)
+    model = build(config.model, num_classes=config.outputs, image_size=config.image_size, **config.model_settings)
     if config.model == "resnet" and config.resnet.stem == "stride1":
         say(
             "  resnet.stem stride1: behind the stem, maps have the image's full resolution, 16 times the pixels of the "

@@ -63,8 +63,8 @@ def test_a_result_has_its_form(path: Path) -> None:
         assert {"name", "median", "low", "high", "unit", "n"} <= set(row), row
         assert row["low"] <= row["median"] <= row["high"], row
         # Whole runs, counts of faults, a batch that was searched for and what was worked out are no medians.
-        kind = row.get("kind", "")
-        single = record["benchmark"] in ("quickstart", "faults") or kind == "largest" or kind.startswith("paper")
+        kind, whole = row.get("kind", ""), ("quickstart", "faults", "report", "ablation")
+        single = record["benchmark"] in whole or kind == "largest" or kind.startswith("paper")
         assert row["n"] >= (1 if single else 5), row
 
 
@@ -294,6 +294,8 @@ CLAIM = re.compile(
 ALLOWED = {
     "image (b 3 h w;": "the shape of a batch",
     "or eight times as long as wide": "the shape of a photograph",
+    # An aim, and it says so.
+    "84 %, kappa 0.85 and macro-F1 0.65 at least, within 10 minutes on one H200. Nobody has measured it yet.": "",
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastddr import losses
+from fastddr.config import Config, LossConfig
 from fastddr.errors import UserError
 
 
@@ -109,3 +111,67 @@ def test_impossible_label_smoothing(smoothing: float) -> None:
 def test_unknown_loss() -> None:
     with pytest.raises(UserError, match=r"'crossentropy'.*'cross_entropy'\?$"):
         losses.build("crossentropy")
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 6),
+    padding=st.integers(0, 3),
+    smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    soft=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_weights_multiply_each_part_of_the_target(
+    n: int, padding: int, smoothing: float, soft: bool, seed: int
+) -> None:
+    """Mixed and smoothed targets alike; and over photographs, so that micro batches add up to their batch."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, weight = torch.randn(n + padding, 5, generator=generator), torch.rand(5, generator=generator) * 3
+    grades = torch.randint(5, (n + padding,), generator=generator)
+    target = shares(n + padding, 5, seed) if soft else torch.eye(5)[grades]
+    loss = losses.build(label_smoothing=smoothing, weight=weight)
+    smooth = (target.double() * (1 - smoothing) + smoothing / 5) * weight.double()
+    each = -(smooth * logits.double().log_softmax(1)).sum(1)
+    given_ = target if soft else grades
+    valid = torch.arange(n + padding) < n
+    assert loss(logits, given_, valid).item() == pytest.approx(each[:n].mean().item(), rel=1e-4, abs=1e-6)
+    assert loss(logits, given_).item() == pytest.approx(each.mean().item(), rel=1e-4, abs=1e-6)
+    assert loss(logits.bfloat16(), given_).dtype == torch.float32
+
+
+def test_weights_of_the_grades() -> None:
+    grades = np.repeat([0, 2, 3, 4], [50, 30, 15, 5])
+    inverse = losses.class_weights("inverse", grades, 5)
+    # Each of the four grades that are there has a quarter of all weight.
+    torch.testing.assert_close(inverse, torch.tensor([0.5, 0.0, 25 / 30, 25 / 15, 5.0]))
+    counts = np.bincount(grades, minlength=5)
+    for beta in (0.0, 0.9, 0.999):
+        effective = losses.class_weights("effective", grades, 5, beta).double().numpy()
+        expected = np.array([(1 - beta) / (1 - beta**count) if count else 0.0 for count in counts])
+        assert effective @ counts == pytest.approx(100), "the mean over the photographs is 1"
+        np.testing.assert_allclose(effective / effective[0], expected / expected[0], rtol=1e-6)
+    assert losses.class_weights("effective", grades, 5, 0.0)[[0, 2, 3, 4]].tolist() == [1, 1, 1, 1]
+
+
+def test_the_configuration_chooses_the_loss() -> None:
+    grades, cpu = np.array([0, 0, 0, 1]), torch.device("cpu")
+    plain = losses.from_config(Config(), grades, cpu)
+    assert isinstance(plain, losses.CrossEntropy)
+    assert plain.weight is None
+    weighted = losses.from_config(Config(loss=LossConfig(class_weights="inverse")), grades, cpu)
+    torch.testing.assert_close(weighted.weight, torch.tensor([2 / 3, 2.0, 0, 0, 0]))
+    sixth = Config(loss=LossConfig(class_weights="inverse"), ungradable="class")
+    assert losses.from_config(sixth, np.array([0, 5]), cpu).weight.tolist() == [1, 0, 0, 0, 0, 1]
+    assert isinstance(losses.from_config(Config(loss=LossConfig(name="mse")), grades, cpu), losses.MeanSquare)
+
+
+def test_squared_distance_to_the_grade_or_to_the_mean_of_its_shares() -> None:
+    values, grades = torch.tensor([[0.5], [3.0], [9.0]]), torch.tensor([0, 4, 1])
+    loss = losses.build("mse")
+    assert loss(values, grades).item() == pytest.approx((0.25 + 1 + 64) / 3)
+    valid = torch.tensor([True, True, False])
+    assert loss(values, grades, valid).item() == pytest.approx(1.25 / 2)
+    assert loss(values, grades, torch.zeros(3, dtype=torch.bool)).item() == 0
+    mixed = torch.tensor([[0.5, 0, 0, 0, 0.5], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
+    assert loss(values, mixed).item() == pytest.approx((1.5**2 + 0 + 64) / 3)
+    assert loss(values.bfloat16(), grades).dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from itertools import chain, pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastddr import optimizers
+from fastddr.config import Config, OptimizerConfig
 from fastddr.errors import UserError
 
 
@@ -234,3 +236,28 @@ def test_ema_update_reads_nothing_back_to_the_host() -> None:
 def test_impossible_decay(decay: float) -> None:
     with pytest.raises(UserError, match=f"decay={decay}"):
         optimizers.make_ema(tiny(), decay)
+
+
+def test_averages_stay_where_a_step_was_left_out() -> None:
+    model = tiny()
+    ema = optimizers.make_ema(model, 0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    before = copy.deepcopy(ema.module.state_dict())
+    optimizers.update_ema(ema, model, 5, 0.9, skip=torch.tensor(True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ema.module.state_dict().items())
+    other = copy.deepcopy(ema)
+    optimizers.update_ema(ema, model, 5, 0.9, skip=torch.tensor(False))
+    optimizers.update_ema(other, model, 5, 0.9)
+    assert not torch.equal(ema.module[0].weight, before["0.weight"])
+    assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters(), strict=True))
+
+
+def test_the_optimizer_and_the_factor_of_a_configuration() -> None:
+    chosen = OptimizerConfig(name="sgd", weight_decay=0.1, momentum=0.5, schedule="cosine", warmup_ratio=0.5)
+    [group, _] = optimizers.from_config(tiny(), Config(lr=0.2, optimizer=chosen)).param_groups
+    assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (0.2, 0.1, 0.5, True)
+    factors = [optimizers.planned_factor(chosen, step, 10) for step in range(10)]
+    assert factors == [optimizers.lr_factor(step, 10, 5, "cosine") for step in range(10)]
+    assert optimizers.planned_factor(replace(chosen, warmup_ratio=0.99), 0, 1) == 1, "one step is left"

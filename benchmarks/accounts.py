@@ -1,0 +1,173 @@
+"""Tables and pictures of `report.py` and `ablation.py`, from the rows that they write."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from wording import number, table
+
+from fastddr.reporting.plots import STYLE
+
+Row = Mapping[str, Any]
+#: Okabe and Ito (2008); and dashes, which tell arms apart in grey print.
+_LINES = (
+    ("#0072B2", "-"), ("#D55E00", (0, (5, 2))), ("#009E73", (0, (1, 1.2))), ("#000000", (0, (6, 2, 1, 2))),
+)  # fmt: skip
+FEW = 500
+
+
+def percent(share: float | None) -> str:
+    """`76.2 %`; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def or_dash(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+# -------------------------------------------------------------------------------------------------------- report.py
+
+
+def accuracies(rows: Sequence[Row]) -> str:
+    """Accuracy by split, at the best epoch on valid and at the last; the report's beside it where the rows have it."""
+    published = any(row.get("published") for row in rows)
+    scored = [("train", "train"), ("valid", "valid"), ("test", "test")]
+    last = [("train, last", "train_last"), ("valid, last", "valid_last"), ("test, last", "test_last")]
+    last = [(heading, key) for heading, key in last if any(row.get(key) for row in rows)]
+    headings = ["", *(heading for heading, _ in [*scored, *last])]
+    headings += [f"the report's {split}" for split in ("train", "valid", "test")] if published else []
+    lines = []
+    for row in rows:
+        cells = [percent((row.get(key) or {}).get("accuracy")) for _, key in [*scored, *last]]
+        if published:
+            theirs = row.get("published", {})
+            cells += [f"{theirs[split]:g} %" if split in theirs else "" for split in ("train", "valid", "test")]
+        lines.append([row["name"], *cells])
+    return table(headings, lines)
+
+
+def details(rows: Sequence[Row]) -> str:
+    """Test in other figures, and what the training cost."""
+    classes = max(len(row["test"]["recall"]) for row in rows)
+    headings = ["test, best epoch", "QWK", *(f"recall {grade}" for grade in range(classes))]
+    lines = [
+        [row["name"], or_dash(row["test"]["qwk"]), *map(percent, row["test"]["recall"])] for row in rows
+    ]  # fmt: skip
+    return table(headings, lines)
+
+
+def expenses(rows: Sequence[Row]) -> str:
+    """Speed, time and memory of each training."""
+    headings = ["", "parameters", "epochs", "best epoch", "images/s", "minutes", "peak memory, GiB"]
+    lines = [
+        [row["name"], f"{row['parameters']:,}", str(row["epochs"]), str(row["best_epoch"]),
+         *(or_dash(row.get(key)) for key in ("images_per_second", "minutes", "peak_gib"))]
+        for row in rows
+    ]  # fmt: skip
+    return table(headings, lines)
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the tables must know."""
+    row = rows[0]
+    what = "DDR whole" if row["whole_ddr"] else f"the data `{row['data']}`, which is not DDR whole"
+    said = [
+        f"Trained on {what}: {row['counts']['train']:,} photographs of train, {row['counts']['valid']:,} of valid, "
+        f"{row['counts']['test']:,} of test; seed {row['seed']}. Train is scored by a pass in evaluation, under the "
+        "same weights as valid and test. The best epoch is the one of the highest kappa on valid."
+    ]
+    if not row["whole_ddr"]:
+        said.append(
+            "The figures of the 2022 report are of DDR and cannot be compared with these, so they are left out."
+        )
+    else:
+        said.append(
+            "The report's figures are of its last epoch; its about 70 % before augmentation stands with the plain "
+            "ConvMixer. Its settings are not known in full (the presets' headers say which are our assumptions)."
+        )
+    said += [f"Pretraining: {row['pretraining']}."] if row.get("pretraining") else []
+    return said
+
+
+def curves(found: Mapping[str, Mapping[str, Sequence[Row]]]) -> bytes:
+    """Loss and accuracy by epoch of each family, a column each: thin lines train, thick ones valid (not test).
+
+    Args:
+        found: by family and by arm, the lines of its metrics.jsonl.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 4.6 * len(found), 7.4), layout="constrained")
+        grid = figure.subplots(2, len(found), squeeze=False, sharex="col")
+        for column, (family, arms) in zip(grid.T, found.items(), strict=True):
+            for axes, key in zip(column, ("loss", "accuracy"), strict=True):
+                for (colour, dashes), (arm, lines) in zip(_LINES, arms.items(), strict=False):
+                    for split, width, alpha in (("train", 1.0, 0.55), ("valid", 2.2, 1.0)):
+                        points = _by_epoch(lines, f"{split}/{key}")
+                        axes.plot(
+                            *zip(*points, strict=True) if points else ([], []), color=colour, linestyle=dashes,
+                            linewidth=width, alpha=alpha, label=arm if split == "valid" else None, marker=".",
+                            markersize=4 if split == "valid" else 0,
+                        )  # fmt: skip
+                axes.set(title=f"{family}: {key}", xlabel="Epoch" if key == "accuracy" else None)
+                axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            column[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            column[1].set_ylim(0, 1)
+            # What explodes in one arm must not flatten the others.
+            seen = [
+                y for lines in arms.values() for key in ("train", "valid") for _, y in _by_epoch(lines, f"{key}/loss")
+            ]
+            if seen:
+                column[0].set_ylim(0, min(max(seen), 3.0) * 1.05)
+            column[0].legend(loc="best", fontsize=9)
+        kinds = [
+            Line2D([], [], color="#333333", linewidth=width, alpha=alpha) for width, alpha in ((1.0, 0.55), (2.2, 1))
+        ]
+        figure.legend(kinds, ["train, while training", "valid (not test)"], loc="outside lower center", ncols=2)
+        stream = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
+        return stream.getvalue()
+
+
+def _by_epoch(lines: Sequence[Row], key: str) -> list[tuple[float, float]]:
+    """Means over each epoch, at its end."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        if line.get(key) is not None:
+            # A line stands at the end of its window; epoch 1.0 ends epoch 1.
+            found.setdefault(max(1, int(-(-line["epoch"] // 1))), []).append(line[key])
+    return [(float(epoch), sum(values) / len(values)) for epoch, values in sorted(found.items())]
+
+
+# ------------------------------------------------------------------------------------------------------ ablation.py
+
+
+def changes(rows: Sequence[Row]) -> str:
+    """Kappa and accuracy on valid, the difference of kappa to the baseline seed by seed, and minutes."""
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row["name"], f"`{row['flags']}`", "failed", "", "", ""])
+            continue
+        apart = row["difference"]
+        low, high = (f"{row['difference'][key]:+.3f}" for key in ("low", "high"))
+        lines.append([
+            row["name"], f"`{row['flags']}`" if row["flags"] else "",
+            f"{row['median']:.3f} ({row['low']:.3f}-{row['high']:.3f})",
+            "" if row["baseline"] else f"{apart['median']:+.3f} ({low} to {high})",
+            percent(row["accuracy"]["median"]), or_dash(row.get("minutes")),
+        ])  # fmt: skip
+    return table(["", "flags", "QWK on valid", "to the baseline", "accuracy on valid", "minutes a run"], lines, left=2)
+
+
+def caution(photographs: int) -> str:
+    """What so many validation photographs can tell."""
+    half = 98 / photographs**0.5
+    said = f"{photographs:,} photographs of valid place an accuracy of 50 % within ±{half:.1f} points (95 %)"
+    return f"{said}: they decide nothing, and this is a smoke test." if photographs < FEW else f"{said}."

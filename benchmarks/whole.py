@@ -1,0 +1,126 @@
+"""Whole runs of `fastddr/train.py`, each in a process and a folder of its own, and what came of them.
+
+A run that is done is not made again, and one that was stopped goes on, so a benchmark of many runs can be ended and
+started again. How long it took is known only of a run that one start brought to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastddr.__main__ import main as verb
+from fastddr.errors import UserError
+from fastddr.runs import RunFolder
+
+ROOT = Path(__file__).parents[1]
+#: Peak memory in `metrics.jsonl`: of the GPU where there is one, else of the process.
+_MEMORY = ("memory/peak_allocated_gib", "memory/peak_rss_gib")
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Within it SIGTERM is an exception, so that a run which is under way is told to save and to end."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(folder: Path, arguments: Sequence[str]) -> str | None:
+    """Bring a run to its end; what went wrong, in one sentence, or None.
+
+    Several GPUs train it together. What it says goes to FOLDER.log, how long it took to FOLDER.time.
+    """
+    if RunFolder(folder).status().get("state") == "done":
+        return None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log, clock = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.time")
+    script = str(ROOT / "fastddr" / "train.py")
+    launcher = ["-m", "accelerate.commands.launch"] if torch.cuda.device_count() > 1 else []
+    command = [sys.executable, *launcher, script, *arguments, "--run-dir", str(folder)]
+    whole = not folder.exists()
+    began = time.perf_counter()
+    with log.open("a", encoding="utf-8") as lines:
+        process = subprocess.Popen(command, stdout=lines, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if code == 0 and RunFolder(folder).status().get("state") == "done":
+        if whole:
+            clock.write_text(json.dumps({"seconds": time.perf_counter() - began}) + "\n")
+        return None
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    ours = [line for line in said if line.startswith("fastddr: ")]
+    return (ours or said or ["no message"])[-1].removeprefix("fastddr: ")
+
+
+def evaluated(folder: Path, split: str, weights: str) -> dict[str, Any]:
+    """Figures of a split under other weights than the report's, scored once and kept in the run's folder.
+
+    Raises:
+        UserError: they cannot be scored.
+    """
+    kept = folder.with_name(f"{folder.name}.{split}-{weights}.json")
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    before = set((folder / "evaluations").glob("*"))
+    with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as lines, redirect_stdout(lines):
+        code = verb(["evaluate", str(folder), "--split", split, "--weights", weights])
+    new = sorted(set((folder / "evaluations").glob("*")) - before)
+    if code or not new:
+        raise UserError(f"{folder}: its {weights} weights cannot be scored on {split}; see {folder.name}.log.")
+    figures: dict[str, Any] = json.loads((new[-1] / "metrics.json").read_text(encoding="utf-8"))[split]
+    kept.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    return figures
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a run's report says, by split: under the best weights, and `valid_last` under the last."""
+    found: dict[str, dict[str, Any]] = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
+    return found
+
+
+def best_is_last(folder: Path) -> bool:
+    """Whether the last epoch was the best one."""
+    checkpoints = RunFolder(folder).checkpoints
+    return (checkpoints / "best").resolve() == (checkpoints / "last").resolve()
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """`images_per_second` (median of the log lines), `peak_gib`, and `minutes` where they are known."""
+    lines = logged(folder)
+    rates = [line["train/images_per_second"] for line in lines if line.get("train/images_per_second")]
+    found = {"images_per_second": median(rates)} if rates else {}
+    for key in _MEMORY:
+        if peaks := [line[key] for line in lines if line.get(key) is not None]:
+            found["peak_gib"] = max(peaks)
+            break
+    clock = folder.with_name(f"{folder.name}.time")
+    if clock.is_file():
+        found["minutes"] = json.loads(clock.read_text())["seconds"] / 60
+    return found

@@ -1,0 +1,141 @@
+"""Regression and class weights from the first step to the last report, and the preset that uses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import ROOT, SMALL, launch, settings, train, weights
+
+from fastddr import checkpoints, losses
+from fastddr.__main__ import main
+from fastddr.evaluation.grading import Grading
+from fastddr.trainer import Trainer
+
+REGRESSION = ["--loss.name", "mse", "--lr", "0.02", "--epochs", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A regression with averaged weights, done."""
+    return train(tiny, tmp_path_factory.mktemp("runs") / "first", *REGRESSION)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def report(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "report" / "metrics.json").read_text())
+    return found
+
+
+def graded(run: Path, which: str) -> tuple[int, Grading]:
+    progress = checkpoints.load(run / "checkpoints" / which).state["progress"]
+    return progress["step"], Grading(tuple(progress["grading"]["thresholds"]), progress["grading"]["sigma"])
+
+
+def test_each_checkpoint_has_the_grading_of_its_weights(run: Path) -> None:
+    logged = {line["step"]: line for line in lines(run) if "valid/qwk" in line}
+    assert list(logged) == [3, 6, 9]
+    for which, name in (("best", "valid"), ("last", "valid_last")):
+        step, kept = graded(run, which)
+        line = logged[step]
+        assert [line[f"valid/threshold_{k}"] for k in range(4)] == list(kept.thresholds)
+        assert line["valid/sigma"] == kept.sigma
+        # What the report scores is what was fitted after that epoch, and nothing is fitted again.
+        assert report(run)[name]["qwk"] == pytest.approx(line["valid/qwk"], abs=1e-12)
+        assert report(run)[name]["loss"] == pytest.approx(line["valid/loss"], abs=1e-6)
+    assert len({tuple(line[f"valid/threshold_{k}"] for k in range(4)) for line in logged.values()}) == 3
+
+
+@pytest.mark.parametrize(("which", "split"), [("best", "test"), ("last", "valid")])
+def test_evaluate_uses_the_grading_of_those_weights(run: Path, which: str, split: str) -> None:
+    before = set((run / "evaluations").glob("*"))
+    assert main(["evaluate", str(run), "--split", split, "--weights", which]) == 0
+    [folder] = set((run / "evaluations").glob("*")) - before
+    wanted = report(run)["valid_last" if which == "last" else split]
+    found = json.loads((folder / "metrics.json").read_text())[split]
+    assert {**found, "weights": ""} == {**wanted, "weights": ""}
+
+
+def test_a_regression_goes_on_as_if_it_had_never_stopped(run: Path, tiny: Path, tmp_path: Path) -> None:
+    # Within the second epoch, so that the first one's grading is what the checkpoint holds.
+    config = settings(tiny, tmp_path / "run", *REGRESSION, "--save-every-steps", "4")
+    with Trainer(config) as trainer:
+        trainer.train_epoch()
+        trainer.validate()
+        trainer.train_epoch()
+    step, kept = graded(tmp_path / "run", "last")
+    first = next(line for line in lines(run) if "valid/qwk" in line)
+    assert step == 4
+    assert kept.sigma == first["valid/sigma"]
+    again = train(tiny, tmp_path / "run", *REGRESSION, "--save-every-steps", "4")
+    whole = weights(run)
+    assert [name for name, tensor in weights(again).items() if not torch.equal(tensor, whole[name])] == []
+    assert graded(again, "last") == graded(run, "last")
+    assert report(again) == report(run)
+
+
+def test_a_regression_begins_at_the_weights_of_a_classifier(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier = train(tiny, tmp_path / "classes", "--epochs", "1", "--init", f"run:{run}")
+    assert "head.weight begins at random: 5×8 here, 1×8 there" in capsys.readouterr().out
+    with Trainer(settings(tiny, tmp_path / "values", *REGRESSION, "--init", f"run:{classifier}")) as trainer:
+        assert trainer.bare_model.head.weight.shape == (1, 8)
+    assert "head.weight begins at random: 1×8 here, 5×8 there" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_fit_the_same_grading(tiny: Path, tmp_path: Path) -> None:
+    script = ROOT / "fastddr" / "train.py"
+    done = launch(2, script, "--data", str(tiny), "--run-dir", "run", *SMALL, *REGRESSION, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    step, kept = graded(tmp_path / "run", "best")
+    # Fitted on the gathered valid split, under the weights of rank 0; the report's scoring agrees.
+    line = next(line for line in lines(tmp_path / "run") if line["step"] == step and "valid/qwk" in line)
+    assert report(tmp_path / "run")["valid"]["qwk"] == pytest.approx(line["valid/qwk"])
+    assert kept != Grading()
+
+
+def test_class_weights_come_from_train_and_change_the_run(tiny: Path, tmp_path: Path) -> None:
+    mixed = ["--loss.label-smoothing", "0.1", "--augment.mixup", "0.4", "--augment.cutmix", "1"]
+    config = settings(tiny, tmp_path / "run", "--loss.class-weights", "inverse", "--epochs", "1", *mixed)
+    with Trainer(config) as trainer:
+        expected = losses.class_weights("inverse", trainer.manifest.grade[trainer.manifest.ids("train")], 5)
+        assert torch.equal(trainer.criterion.weight, expected)
+        assert expected[1] > expected[0]
+        trainer.fit()
+    plain = train(tiny, tmp_path / "plain", "--epochs", "1", *mixed)
+    assert not torch.equal(weights(tmp_path / "run")["head.weight"], weights(plain)["head.weight"])
+
+
+def test_the_report_averages_the_views_that_were_asked_for(run: Path, tiny: Path, tmp_path: Path) -> None:
+    views = train(tiny, tmp_path / "run", *REGRESSION, "--evaluation.tta", "flips")
+    assert report(views)["test"]["weights"].endswith(", flips averaged")
+    assert report(views)["test"]["loss"] != report(run)["test"]["loss"]
+    # Validation, and with it what is best, has one view.
+    assert [line.get("valid/qwk") for line in lines(views)] == [line.get("valid/qwk") for line in lines(run)]
+
+
+def test_the_preset_best_trains_scaled_down(tiny: Path, tmp_path: Path) -> None:
+    from fastddr import cli, config
+    from fastddr.config.sections import POLICIES
+
+    best = config.load_preset("best")
+    assert (best.loss.name, best.optimizer.schedule, best.evaluation.tta) == ("mse", "cosine", "dihedral")
+    assert best.optimizer.ema_decay is not None
+    assert best.epochs >= 25
+    assert best.augment.rotate == 180
+    assert best.augment.scale == POLICIES["fundus"].scale
+    small = ["--image-size", "64", "--canvas", "80", "--batch-size", "8", "--epochs", "1", "--threads", "1",
+             "--convmixer.dim", "8", "--convmixer.depth", "1", "--tracking.no-wandb", "--tracking.no-tensorboard",
+             "--loading.threads", "1", "--model", "convmixer", "--init", "None"]  # fmt: skip
+    scaled = ["--preset", "best", "--data", str(tiny), "--run-dir", str(tmp_path / "run"), *small]
+    with Trainer(cli.parse(scaled, "test")) as trainer:
+        trainer.fit()
+    assert report(tmp_path / "run")["test"]["n"] == 13

@@ -1,0 +1,189 @@
+"""`report.py` and `ablation.py`: what is trained, what may stand beside what, and how their tables say it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastddr import cli
+from fastddr.data.grades import DDR
+from fastddr.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of `benchmarks` by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def run_of(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
+    """A run's folder with a manifest of so many photographs by split and grade."""
+    folder.mkdir(parents=True)
+    rows = [f"{split},{grade}" for split, of in counts.items() for grade, n in enumerate(of) for _ in range(n)]
+    (folder / "manifest.csv").write_text("# fingerprint: x\nsplit,grade\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+def test_only_ddr_whole_may_stand_beside_the_reports_figures(load: Callable[[str], Any], tmp_path: Path) -> None:
+    story = load("story")
+    data = tmp_path / "DDR-dataset"
+    (data / "DR_grading").mkdir(parents=True)
+    whole = run_of(tmp_path / "whole", DDR)
+    assert story.is_whole_ddr(whole, str(data))
+    without_grade_5 = run_of(tmp_path / "kaggle", {split: counts[:5] for split, counts in DDR.items()})
+    assert story.is_whole_ddr(without_grade_5, str(data))
+    fewer = DDR | {"valid": (1252, *DDR["valid"][1:])}
+    assert not story.is_whole_ddr(run_of(tmp_path / "part", fewer), str(data))
+    # The synthetic set can have the same numbers.
+    assert not story.is_whole_ddr(whole, "synthetic")
+    (data / "DR_grading" / "lesions.csv").write_text("split,name\n")
+    assert not story.is_whole_ddr(whole, str(data))
+    assert not story.is_whole_ddr(whole, str(data / "DR_grading"))
+
+
+def test_the_story_is_the_reports_and_every_command_line_can_be(load: Callable[[str], Any], tmp_path: Path) -> None:
+    report, story = load("report"), load("story")
+    assert [arm.key for arm in story.ARMS] == [
+        "cnn-2", "cnn-4", "cnn-6", "resnet-shallow", "resnet-40", "convmixer", "convmixer-augmented",
+        "convmixer-pretrained", "convmixer-tuned",
+    ]  # fmt: skip
+    by_key = {arm.key: arm for arm in story.ARMS}
+    options, quick = report.Options(data="DDR-dataset"), report.Options(quick=True, flags="--lr 0.5")
+
+    def parsed(key: str, options: Any) -> Any:
+        return cli.parse(report.flags(by_key[key], options, tmp_path), "test")
+
+    deep, plain, tuned = (parsed(key, options) for key in ("cnn-6", "convmixer", "convmixer-tuned"))
+    assert (deep.model, deep.cnn.blocks, deep.augment.policy, deep.epochs) == ("cnn", 6, "none", 98)
+    assert (plain.model, plain.convmixer.dim, plain.augment.policy, plain.init) == ("convmixer", 512, "none", None)
+    # The paper's weights are of its own shape, so the model is that one.
+    assert (tuned.init, tuned.convmixer.dim, tuned.augment.policy, tuned.lr) == ("imagenet", 768, "report", 0.0005)
+    small = parsed("convmixer-pretrained", quick)
+    assert (small.data, small.epochs, small.lr, small.image_size) == ("synthetic", 2, 0.5, 64)
+    assert small.init == f"run:{tmp_path / 'pretraining'}"
+    assert parsed("cnn-6", quick).init is None
+    with pytest.raises(UserError, match="--arms vgg: known are cnn-2"):
+        report.main(report.Options(arms=("vgg",)))
+    with pytest.raises(UserError, match="--quick is on the synthetic set"):
+        report.main(report.Options(quick=True, data="DDR-dataset"))
+
+
+def figures(accuracy: float) -> dict[str, Any]:
+    matrix = [[8, 2, 0, 0, 0]] * 5
+    return {"n": 50, "accuracy": accuracy, "qwk": 0.5, "macro_f1": 0.4, "recall": [0.8, 0.2, 0, 0, None],
+            "confusion_matrix": matrix}  # fmt: skip
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "CNN", "family": "CNN", "arm": "cnn-2", "data": "mine", "whole_ddr": False, "published": {},
+        "pretraining": "", "seed": 0, "epochs": 3, "best_epoch": 2, "parameters": 12345, "images_per_second": 321.0,
+        "counts": {"train": 100, "valid": 40, "test": 50}, "train": figures(0.9), "valid": figures(0.8),
+        "test": figures(0.7), "valid_last": figures(0.6), "median": 70.0, "low": 60.0, "high": 80.0, "unit": "%",
+        "n": 1, **more,
+    }  # fmt: skip
+
+
+def test_the_reports_figures_are_shown_only_where_a_row_has_them(load: Callable[[str], Any]) -> None:
+    accounts = load("accounts")
+    ours = accounts.accuracies([row()])
+    assert "report's" not in ours
+    assert "| CNN | 90.0 % | 80.0 % | 70.0 % | 60.0 % |" in ours
+    assert "cannot be compared" in " ".join(accounts.sentences([row()]))
+    both = [row(whole_ddr=True, published={"train": 98.0, "test": 52.0}), row(whole_ddr=True, name="CNN, 4")]
+    table = accounts.accuracies(both).splitlines()
+    assert table[0].endswith("| the report's train | the report's valid | the report's test |")
+    assert table[2].endswith("| 98 % | | 52 % |")
+    assert table[3].endswith("| | | |")
+    assert "are of its last epoch" in " ".join(accounts.sentences(both))
+    assert "| CNN | 0.50 | 80.0 % | 20.0 % | 0.0 % | 0.0 % | – |" in accounts.details(both)
+    assert "| CNN | 12,345 | 3 | 2 | 321 | – | – |" in accounts.expenses(both)
+
+
+def test_curves_go_by_epoch(load: Callable[[str], Any]) -> None:
+    accounts = load("accounts")
+    lines = [{"epoch": e, "train/loss": v} for e, v in ((0.5, 2.0), (1.0, 1.0), (1.5, 0.5), (2.0, 0.3))]
+    assert accounts._by_epoch(lines, "train/loss") == [(1.0, 1.5), (2.0, 0.4)]
+    picture = accounts.curves({"CNN": {"CNN, 2": lines, "CNN, 4": []}, "ResNet": {"ResNet": lines}})
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_the_changes_of_an_ablation(load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    ablation = load("ablation")
+    options = ablation.Options(preset="quickstart", also=("wide: --convmixer.dim 96",))
+    base = cli.parse(ablation.baseline(options), "test")
+    assert (base.synthetic.photographs, base.data) == (2400, "synthetic")
+    found = ablation.chosen(options, base)
+    assert next(iter(found)) == "baseline"
+    assert found["wide"] == ["--convmixer.dim", "96"]
+    assert {"batch-up", "crop-smaller", "lr-down", "mse", "effective", "cutmix"} <= found.keys()
+    configs = {name: cli.parse([*ablation.baseline(options), *flags], name) for name, flags in found.items()}
+    assert configs["batch-down"].batch_size == 16
+    assert configs["crop-smaller"].image_size == 160
+    assert configs["crop-whole"].canvas == base.image_size
+    assert configs["lr-up"].lr == pytest.approx(0.009)
+    # What the baseline has is no change.
+    again = ablation.Options(preset="quickstart", flags="--loss.name mse", changes=("mse", "lr-up"))
+    assert list(ablation.chosen(again, cli.parse(ablation.baseline(again), "test"))) == ["baseline", "lr-up"]
+    assert "mse: the baseline has it already" in capsys.readouterr().out
+    for wrong in (ablation.Options(changes=("magic",)), ablation.Options(also=("no colon",))):
+        with pytest.raises(UserError, match=r"known are batch-up|give NAME: FLAGS"):
+            ablation.chosen(wrong, base)
+    with pytest.raises(UserError, match="give at least 3"):
+        ablation.main(ablation.Options(seeds=(0, 1)))
+
+
+def test_differences_go_seed_by_seed_and_few_photographs_are_said(load: Callable[[str], Any]) -> None:
+    accounts, ablation, harness = load("accounts"), load("ablation"), load("harness")
+
+    def change(name: str, kappas: list[float]) -> dict[str, Any]:
+        return {"name": name, "flags": "--x 1" * (name != "baseline"), "baseline": name == "baseline", "valid": 142,
+                "kappas": kappas, "accuracy": harness.spread([0.5, 0.6, 0.7]), "data": "mine", "unit": "QWK",
+                **harness.spread(kappas)}  # fmt: skip
+
+    base = change("baseline", [0.1, 0.5, 0.9])
+    found = ablation.compared(change("mse", [0.2, 0.6, 1.0]), base)
+    assert found["difference"]["low"] == pytest.approx(found["difference"]["high"]) == pytest.approx(0.1)
+    failed = ablation.compared({"name": "huge", "flags": "--y", "failed": "too large"}, base)
+    table = accounts.changes([ablation.compared(base, base), found, failed])
+    assert "| mse | `--x 1` | 0.600 (0.200-1.000) | +0.100 (+0.100 to +0.100) | 60.0 % | – |" in table
+    assert "| huge | `--y` | failed |" in table
+    assert "they decide nothing" in accounts.caution(142)
+    assert "±8.2 points" in accounts.caution(142)
+    assert "they decide nothing" not in accounts.caution(2503)
+
+
+def test_the_generated_texts_have_both(load: Callable[[str], Any], tmp_path: Path) -> None:
+    blocks, stored, harness = load("blocks"), load("stored"), load("harness")
+    about = {"machine": {"cpu": "some", "cores": 2, "gpu": None}, "versions": {"torch": "2"}, "command": "python x",
+             "date": "2026-01-01T00:00:00+00:00"}  # fmt: skip
+    change = {"name": "baseline", "flags": "", "baseline": True, "valid": 142, "kappas": [0.5] * 3, "data": "mine",
+              "accuracy": harness.spread([0.5] * 3), "difference": harness.spread([0.0] * 3), "unit": "QWK",
+              **harness.spread([0.5] * 3)}  # fmt: skip
+    for name, rows in (("report", [row()]), ("ablation", [change])):
+        path = tmp_path / f"{name}_2-core-cpu_2026-01-01.json"
+        path.write_text(json.dumps({"benchmark": name, "rows": rows, **about}))
+    results = stored.newest(tmp_path)
+    assert any("| CNN |" in text for text in blocks.BLOCKS["report"](results, lambda path: path.name))
+    ablation = blocks.BLOCKS["ablation"](results, lambda path: path.name)
+    assert any("they decide nothing" in text for text in ablation)
+    assert any("| baseline |" in text for text in ablation)
+
+
+def test_a_run_that_is_done_is_not_made_again_and_a_failure_is_a_sentence(
+    load: Callable[[str], Any], tmp_path: Path
+) -> None:
+    whole = load("whole")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "status.json").write_text(json.dumps({"state": "done", "step": 1, "reason": ""}))
+    assert whole.train(tmp_path / "done", ["--no-such-flag"]) is None
+    assert not (tmp_path / "done.log").exists()
+    assert "unknown argument '--no-such-flag'" in whole.train(tmp_path / "new", ["--no-such-flag"])

@@ -386,7 +386,7 @@ def check(config: Config, where: str) -> Config:
             "augment.mixup and augment.cutmix mix the photographs of a micro batch, so it cannot be 1; raise "
             f"{'micro_batch_size' if config.batch_size > 1 else 'batch_size'} or set both to 0.",
         )
-    check_loss(config.loss, config.ungradable == "class", where)
+    check_loss(config.loss, config.ungradable == "class", config.evaluation.field == "multi", where)
     ratio = config.optimizer.warmup_ratio
     need(0 <= ratio < 1, f"optimizer.warmup_ratio is {ratio}, but must be from 0 to below 1.")
     clip = config.optimizer.clip_norm

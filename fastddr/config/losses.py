@@ -6,8 +6,9 @@ from fastddr.config.sections import LossConfig
 from fastddr.errors import UserError
 
 
-def check_loss(loss: LossConfig, sixth: bool, where: str) -> None:
-    """Raise `UserError` unless the settings go together; `sixth`: whether ungradable is a class."""
+def check_loss(loss: LossConfig, sixth: bool, windows: bool, where: str) -> None:
+    """Raise `UserError` unless the settings go together; `sixth`: whether ungradable is a class,
+    `windows`: whether photographs are scored in several windows."""
 
     def need(holds: bool, sentence: str) -> None:
         if not holds:
@@ -20,6 +21,11 @@ def check_loss(loss: LossConfig, sixth: bool, where: str) -> None:
             not sixth,
             "loss.name mse places photographs on the scale of grades, on which ungradable is no step; set ungradable "
             "to exclude, or loss.name to cross_entropy.",
+        )
+        need(
+            not windows,
+            "loss.name mse fits its thresholds to one window of each photograph; set evaluation.field to center or "
+            "full, and average windows afterwards with `fastddr evaluate --window multi`.",
         )
         need(
             loss.label_smoothing == 0 and loss.class_weights == "none",

@@ -18,6 +18,7 @@ from fastddr.config import Config
 from fastddr.data import manifest, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation import views
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import restore
@@ -82,12 +83,11 @@ def evaluate(asked: Evaluate) -> Path | None:
             f"{found.root}: these are not the photographs that {asked.run} was trained on (compare {run.manifest}); "
             "restore them, or name them with --data."
         )
-    weights = restored.weights + ("" if asked.tta == "none" else f", {asked.tta} averaged")
+    weights = restored.weights + views.told(config.evaluation.tta)
     weights += ", nine windows averaged" if config.evaluation.field == "multi" else ""
     loader = scoring(config, found, began, _ids(found, asked.split), lambda line: console.print(f"  {line}"))
     try:
-        model = restored.averaged(asked.tta)
-        result = score(began.accelerator, model, loader, paths=found.path, weights=weights)
+        result = score(began.accelerator, restored.averaged, loader, paths=found.path, weights=weights)
     finally:
         loader.close()
     if not began.is_main:
@@ -117,7 +117,8 @@ def _write(
     console: Console,
 ) -> Path:
     multi = ["multi"] if config.evaluation.field == "multi" else []
-    label = "-".join([asked.split, asked.weights, *([] if asked.tta == "none" else [asked.tta]), *multi])
+    tta = [] if config.evaluation.tta == "none" else [config.evaluation.tta]
+    label = "-".join([asked.split, asked.weights, *tta, *multi])
     place = claim(run.path / "evaluations" / f"{label}-{datetime.now():%Y%m%d-%H%M%S}", named=False)
     values = figures(result.logits, result.grades)
     if asked.split in ("test", "all") and found.has("test"):
@@ -129,17 +130,17 @@ def _write(
     about = facts(config, found, began, parameters, [])
     reporting.write(
         place, {asked.split: result}, about, found.notes, root=found.root, left_out=found.left_out, folder=place,
-        temperature=_temperature(run, asked), title=f"{run.path.resolve().name}: {label}",
+        temperature=_temperature(run, asked, config), title=f"{run.path.resolve().name}: {label}",
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
 
 
-def _temperature(run: RunFolder, asked: Evaluate) -> float | None:
+def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | None:
     """The temperature that was fitted on valid at the end of the run, where it is of this way of scoring."""
-    report = run.path / "report"
-    other = asked.weights != "best" or asked.tta != "none" or asked.window is not None
-    if other or not (report / reporting.ABOUT).is_file():
+    report, trained = run.path / "report", restore.stored(run.path).evaluation
+    same = asked.weights == "best" and replace(trained, batch_size=None) == config.evaluation
+    if not same or not (report / reporting.ABOUT).is_file():
         return None
     found: float | None = again.read_about(report)["temperature"]
     return found

@@ -155,7 +155,7 @@ def _logits(
     try:
         with EpochBar(console, "grading", len(usable)) as bar:
             result = score(
-                began.accelerator, restored.averaged(asked.tta), loader, paths=listed.path, weights=restored.weights,
+                began.accelerator, restored.averaged, loader, paths=listed.path, weights=restored.weights,
                 on_batch=count,
             )  # fmt: skip
     finally:

@@ -17,8 +17,8 @@ from torch import nn
 from fastddr import checkpoints, models, ranks, runtime
 from fastddr.config import Config, from_mapping, read_yaml
 from fastddr.errors import UserError
-from fastddr.evaluation import grading
-from fastddr.evaluation.views import Averaged, Views
+from fastddr.evaluation import grading, views
+from fastddr.evaluation.views import Views
 from fastddr.runs import RunFolder
 
 Weights = Literal["best", "last"]
@@ -32,8 +32,9 @@ class Scoring:
     """The run's folder."""
     weights: Weights = "best"
     """Of the epoch with the highest kappa on valid, or of the last one."""
-    tta: Views = "none"
-    """Test-time augmentation: the mean over `flips` (4 views) or over flips and quarter turns (`dihedral`, 8)."""
+    tta: Views | None = None
+    """Test-time augmentation: the mean over `flips` (4), over flips and quarter turns (`dihedral`, 8), or `none`;
+    by default as in the run's report."""
     window: Literal["center", "full", "multi"] | None = None
     """The centre window of the canvas, all of its short side, or the mean of the probabilities over nine windows of the
     canvas; by default as the run was validated."""
@@ -65,9 +66,10 @@ class Restored:
         """How many numbers it was trained to have."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def averaged(self, views: Views) -> nn.Module:
-        """The model, or its mean over these views."""
-        return self.model if views == "none" else Averaged(self.model, views)
+    @property
+    def averaged(self) -> nn.Module:
+        """The model, or its mean over the views of the configuration."""
+        return views.averaged(self.model, self.config.evaluation.tta)
 
 
 def stored(run: Path) -> Config:
@@ -103,7 +105,12 @@ def settings(asked: Scoring) -> Config:
         batch_size=int(held) * ranks.world(),
         micro_batch_size=int(held),
         sync_batchnorm=False,  # scoring takes the stored statistics, on a CPU too
-        evaluation=replace(config.evaluation, field=asked.window or config.evaluation.field, batch_size=None),
+        evaluation=replace(
+            config.evaluation,
+            field=asked.window or config.evaluation.field,
+            tta=asked.tta or config.evaluation.tta,
+            batch_size=None,
+        ),
         precision=asked.precision or ("fp32" if runtime.on_cpu() else config.precision),
     )
 

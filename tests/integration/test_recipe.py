@@ -10,8 +10,9 @@ import pytest
 import torch
 from tests_support import ROOT, SMALL, launch, settings, train, weights
 
-from fastddr import checkpoints, losses
+from fastddr import checkpoints, cli, losses
 from fastddr.__main__ import main
+from fastddr.errors import UserError
 from fastddr.evaluation.grading import Grading
 from fastddr.trainer import Trainer
 
@@ -90,6 +91,19 @@ def test_a_regression_begins_at_the_weights_of_a_classifier(
     assert "head.weight begins at random: 1×8 here, 5×8 there" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--evaluation.field", "multi"], "one window of each photograph"),
+        (["--loss.class-weights", "inverse"], "are of cross-entropy"),
+        (["--ungradable", "class"], "ungradable is no step"),
+    ],
+)
+def test_what_does_not_go_with_a_regression_is_one_sentence(tiny: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        cli.parse(["--data", str(tiny), "--loss.name", "mse", *flags], "test")
+
+
 @pytest.mark.slow
 def test_two_ranks_fit_the_same_grading(tiny: Path, tmp_path: Path) -> None:
     script = ROOT / "fastddr" / "train.py"
@@ -123,7 +137,7 @@ def test_the_report_averages_the_views_that_were_asked_for(run: Path, tiny: Path
 
 
 def test_the_preset_best_trains_scaled_down(tiny: Path, tmp_path: Path) -> None:
-    from fastddr import cli, config
+    from fastddr import config
     from fastddr.config.sections import POLICIES
 
     best = config.load_preset("best")

@@ -62,7 +62,10 @@ def write(
     report.mkdir(parents=True, exist_ok=True)
     if "valid" in splits and len(splits["valid"].grades):
         temperature = fitted(splits["valid"].logits, splits["valid"].grades)
-    found = {name: _figures(split, None if name == LAST else temperature) for name, split in splits.items()}
+    found = {}
+    for name, split in splits.items():
+        own = name == LAST and len(split.grades)  # valid under other weights has a temperature of its own
+        found[name] = _figures(split, fitted(split.logits, split.grades) if own else temperature)
     logged = read_metrics(run_dir)
     shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
     pictures = {"curves.png": plots.curves(logged)} if plots.has_curves(logged) else {}

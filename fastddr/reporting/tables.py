@@ -110,11 +110,16 @@ def markdown(
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "
         "kind: compare models on one split, never one model across splits."
     )
-    temperatures = {values["calibrated"]["temperature"] for values in found.values() if "calibrated" in values}
+    temperatures = {
+        values["weights"]: f"{values['calibrated']['temperature']:.3f}"
+        for values in found.values()
+        if "calibrated" in values
+    }
     if temperatures:
+        told = "; ".join(f"{value} for {weights}" for weights, value in temperatures.items())
         parts.append(
-            f"Temperature: {', '.join(f'{value:.3f}' for value in sorted(temperatures))}, fitted on valid. The "
-            "calibrated probabilities are the softmax of the logits over it; no other figure here uses them."
+            f"Temperature, fitted on valid: {told}. The calibrated probabilities are the softmax of the logits over it; no "
+            "other figure here uses them."
         )
     if notes:
         parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddr.tracking import FINISH_TIMEOUT, INIT_TIMEOUT
+from fastddr.tracking.wandb_run import FINISH_TIMEOUT, INIT_TIMEOUT
 
 #: Where the runs' files go, below the working directory, as those of training runs do.
 FOLDER = Path("runs") / "benchmarks"

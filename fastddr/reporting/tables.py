@@ -118,8 +118,8 @@ def markdown(
     if temperatures:
         told = "; ".join(f"{value} for {weights}" for weights, value in temperatures.items())
         parts.append(
-            f"Temperature, fitted on valid: {told}. The calibrated probabilities are the softmax of the logits over it; no "
-            "other figure here uses them."
+            f"Temperature, fitted on valid: {told}. The calibrated probabilities are the softmax of the logits over "
+            "it; no other figure here uses them."
         )
     if notes:
         parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]

@@ -66,11 +66,11 @@ class Graded(nn.Module):
 
     def __init__(self, model: nn.Module, grading: Grading) -> None:
         super().__init__()
-        self.model, self._grading = model, grading
+        self.model, self.grading = model, grading
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C"]:
         """Images to logits (`Grading.logits`)."""
-        return self._grading.logits(self.model(image))
+        return self.grading.logits(self.model(image))
 
 
 def wrap(model: nn.Module, config: Config, saved: Mapping[str, Any] | None) -> nn.Module:
@@ -81,6 +81,11 @@ def wrap(model: nn.Module, config: Config, saved: Mapping[str, Any] | None) -> n
     if config.loss.name != "mse":
         return model
     return Graded(model, _grading(saved))
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The bare model and its grading, as `wrap` takes them."""
+    return (model.model, asdict(model.grading)) if isinstance(model, Graded) else (model, None)
 
 
 def fitted(found: SplitResult, config: Config) -> tuple[SplitResult, dict[str, Any] | None]:

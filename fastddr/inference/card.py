@@ -79,10 +79,11 @@ def _input(deployed: Deployed, recipe: Recipe | None, about: Mapping[str, Any]) 
         f"- What is graded: {windows} of the canvas.",
     ]
     if about["format"] == "safetensors":
+        gives = "logits" if about["grading"] is None else "one value, which the thresholds in export.json make a grade"
         lines.append(
             f"- `{about['file']}` holds the weights alone; images are RGB, normalised with mean "
             f"{list(deployed.config.augment.mean)} and standard deviation {list(deployed.config.augment.std)} of "
-            "values in 0-1, (b, 3, h, w) in float32, and the model gives logits."
+            f"values in 0-1, (b, 3, h, w) in float32, and the model gives {gives}."
         )
     else:
         lines.append(

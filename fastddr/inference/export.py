@@ -32,6 +32,7 @@ from fastddr.config import Config
 from fastddr.data import masters, photos, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.evaluation import grading
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import card, formats, restore
 from fastddr.inference.deployed import Deployed
@@ -94,7 +95,8 @@ def export(asked: Export) -> Path:
     deployed = Deployed(restored.model, config).eval()
 
     def rebuild() -> torch.nn.Module:
-        return models.from_config(config, lambda line: None).eval()
+        bare = models.from_config(config, lambda line: None)
+        return grading.wrap(bare, config, grading.unwrap(restored.model)[1]).eval()
 
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -201,6 +203,7 @@ def _about(asked: Export, restored: Restored, deployed: Deployed) -> dict[str, A
         "model": config.model,
         "weights": restored.weights,
         "fingerprint": restored.fingerprint,
+        "grading": grading.unwrap(restored.model)[1],
         "input": {"name": formats.INPUT, "dtype": "uint8", "shape": ["b", "h", "w", 3], "canvas": deployed.canvas},
         "output": {"name": formats.OUTPUT, "dtype": "float32", "shape": ["b", config.num_classes]},
         "window": config.evaluation.field,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fastddr.errors import UserError
+from fastddr.evaluation import grading
 from fastddr.inference.deployed import Deployed
 
 Format = Literal["onnx", "torch-export", "safetensors"]
@@ -47,7 +48,9 @@ def write(format: Format, deployed: Deployed, file: Path, about: Mapping[str, ob
     """Write a model, on the CPU and in evaluation mode, to a file; `about` is kept in it as JSON."""
     facts = {"fastddr": json.dumps(about)}
     if format == "safetensors":
-        tensors = {key: value.contiguous() for key, value in deployed.model.state_dict().items()}
+        # Those of the bare model: a regression's thresholds stand in the file's facts.
+        state = grading.unwrap(deployed.model)[0].state_dict()
+        tensors = {key: value.contiguous() for key, value in state.items()}
         file.write_bytes(save(tensors, facts))
         return
     height, width = deployed.canvas, deployed.canvas + 8
@@ -82,7 +85,7 @@ def read(format: Format, file: Path, rebuild: Callable[[], nn.Module], deployed:
             network = torch.export.load(file).module()
     else:
         network = Deployed(rebuild(), deployed.config)
-        network.model.load_state_dict(load_file(file), strict=True)
+        grading.unwrap(network.model)[0].load_state_dict(load_file(file), strict=True)
         network.eval()
 
     def run(canvas: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b C"]:

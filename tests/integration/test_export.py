@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests_support import train
 
 from fastddr.__main__ import main
@@ -20,6 +21,11 @@ QUICK = ("--epochs", "1", "--lr", "0.01")
 @pytest.fixture(scope="module")
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny, tmp_path_factory.mktemp("runs") / "run", *QUICK)
+
+
+@pytest.fixture(scope="module")
+def regression(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny, tmp_path_factory.mktemp("runs") / "regression", *QUICK, "--loss.name", "mse")
 
 
 def needs(format: str) -> None:
@@ -49,6 +55,21 @@ def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, w
     assert f"{100 * figures['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})" in card
     assert "| train | 9 | 4 | 7 | 3 | 4 | 1 |" in card
     assert ("which graded by the window `center`" in card) == (window != "center")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
+def test_a_regression_is_exported_with_its_thresholds(regression: Path, tmp_path: Path, format: str) -> None:
+    """What is kept has passed the check against the run's own grades; the weights alone go back into a model."""
+    needs(format)
+    out = tmp_path / "out"
+    assert main(["export", str(regression), "--format", format, "--out", str(out)]) == 0
+    about = json.loads((out / "export.json").read_text())
+    state = json.loads((regression / "checkpoints" / "best" / "state.json").read_text())
+    assert about["grading"] == state["progress"]["grading"]
+    if format == "safetensors":
+        best = load_file(regression / "checkpoints" / "best" / "model.safetensors")
+        assert load_file(out / "model.safetensors").keys() == best.keys()
+        assert "one value" in (out / "model_card.md").read_text()
 
 
 def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ TUNED = ("--batch-size", "32", "--lr", "0.0005", "--optimizer.schedule", "cosine
 #: All of it small, for minutes on a CPU.
 QUICK = (
     "--image-size", "64", "--canvas", "96", "--batch-size", "16", "--epochs", "2", "--lr", "0.003", "--threads", "1",
-    "--synthetic.size", "128", "--synthetic.photographs", "400", "--cnn.width", "8", "--resnet.width", "16",
+    "--synthetic.size", "128", "--synthetic.photographs", "240", "--cnn.width", "8", "--resnet.width", "16",
     "--convmixer.dim", "48", "--convmixer.depth", "3", "--convmixer.kernel-size", "5", "--convmixer.patch-size", "4",
     "--tracking.no-wandb", "--tracking.no-tensorboard",
 )  # fmt: skip

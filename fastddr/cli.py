@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
+from fastddr import ranks
 from fastddr.config import Config, check, flatten, load_preset, preset_names
 from fastddr.config.sections import governed, sized
-from fastddr.errors import UserError, nearest
+from fastddr.errors import EXIT_USER_ERROR, UserError, nearest
 
 
 def parse(arguments: Sequence[str], prog: str) -> Config:
@@ -45,6 +47,22 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
             hint = "see --help."
         raise UserError(f"unknown argument {offender!r}; {hint}")
     return check(config, "command line")
+
+
+def answered(work: Callable[[], int]) -> int:
+    """Do a verb's work; its exit code, or 2 for a mistake of the user's and 1 for a lost rank, told in one sentence."""
+    try:
+        return work()
+    except UserError as error:
+        said, code = str(error), EXIT_USER_ERROR
+    except ranks.RankLost as error:
+        said, code = str(error), 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        said, code = f"{error.filename}: {error.strerror}; give a place that can be used.", EXIT_USER_ERROR
+    print(f"fastddr: {said}", file=sys.stderr)
+    return code
 
 
 def _preset_argument(arguments: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ import tyro
 from rich.console import Console
 
 from fastddr import ranks
+from fastddr.cli import answered
 from fastddr.config import SplitConfig, check_splitting
-from fastddr.errors import EXIT_USER_ERROR, UserError
 from fastddr.progress import EpochBar
 
 #: Exit code of `fastddr check` where the set has errors.
@@ -224,16 +224,12 @@ VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}
 
 def main(verb: str, arguments: Sequence[str]) -> int:
     """Run one of `VERBS`, or `plan`; its exit code."""
-    try:
+
+    def work() -> int:
         if verb == "plan":
             plan, flags = tyro.cli(Plan, args=list(arguments), prog="fastddr plan", return_unknown_args=True)
             return plan.run(flags)
         make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
         return tyro.cli(make, args=list(arguments), prog=f"fastddr {verb}").run()
-    except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
-    return EXIT_USER_ERROR
+
+    return answered(work)

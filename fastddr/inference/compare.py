@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,21 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.cli import answered
+from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import again, tables
 
-#: What is compared: label, place in the figures, whether it is read in per cent, and whether less is better.
+#: What is compared: label, place in the figures, and whether it is read in per cent.
 COLUMNS = (
-    ("accuracy", ("accuracy",), True, False),
-    ("kappa (QWK)", ("qwk",), False, False),
-    ("macro F1", ("macro_f1",), False, False),
-    ("balanced acc.", ("balanced_accuracy",), True, False),
-    ("AUC", ("auc",), False, False),
-    ("referable AUC", ("referable", "auc"), False, False),
-    ("calibration err.", ("ece",), True, True),
+    ("accuracy", ("accuracy",), True),
+    ("kappa (QWK)", ("qwk",), False),
+    ("macro F1", ("macro_f1",), False),
+    ("balanced acc.", ("balanced_accuracy",), True),
+    ("AUC", ("auc",), False),
+    ("referable AUC", ("referable", "auc"), False),
+    ("calibration err.", ("ece",), True),
 )
 
 
@@ -135,14 +135,14 @@ def table(compared: Sequence[Compared]) -> list[list[str]]:
     """Head and rows: each run's figures, then the differences of each to the first."""
     body = [["", *(label for label, *_ in COLUMNS)]]
     for one in compared:
-        cells = [tables.cell(_at(one.found, keys), _at(one.ci, keys), pct) for _, keys, pct, _ in COLUMNS]
+        cells = [tables.cell(tables.at(one.found, keys), tables.at(one.ci, keys), pct) for _, keys, pct in COLUMNS]
         body.append([one.name, *cells])
     for one in compared[1:]:
         assert one.differences is not None
         cells = []
-        for _, keys, per_cent, _ in COLUMNS:
-            first, here = _at(compared[0].found, keys), _at(one.found, keys)
-            interval = None if first is None or here is None else bootstrap.interval(_at(one.differences, keys))
+        for _, keys, per_cent in COLUMNS:
+            first, here = tables.at(compared[0].found, keys), tables.at(one.found, keys)
+            interval = None if first is None or here is None else bootstrap.interval(tables.at(one.differences, keys))
             cells.append(_signed(None if interval is None else here - first, interval, per_cent))
         body.append([f"{one.name} − {compared[0].name}", *cells])
     return body
@@ -156,12 +156,6 @@ def _signed(value: float | None, interval: Sequence[float] | None, per_cent: boo
     low, high = (bound * scale for bound in interval)
     star = " *" if low > 0 or high < 0 else ""
     return f"{value * scale:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){star}"
-
-
-def _at(tree: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        tree = None if tree is None else tree[key]
-    return tree
 
 
 def legend(compared: Sequence[Compared], split: str) -> str:
@@ -182,16 +176,30 @@ def as_json(compared: Sequence[Compared], split: str) -> dict[str, Any]:
             difference = {
                 ".".join(keys): bootstrap.interval(values)
                 for _, keys, *_ in COLUMNS
-                if (values := _at(one.differences, keys)) is not None
+                if (values := tables.at(one.differences, keys)) is not None
             }
         runs.append({"run": one.name, "weights": one.weights, **one.found, "ci": one.ci, "difference_ci": difference})
     return {"split": split, "first": compared[0].name, "runs": runs}
 
 
+def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str) -> None:
+    """Print the table of `table`, turned, so that many figures fit into a narrow terminal: a column a run."""
+    console = Console(highlight=False, markup=False)
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    shown.add_column("")
+    for row in body[1:]:
+        shown.add_column(row[0], justify="right", overflow="fold")
+    for index, label in enumerate(body[0][1:], 1):
+        shown.add_row(label, *(row[index] for row in body[1:]))
+    console.print(shown)
+    console.print(f"\n{legend(compared, split)}", style="dim")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; its exit code."""
     asked = tyro.cli(Compare, args=list(arguments), prog="fastddr compare")
-    try:
+
+    def work() -> int:
         compared = compare(asked)
         body = table(compared)
         if asked.out is not None:
@@ -200,22 +208,7 @@ def main(arguments: Sequence[str]) -> int:
             else:
                 text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
             asked.out.write_text(text, encoding="utf-8")
-    except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
-        return EXIT_USER_ERROR
-    console = Console(highlight=False, markup=False)
-    # Turned, so that many figures fit into a narrow terminal: a column a run.
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    shown.add_column("")
-    for row in body[1:]:
-        shown.add_column(row[0], justify="right", overflow="fold")
-    for index, label in enumerate(body[0][1:], 1):
-        shown.add_row(label, *(row[index] for row in body[1:]))
-    console.print(shown)
-    console.print(f"\n{legend(compared, asked.split)}", style="dim")
-    return 0
+        show(compared, body, asked.split)
+        return 0
+
+    return answered(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,10 +13,11 @@ import tyro
 from rich.console import Console
 
 from fastddr import ranks, reporting, runtime
+from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import manifest, source
 from fastddr.data.manifest import Manifest
-from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.errors import UserError
 from fastddr.evaluation import views
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
@@ -149,19 +149,11 @@ def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | Non
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; its exit code."""
     asked = tyro.cli(Evaluate, args=list(arguments), prog="fastddr evaluate")
-    try:
+
+    def work() -> int:
         with ranks.watched():
             evaluate(asked)
             ranks.join()
-    except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except ranks.RankLost as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return answered(work)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -28,10 +27,11 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from fastddr import loaders, models, runtime
+from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, photos, source
 from fastddr.data.manifest import Manifest
-from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.errors import UserError
 from fastddr.evaluation import grading
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import card, formats, restore
@@ -234,14 +234,9 @@ def _umask() -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; its exit code."""
     asked = tyro.cli(Export, args=list(arguments), prog="fastddr export")
-    try:
+
+    def work() -> int:
         export(asked)
-    except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+        return 0
+
+    return answered(work)

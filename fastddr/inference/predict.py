@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fastddr import ranks, runtime
+from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, photos, prepare
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.masters import Recipe
 from fastddr.data.photos import Photo
 from fastddr.data.problems import one_line
-from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.errors import UserError
 from fastddr.evaluation import explain
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import restore
@@ -245,20 +245,12 @@ def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; its exit code."""
     asked = tyro.cli(Predict, args=list(arguments), prog="fastddr predict")
-    try:
+
+    def work() -> int:
         with ranks.watched():
             answer = predict(asked)
             ranks.join()
-    except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except ranks.RankLost as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return 1
-    # The launcher ends all ranks when one ends with an error; rank 0 alone tells.
-    return EXIT_SOME_BAD if answer.bad and ranks.rank() == 0 else 0
+        # The launcher ends all ranks when one ends with an error; rank 0 alone tells.
+        return EXIT_SOME_BAD if answer.bad and ranks.rank() == 0 else 0
+
+    return answered(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from fastddr import reporting
-from fastddr.errors import EXIT_USER_ERROR, UserError
+from fastddr.cli import answered
+from fastddr.errors import UserError
 from fastddr.reporting import again
 
 
@@ -31,17 +31,12 @@ class Report:
 def main(arguments: Sequence[str]) -> int:
     """Run the verb; its exit code."""
     asked = tyro.cli(Report, args=list(arguments), prog="fastddr report")
-    try:
+
+    def work() -> int:
         if asked.data is not None and not asked.data.is_dir():
             raise UserError(f"--data {asked.data}: there is no such folder.")
         folder = again.write(asked.run, asked.data).parent
         reporting.summary(asked.run, tensorboard=folder.name == "report", folder=folder)
-    except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fastddr: {error.filename}: {error.strerror}; give a place that can be used.", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+        return 0
+
+    return answered(work)

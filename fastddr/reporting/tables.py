@@ -72,8 +72,8 @@ def rows(found: Mapping[str, Figures], *, short: bool = False) -> Iterator[tuple
             continue
         cells = []
         for values in found.values():
-            interval = None if short else _at(values["ci"], keys)
-            cells.append(cell(_at(values, keys), interval, per_cent))
+            interval = None if short else at(values["ci"], keys)
+            cells.append(cell(at(values, keys), interval, per_cent))
         if any(text != "–" for text in cells):
             yield SHORT[label] if short else label, cells
     if not short:
@@ -173,7 +173,7 @@ def _endpoints(found: Mapping[str, Figures]) -> str:
     for name, least in ENDPOINTS.items():
         for label, key, per_cent in ENDPOINT_RATES:
             cells = [
-                cell(_at(values, ("endpoints", name, key)), _at(values["ci"], ("endpoints", name, key)), per_cent)
+                cell(at(values, ("endpoints", name, key)), at(values["ci"], ("endpoints", name, key)), per_cent)
                 for values in found.values()
             ]
             body.append([f"{ENDPOINT_NAMES[name]} (grade ≥ {least}): {label}", *cells])
@@ -211,7 +211,7 @@ def _text(text: str) -> str:
     return one_line(text).replace("|", "\\|")
 
 
-def _at(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
+def at(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """What lies at a path of keys; None where one is missing or None."""
     found: Any = values
     for key in keys:

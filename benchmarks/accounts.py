@@ -1,4 +1,4 @@
-"""Tables and pictures of `report.py` and `ablation.py`, from the rows that they write."""
+"""Tables and pictures of `report.py`, `ablation.py` and `seeds.py`, from the rows that they write."""
 
 from __future__ import annotations
 
@@ -171,3 +171,53 @@ def caution(photographs: int) -> str:
     half = 98 / photographs**0.5
     said = f"{photographs:,} photographs of valid place an accuracy of 50 % within ±{half:.1f} points (95 %)"
     return f"{said}: they decide nothing, and this is a smoke test." if photographs < FEW else f"{said}."
+
+
+# --------------------------------------------------------------------------------------------------------- seeds.py
+
+
+def ranks(rows: Sequence[Row]) -> str:
+    """Loss and kappa on valid by number of ranks, and how far two numbers of ranks and two seeds are apart."""
+    base, *others = rows
+    keys = {"loss": "loss", "qwk": "kappa"}
+    headings = [""]
+    for name in keys.values():
+        headings += [f"{name} on valid", f"to {base['name']}", "apart"]
+    lines = [[base["name"]], [f"{base['name']}, another seed"], *([row["name"]] for row in others)]
+    for key in keys:
+        lines[0] += [_spread(base["spreads"][key]), "", ""]
+        lines[1] += ["", "", _spread(others[0]["seeds_apart"][key])]
+        for line, row in zip(lines[2:], others, strict=True):
+            line += [_spread(row["spreads"][key]), _spread(row["difference"][key], "+"), _spread(row["apart"][key])]
+    return table(headings, lines)
+
+
+def _spread(found: Row, sign: str = "") -> str:
+    low, high = (f"{found[key]:{sign}.3f}" for key in ("low", "high"))
+    return f"{found['median']:{sign}.3f} ({low} to {high})"
+
+
+def between_ranks(rows: Sequence[Row]) -> str:
+    """How the table is to be read, and what it says."""
+    base, *others = rows
+    flags = f" with `{base['flags']}`" if base["flags"] else ""
+    said = (
+        f"{base['n']} seeds of `{base['preset']}`{flags}, the last epoch on {base['valid']} photographs of valid; "
+        f"medians with 95 % intervals. Differences to {base['name']} are taken seed by seed; `apart` is without the "
+        "sign, between two seeds over all pairs."
+    )
+    for row in others:
+        further = [
+            name for key, name in (("loss", "loss"), ("qwk", "kappa"))
+            if row["apart"][key]["median"] > row["seeds_apart"][key]["median"]
+        ]  # fmt: skip
+        shifted = [
+            name for key, name in (("loss", "loss"), ("qwk", "kappa"))
+            if row["difference"][key]["low"] > 0 or row["difference"][key]["high"] < 0
+        ]  # fmt: skip
+        said += (
+            f" Of {row['name']} {' and '.join(further) or 'neither'} {'are' if len(further) == 2 else 'is'} further "
+            f"from {base['name']} than another seed is, and {' and '.join(shifted) or 'neither'} "
+            f"{'are' if len(shifted) == 2 else 'is'} shifted to one side."
+        )
+    return said

@@ -385,6 +385,15 @@ def ablation(results: Sequence[Result], link: Link) -> list[str]:
     return texts + _missing(results, "ablation")
 
 
+def seeds(results: Sequence[Result], link: Link) -> list[str]:
+    """Numbers of ranks beside seeds."""
+    texts = []
+    for result in _of(results, "seeds"):
+        about = f"**{result.hardware}.** {accounts.between_ranks(result.rows)} {source(result, link)}"
+        texts += [about, accounts.ranks(result.rows)]
+    return texts + _missing(results, "seeds")
+
+
 def _listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
     texts = []
     for result in _of(results, name):
@@ -413,6 +422,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "predict": predict,
     "scaling": scaling,
     "scaling-paper": scaling_paper,
+    "seeds": seeds,
     "report": report,
     "ablation": ablation,
 }

@@ -11,7 +11,8 @@ replayed allocator, without any allowance. On a CPU the measured side is what Py
 nothing of a GPU's workspaces.
 
 `--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, and finds by
-bisection the largest batch whose steps go through. The case of the 2022 report, a ResNet of 40 layers on 512 px in
+bisection the largest batch whose steps go through, and of the report's ResNet the largest crop, beside what `fastddr
+plan` says of such a card. The case of the 2022 report, a ResNet of 40 layers on 512 px in
 float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and bf16 cure it.
 
 Rows of `kind` memory: median, low and high are the measured peak in GiB over the steps; `predicted_gib`, `error` (of
@@ -23,11 +24,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import harness
 import networks
@@ -37,8 +39,11 @@ import tyro
 from torch import nn
 
 from fastddr.errors import UserError
+from fastddr.memory import allowances
 from fastddr.memory.allocator import replay
-from fastddr.memory.tape import KINDS
+from fastddr.memory.allowances import Allowance
+from fastddr.memory.predicting import needed, usable
+from fastddr.memory.tape import KINDS, Tape
 from fastddr.memory.tracing import Steps, Training, trace
 
 GIB = 2**30
@@ -47,6 +52,10 @@ REPEATS = 5
 #: Ours, the report's, and two strangers.
 MODELS = ("convmixer-512-12-k9-p8", "cnn", "resnet,depth=40", "resnet,depth=40,stem=stride1", "timm:resnet50",
           "timm:convnext_tiny")  # fmt: skip
+#: Photographs at once where the largest crop is looked for, as the report had them.
+CROP_BATCH = 16
+#: Of the search: steps of a crop, and where it ends.
+STEP, MOST_SIDE, MOST_BATCH = 32, 2048, 1024
 TINY = ("convmixer-16-2-k3-p8", "cnn,blocks=2,width=8", "resnet,depth=10,width=16")
 
 
@@ -188,26 +197,66 @@ def in_process(trial: Trial) -> dict[str, Any]:
     return {"failed": lines[-1][:200]}
 
 
-def largest(trial: Trial, most: int = 1024) -> int:
-    """The largest batch that goes through on the emulated card, by doubling and bisection; 0 if none.
-
-    Raises:
-        RuntimeError: a trial failed, but not for want of memory.
-    """
-
-    def works(batch: int) -> bool:
-        reason: str = in_process(Trial(**asdict(trial) | {"batch_size": batch})).get("failed", "")
-        if reason and "out of memory" not in reason.lower():
-            raise RuntimeError(f"{trial.name}, batch {batch}: {reason}")
-        return not reason
-
-    low, high = 0, 2
+def searched(works: Callable[[int], bool], most: int) -> int:
+    """The largest count up to `most` that works, within a sixteenth, by doubling and bisection; 0 if none does."""
+    low, high = 0, 1
     while high <= most and works(high):
         low, high = high, 2 * high
+    high = min(high, most + 1)
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if works(middle) else (low, middle)
     return low
+
+
+def works(trial: Trial) -> bool:
+    """Whether its steps go through on the emulated card.
+
+    Raises:
+        RuntimeError: they failed, but not for want of memory.
+    """
+    reason: str = in_process(trial).get("failed", "")
+    if reason and "out of memory" not in reason.lower():
+        raise RuntimeError(f"{trial.name}: {reason}")
+    return not reason
+
+
+@lru_cache(maxsize=64)
+def _tape(trial: Trial) -> Tape:
+    return trace(trial.make, trial.steps, proof=False)
+
+
+def predicted(trial: Trial, allowance: Allowance) -> bool:
+    """Whether `fastddr plan` would say that it fits on the emulated card."""
+    assert trial.limit_gib is not None
+    room = usable(trial.limit_gib, allowance) - allowance.workspaces - allowance.context
+    tape = _tape(replace(trial, batch_size=0, limit_gib=None))
+    return tape.peak(trial.batch_size).held <= room and needed(tape, trial.batch_size) <= room
+
+
+def largest(trial: Trial, what: Literal["batch", "crop"], allowance: Allowance) -> dict[str, Any]:
+    """The largest batch, or the largest crop in steps of 32 px, found and predicted, as a row."""
+
+    def sized(count: int) -> Trial:
+        return replace(trial, **({"batch_size": count} if what == "batch" else {"image_size": STEP * count}))
+
+    most, unit = (MOST_BATCH, 1) if what == "batch" else (MOST_SIDE // STEP, STEP)
+    same = f"{trial.image_size} px" if what == "batch" else f"batch {trial.batch_size}"
+    about = {
+        "name": f"largest {what}, {trial.limit_gib:g} GiB, {trial.model}, {same}, {trial.precision}", "kind": "largest",
+        "model": trial.model, "precision": trial.precision, "card_gib": trial.limit_gib,
+        **({"image_size": trial.image_size} if what == "batch" else {"batch_size": trial.batch_size}),
+    }  # fmt: skip
+    try:
+        found = unit * searched(lambda count: works(sized(count)), most)
+    except RuntimeError as problem:
+        # One model that cannot run must not take the figures of the others along.
+        return about | {"failed": str(problem)}
+    alone = unit * searched(lambda count: predicted(sized(count), allowance), most)
+    return about | {
+        "median": found, "low": found, "high": found, "n": 1, "unit": "photographs" if what == "batch" else "px",
+        "predicted": alone, "share": alone / found if found else None,
+    }  # fmt: skip
 
 
 def row(trial: Trial, *, gpu: bool) -> dict[str, Any]:
@@ -255,14 +304,14 @@ def main(options: Options) -> None:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
     harness.begin()
     rows = [row(trial, gpu=gpu) for trial in trials(options, gpu=gpu)]
-    for size, model, side in product(options.cards, options.models or MODELS, options.image_sizes or (256, 512)):
-        for precision in options.precisions or ("fp32", "bf16"):
-            batch = largest(Trial(model, side, 2, precision, recomputed=False, limit_gib=size))
-            rows.append(
-                {"name": f"largest batch, {size:g} GiB, {model}, {side} px, {precision}", "kind": "largest",
-                 "model": model, "image_size": side, "precision": precision, "card_gib": size,
-                 "median": batch, "low": batch, "high": batch, "unit": "photographs", "n": 1}
-            )  # fmt: skip
+    allowance = allowances.load(torch.cuda.get_device_name(0) if gpu else None)
+    for size, model, precision in product(
+        options.cards, options.models or MODELS, options.precisions or ("fp32", "bf16")
+    ):
+        for side in options.image_sizes or (256, 512):
+            rows.append(largest(Trial(model, side, 1, precision, False, limit_gib=size), "batch", allowance))
+        if "depth" in model or options.models:  # the case of the report, and what is asked for
+            rows.append(largest(Trial(model, 0, CROP_BATCH, precision, False, limit_gib=size), "crop", allowance))
     rows += errors(rows)
     shown = [each for each in rows if "failed" not in each]
     harness.show(f"Peak memory, {harness.hardware_name(harness.machine())}", shown, ("predicted_gib", "error"))

@@ -42,17 +42,26 @@ def ending() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train(folder: Path, arguments: Sequence[str]) -> str | None:
+def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
     """Bring a run to its end; what went wrong, in one sentence, or None.
 
-    Several GPUs train it together. What it says goes to FOLDER.log, how long it took to FOLDER.time.
+    By default all GPUs train it together; `ranks` is another number. What it says goes to FOLDER.log, how long it took
+    to FOLDER.time.
     """
     if RunFolder(folder).status().get("state") == "done":
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     log, clock = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.time")
     script = str(ROOT / "fastddr" / "train.py")
-    launcher = ["-m", "accelerate.commands.launch"] if torch.cuda.device_count() > 1 else []
+    launch = ["-m", "accelerate.commands.launch"]
+    launcher = launch if torch.cuda.device_count() > 1 else []
+    if ranks:
+        # In full, since without a user's own settings `accelerate launch` takes all GPUs.
+        many = ["--multi_gpu"] if ranks > 1 else []
+        launcher = [
+            *launch, *many, "--num_machines", "1", "--num_processes", str(ranks), "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", "0",
+        ]  # fmt: skip
     command = [sys.executable, *launcher, script, *arguments, "--run-dir", str(folder)]
     whole = not folder.exists()
     began = time.perf_counter()

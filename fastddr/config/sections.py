@@ -189,10 +189,10 @@ class LossConfig:
 class EvaluationConfig:
     """How a split is scored."""
 
-    field: Literal["center", "full", "multi"] = "center"
-    """`center`: the centre window of the canvas. `full`: the same on a canvas as small as the window, so that
-    its short side is seen whole. `multi`: the mean of the probabilities over nine windows, in three rows and columns
-    from edge to edge of the canvas."""
+    field: Literal["center", "full", "multi"] = "full"
+    """`full`: the centre window of a canvas that is as small as the window, so that its short side is seen whole.
+    `center`: the centre window of the canvas that is trained on, as in the presets of the 2022 report. `multi`: the
+    mean of the probabilities over nine windows, in three rows and columns from edge to edge of that canvas."""
     batch_size: int | None = None
     """Photographs a rank holds at once; by default the training micro batch."""
     tta: Literal["none", "flips", "dihedral"] = "none"

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from fastddr import ranks
 from fastddr.config import Config
+from fastddr.config.augment import MAX_SHRINK
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.loaders import build
@@ -38,6 +39,12 @@ class RunLoaders:
         self.choice = choose(config.loader, tasks, config.epochs, free)
         kept = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
         say(f"loader {self.choice.loader}{kept}: {self.choice.reason}")
+        smaller = config.canvas / config.image_size
+        if config.evaluation.field == "full" and smaller > MAX_SHRINK:
+            say(
+                f"evaluation full: what is seen is {smaller:.2g} times smaller than in training; --evaluation.field "
+                "center or multi keeps the size"
+            )
         self._opened: list[Loader] = []
         try:
             self.train, self.valid = (self._open(task) for task in tasks)

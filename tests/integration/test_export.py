@@ -35,7 +35,7 @@ def needs(format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "window"), [("safetensors", "center"), ("torch-export", "full"), ("onnx", "center"), ("onnx", "multi")]
+    ("format", "window"), [("safetensors", "full"), ("torch-export", "center"), ("onnx", "full"), ("onnx", "multi")]
 )
 def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, window: str) -> None:
     needs(format)
@@ -54,7 +54,7 @@ def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, w
     low, high = figures["ci"]["accuracy"]
     assert f"{100 * figures['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})" in card
     assert "| train | 9 | 4 | 7 | 3 | 4 | 1 |" in card
-    assert ("which graded by the window `center`" in card) == (window != "center")
+    assert ("which graded by the window `full`" in card) == (window != "full")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])

@@ -51,7 +51,7 @@ def raw(tiny: Path, tmp_path: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("flags", [(), ("--window", "full", "--tta", "flips"), ("--window", "multi")])
+@pytest.mark.parametrize("flags", [(), ("--window", "center", "--tta", "flips"), ("--window", "multi")])
 def test_raw_photographs_get_the_answer_of_their_masters(
     run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:

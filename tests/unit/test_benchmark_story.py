@@ -1,4 +1,4 @@
-"""`report.py` and `ablation.py`: what is trained, what may stand beside what, and how their tables say it."""
+"""`report.py`, `ablation.py` and `seeds.py`: what is trained, what stands beside what, how tables say it."""
 
 from __future__ import annotations
 
@@ -159,6 +159,34 @@ def test_differences_go_seed_by_seed_and_few_photographs_are_said(load: Callable
     assert "they decide nothing" in accounts.caution(142)
     assert "±8.2 points" in accounts.caution(142)
     assert "they decide nothing" not in accounts.caution(2503)
+
+
+def test_ranks_stand_beside_seeds(load: Callable[[str], Any]) -> None:
+    seeds, accounts = load("seeds"), load("accounts")
+
+    def row(ranks: int, losses: list[float], kappas: list[float]) -> dict[str, Any]:
+        valid = [{"loss": loss, "qwk": kappa, "n": 200} for loss, kappa in zip(losses, kappas, strict=True)]
+        found: dict[str, Any] = seeds.row(ranks, range(len(losses)), valid)
+        return {**found, "preset": "quickstart", "flags": ""}
+
+    one = row(1, [1.0, 1.2, 1.1, 1.3, 1.0], [0.5, 0.6, 0.5, 0.7, 0.6])
+    near, far = row(2, [0.99, 1.22, 1.1, 1.29, 1.01], [0.5] * 5), row(4, [2.0, 2.2, 2.1, 2.3, 2.0], [0.5] * 5)
+    rows = [one, seeds.compared(near, one), seeds.compared(far, one)]
+    # All pairs of one rank's losses: 0.0, 0.1 (four times), 0.2 (three times), 0.3 (twice).
+    assert rows[1]["seeds_apart"]["loss"]["median"] == pytest.approx(0.15)
+    assert rows[2]["difference"]["loss"]["low"] == pytest.approx(1.0)
+    table = accounts.ranks(rows)
+    assert "| 1 rank, another seed | | | 0.150 (" in table
+    assert "| 4 ranks | 2.100 (2.000 to 2.300) | +1.000 (+1.000 to +1.000) | 1.000 (1.000 to 1.000) |" in table
+    said = accounts.between_ranks(rows)
+    assert "Of 2 ranks neither is further from 1 rank than another seed is, and neither is shifted" in said
+    assert "Of 4 ranks loss is further from 1 rank than another seed is, and loss is shifted" in said
+    with pytest.raises(UserError, match="two numbers of ranks"):
+        seeds.numbers(seeds.Options(ranks=(1,)))
+    with pytest.raises(UserError, match="this machine runs 1 to"):
+        seeds.numbers(seeds.Options(ranks=(1, 100_000)))
+    with pytest.raises(UserError, match="at least 5"):
+        seeds.numbers(seeds.Options(ranks=(1, 2), seeds=(0, 1)))
 
 
 def test_the_generated_texts_have_both(load: Callable[[str], Any], tmp_path: Path) -> None:

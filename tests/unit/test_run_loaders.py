@@ -71,7 +71,7 @@ def test_replay_never_scores_a_split(tiny: Path, tmp_path: Path) -> None:
 
 def test_training_and_validation_share_the_budget(tiny: Path, tmp_path: Path) -> None:
     """27 and 11 photographs: what holds either, but not both, is too little."""
-    need = (27 + 11) * 80 * 80 * 3 / 2**30
+    need = (27 * 80 * 80 + 11 * 64 * 64) * 3 / 2**30
     flags = ["--loader", "resident", "--loading.store-gib"]
     opened(settings(tiny, tmp_path / "run", *flags, str(need * 1.01)), tiny, []).close()
     with pytest.raises(UserError, match="more than is allowed"):
@@ -87,7 +87,19 @@ def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monk
 
 
 def test_an_evaluation_of_the_full_field_has_its_own_canvas(tiny: Path, tmp_path: Path) -> None:
-    loaders = opened(settings(tiny, tmp_path / "run", "--evaluation.field", "full"), tiny, [])
+    said: list[str] = []
+    loaders = opened(settings(tiny, tmp_path / "run"), tiny, said)
     assert (loaders.train.task.canvas, loaders.valid.task.canvas) == (80, 64)
     assert next(iter(loaders.valid.epoch())).image.shape[-2:] == (64, 64)
     loaders.close()
+    assert not [line for line in said if "than in training" in line]
+    center = opened(settings(tiny, tmp_path / "center", "--evaluation.field", "center"), tiny, [])
+    assert center.valid.task.canvas == 80
+    center.close()
+
+
+def test_it_is_said_where_evaluation_shows_things_much_smaller(tiny: Path, tmp_path: Path) -> None:
+    for field, times in (("full", [True]), ("center", []), ("multi", [])):
+        said: list[str] = []
+        opened(settings(tiny, tmp_path / field, "--canvas", "96", "--evaluation.field", field), tiny, said).close()
+        assert ["1.5 times smaller" in line for line in said if "than in training" in line] == times

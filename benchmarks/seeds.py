@@ -1,0 +1,137 @@
+"""How far apart two seeds end, and whether another number of ranks makes more of a difference than another seed.
+
+    python benchmarks/seeds.py                                   # all GPUs beside one; two ranks beside one on a CPU
+    python benchmarks/seeds.py --ranks 1 2 4 8 --preset report-convmixer --flags="--data masters --epochs 20"
+
+The global batches are the same on any number of ranks, but in training BatchNorm takes its statistics over what one
+rank holds at once. So the weights differ, and the question is by how much. Every number of ranks trains with every
+seed; its last epoch is scored on valid. The difference to the fewest ranks is taken seed by seed, and stands beside the
+difference between two seeds of these, over all pairs.
+
+A run that is done is not made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accounts
+import harness
+import torch
+import tyro
+import whole
+
+from fastddr import cli
+from fastddr.errors import UserError
+from fastddr.ranks import available_cores
+
+#: What of valid is compared, with how it is called.
+FIGURES = {"loss": "loss", "qwk": "kappa"}
+#: On a CPU: a set and windows that eight seeds can be waited for.
+SMALL = ("--synthetic.photographs", "800", "--image-size", "128", "--canvas", "144", "--epochs", "8")
+
+
+@dataclass
+class Options:
+    """Train on several numbers of ranks with several seeds."""
+
+    ranks: tuple[int, ...] = ()
+    """By default one and all GPUs; on a CPU one and two."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    """Of the runs; at least 5."""
+    preset: str = "quickstart"
+    """Where settings start."""
+    flags: str | None = None
+    """Further flags of `train.py` for all runs; by default a smaller set, window and time on a CPU, none on a GPU."""
+    folder: Path = Path("runs/seeds")
+    """Where the runs go. A second start goes on there."""
+    out: Path | None = None
+    """The JSON; by default results/seeds_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
+
+
+def numbers(options: Options) -> tuple[int, ...]:
+    """The numbers of ranks to compare, the fewest first.
+
+    Raises:
+        UserError: there are not so many here, or only one number to compare, or too few seeds.
+    """
+    gpus = torch.cuda.device_count()
+    most = gpus or max(2, available_cores())
+    ranks = tuple(sorted(set(options.ranks or (1, gpus or 2))))
+    if len(ranks) < 2:
+        raise UserError("--ranks: give two numbers of ranks at least; on one GPU there is nothing to compare.")
+    if ranks[0] < 1 or ranks[-1] > most:
+        raise UserError(f"--ranks {' '.join(map(str, ranks))}: this machine runs 1 to {most} ranks.")
+    if len(set(options.seeds)) < 5:
+        raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: give at least 5, for an interval of the median.")
+    return ranks
+
+
+def row(ranks: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of one number of ranks, seed by seed."""
+    values = {key: [float(valid[key]) for valid in found] for key in FIGURES}
+    return {
+        "name": f"{ranks} rank{'s' * (ranks > 1)}", "kind": "ranks", "ranks": ranks, "seeds": list(seeds),
+        "valid": found[0]["n"], "values": values,
+        "spreads": {key: harness.spread(one) for key, one in values.items()},
+        **harness.spread(values["loss"]), "unit": "valid loss",
+    }  # fmt: skip
+
+
+def between_seeds(row: Mapping[str, Any], key: str) -> dict[str, float]:
+    """How far apart two seeds end, over all pairs."""
+    return harness.spread([abs(one - other) for one, other in itertools.combinations(row["values"][key], 2)])
+
+
+def compared(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its difference to the fewest ranks, seed by seed, and what two seeds of those differ by."""
+    pairs = {key: list(zip(row["values"][key], base["values"][key], strict=True)) for key in FIGURES}
+    return {
+        **row, "to": base["name"],
+        "difference": {key: harness.spread([one - other for one, other in found]) for key, found in pairs.items()},
+        "apart": {key: harness.spread([abs(one - other) for one, other in found]) for key, found in pairs.items()},
+        "seeds_apart": {key: between_seeds(base, key) for key in FIGURES},
+    }  # fmt: skip
+
+
+def main(options: Options) -> None:
+    """Run what is not run yet, print and write.
+
+    Raises:
+        UserError: a run could not be trained.
+    """
+    ranks = numbers(options)
+    gpu = torch.cuda.is_available()
+    flags = list(() if gpu else SMALL) if options.flags is None else options.flags.split()
+    common = ["--preset", options.preset, *flags, "--tracking.no-wandb", "--tracking.no-tensorboard"]
+    cli.parse(common, "--flags")
+    harness.begin()
+    found: dict[int, list[Mapping[str, Any]]] = {count: [] for count in ranks}
+    with whole.ending():
+        for seed, count in itertools.product(options.seeds, ranks):
+            run = options.folder / f"ranks{count}-seed{seed}"
+            wrong = whole.train(run, [*common, "--seed", str(seed)], ranks=count)
+            if wrong is not None:
+                raise UserError(f"{run} could not be trained: {wrong}")
+            figures = whole.figures(run)
+            found[count].append(figures.get("valid_last") or figures["valid"])
+            said = ", ".join(f"{name} {found[count][-1][key]:.4f}" for key, name in FIGURES.items())
+            harness.say(f"{count} rank(s), seed {seed}: {said} on valid")
+    rows = [row(count, options.seeds, found[count]) for count in ranks]
+    about = {"preset": options.preset, "flags": " ".join(flags)}
+    rows = [{**rows[0], **about}, *({**compared(one, rows[0]), **about} for one in rows[1:])]
+    harness.say(f"{accounts.ranks(rows)}\n\n{accounts.between_ranks(rows)}")
+    harness.say(f"written to {harness.write('seeds', rows, options.out, wandb=options.wandb)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"seeds.py: {mistake}") from None

@@ -1,0 +1,81 @@
+"""`memory.py`: the search for the largest batch and crop, beside what the plan says."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastddr.memory.allowances import GIB, Allowance
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+#: Of a card of which all may be used by PyTorch's allocator.
+WHOLE = Allowance(context=0, workspaces=0, decoder=0, share=0.0, source="test")
+
+
+@pytest.fixture(scope="module")
+def memory() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("memory")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@given(limit=st.integers(0, 5000), most=st.sampled_from([64, 100, 1024]))
+def test_the_search_is_within_a_sixteenth(memory: Any, limit: int, most: int) -> None:
+    asked: list[int] = []
+
+    def works(count: int) -> bool:
+        asked.append(count)
+        return count <= limit
+
+    found = memory.searched(works, most)
+    truth = min(limit, most)
+    assert found <= truth <= found + max(1, found // 16) - (truth <= 16)
+    assert max(asked) <= most
+    assert len(asked) == len(set(asked)) <= 20
+
+
+@pytest.fixture
+def card(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Trials go through where their tape, the allocator replayed, stays below the limit; `problem` otherwise."""
+
+    def make(problem: str) -> None:
+        def in_process(trial: Any) -> dict[str, Any]:
+            tape = memory.trace(trial.make, trial.steps, proof=False)
+            fits = memory.needed(tape, trial.batch_size) <= trial.limit_gib * GIB
+            return {"allocated": [1]} if fits else {"failed": problem}
+
+        monkeypatch.setattr(memory, "in_process", in_process)
+
+    return make
+
+
+@pytest.mark.parametrize(("what", "unit"), [("batch", "photographs"), ("crop", "px")])
+def test_the_largest_is_found_and_predicted(
+    memory: Any, card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, what: str, unit: str
+) -> None:
+    card("torch.OutOfMemoryError: CUDA out of memory.")
+    monkeypatch.setattr(memory, "MOST_BATCH", 16)
+    trial = memory.Trial("convmixer-16-2-k3-p8", 64, 4, "fp32", False, limit_gib=0.004)
+    row = memory.largest(trial, what, WHOLE)
+    assert row["predicted"] == row["median"] > 0
+    assert (row["share"], row["unit"], row["n"]) == (1.0, unit, 1)
+    # A card with less to give is predicted less.
+    less = memory.largest(trial, what, Allowance(context=GIB // 500, workspaces=0, decoder=0, share=0.0, source="test"))
+    assert less["predicted"] < less["median"] == row["median"]
+
+
+def test_what_fails_otherwise_is_a_row_without_a_figure(memory: Any, card: Callable[[str], None]) -> None:
+    card("RuntimeError: no kernel image")
+    trial = memory.Trial("convmixer-16-2-k3-p8", 64, 4, "fp32", False, limit_gib=1e-6)
+    row = memory.largest(trial, "batch", WHOLE)
+    assert "no kernel image" in row["failed"]
+    assert "median" not in row

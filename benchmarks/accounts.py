@@ -1,4 +1,4 @@
-"""Tables and pictures of `report.py`, `ablation.py` and `seeds.py`, from the rows that they write."""
+"""Tables and pictures of `report.py`, `ablation.py`, `seeds.py` and `memory.py`, from their rows."""
 
 from __future__ import annotations
 
@@ -221,3 +221,32 @@ def between_ranks(rows: Sequence[Row]) -> str:
             f"{'are' if len(shifted) == 2 else 'is'} shifted to one side."
         )
     return said
+
+
+# -------------------------------------------------------------------------------------------------------- memory.py
+
+
+def peaks(rows: Sequence[Row]) -> list[str]:
+    """Tables of measured and predicted peaks, and of the largest batch and crop on emulated cards."""
+    texts = []
+    found = [row for row in rows if row.get("kind") == "memory" and "failed" not in row]
+    if found:
+        lines = [
+            [row["name"], row["witness"], f"{number(1024 * row['median'])}", number(1024 * row["predicted_gib"]),
+             f"{100 * row['error']:+.1f} %"]
+            for row in found
+        ]  # fmt: skip
+        texts.append(table(["", "held against", "measured, MiB", "predicted, MiB", "error"], lines, left=2))
+    wrong = [row for row in rows if row.get("kind") == "error"]
+    texts += [f"Over {row['configurations']} of them, {row['name']}: {number(row['median'])} %." for row in wrong]
+    largest = [row for row in rows if row.get("kind") == "largest" and "failed" not in row]
+    if largest:
+        lines = [
+            [row["name"].removeprefix("largest "), f"{row['median']:g} {row['unit']}", f"{row['predicted']:g}",
+             "–" if row["share"] is None else f"{100 * row['share']:.0f} %"]
+            for row in largest
+        ]  # fmt: skip
+        texts.append(table(["largest", "that trains", "predicted", "of it"], lines))
+    failed = [row for row in rows if "failed" in row]
+    texts += [f"Without a figure: {row['name']}: {row['failed']}" for row in failed]
+    return texts

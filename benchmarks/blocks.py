@@ -360,6 +360,15 @@ def scaling_paper(results: Sequence[Result], link: Link) -> list[str]:
     return [*texts, "Photographs:", table(headings, lines), re.sub(r" --out [^ `]+", "", worked)]
 
 
+def memory(results: Sequence[Result], link: Link) -> list[str]:
+    """Measured peaks beside predicted ones."""
+    texts = []
+    for result in _of(results, "memory"):
+        texts.append(f"**{result.hardware}.** Peak memory of a training step, measured by {source(result, link)}")
+        texts += accounts.peaks(result.rows)
+    return texts + _missing(results, "memory")
+
+
 def report(results: Sequence[Result], link: Link) -> list[str]:
     """The 2022 report's models."""
     texts = []
@@ -423,6 +432,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "scaling": scaling,
     "scaling-paper": scaling_paper,
     "seeds": seeds,
+    "memory": memory,
     "report": report,
     "ablation": ablation,
 }

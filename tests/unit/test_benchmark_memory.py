@@ -79,3 +79,28 @@ def test_what_fails_otherwise_is_a_row_without_a_figure(memory: Any, card: Calla
     row = memory.largest(trial, "batch", WHOLE)
     assert "no kernel image" in row["failed"]
     assert "median" not in row
+
+
+def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        accounts = importlib.import_module("accounts")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    spread = {"low": 0.5, "high": 0.5, "n": 5}
+    rows: list[dict[str, Any]] = [
+        {"name": f"net {n}", "kind": "memory", "witness": "CPU allocator's record", "median": 0.5, **spread,
+         "predicted_gib": 0.5 * (1 + error), "error": error}
+        for n, error in enumerate((0.01, -0.02, 0.0, 0.03, -0.1))
+    ]  # fmt: skip
+    rows += memory.errors(rows)
+    rows.append({"name": "largest batch, 8 GiB, net", "kind": "largest", "median": 64, "unit": "photographs",
+                 "predicted": 60, "share": 60 / 64})  # fmt: skip
+    rows.append({"name": "huge", "kind": "memory", "failed": "out of memory"})
+    texts = accounts.peaks(rows)
+    assert "| net 1 | CPU allocator's record | 512 | 502 | -2.0 % |" in texts[0]
+    assert texts[1:3] == [
+        "Over 5 of them, median error of the prediction: 2.0 %.", "Over 5 of them, worst error: net 4: 10 %.",
+    ]  # fmt: skip
+    assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[3]
+    assert texts[4] == "Without a figure: huge: out of memory"

@@ -126,7 +126,9 @@ def _listed(file: str) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ making ready
 
 
-def ready(paths: Sequence[str], recipe: Recipe | None, on_progress: Progress) -> tuple[list[Photo], list[str]]:
+def ready(
+    paths: Sequence[str], recipe: Recipe | None, on_progress: Progress, *, given: bool = False
+) -> tuple[list[Photo], list[str]]:
     """Each photograph as it is loaded, in this order, and sentences about what was prepared; by all ranks of a job.
 
     Args:
@@ -134,6 +136,7 @@ def ready(paths: Sequence[str], recipe: Recipe | None, on_progress: Progress) ->
         recipe: how the run's photographs were prepared, None where they were not. What is a master already, by the
             folder that it lies in, is not prepared again.
         on_progress: hears how far it is.
+        given: whether the user chose the recipe, and not the run.
 
     Raises:
         UserError: masters cannot be made here.
@@ -145,22 +148,25 @@ def ready(paths: Sequence[str], recipe: Recipe | None, on_progress: Progress) ->
     if recipe is not None and raw:
         photos |= {photo.path: photo for photo in _prepared(raw, recipe, on_progress)}
     made = sum(not photos[path].kind for path in raw)
-    return [photos[path] for path in paths], _said(recipe, made, [kind for kind in kinds.values() if kind])
+    return [photos[path] for path in paths], _said(recipe, made, [kind for kind in kinds.values() if kind], given)
 
 
-def _said(recipe: Recipe | None, prepared: int, there: Sequence[Recipe]) -> list[str]:
+def _said(recipe: Recipe | None, prepared: int, there: Sequence[Recipe], given: bool) -> list[str]:
     found = []
     if recipe is None:
-        found.append("no preparation: the run was trained on photographs as they are")
-        if there:
+        why = "as was asked for" if given else "the run was trained on photographs as they are"
+        found.append(f"no preparation: {why}")
+        if there and not given:
             found.append(f"note: {len(there)} of these are masters of `fastddr prepare`, unlike what it was trained on")
         return found
     if prepared:
-        found.append(f"preparation: {prepared:,} photographs cropped to the retina ({recipe}), as the run's were")
+        why = "as was asked for" if given else "as the run's were"
+        found.append(f"preparation: {prepared:,} photographs cropped to the retina ({recipe}), {why}")
     if there:
         found.append(f"no preparation of {len(there):,} photographs: they are masters of `fastddr prepare` already")
     if different := sum(kind != recipe for kind in there):
-        found.append(f"note: {different:,} of these were made otherwise than the run's, which are {recipe}")
+        whose = "what was asked for, which is" if given else "the run's, which are"
+        found.append(f"note: {different:,} of these were made otherwise than {whose} {recipe}")
     return found
 
 

@@ -95,7 +95,10 @@ def predict(asked: Predict) -> Answer:
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
     with EpochBar(console, "looking at photographs") as bar:
         recipe = runtime.from_main(lambda: _recipe(asked, restored))
-        listed, said = photos.ready(found.paths, recipe, lambda _, done, total: bar.update(done, total=total))
+        listed, said = photos.ready(
+            found.paths, recipe, lambda _, done, total: bar.update(done, total=total),
+            given=asked.preparation != "auto",
+        )  # fmt: skip
     for line in (*found.notes, *said):
         console.print(f"  {one_line(line)}")
     usable = [photo for photo in listed if not photo.kind]

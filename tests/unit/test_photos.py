@@ -80,6 +80,9 @@ def test_masters_are_those_of_prepare_and_are_made_once(tmp_path: Path, monkeypa
     raw = sorted((source / "DR_grading" / "test").glob("*.jpg"))
     found, said = photos.ready([str(path) for path in raw], RECIPE, silent)
     assert said == [f"preparation: {len(raw)} photographs cropped to the retina (48 px, jpeg), as the run's were"]
+    given = photos.ready([str(path) for path in raw], RECIPE, silent, given=True)
+    assert given == (found, [said[0].replace("as the run's were", "as was asked for")])
+    assert photos.ready([], None, silent, given=True)[1] == ["no preparation: as was asked for"]
     for path, photo in zip(raw, found, strict=True):
         assert Path(photo.file).read_bytes() == (tmp_path / "masters/DR_grading/test" / path.name).read_bytes()
         assert Path(photo.file).is_relative_to(cache.folder())

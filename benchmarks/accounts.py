@@ -207,19 +207,15 @@ def between_ranks(rows: Sequence[Row]) -> str:
         "sign, between two seeds over all pairs."
     )
     for row in others:
-        further = [
-            name for key, name in (("loss", "loss"), ("qwk", "kappa"))
-            if row["apart"][key]["median"] > row["seeds_apart"][key]["median"]
-        ]  # fmt: skip
-        shifted = [
-            name for key, name in (("loss", "loss"), ("qwk", "kappa"))
-            if row["difference"][key]["low"] > 0 or row["difference"][key]["high"] < 0
-        ]  # fmt: skip
-        said += (
-            f" Of {row['name']} {' and '.join(further) or 'neither'} {'are' if len(further) == 2 else 'is'} further "
-            f"from {base['name']} than another seed is, and {' and '.join(shifted) or 'neither'} "
-            f"{'are' if len(shifted) == 2 else 'is'} shifted to one side."
-        )
+        for key, name in (("loss", "Loss"), ("qwk", "Kappa")):
+            pairs = list(zip(row["values"][key], base["values"][key], strict=True))
+            higher = sum(one > other for one, other in pairs)
+            apart, seeds = row["apart"][key], row["seeds_apart"][key]
+            further = "further than" if apart["low"] > seeds["high"] else "no further than"
+            said += (
+                f" {name} of {row['name']} is {further} another seed, as far as the intervals can tell, and higher "
+                f"than of {base['name']} in {higher} of {len(pairs)} seeds."
+            )
     return said
 
 

@@ -28,6 +28,8 @@ _NUMBERS = {
     "to_reference": "× reference", "largest_levels": "largest difference, levels",
     "mean_levels": "mean difference, levels",
 }  # fmt: skip
+#: Benchmarks whose figures no other work on the machine changes.
+_TIMELESS = ("memory", "seeds")
 
 
 def number(value: float, like: float | None = None) -> str:
@@ -83,10 +85,11 @@ def source(result: Result, link: Link | None) -> str:
     versions = result.record["versions"]
     dali = next((version for name, version in versions.items() if name.startswith("nvidia-dali")), None)
     # Where the file was written is no part of what was measured.
-    said = [f"`{re.sub(r' --(?:out [^ ]+|wandb)', '', result.record['command'])}`", machine(result)]
+    said = [f"`{re.sub(r' --(?:out [^ ]+|folder [^ ]+|wandb)', '', result.record['command'])}`", machine(result)]
     said += [f"torch {versions['torch']}", *([f"DALI {dali}"] if dali else []), result.record["date"][:10]]
     said += [f"[JSON]({link(result.path)})" if link else f"benchmarks/results/{result.path.name}"]
-    busy = " Others were at work on the machine meanwhile, so it is to be measured again." if result.disturbed else ""
+    disturbed = result.disturbed and result.record["benchmark"] not in _TIMELESS
+    busy = " Others were at work on the machine meanwhile, so it is to be measured again." if disturbed else ""
     return f"{', '.join(said)}.{busy}"
 
 

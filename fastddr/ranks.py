@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: Where the ranks of a job look for why another one ended.
-_REASON = "fastddr/ended/"
+#: Where the ranks of a job look for why another one ended, and whether one has waited in vain.
+_REASON, _WAITED = "fastddr/ended/", "fastddr/waited/"
 #: Seconds for which a rank waits for that, and for the others to answer a call.
 _PATIENCE = 3.0
 #: A group over the CPU for calls alone, once `expect` was called.
@@ -115,10 +115,16 @@ def tell(reason: str) -> None:
     import torch.distributed as dist
 
     if world() > 1 and dist.is_initialized():
-        try:
-            _store().set(f"{_REASON}{rank()}", reason)
-        except (RuntimeError, dist.DistError):
-            return  # whoever keeps the store has ended too, and nobody is there to read it
+        _note(_REASON, reason)
+
+
+def _note(kind: str, text: str) -> None:
+    import torch.distributed as dist
+
+    try:
+        _store().set(f"{kind}{rank()}", text)
+    except (RuntimeError, dist.DistError):
+        return  # whoever keeps the store has ended too, and nobody is there to read it
 
 
 @contextmanager
@@ -140,25 +146,37 @@ def _of_ranks(error: RuntimeError) -> bool:
 
 
 def _why(error: RuntimeError) -> str:
-    import torch.distributed as dist
-
     if _TIMED_OUT in str(error):
-        silent = _silent()
-        return (
-            f"{silent} did not answer in time and may be frozen or cut off; the job ends here, and the same command "
-            "with --run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
-        )
+        _note(_WAITED, "")
+        return _too_late()
     ends = time.monotonic() + _PATIENCE
     while time.monotonic() < ends:
         for other in range(world()):
-            key = f"{_REASON}{other}"
-            try:
-                if other != rank() and _store().check([key]):
-                    return f"rank {other} ended: {_store().get(key).decode()}"
-            except (RuntimeError, dist.DistError):
-                break  # the store has ended with its keeper
+            if other != rank() and (found := _noted(_REASON, other)) is not None:
+                return f"rank {other} ended: {found}"
+        # Who has waited in vain leaves the others, to whom that looks as if it had ended.
+        if any(other != rank() and _noted(_WAITED, other) is not None for other in range(world())):
+            return _too_late()
         time.sleep(0.1)
     return "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed."
+
+
+def _noted(kind: str, other: int) -> str | None:
+    import torch.distributed as dist
+
+    key = f"{kind}{other}"
+    try:
+        found: str | None = _store().get(key).decode() if _store().check([key]) else None
+    except (RuntimeError, dist.DistError):
+        return None  # the store has ended with its keeper
+    return found
+
+
+def _too_late() -> str:
+    return (
+        f"{_silent()} did not answer in time and may be frozen or cut off; the job ends here, and the same command "
+        "with --run-dir goes on from the last checkpoint (--rank-timeout-minutes sets how long to wait)."
+    )
 
 
 def _silent() -> str:

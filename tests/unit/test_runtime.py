@@ -123,3 +123,42 @@ def test_the_silent_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.distributed.monitored_barrier", call)
     assert ranks._silent() == "rank 2, 3"
+
+
+class _Store:
+    """What ranks have told each other."""
+
+    def __init__(self, **told: str) -> None:
+        self.told = {f"fastddr/{kind}/{rank}": text for kind, text in told.items() for rank in (1,)}
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.told for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.told[key].encode()
+
+    def set(self, key: str, text: str) -> None:
+        self.told[key] = text
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "expected"),
+    [
+        ("Connection closed by peer", {"ended": "UserError: no", "waited": ""}, "rank 1 ended: UserError: no"),
+        # Who has waited in vain for a third one closes its connections: that is no reason.
+        ("Connection closed by peer", {"waited": ""}, "rank 2 did not answer in time"),
+        ("Timed out waiting 15000ms for recv operation to complete", {}, "rank 2 did not answer in time"),
+        ("Connection closed by peer", {}, "another rank ended without a word"),
+    ],
+)
+def test_the_reason_of_a_broken_job(
+    error: str, told: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _Store(**told)
+    monkeypatch.setattr(ranks, "_store", lambda: store)
+    monkeypatch.setattr(ranks, "_silent", lambda: "rank 2")
+    monkeypatch.setattr(ranks, "_PATIENCE", 0.2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ranks.RankLost, match=f"^{expected}"), ranks.watched():
+        raise RuntimeError(error)
+    assert ("fastddr/waited/0" in store.told) == error.startswith("Timed out")

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         if asked.data is not None and not asked.data.is_dir():
             raise UserError(f"--data {asked.data}: there is no such folder.")
         folder = again.write(asked.run, asked.data).parent
-        reporting.summary(asked.run, tensorboard=folder.name == "report", folder=folder)
+        reporting.summary(asked.run, tensorboard=(asked.run / "tensorboard").is_dir(), folder=folder)
         return 0
 
     return answered(work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,63 @@ def test_two_ranks_share_the_work(run: Path, tmp_path: Path) -> None:
     wanted = reported(run, "test")
     assert [row["path"] for row in rows] == [row["path"] for row in wanted]
     assert [float(row["p0"]) for row in rows] == pytest.approx([float(row["p0"]) for row in wanted], abs=1e-6)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What lies in dictionaries and lists, with its keys."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+def test_a_report_is_made_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    report = copy / "report"
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+    pictures = sorted(name for name in before if name.endswith(".png"))
+    assert {"confusion_matrix.png", "curves.png", "reliability.png", "roc.png"} <= set(pictures)
+    for name in ("report.md", "metrics.json", *pictures):
+        (report / name).unlink()
+    (copy / "tensorboard").mkdir(exist_ok=True)
+    assert main(["report", str(copy)]) == 0
+    assert f"tensorboard --logdir {copy.parent}" in capsys.readouterr().out
+    assert {file.name for file in report.iterdir()} == set(before)
+    for name in ("report.md", "predictions.csv", "predictions_last.csv"):
+        assert (report / name).read_bytes() == before[name], name
+    figures, wanted = (json.loads(text) for text in ((report / "metrics.json").read_bytes(), before["metrics.json"]))
+    # The table has the logits to nine digits.
+    for kinds in ((int, float), (str, type(None))):
+        now, then = ([leaf for leaf in leaves(found) if isinstance(leaf, kinds)] for found in (figures, wanted))
+        assert now == (pytest.approx(then, rel=1e-5) if float in kinds else then)
+    # An evaluation's, and a run without TensorBoard's files.
+    shutil.rmtree(copy / "tensorboard")
+    _, _, folder = evaluated(copy, "--split", "valid")
+    (folder / "report.md").unlink()
+    capsys.readouterr()
+    for place in (folder, copy):
+        assert main(["report", str(place)]) == 0
+        assert "tensorboard" not in capsys.readouterr().out
+    assert (folder / "report.md").is_file()
+
+
+def test_a_report_that_cannot_be_made_again_is_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "report" / "about.json").write_text("{")
+    shutil.copytree(run, tmp_path / "early", ignore=shutil.ignore_patterns("report"))
+    for place, expected in (
+        (copy, "cannot be read"),
+        (tmp_path / "early", "has no report yet"),
+        (tmp_path, "no run here"),
+    ):
+        assert main(["report", str(place)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("fastddr: ")
+        assert expected in line

@@ -59,6 +59,9 @@ def _smaller(case: Case, limit: int, allowance: Allowance) -> int | None:
     """The largest micro batch below the case's that divides a rank's part of the global batch and fits."""
     least = 2 if case.steps.mixed else 1
     parts = [micro for micro in divisors(case.config.batch_size // case.ranks) if least <= micro < case.micro]
+    if not case.steps.accumulated:
+        # With accumulation a step never takes less: the gradients are there as well. So this may save a trace.
+        parts = [micro for micro in parts if tape_of(case).peak(micro).held <= limit]
     return next((micro for micro in parts if fits(replace(case, micro=micro), limit, allowance)), None)
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastddr import models
-from fastddr.config import Config
+from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.tape import KINDS, Tape, rounded
-from fastddr.memory.tracing import Steps, trace
+from fastddr.memory.tracing import Steps, prime, trace
 from fastddr.runtime import DTYPES
 
 #: Gradable photographs of DDR in train and valid, which a store of decoded ones would keep.
@@ -86,7 +87,9 @@ def _code() -> str:
     """A digest of the code that tapes depend on."""
     package = Path(__file__).parents[1]
     files = [package / "step.py", package / "losses.py", package / "optimizers.py", package / "loaders" / "base.py"]
-    files += sorted((package / "models").glob("*.py")) + [package / "memory" / f"{n}.py" for n in ("tape", "tracing")]
+    files += sorted((package / "models").glob("*.py")) + [
+        package / "memory" / f"{n}.py" for n in ("tape", "recording", "tracing")
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -107,9 +110,24 @@ def tape_of(case: Case) -> Tape:
 
 @lru_cache(maxsize=32)
 def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Tape:
-    make = partial(models.build, model, num_classes=steps.classes, image_size=steps.image_size, **dict(chosen))
+    make = _maker(model, chosen, steps.classes, steps.image_size)
+
+    def traced() -> Tape:
+        # Of timm's models nothing is proved.
+        alone = model in MODELS
+        return trace(make, steps, (_prime(model, chosen, steps.classes, steps.image_size),) if alone else (2, 3))
+
     key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
-    return kept(hashlib.sha256(key.encode()).hexdigest()[:32], partial(trace, make, steps, proof=False))
+    return kept(hashlib.sha256(key.encode()).hexdigest()[:32], traced)
+
+
+def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:
+    return partial(models.build, model, num_classes=classes, image_size=size, **dict(chosen))
+
+
+@lru_cache(maxsize=32)
+def _prime(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> int:
+    return prime(_maker(model, chosen, classes, size), size)
 
 
 def kept(key: str, make: Callable[[], Tape]) -> Tape:

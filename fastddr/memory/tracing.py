@@ -14,8 +14,7 @@ allocator can be replayed nor another batch size answered. Tests hold this recor
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,27 +26,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastddr import losses, optimizers
 from fastddr.loaders.base import Batch
+from fastddr.memory.recording import Cost, Recorder
 from fastddr.memory.tape import Tape
 from fastddr.models import levers
 from fastddr.runtime import DTYPES
 from fastddr.step import Tally, training_step
 
-#: Batches that are traced: two give each block's line, a third has to lie on it. BatchNorm wants more than one value a
-#: channel, so none is 1.
-BATCHES, PROOF = (2, 3), 7
-_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
-#: How many of their first inputs are read twice.
-_TWICE = {
-    torch.ops.aten.native_batch_norm.default: 1,
-    torch.ops.aten.native_batch_norm_backward.default: 2,
-    torch.ops.aten.convolution_backward.default: 1,
-}
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+#: Batches that are traced where nothing is known of a model: two give each block's line, a third has to lie on it.
+#: BatchNorm wants more than one value a channel, so none is 1.
+BATCHES = (2, 3, 7)
+#: One of these is traced where each block is known to be either the model's or each photograph's: what it divides is of
+#: each photograph, as long as it divides nothing else. Large primes do not.
+PRIMES = (1009, 1013, 1019)
 
 
 @dataclass(frozen=True)
@@ -78,76 +71,6 @@ class Steps:
 
 class Inexact(RuntimeError):
     """A model whose memory is not affine in the batch."""
-
-
-class Recorder(TorchDispatchMode):
-    """Within it every new storage is a block of the tape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kinds: list[str] = []
-        self.sizes: list[int] = []
-        self.events: list[int] = []
-        self.flop = self.moved = 0
-        self._living: dict[int, tuple[int, Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        after = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-        kind = "activations" if torch.is_grad_enabled() else "temporaries"
-        if func is torch.ops.aten._to_copy.default and before and self.kind(before[0]) == "parameters":
-            kind = "weight copies"
-        for tensor in after:
-            self.note(tensor, kind)
-        self._count(func, args, before, after)
-        return found
-
-    def note(self, tensor: Tensor, kind: str) -> None:
-        """Give a tensor's storage a kind; one that was not seen before is taken now."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        known = self._living.get(key)
-        if known is not None:
-            return
-        number = len(self.kinds)
-        self.kinds.append(kind)
-        self.sizes.append(storage.nbytes())
-        self.events.append(number + 1)
-        self._living[key] = number, weakref.ref(storage, partial(self._gone, key, number))
-
-    def _gone(self, key: int, number: int, _: Any) -> None:
-        self.events.append(-(number + 1))
-        # A storage that came at the same address may be known by now.
-        if self._living[key][0] == number:
-            del self._living[key]
-
-    def rename(self, tensor: Tensor, kind: str) -> None:
-        """Give the block of a tensor another kind, from its beginning on."""
-        self.note(tensor, kind)
-        self.kinds[self._living[tensor.untyped_storage()._cdata][0]] = kind
-
-    def kind(self, tensor: Tensor) -> str | None:
-        """The kind of a tensor's block; None where it has none."""
-        known = self._living.get(tensor.untyped_storage()._cdata)
-        return None if known is None else self.kinds[known[0]]
-
-    def _count(self, func: Any, args: Any, before: list[Tensor], after: list[Tensor]) -> None:
-        # A view moves nothing. What is written in place was read as well.
-        inputs = {tensor.untyped_storage()._cdata for tensor in before}
-        if all(tensor.untyped_storage()._cdata in inputs for tensor in after) and not func._schema.is_mutable:
-            return
-        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*before, *after))
-        # Statistics need a pass before the one that uses them; a convolution's gradients read the output's once each.
-        twice = before[: _TWICE.get(func, 0)]
-        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in twice)
-        if func is _CONVOLUTIONS[0]:
-            self.flop += 2 * after[0].numel() * args[1][0].numel()
-        elif func is _CONVOLUTIONS[1]:
-            # The gradient of the input where somebody asks for it, and that of the weights.
-            self.flop += 2 * args[0].numel() * args[2][0].numel() * (int(args[10][0]) + int(args[10][1]))
-        elif func in _PRODUCTS:
-            self.flop += 2 * after[0].numel() * before[-1].shape[-2]
 
 
 class StandIn(Accelerator):
@@ -332,8 +255,8 @@ class _Run:
     sizes: list[int]
     events: list[int]
     begins: int
-    flop: int
-    moved: int
+    flop: Cost
+    moved: Cost
 
 
 def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool = True) -> _Run:
@@ -342,7 +265,7 @@ def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool =
     It is one in which the optimizer has its moments already: at the peak of the first one they are not there yet. With
     `fake=False` on real tensors of the CPU.
     """
-    recorder = Recorder()
+    recorder = Recorder(batch)
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta") if fake else nullcontext())
         network = make()
@@ -358,7 +281,7 @@ def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool =
         training = Training(network, steps, batch, recorder, ema)
         training.begin()
         begins = len(recorder.events)
-        recorder.flop = recorder.moved = 0
+        recorder.flop, recorder.moved = Cost(), Cost()
         training.step(0)
         events = _ordered(recorder.events)
     return _Run(list(recorder.kinds), list(recorder.sizes), events, begins, recorder.flop, recorder.moved)
@@ -397,32 +320,52 @@ def _hollow(network: nn.Module) -> None:
                     named[name] = fake(tensor)  # type: ignore[assignment]
 
 
-def trace(make: Callable[[], nn.Module], steps: Steps, *, proof: bool = True) -> Tape:
+def trace(make: Callable[[], nn.Module], steps: Steps, batches: Sequence[int] = BATCHES) -> Tape:
     """The tape of a model's step, for any batch.
 
-    Two batches are traced, of 2 and of 3 photographs, which give each block's bytes as a line over the batch; with
-    `proof` a third, of 7, has to lie on it. Without it that is left to the tests, which prove it of fastddr's models.
+    Several batches are traced: the first two give each block's bytes as a line over the batch, and all others have to
+    lie on it. One alone is enough, and faster, where each block is either of the model or of each photograph, and the
+    batch divides those of photographs and no other (`prime`). The tests prove that of fastddr's models.
 
     Args:
         make: a new network, images (b, 3, h, w) to logits (b, classes), built where it is called.
         steps: how it is trained.
+        batches: sizes.
 
     Raises:
         Inexact: a block's size is not affine in the batch, or another batch takes other blocks.
         UserError: the model cannot be made.
     """
-    low, high = (run(make, steps, batch) for batch in BATCHES)
-    third = run(make, steps, PROOF) if proof else None
-    if low.events != high.events or (third is not None and third.events != low.events):
-        raise Inexact(f"the model takes other blocks for {BATCHES[1]} photographs than for {BATCHES[0]}")
-    each = [b - a for a, b in zip(low.sizes, high.sizes, strict=True)]
-    fixed = [size - BATCHES[0] * slope for size, slope in zip(low.sizes, each, strict=True)]
-    if third is not None and [f + PROOF * e for f, e in zip(fixed, each, strict=True)] != third.sizes:
-        raise Inexact("the memory of the model is not affine in the batch")
+    low, *others = (run(make, steps, batch) for batch in batches)
+    first, micro = batches[0], 2 if steps.accumulated else 1
+    for batch, other in zip(batches[1:], others, strict=True):
+        if low.events != other.events:
+            raise Inexact(f"the model takes other blocks for {batch} photographs than for {first}")
+    if not others:
+        each = [0 if size % first else size // first for size in low.sizes]
+    else:
+        step = batches[1] - first
+        each = [(b - a) // step for a, b in zip(low.sizes, others[0].sizes, strict=True)]
+    fixed = [size - first * slope for size, slope in zip(low.sizes, each, strict=True)]
+    for batch, other in zip(batches[1:], others, strict=True):
+        if [f + batch * e for f, e in zip(fixed, each, strict=True)] != other.sizes:
+            raise Inexact("the memory of the model is not affine in the batch")
 
-    def line(name: str) -> dict[str, int]:
-        a, b = getattr(low, name), getattr(high, name)
-        micro = 2 if steps.accumulated else 1
-        return {"fixed": (a - BATCHES[0] * (b - a)) // micro, "each": (b - a) // micro}
+    def line(found: Sequence[Cost]) -> dict[str, int]:
+        total = found[0].total
+        slope = found[0].divided // first if len(found) == 1 else (found[1].total - total) // (batches[1] - first)
+        return {"fixed": (total - first * slope) // micro, "each": slope // micro}
 
-    return Tape(low.kinds, fixed, each, low.events, low.begins, line("flop"), line("moved"))
+    runs = [low, *others]
+    return Tape(
+        low.kinds, fixed, each, low.events, low.begins, line([one.flop for one in runs]),
+        line([one.moved for one in runs]),
+    )  # fmt: skip
+
+
+def prime(make: Callable[[], nn.Module], image_size: int) -> int:
+    """A batch that divides no tensor of a network and no side of its maps."""
+    with torch.device("meta"):
+        network = make()
+    counts = {image_size, *(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))}
+    return next(batch for batch in PRIMES if all(count % batch or not count for count in counts))

@@ -49,7 +49,7 @@ def card(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def make(problem: str) -> None:
         def in_process(trial: Any) -> dict[str, Any]:
-            tape = memory.trace(trial.make, trial.steps, proof=False)
+            tape = memory.trace(trial.make, trial.steps, (2, 3))
             fits = memory.needed(tape, trial.batch_size) <= trial.limit_gib * GIB
             return {"allocated": [1]} if fits else {"failed": problem}
 

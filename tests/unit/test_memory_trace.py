@@ -198,6 +198,13 @@ def test_a_larger_batch_never_takes_less(tapes: dict[str, Tape], name: str, batc
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_accumulation_never_takes_less(name: str) -> None:
+    once, twice = (trace(SMALL[name], Steps(64, accumulated=more), (2, 3)) for more in (False, True))
+    for batch in (1, 2, 7, 64, 1000):
+        assert once.peak(batch).held <= twice.peak(batch).held
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_larger_image_never_takes_less(name: str) -> None:
     steps = [Steps(size, precision="bf16") for size in (48, 76, 96)]
     found = [held(tracing.run(small(name, each.image_size), each, 4)) for each in steps]
@@ -210,6 +217,26 @@ def test_a_tape_answers_a_batch_that_was_not_traced(tapes: dict[str, Tape], name
     direct = tracing.run(SMALL[name], steps, 37)
     assert tapes[name].sizes(37) == direct.sizes
     assert tapes[name].events == direct.events
+
+
+VARIANTS = (
+    Steps(64), Steps(96, precision="bf16", accumulated=True, average=True), Steps(64, precision="fp16", mixed=True),
+    Steps(64, recomputed=True, clip_norm=1.0), Steps(64, optimizer="sgd", ranks=2, precision="bf16"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("steps", VARIANTS, ids=str)
+def test_one_large_prime_tells_what_several_batches_tell(name: str, steps: Steps) -> None:
+    make = small(name, steps.image_size)
+    assert trace(make, steps, (tracing.prime(make, steps.image_size),)) == trace(make, steps)
+
+
+def test_a_prime_that_divides_something_else_is_passed_over() -> None:
+    first, second, third = tracing.PRIMES
+    assert tracing.prime(linear, 64) == first
+    assert tracing.prime(linear, 2 * first) == second
+    assert tracing.prime(lambda: nn.Linear(first, second), 64) == third
 
 
 def test_a_model_whose_memory_is_no_line_is_refused() -> None:

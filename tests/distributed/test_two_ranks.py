@@ -16,6 +16,7 @@ from fastddr.loaders import canvases, stores
 
 SMALL = [
     "--epochs", "2", "--batch-size", "8", "--micro-batch-size", "2", "--image-size", "64", "--canvas", "80",
+    "--evaluation.field", "center",
     "--convmixer.dim", "8", "--convmixer.depth", "1", "--convmixer.kernel-size", "3", "--convmixer.patch-size", "8",
     "--tracking.no-wandb", "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1",
     "--loading.threads", "1", "--optimizer.ema-decay", "0.9",

@@ -176,15 +176,18 @@ def caution(photographs: int) -> str:
 # --------------------------------------------------------------------------------------------------------- seeds.py
 
 
+#: What of valid `seeds.py` compares, and how it is called.
+COMPARED = {"loss": "loss", "qwk": "kappa"}
+
+
 def ranks(rows: Sequence[Row]) -> str:
     """Loss and kappa on valid by number of ranks, and how far two numbers of ranks and two seeds are apart."""
     base, *others = rows
-    keys = {"loss": "loss", "qwk": "kappa"}
     headings = [""]
-    for name in keys.values():
+    for name in COMPARED.values():
         headings += [f"{name} on valid", f"to {base['name']}", "apart"]
     lines = [[base["name"]], [f"{base['name']}, another seed"], *([row["name"]] for row in others)]
-    for key in keys:
+    for key in COMPARED:
         lines[0] += [_spread(base["spreads"][key]), "", ""]
         lines[1] += ["", "", _spread(others[0]["seeds_apart"][key])]
         for line, row in zip(lines[2:], others, strict=True):
@@ -207,14 +210,14 @@ def between_ranks(rows: Sequence[Row]) -> str:
         "sign, between two seeds over all pairs."
     )
     for row in others:
-        for key, name in (("loss", "Loss"), ("qwk", "Kappa")):
+        for key, name in COMPARED.items():
             pairs = list(zip(row["values"][key], base["values"][key], strict=True))
             higher = sum(one > other for one, other in pairs)
             apart, seeds = row["apart"][key], row["seeds_apart"][key]
             further = "further than" if apart["low"] > seeds["high"] else "no further than"
             said += (
-                f" {name} of {row['name']} is {further} another seed, as far as the intervals can tell, and higher "
-                f"than of {base['name']} in {higher} of {len(pairs)} seeds."
+                f" {name.capitalize()} of {row['name']} is {further} another seed, as far as the intervals can tell, "
+                f"and higher than of {base['name']} in {higher} of {len(pairs)} seeds."
             )
     return said
 

@@ -42,7 +42,7 @@ from fastddr.errors import UserError
 from fastddr.memory import allowances
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import Allowance
-from fastddr.memory.predicting import needed, usable
+from fastddr.memory.predicting import goes_through, usable
 from fastddr.memory.tape import KINDS, Tape
 from fastddr.memory.tracing import Steps, Training, trace
 
@@ -227,11 +227,10 @@ def _tape(trial: Trial) -> Tape:
 
 
 def predicted(trial: Trial, allowance: Allowance) -> bool:
-    """Whether `fastddr plan` would say that it fits on the emulated card."""
+    """Whether `fastddr plan` would say that it fits on the emulated card, where no loader takes any of it."""
     assert trial.limit_gib is not None
     room = usable(trial.limit_gib, allowance) - allowance.workspaces - allowance.context
-    tape = _tape(replace(trial, batch_size=0, limit_gib=None))
-    return tape.peak(trial.batch_size).held <= room and needed(tape, trial.batch_size) <= room
+    return goes_through(_tape(replace(trial, batch_size=0, limit_gib=None)), trial.batch_size, room)
 
 
 def largest(trial: Trial, what: Literal["batch", "crop"], allowance: Allowance) -> dict[str, Any]:

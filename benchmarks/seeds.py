@@ -24,13 +24,11 @@ import harness
 import torch
 import tyro
 import whole
+from accounts import COMPARED
 
 from fastddr import cli
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
-
-#: What of valid is compared, with how it is called.
-FIGURES = {"loss": "loss", "qwk": "kappa"}
 
 
 @dataclass
@@ -73,7 +71,7 @@ def numbers(options: Options) -> tuple[int, ...]:
 
 def row(ranks: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of one number of ranks, seed by seed."""
-    values = {key: [float(valid[key]) for valid in found] for key in FIGURES}
+    values = {key: [float(valid[key]) for valid in found] for key in COMPARED}
     return {
         "name": f"{ranks} rank{'s' * (ranks > 1)}", "kind": "ranks", "ranks": ranks, "seeds": list(seeds),
         "valid": found[0]["n"], "values": values,
@@ -82,19 +80,19 @@ def row(ranks: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) ->
     }  # fmt: skip
 
 
-def between_seeds(row: Mapping[str, Any], key: str) -> dict[str, float]:
+def between_seeds(base: Mapping[str, Any], key: str) -> dict[str, float]:
     """How far apart two seeds end, over all pairs."""
-    return harness.spread([abs(one - other) for one, other in itertools.combinations(row["values"][key], 2)])
+    return harness.spread([abs(one - other) for one, other in itertools.combinations(base["values"][key], 2)])
 
 
-def compared(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+def compared(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """The row with its difference to the fewest ranks, seed by seed, and what two seeds of those differ by."""
-    pairs = {key: list(zip(row["values"][key], base["values"][key], strict=True)) for key in FIGURES}
+    pairs = {key: list(zip(found["values"][key], base["values"][key], strict=True)) for key in COMPARED}
     return {
-        **row, "to": base["name"],
-        "difference": {key: harness.spread([one - other for one, other in found]) for key, found in pairs.items()},
-        "apart": {key: harness.spread([abs(one - other) for one, other in found]) for key, found in pairs.items()},
-        "seeds_apart": {key: between_seeds(base, key) for key in FIGURES},
+        **found, "to": base["name"],
+        "difference": {key: harness.spread([one - other for one, other in both]) for key, both in pairs.items()},
+        "apart": {key: harness.spread([abs(one - other) for one, other in both]) for key, both in pairs.items()},
+        "seeds_apart": {key: between_seeds(base, key) for key in COMPARED},
     }  # fmt: skip
 
 
@@ -116,8 +114,10 @@ def main(options: Options) -> None:
             if wrong is not None:
                 raise UserError(f"{run} could not be trained: {wrong}")
             figures = whole.figures(run)
-            found[count].append(figures.get("valid_last") or figures["valid"])
-            said = ", ".join(f"{name} {found[count][-1][key]:.4f}" for key, name in FIGURES.items())
+            valid = figures.get("valid_last") or figures["valid"]
+            # Where kappa is not defined, nothing was learnt.
+            found[count].append({**valid, "qwk": valid["qwk"] or 0.0})
+            said = ", ".join(f"{name} {found[count][-1][key]:.4f}" for key, name in COMPARED.items())
             harness.say(f"{count} rank(s), seed {seed}: {said} on valid")
     rows = [row(count, options.seeds, found[count]) for count in ranks]
     about = {"preset": options.preset, "flags": options.flags}

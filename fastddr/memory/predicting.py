@@ -114,8 +114,8 @@ def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Ta
 
     def traced() -> Tape:
         # Of timm's models nothing is proved.
-        alone = model in MODELS
-        return trace(make, steps, (_prime(model, chosen, steps.classes, steps.image_size),) if alone else (2, 3))
+        alone = _prime(model, chosen, steps.classes, steps.image_size) if model in MODELS else None
+        return trace(make, steps, (2, 3) if alone is None else (alone,))
 
     key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
     return kept(hashlib.sha256(key.encode()).hexdigest()[:32], traced)
@@ -126,7 +126,7 @@ def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: 
 
 
 @lru_cache(maxsize=32)
-def _prime(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> int:
+def _prime(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> int | None:
     return prime(_maker(model, chosen, classes, size), size)
 
 
@@ -175,12 +175,16 @@ def loader_bytes(config: Config, micro: int, allowance: Allowance, photographs: 
 
 def fits(case: Case, limit: int, allowance: Allowance) -> bool:
     """Whether `predict` comes to at most `limit` bytes; where that is clear it is found sooner."""
-    tape = tape_of(case)
     room = limit - loader_bytes(case.config, case.micro, allowance) - allowance.workspaces - allowance.context
-    if tape.peak(case.micro).held > room:
+    return goes_through(tape_of(case), case.micro, room)
+
+
+def goes_through(tape: Tape, batch: int, room: int) -> bool:
+    """Whether the allocator gets through the steps with `room` bytes."""
+    if tape.peak(batch).held > room:
         return False
-    free = replay(tape, case.micro)
-    return (free is not None and free.most <= room) or needed(tape, case.micro) <= room
+    free = replay(tape, batch)
+    return (free is not None and free.most <= room) or needed(tape, batch) <= room
 
 
 def predict(case: Case, allowance: Allowance, photographs: int = PHOTOGRAPHS) -> Prediction:

@@ -363,9 +363,9 @@ def trace(make: Callable[[], nn.Module], steps: Steps, batches: Sequence[int] = 
     )  # fmt: skip
 
 
-def prime(make: Callable[[], nn.Module], image_size: int) -> int:
-    """A batch that divides no tensor of a network and no side of its maps."""
+def prime(make: Callable[[], nn.Module], image_size: int) -> int | None:
+    """Of `PRIMES` the first that divides no tensor of a network and not the side of its images; None if all do."""
     with torch.device("meta"):
         network = make()
     counts = {image_size, *(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))}
-    return next(batch for batch in PRIMES if all(count % batch or not count for count in counts))
+    return next((batch for batch in PRIMES if all(count % batch or not count for count in counts)), None)

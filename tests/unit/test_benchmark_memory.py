@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddr.memory.allowances import GIB, Allowance
+from fastddr.memory.predicting import needed
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 #: Of a card of which all may be used by PyTorch's allocator.
@@ -50,7 +51,7 @@ def card(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def make(problem: str) -> None:
         def in_process(trial: Any) -> dict[str, Any]:
             tape = memory.trace(trial.make, trial.steps, (2, 3))
-            fits = memory.needed(tape, trial.batch_size) <= trial.limit_gib * GIB
+            fits = needed(tape, trial.batch_size) <= trial.limit_gib * GIB
             return {"allocated": [1]} if fits else {"failed": problem}
 
         monkeypatch.setattr(memory, "in_process", in_process)

@@ -229,7 +229,9 @@ VARIANTS = (
 @pytest.mark.parametrize("steps", VARIANTS, ids=str)
 def test_one_large_prime_tells_what_several_batches_tell(name: str, steps: Steps) -> None:
     make = small(name, steps.image_size)
-    assert trace(make, steps, (tracing.prime(make, steps.image_size),)) == trace(make, steps)
+    batch = tracing.prime(make, steps.image_size)
+    assert batch is not None
+    assert trace(make, steps, (batch,)) == trace(make, steps)
 
 
 def test_a_prime_that_divides_something_else_is_passed_over() -> None:
@@ -237,6 +239,7 @@ def test_a_prime_that_divides_something_else_is_passed_over() -> None:
     assert tracing.prime(linear, 64) == first
     assert tracing.prime(linear, 2 * first) == second
     assert tracing.prime(lambda: nn.Linear(first, second), 64) == third
+    assert tracing.prime(lambda: nn.Linear(first, second), third) is None
 
 
 def test_a_model_whose_memory_is_no_line_is_refused() -> None:

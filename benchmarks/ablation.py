@@ -8,6 +8,8 @@ The report of 2022 tuned batch size, crop and learning rate on valid; these are 
 the recipe. Kappa on valid of the best epoch counts, the median over the seeds; the difference to the baseline is taken
 seed by seed. Test is in each run's own report and is not looked at here. A run that is done is not made again.
 
+Into the folder of the runs: `ablation.md` with the table, and `ablation.png` with kappa and loss of valid by epoch.
+
 The synthetic set is in DDR's own proportions, in which one photograph in fifty is grade 3, and not the flatter one of
 the quickstart. A gain on it says nothing of real photographs.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 import accounts
 import harness
+import plots
 import torch
 import tyro
 import whole
@@ -117,7 +120,7 @@ def chosen(options: Options, base: Config) -> dict[str, list[str]]:
 
 def row(name: str, flags: list[str], seeds: tuple[int, ...], options: Options, folder: Path) -> dict[str, Any]:
     """Train a change with every seed; its figures on valid, seed by seed."""
-    kappas, accuracies, minutes = [], [], []
+    kappas, accuracies, minutes, curves = [], [], [], []
     for seed in seeds:
         run = folder / f"{name}-seed{seed}"
         wrong = whole.train(run, [*baseline(options), *flags, "--seed", str(seed)])
@@ -126,13 +129,14 @@ def row(name: str, flags: list[str], seeds: tuple[int, ...], options: Options, f
         valid = whole.figures(run)["valid"]
         kappas.append(valid["qwk"] or 0.0)
         accuracies.append(valid["accuracy"])
+        curves.append(whole.scored(run))
         minutes += [cost["minutes"] for cost in [whole.costs(run)] if "minutes" in cost]
         harness.say(f"{name}, seed {seed}: kappa {kappas[-1]:.3f}, accuracy {accuracies[-1]:.1%} on valid")
     return {
         "name": name, "kind": "change", "flags": " ".join(flags), "seeds": list(seeds), "kappas": kappas,
         "baseline": name == BASELINE, "valid": valid["n"], "data": Path(options.data).name,
         "accuracy": harness.spread(accuracies), **({"minutes": median(minutes)} if minutes else {}),
-        **harness.spread(kappas), "unit": "QWK",
+        **harness.spread(kappas), "unit": "QWK", "curves": curves,
     }  # fmt: skip
 
 
@@ -162,7 +166,8 @@ def main(options: Options) -> int:
                 if name == BASELINE:
                     return 1
             rows.append(compared(found, rows[0] if rows else found))
-    text = f"{accounts.changes(rows)}\n\n{accounts.caution(rows[0]['valid'])}\n"
+    picture = plots.changes(rows, f"{base.model} on {rows[0]['data']}", folder / "ablation.png")
+    text = f"{accounts.changes(rows)}\n\n{accounts.caution(rows[0]['valid'])}\n\n![Valid by epoch]({picture.name})\n"
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     harness.say(text)
     out = harness.write("ablation", rows, options.out, wandb=options.wandb)

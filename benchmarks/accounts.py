@@ -81,7 +81,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     said = [
         f"Trained on {what}: {row['counts']['train']:,} photographs of train, {row['counts']['valid']:,} of valid, "
         f"{row['counts']['test']:,} of test; seed {row['seed']}. Train is scored by a pass in evaluation, under the "
-        "same weights as valid and test. The best epoch is the one of the highest kappa on valid."
+        "same weights as valid and test. The best epoch is the one of the highest kappa on valid, and of equal ones "
+        "that of the lowest loss."
     ]
     if not row["whole_ddr"]:
         said.append(

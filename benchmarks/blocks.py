@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import accounts
+import plots
 import targets
 from stored import Result
 from wording import Link, Row, figure, listing, number, on, said, source, split, table, words
@@ -154,9 +155,7 @@ def loader_all(results: Sequence[Result], link: Link) -> list[str]:
 
 
 def _picture(result: Result, path: Path, link: Link) -> str:
-    what = {"loader": "loaders, and what the hardware allows", "train": "whole training, and its ceiling"}
-    what |= {"step": "the training step alone"}
-    return f"![Images a second of {what[result.record['benchmark']]}: {result.hardware}]({link(path)})"
+    return f"![{plots.SHOWN[result.record['benchmark']]}: {result.hardware}]({link(path)})"
 
 
 def _loaders(result: Result, link: Link, kinds: Sequence[str]) -> list[str]:
@@ -382,16 +381,25 @@ def report(results: Sequence[Result], link: Link) -> list[str]:
 
 def ablation(results: Sequence[Result], link: Link) -> list[str]:
     """A baseline and one change at a time."""
+    return _ablated(_of(results, "ablation"), link) + _missing(results, "ablation")
+
+
+def pretraining(results: Sequence[Result], link: Link) -> list[str]:
+    """The same of one change: a model that begins at ImageNet weights."""
+    return _ablated(_of(results, "ablation-pretraining"), link) or [_not_yet("ablation")]
+
+
+def _ablated(results: Sequence[Result], link: Link) -> list[str]:
     texts = []
-    for result in _of(results, "ablation"):
+    for result in results:
         first = result.measured[0]
         texts.append(
             f"**{result.hardware}.** One change at a time on {first['data']} photographs: median of {first['n']} "
             f"seeds with its 95 % interval, differences seed by seed. {accounts.caution(first['valid'])} "
             f"{source(result, link)}"
         )
-        texts.append(accounts.changes(result.rows))
-    return texts + _missing(results, "ablation")
+        texts += [accounts.changes(result.rows), _picture(result, result.path.with_suffix(".png"), link)]
+    return texts
 
 
 def seeds(results: Sequence[Result], link: Link) -> list[str]:
@@ -435,4 +443,5 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "memory": memory,
     "report": report,
     "ablation": ablation,
+    "pretraining": pretraining,
 }

@@ -44,11 +44,17 @@ def _steps(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) ->
     return plots.steps(rows, f"The training step alone, {result.hardware}", path, digest=result.digest)
 
 
+def _changes(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    title = f"One change at a time on {result.measured[0]['data']} photographs, {result.hardware}"
+    return plots.changes(rows, title, path, digest=result.digest)
+
+
 #: Of those benchmarks that have a picture.
 DRAWN: dict[str, Callable[[stored.Result, Path, Sequence[dict[str, Any]]], Path]] = {
     "loader": _loaders,
     "train": _training,
     "step": _steps,
+    "ablation": _changes,
 }
 
 

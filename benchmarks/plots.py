@@ -9,14 +9,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
 Row = Mapping[str, Any]
+#: What the picture of each benchmark shows.
+SHOWN = {
+    "loader": "Images a second of loaders, and what the hardware allows",
+    "train": "Images a second of whole training, and its ceiling",
+    "step": "Images a second of the training step alone",
+    "ablation": "Kappa and loss on valid by epoch",
+}
 #: By the `kind` of a row.
 COLOURS = {"fastddr": "#1f6f8b", "store": "#7fb3c4", "peer": "#c8803a"}
 _KINDS = {"fastddr": "fastddr", "store": "fastddr, a part of it alone", "peer": "others"}
@@ -118,6 +126,59 @@ def steps(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> P
         axis.set_xlim(0, 1.35 * max(row["high"] for row in panel))
         _head(axis, case)
     return _finish(figure, axes, found, {}, "images a second", title, path, digest)
+
+
+def changes(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+    """Kappa and loss of valid by epoch, a line of panels for each change, with the baseline's curves behind its own.
+
+    Thick lines are medians over the seeds, thin ones the seeds.
+
+    Args:
+        rows: of `ablation.py`, each with `name`, `baseline`, and `curves`: `epoch`, `qwk` and `loss` of each seed. What
+            failed is passed over.
+        title: of the whole picture.
+        path: the PNG.
+        digest: of the result, kept in the PNG.
+    """
+    rows = [row for row in rows if "failed" not in row]
+    base = next(row for row in rows if row["baseline"])
+    shown = [row for row in rows if not row["baseline"]] or [base]
+    figure = Figure(figsize=(_WIDTH, 2.1 * len(shown) + 0.9), dpi=150, layout="constrained")
+    grid = figure.subplots(len(shown), 2, sharex=True, sharey="col", squeeze=False)
+    kinds = [(base, COLOURS["peer"], (0, (5, 2)))]
+    for axes, row in zip(grid, shown, strict=True):
+        for axis, (key, word) in zip(axes, {"qwk": "kappa", "loss": "loss"}.items(), strict=True):
+            for one, colour, dashes in [*kinds, *([(row, COLOURS["fastddr"], "-")] if row is not base else [])]:
+                _seeds(axis, one["curves"], key, colour, dashes)
+            axis.set_title(f"{row['name']}: {word} on valid", loc="left", fontsize=9, fontweight="bold", color=_INK)
+            axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axis.tick_params(labelsize=8)
+            axis.grid(color="#dddddd", zorder=0)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in grid[-1]:
+        axis.set_xlabel("epoch", color=_INK, fontsize=9)
+    names = ["baseline", "the change"] if shown[0] is not base else ["baseline"]
+    for name, colour, dashes in zip(names, (kinds[0][1], COLOURS["fastddr"]), (kinds[0][2], "-"), strict=False):
+        grid[0, 0].plot([], [], color=colour, linestyle=dashes, label=f"{name}: median of {base['n']} seeds, and each")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=2)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
+    return path
+
+
+def _seeds(axis: Any, curves: Sequence[Row], key: str, colour: str, dashes: Any) -> None:
+    """Each seed thin, and the median of those that have the epoch."""
+    found: dict[float, list[float]] = {}
+    for curve in curves:
+        points = [(epoch, value) for epoch, value in zip(curve["epoch"], curve[key], strict=True) if value is not None]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), color=colour, linewidth=0.7, alpha=0.5)
+        for epoch, value in points:
+            found.setdefault(epoch, []).append(value)
+    middle = [(epoch, median(values)) for epoch, values in sorted(found.items())]
+    axis.plot(
+        *zip(*middle, strict=True) if middle else ([], []), color=colour, linestyle=dashes, linewidth=2.2, zorder=3
+    )
 
 
 def digest_of(path: Path) -> str | None:

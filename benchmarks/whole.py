@@ -108,6 +108,14 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()]
 
 
+def scored(folder: Path) -> dict[str, list[float | None]]:
+    """Valid epoch by epoch: `epoch`, `qwk` (None where it is not defined), `loss`."""
+    lines = [line for line in logged(folder) if "valid/loss" in line]
+    return {"epoch": [line["epoch"] for line in lines]} | {
+        key: [line[f"valid/{key}"] for line in lines] for key in ("qwk", "loss")
+    }
+
+
 def figures(folder: Path) -> dict[str, dict[str, Any]]:
     """What a run's report says, by split: under the best weights, and `valid_last` under the last."""
     found: dict[str, dict[str, Any]] = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))

@@ -29,12 +29,30 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     best_qwk: float | None = None
+    best_loss: float | None = None
+    """On valid, of that epoch; it decides between epochs of equal kappa."""
     best_step: int = 0
     best_epoch: int = 0
     skipped: int = 0
     """Steps that were left out because their gradient was not finite."""
     grading: dict[str, Any] | None = None
     """Of a regression: thresholds and spread, as the last validation fitted them (`evaluation.grading`)."""
+
+    def is_best(self, qwk: float, loss: float) -> bool:
+        """Whether the epoch just scored on valid is the best so far; it is then kept as that.
+
+        The highest kappa is best, and among equal ones the lowest loss: as long as a model names one grade for all,
+        kappa is 0 whatever it has learned, and the first epoch would stay the best one.
+        """
+        if self.best_qwk is not None:
+            # Kappa is a ratio of sums: two ways to the same figure may differ in the last bits.
+            gain = qwk - self.best_qwk
+            equal = abs(gain) < 1e-9
+            if not (self.best_loss is not None and loss < self.best_loss if equal else gain > 0):
+                return False
+        self.best_qwk, self.best_loss = qwk, loss
+        self.best_step, self.best_epoch = self.step, self.epoch
+        return True
 
 
 @dataclass(frozen=True)

@@ -342,9 +342,7 @@ class Trainer:
             raise
         values = figures(found.logits, found.grades)
         qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
-        best = progress.best_qwk is None or qwk > progress.best_qwk
-        if best:
-            progress.best_qwk, progress.best_step, progress.best_epoch = qwk, progress.step, progress.epoch
+        best = progress.is_best(qwk, values["loss"])
         named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy", "auc")
         assert self.tracker is not None
         self.tracker.log(

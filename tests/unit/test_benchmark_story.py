@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from fastddr import cli
 from fastddr.data.grades import DDR
@@ -161,6 +162,37 @@ def test_differences_go_seed_by_seed_and_few_photographs_are_said(load: Callable
     assert "they decide nothing" not in accounts.caution(2503)
 
 
+def test_the_picture_of_an_ablation_has_the_baseline_behind_each_change(
+    load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plots, figures = load("plots"), []
+    monkeypatch.setattr(plots, "Figure", lambda **kinds: figures.append(Figure(**kinds)) or figures[-1])
+
+    def change(name: str, *kappas: list[float | None]) -> dict[str, Any]:
+        curves = [{"epoch": [1, 2], "qwk": kappa, "loss": [1.0, 0.5]} for kappa in kappas]
+        return {"name": name, "baseline": name == "baseline", "n": len(curves), "curves": curves}
+
+    base, mse = change("baseline", [0.0, 0.1], [0.2, 0.3], [None, 0.8]), change("mse", [0.5, 0.5], [0.5, 0.75])
+    path = plots.changes([base, {"name": "huge", "failed": "too large"}, mse], "Changes", tmp_path / "x" / "c.png")
+    assert path.stat().st_size > 10_000
+    kappa, loss = figures[0].axes
+    assert (kappa.get_title("left"), loss.get_title("left")) == ("mse: kappa on valid", "mse: loss on valid")
+    lines = [([*line.get_xdata()], [*line.get_ydata()]) for line in kappa.lines if len(line.get_xdata())]
+    # Three seeds and their median, where kappa is defined; then the change's two.
+    assert lines[3] == ([1, 2], [0.1, 0.3])
+    assert lines[6] == ([1, 2], [0.5, 0.625])
+    assert len(lines) == 7
+    plots.changes([base], "The baseline alone", path)
+    assert figures[1].axes[0].get_title("left") == "baseline: kappa on valid"
+
+
+def test_valid_is_read_epoch_by_epoch(load: Callable[[str], Any], tmp_path: Path) -> None:
+    lines = [{"step": 1, "epoch": 0.5, "train/loss": 2.0}, {"epoch": 1, "valid/qwk": None, "valid/loss": 1.5},
+             {"epoch": 2, "valid/qwk": 0.25, "valid/loss": 1.25}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load("whole").scored(tmp_path) == {"epoch": [1, 2], "qwk": [None, 0.25], "loss": [1.5, 1.25]}
+
+
 def test_ranks_stand_beside_seeds(load: Callable[[str], Any]) -> None:
     seeds, accounts = load("seeds"), load("accounts")
 
@@ -198,14 +230,16 @@ def test_the_generated_texts_have_both(load: Callable[[str], Any], tmp_path: Pat
     change = {"name": "baseline", "flags": "", "baseline": True, "valid": 142, "kappas": [0.5] * 3, "data": "mine",
               "accuracy": harness.spread([0.5] * 3), "difference": harness.spread([0.0] * 3), "unit": "QWK",
               **harness.spread([0.5] * 3)}  # fmt: skip
-    for name, rows in (("report", [row()]), ("ablation", [change])):
+    for name, rows in (("report", [row()]), ("ablation", [change]), ("ablation-pretraining", [change])):
         path = tmp_path / f"{name}_2-core-cpu_2026-01-01.json"
-        path.write_text(json.dumps({"benchmark": name, "rows": rows, **about}))
+        path.write_text(json.dumps({"benchmark": name.partition("-")[0], "rows": rows, **about}))
     results = stored.newest(tmp_path)
     assert any("| CNN |" in text for text in blocks.BLOCKS["report"](results, lambda path: path.name))
-    ablation = blocks.BLOCKS["ablation"](results, lambda path: path.name)
-    assert any("they decide nothing" in text for text in ablation)
-    assert any("| baseline |" in text for text in ablation)
+    for name, file in (("ablation", "ablation_"), ("pretraining", "ablation-pretraining_")):
+        found = blocks.BLOCKS[name](results, lambda path: path.name)
+        assert any("they decide nothing" in text for text in found)
+        assert any("| baseline |" in text for text in found)
+        assert [f"]({file}" in text for text in found if text.startswith("![Kappa")] == [True]
 
 
 def test_a_run_that_is_done_is_not_made_again_and_a_failure_is_a_sentence(

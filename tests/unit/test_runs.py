@@ -1,0 +1,41 @@
+"""Which epoch is the best one."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastddr.runs import Progress
+
+#: Few values, so that ties are common.
+EPOCHS = st.lists(
+    st.tuples(st.sampled_from([-0.2, 0.0, 0.5]), st.sampled_from([0.5, 1.0, 1.5])), min_size=1, max_size=8
+)
+
+
+def judged(epochs: list[tuple[float, float]]) -> Progress:
+    progress = Progress()
+    for epoch, (qwk, loss) in enumerate(epochs, start=1):
+        progress.epoch, progress.step = epoch, 10 * epoch
+        best = progress.is_best(qwk, loss)
+        assert best == (progress.best_epoch == epoch)
+    return progress
+
+
+@given(EPOCHS)
+def test_the_highest_kappa_is_best_then_the_lowest_loss_then_the_earliest(epochs: list[tuple[float, float]]) -> None:
+    progress = judged(epochs)
+    wanted = max(range(len(epochs)), key=lambda i: (epochs[i][0], -epochs[i][1], -i))
+    assert (progress.best_epoch, progress.best_step) == (wanted + 1, 10 * (wanted + 1))
+    assert (progress.best_qwk, progress.best_loss) == epochs[wanted]
+
+
+def test_kappas_that_differ_in_the_last_bits_are_equal() -> None:
+    assert judged([(1e-17, 1.0), (0.0, 0.9)]).best_epoch == 2
+    assert judged([(0.0, 0.9), (1e-17, 1.0)]).best_epoch == 1
+
+
+def test_a_state_without_a_loss_keeps_its_best_epoch_in_a_tie() -> None:
+    """As checkpoints had it before losses decided ties."""
+    progress = Progress(epoch=3, step=30, best_qwk=0.5, best_epoch=2, best_step=20)
+    assert not progress.is_best(0.5, 0.1)
+    assert progress.is_best(0.6, 9.0)
+    assert progress.best_epoch == 3

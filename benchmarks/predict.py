@@ -6,7 +6,7 @@
 Both grade the same photographs in one process that has loaded everything. `predict` also decodes each photograph once
 more to see that it is whole, and writes its table; the plain way does neither. Every way has one turn a round;
 intervals are those of the median over the rounds, ratios are taken round by round. Photographs are taken as they are,
-so nothing is prepared.
+so nothing is prepared. Both show the model the same pixels, but for rounding: the canvas and the window of the run.
 """
 
 from __future__ import annotations
@@ -85,26 +85,38 @@ def ours(run: Path, files: Sequence[str], batch_size: int, out: Path) -> Callabl
     return turn
 
 
-def plain(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> Callable[[], float]:
-    """Images a second of the loop that everybody writes first."""
+@torch.inference_mode()
+def graded(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> torch.Tensor:
+    """The loop that everybody writes first: probabilities of the grades, (n, C).
+
+    Raises:
+        UserError: the run shows nine windows of a photograph, which this loop does not.
+    """
+    if config.evaluation.field == "multi":
+        raise UserError("the plain loop shows the model one window of a photograph, and this run nine; take another.")
     device = next(model.parameters()).device
     see = v2.Compose(
         [
-            v2.Resize(config.canvas, antialias=True),
+            v2.Resize(config.image_size if config.evaluation.field == "full" else config.canvas, antialias=True),
             v2.CenterCrop(config.image_size),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(config.augment.mean, config.augment.std),
         ]
     )
+    answers = []
+    for start in range(0, len(files), batch_size):
+        images = [see(Image.open(file).convert("RGB")) for file in files[start : start + batch_size]]
+        answers.append(model(torch.stack(images).to(device)).softmax(1).cpu())
+    return torch.cat(answers)
 
-    @torch.inference_mode()
+
+def plain(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> Callable[[], float]:
+    """Images a second of that loop."""
+
     def turn() -> float:
-        began, answers = time.perf_counter(), []
-        for start in range(0, len(files), batch_size):
-            images = [see(Image.open(file).convert("RGB")) for file in files[start : start + batch_size]]
-            answers.append(model(torch.stack(images).to(device)).softmax(1).cpu())
-        assert len(torch.cat(answers)) == len(files)
+        began = time.perf_counter()
+        assert len(graded(model, config, files, batch_size)) == len(files)
         return len(files) / (time.perf_counter() - began)
 
     return turn
@@ -122,9 +134,9 @@ def main(options: Options) -> None:
     try:
         run = options.run or trained(folder)
         harness.begin()
-        config = restore.settings(restore.Scoring(run=run, window="center"))
         device = torch.device("cpu" if on_cpu() else "cuda")
-        model = restore.restore(run, config, "best", device, lambda line: None).model
+        restored = restore.restore(run, restore.settings(restore.Scoring(run=run)), "best", device, lambda line: None)
+        config, model = restored.config, restored.averaged
         trials: dict[str, Callable[[], float]] = {}
         for size in options.batch_sizes:
             trials[f"fastddr predict, {_batches(size)}"] = ours(run, files, size, folder / "grades.csv")

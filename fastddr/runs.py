@@ -77,6 +77,15 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def init(self) -> Path:
+        """What was taken of the weights that it began at, and what was not; there only with `--init`."""
+        return self.path / "init.txt"
+
+    def began_at(self) -> str | None:
+        """The first line of that, which counts the tensors; None of a run that began at random weights."""
+        return self.init.read_text(encoding="utf-8").partition("\n")[0] if self.init.is_file() else None
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"

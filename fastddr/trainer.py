@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -127,8 +127,7 @@ class Trainer:
                 self.run, training, fingerprint, main=is_main, say=lambda line: self.console.print(f"  {line}")
             )
         if going_on is None:
-            models.weights.begin(config, model, self._weights, checkpoints.load, self.console.print)
-            self._begin()
+            self._begin(models.weights.begin(config, model, self._weights, checkpoints.load, self.console.print))
         else:
             self.progress = going_on
         self.watch = Watch(self.runtime.device)
@@ -161,14 +160,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ set-up
 
-    def _begin(self) -> None:
-        """Make the folder of a new run. A default name that another run took meanwhile gets a number."""
+    def _begin(self, taken: Sequence[str]) -> None:
+        """Make a new run's folder, with what `--init` took. A default name that is taken by now gets a number."""
         named = self._named
         self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)))
         self.config = replace(self.config, run_dir=str(self.run.path))
         if self.runtime.is_main:
             self.run.write(self.run.config, dump(self.config))
             self.run.write(self.run.manifest, self.manifest.to_csv())
+            if taken:
+                self.run.write(self.run.init, "\n".join(taken) + "\n")
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -181,7 +182,8 @@ class Trainer:
             return
         assert self.saver is not None
         assert self.loaders is not None
-        with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress):
+        compiling = models.levers.compiling(self.config)
+        with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress), compiling:
             try:
                 while self.progress.epoch < self.config.epochs:
                     self.train_epoch()
@@ -388,7 +390,7 @@ class Trainer:
             self.console.print("writing the report …")
             write_final(
                 self.run, results, self.config, self.manifest, self.runtime, self.tracker, parameters=self.parameters,
-                weights=weights, step=progress.step, epoch=progress.epoch,
+                weights=weights, grading=progress.grading, step=progress.step, epoch=progress.epoch,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
         self.tracker.finish()

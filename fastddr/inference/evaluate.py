@@ -18,7 +18,7 @@ from fastddr.config import Config
 from fastddr.data import manifest, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
-from fastddr.evaluation import views
+from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import restore
@@ -92,7 +92,7 @@ def evaluate(asked: Evaluate) -> Path | None:
         loader.close()
     if not began.is_main:
         return None
-    return _write(asked, config, run, found, began, result, restored.parameters, console)
+    return _write(asked, config, run, found, began, result, restored, console)
 
 
 def _ids(found: Manifest, split: str) -> np.ndarray:
@@ -113,7 +113,7 @@ def _write(
     found: Manifest,
     began: Runtime,
     result: SplitResult,
-    parameters: int,
+    restored: restore.Restored,
     console: Console,
 ) -> Path:
     multi = ["multi"] if config.evaluation.field == "multi" else []
@@ -127,7 +127,10 @@ def _write(
             {"by": "evaluate", "weights": result.weights, "split": asked.split, "n": values["n"], **shown,
              "fingerprint": found.fingerprint}
         )  # fmt: skip
-    about = facts(config, found, began, parameters, [])
+    about = facts(
+        config, found, began, restored.parameters, [], began_at=run.began_at(),
+        grading=grading.unwrap(restored.model)[1],
+    )  # fmt: skip
     reporting.write(
         place, {asked.split: result}, about, found.notes, root=found.root, left_out=found.left_out, folder=place,
         temperature=_temperature(run, asked, config), title=f"{run.path.resolve().name}: {label}",

@@ -52,7 +52,7 @@ class Restored:
 
     run: RunFolder
     config: Config
-    """The run's, with what was asked for; its `canvas` and `image_size` are those that the model sees."""
+    """The run's, with what was asked for."""
     model: nn.Module
     """On the device, in evaluation mode: normalised images (b, 3, s, s) to logits (b, C), a regression's with its
     thresholds."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -126,3 +129,28 @@ def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Modul
     torch._functorch.config.activation_memory_budget = config.memory.activation_budget
     # Micro batches are all of one size, so nothing need be prepared for others.
     return cast(nn.Module, torch.compile(model, dynamic=False))
+
+
+@contextmanager
+def compiling(config: Config) -> Iterator[None]:
+    """Within it a compiler that fails ends the run in one sentence; it works at the first step, not before.
+
+    Raises:
+        UserError: the model cannot be compiled on this machine.
+    """
+    if not config.compile:
+        yield
+        return
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, torch.OutOfMemoryError):
+            raise error.inner_exception from error
+        # What comes behind the first empty line is advice for developers; a C++ compiler's message may be pages.
+        why = textwrap.shorten(str(error).partition("\n\n")[0], 300, placeholder=" …")
+        raise UserError(
+            f"torch.compile cannot compile {config.model} here: {why}; leave --compile off, or set "
+            "TORCHDYNAMO_VERBOSE=1 to see all of it."
+        ) from error

@@ -66,7 +66,7 @@ def begin(
     average: nn.Module,
     load_checkpoint: Callable[[Path], Saved],
     say: Callable[[str], None],
-) -> None:
+) -> tuple[str, ...]:
     """Let a model, and the average of its weights, begin at the weights that `config.init` names, on every rank.
 
     Args:
@@ -76,26 +76,31 @@ def begin(
         load_checkpoint: reads a checkpoint's folder.
         say: hears each line of what was taken and what was not.
 
+    Returns:
+        These lines, the same on every rank.
+
     Raises:
         UserError: the weights cannot be had, or are another model's.
     """
     if config.init is None:
-        return
+        return ()
     read: list[dict[str, Tensor]] = []
     # Rank 0 first: what it downloads the others find.
     runtime.from_main(lambda: read.append(source(config, load_checkpoint)))
     found = fit(model, read[0] if read else source(config, load_checkpoint), config)
     for target in (model, average):
         put(target, found.taken)
-    for line in found.lines:
-        say(f"  {line}")
+    lines = found.lines
     trained = zoo.normalisation(model) if config.init == "imagenet" else None
     if trained is not None and trained != (config.augment.mean, config.augment.std):
         mean, std = (" ".join(map(str, values)) for values in trained)
-        say(
-            f"  init: these weights were trained on images of another normalisation; --augment.mean {mean} "
-            f"--augment.std {std} is theirs"
+        lines += (
+            f"init: these weights were trained on images of another normalisation; --augment.mean {mean} "
+            f"--augment.std {std} is theirs",
         )
+    for line in lines:
+        say(f"  {line}")
+    return lines
 
 
 def source(config: Config, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:

@@ -16,9 +16,22 @@ from fastddr.runtime import Runtime
 
 
 def facts(
-    config: Config, manifest: Manifest, runtime: Runtime, parameters: int, logged: Sequence[Mapping[str, Any]]
+    config: Config,
+    manifest: Manifest,
+    runtime: Runtime,
+    parameters: int,
+    logged: Sequence[Mapping[str, Any]],
+    *,
+    began_at: str | None,
+    grading: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What was trained, on what, how, how fast and with how much memory; `logged` is the run's metrics.jsonl."""
+    """What was trained, on what, how, how fast and with how much memory.
+
+    Args:
+        logged: the run's metrics.jsonl; may be empty.
+        began_at: what was taken of `--init` (`RunFolder.began_at`).
+        grading: of a regression (`evaluation.grading`).
+    """
 
     def values(key: str) -> list[float]:
         return [line[key] for line in logged if line.get(key) is not None]
@@ -26,7 +39,7 @@ def facts(
     shown: dict[str, Any] = {
         "Command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
-        "Begins at": config.init or "random weights",
+        "Begins at": (began_at or config.init or "random weights").removeprefix("init "),
         "Preset": config.preset,
         "Data": manifest.root.parent.name if manifest.root.name == "DR_grading" else manifest.root.name,
         "Layout": manifest.layout,
@@ -47,6 +60,9 @@ def facts(
         "Precision": config.precision,
         "Loader": config.loader,
     }
+    if grading is not None:
+        shown["Thresholds between the grades, fitted on valid"] = grading["thresholds"]
+        shown["Spread of the values, fitted on valid"] = grading["sigma"]
     if rates := values("train/images_per_second"):
         shown["Images per second (median)"] = f"{median(rates):.1f}"
     if waits := values("train/data_wait"):

@@ -31,6 +31,7 @@ def write_final(
     *,
     parameters: int,
     weights: str,
+    grading: Mapping[str, Any] | None,
     step: int,
     epoch: int,
 ) -> None:
@@ -40,11 +41,12 @@ def write_final(
         results: by split, under the best weights, and `valid_last` under the last.
         parameters: of the model.
         weights: which the best ones are, in words.
+        grading: of a regression, of the best weights (`evaluation.grading`).
         step, epoch: where training ended.
     """
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
     logged = reporting.read_metrics(run.path)
-    about = facts(config, manifest, runtime, parameters, logged)
+    about = facts(config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=grading)
     text = reporting.write(run.path, ordered, about, manifest.notes, root=manifest.root, left_out=manifest.left_out)
     for picture in sorted(text.parent.glob("*.png")):
         # Thumbnails of patients' eyes stay in the run folder; trackers may be public.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests_support import ROOT, SMALL, settings, train, weights
 
 from fastddr import checkpoints
 from fastddr.errors import UserError
+from fastddr.models import levers
 from fastddr.trainer import Trainer
 
 
@@ -36,7 +39,8 @@ def test_a_run_begins_at_the_best_weights_of_another_and_goes_on_without_it(
             assert all(torch.equal(found[name], best[name]) for name in best)
         trainer.train_epoch()
         trainer.validate()
-    assert f"init run:{source}: {len(best)} of {len(best)} tensors taken" in capsys.readouterr().out
+    taken = f"run:{source}: {len(best)} of {len(best)} tensors taken"
+    assert f"init {taken}" in capsys.readouterr().out
     saved = checkpoints.load(folder / "checkpoints" / "last").model
     assert not torch.equal(saved["head.weight"], best["head.weight"])
     # A resume goes on from its own weights; what it began at may be gone.
@@ -45,6 +49,10 @@ def test_a_run_begins_at_the_best_weights_of_another_and_goes_on_without_it(
         found = trainer.bare_model.state_dict()
         assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert "tensors taken" not in capsys.readouterr().out
+    # What it began at is told for good.
+    assert (folder / "init.txt").read_text() == f"init {taken}\n"
+    train(tiny, folder, "--init", f"run:{source}")
+    assert f"| Begins at | {taken} |" in (folder / "report" / "report.md").read_text()
     with pytest.raises(UserError, match=r"init was 'run:.*' and is now None"):
         train(tiny, folder)
 
@@ -65,6 +73,20 @@ def test_a_model_of_timms_trains_and_is_reported(tiny: Path, tmp_path: Path) -> 
     run = train(tiny, tmp_path / "run", "--model", "timm:test_resnet", "--epochs", "1", "--memory.no-channels-last")
     assert "timm:test_resnet" in (run / "report" / "report.md").read_text()
     assert "conv1.0.weight" in weights(run) or "conv1.weight" in weights(run)
+
+
+def test_a_compiler_that_fails_ends_the_run_in_one_sentence(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(*_: Any) -> Any:
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(levers, "compiled", lambda model, *_: torch.compile(model, backend=backend))
+    with pytest.raises(UserError, match=r"torch.compile cannot compile convmixer here: .*no such instruction; leave"):
+        train(tiny, tmp_path / "run", "--compile")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "torch.compile" in status["reason"]
 
 
 @pytest.mark.slow

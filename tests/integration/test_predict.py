@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tests_support import launch, train
+from tests_support import ROOT, launch, train
 
 from fastddr.__main__ import main
 from fastddr.data import prepare
+from fastddr.errors import UserError
+from fastddr.inference import restore
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,30 @@ def test_raw_photographs_get_the_answer_of_their_masters(
         assert (row["status"], row["reason"]) == ("ok", "")
     names = {"0": "No DR", "1": "Mild NPDR", "2": "Moderate NPDR", "3": "Severe NPDR", "4": "Proliferative DR"}
     assert all(row["name"] == names[row["grade"]] for row in rows)
+
+
+@pytest.mark.parametrize("window", ["full", "center"])
+def test_the_benchmark_compares_with_a_loop_that_sees_the_same(
+    run: Path, masters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: Literal["full", "center"]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    plain, out = importlib.import_module("predict"), tmp_path / "grades.csv"
+    [folder] = masters.glob("**/test")
+    flags = ["--preparation", "none", "--window", window, "--out", str(out)]
+    assert main(["predict", str(run), str(folder), *flags]) == 0
+    config = restore.settings(restore.Scoring(run=run, window=window))
+    found = restore.restore(run, config, "best", torch.device("cpu"))
+    rows = table(out)
+    files = [folder / row["path"] for row in rows]
+    wanted = torch.tensor([[float(row[f"p{grade}"]) for grade in range(5)] for row in rows])
+    # Pillow's decoder and reduction differ from the loader's by single levels, another window by far more.
+    apart = (plain.graded(found.averaged, config, [str(file) for file in files], 4) - wanted).abs().max()
+    other = replace(config, evaluation=replace(config.evaluation, field="center" if window == "full" else "full"))
+    moved = (plain.graded(found.averaged, other, [str(file) for file in files], 4) - wanted).abs().max()
+    assert apart < 0.005 < moved
+    nine = replace(config, evaluation=replace(config.evaluation, field="multi"))
+    with pytest.raises(UserError, match="one window of a photograph"):
+        plain.graded(found.averaged, nine, [], 4)
 
 
 def test_a_run_on_raw_photographs_prepares_nothing(

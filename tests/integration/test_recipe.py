@@ -50,6 +50,8 @@ def test_each_checkpoint_has_the_grading_of_its_weights(run: Path) -> None:
         # What the report scores is what was fitted after that epoch, and nothing is fitted again.
         assert report(run)[name]["qwk"] == pytest.approx(line["valid/qwk"], abs=1e-12)
         assert report(run)[name]["loss"] == pytest.approx(line["valid/loss"], abs=1e-6)
+    told = ", ".join(f"{cut:.4g}" for cut in graded(run, "best")[1].thresholds)
+    assert f"fitted on valid | {told} |" in (run / "report" / "report.md").read_text()
     assert len({tuple(line[f"valid/threshold_{k}"] for k in range(4)) for line in logged.values()}) == 3
 
 
@@ -61,6 +63,8 @@ def test_evaluate_uses_the_grading_of_those_weights(run: Path, which: str, split
     wanted = report(run)["valid_last" if which == "last" else split]
     found = json.loads((folder / "metrics.json").read_text())[split]
     assert {**found, "weights": ""} == {**wanted, "weights": ""}
+    told = ", ".join(f"{cut:.4g}" for cut in graded(run, which)[1].thresholds)
+    assert f"fitted on valid | {told} |" in (folder / "report.md").read_text()
 
 
 def test_a_regression_goes_on_as_if_it_had_never_stopped(run: Path, tiny: Path, tmp_path: Path) -> None:

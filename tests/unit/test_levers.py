@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,24 @@ def test_a_machine_without_a_compiler_is_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(levers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="Triton"):
         levers.compiled(build("cnn"), config, torch.device("cuda"))
+
+
+def failing(error: BaseException) -> Any:
+    def backend(*_: Any) -> Any:
+        raise error
+
+    return torch.compile(torch.nn.Linear(2, 2), backend=backend)
+
+
+def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that() -> None:
+    config = replace(Config(), compile=True)
+    words = r"cannot compile convmixer here: .*ValueError: no such instruction; leave"
+    with pytest.raises(UserError, match=words), levers.compiling(config):
+        failing(ValueError("no such instruction"))(torch.zeros(1, 2))
+    with pytest.raises(torch.OutOfMemoryError), levers.compiling(config):
+        failing(torch.OutOfMemoryError("out of memory"))(torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match="another"), levers.compiling(config):
+        raise RuntimeError("another")
 
 
 #: In a process of its own: the checks of shapes that tests run under are not what is compiled.

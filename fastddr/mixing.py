@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchvision.transforms import v2
 
 from fastddr.config import AugmentConfig, Config
 from fastddr.errors import UserError
@@ -25,6 +24,9 @@ class Mixer:
 
     def __init__(self, augment: AugmentConfig, classes: int, *, seed: int, rank: int = 0) -> None:
         """`augment.mixup` or `augment.cutmix` must be above 0; grades are below `classes`."""
+        # Imported by those that mix only: it takes a second.
+        from torchvision.transforms import v2
+
         self._kinds: list[v2.MixUp | v2.CutMix] = []
         if augment.mixup:
             self._kinds.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))

@@ -6,7 +6,6 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 #: The range in which a temperature is looked for.
@@ -18,6 +17,8 @@ def temperature(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> floa
 
     Above 1 the model was too sure of itself. Fit it on valid, use it on test. Raises ValueError without photographs.
     """
+    from scipy.optimize import minimize_scalar
+
     if not len(grades):
         raise ValueError("a temperature is fitted on photographs, and there are none")
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()

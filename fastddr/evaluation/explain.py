@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -104,6 +103,8 @@ def pixels(image: Float[Tensor, "b 3 s s"], augment: AugmentConfig) -> UInt8[np.
 
 def overlay(photograph: UInt8[np.ndarray, "s s 3"], heat_map: Float[np.ndarray, "s s"], title: str) -> Image.Image:
     """The window that the model saw, beside the same under its heat map, and a line of text below."""
+    import matplotlib
+
     colours = matplotlib.colormaps[_COLOURS](heat_map)[:, :, :3] * 255
     share = (_STRENGTH * np.sqrt(heat_map))[:, :, None]
     mixed = np.rint(photograph * (1 - share) + colours * share).astype(np.uint8)

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from fastddr.config import Config
@@ -118,6 +117,8 @@ def fit(values: Float[Tensor, " n"], grades: Int[Tensor, " n"], classes: int = l
     Rounding stays where nothing is better, and where all photographs have one grade. A grade that no photograph should
     get has its two thresholds between the same two values.
     """
+    from scipy.optimize import minimize_scalar
+
     x, y = values.double().cpu().numpy(), grades.cpu().numpy()
     rounding = Grading(tuple(grade + 0.5 for grade in range(classes - 1)))
     grading = replace(rounding, thresholds=_thresholds(x, y, rounding.thresholds))

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
 from fastddr.data.grades import ICDR
 from fastddr.evaluation import ranking
@@ -71,6 +70,9 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     Raises ValueError for a grade outside 0..C-1 and for a logit that is not finite: a grade read off NaN
     would look like any other.
     """
+    # A second of imports, which a command that only asks for help need not wait for; so it is with scikit-learn below.
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
     _check(logits, grades)
     n, classes = logits.shape

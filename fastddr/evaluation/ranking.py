@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float
-from sklearn.metrics import auc, average_precision_score, roc_curve
 
 #: Names of the endpoints: this grade or worse.
 ENDPOINTS = {"any": 1, "referable": 2, "severe": 3}
@@ -30,6 +29,8 @@ def figures(
     `average_precision` is the area under the precision-recall curve as a step function, without interpolation.
     The operating points take their threshold from these very photographs, so they flatter a little.
     """
+    from sklearn.metrics import auc, average_precision_score, roc_curve
+
     if not positive.any() or positive.all():
         return dict.fromkeys(_keys(operating))
     alarms, hits, _ = roc_curve(positive, score, drop_intermediate=False)

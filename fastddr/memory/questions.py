@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -216,6 +215,8 @@ def _table(
 
 def course(case: Case, path: Path, title: str | None = None) -> None:
     """Draw the memory of one step, by kind, over its events: takings and freeings in their order, not time."""
+    from matplotlib.figure import Figure
+
     tape = tape_of(case)
     moments = list(tape.course(case.micro))
     layers: list[Any] = [[moment[kind] / GIB for moment in moments] for kind in KINDS]

@@ -26,7 +26,7 @@ from fastddr.data.problems import Problem
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.calibration import temperature as fitted
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.reporting import plots, predictions, ranked, tables
+from fastddr.reporting import predictions, tables
 from fastddr.reporting.predictions import LAST
 from fastddr.tracking import METRICS
 
@@ -58,6 +58,9 @@ def write(
     is by default the run's name. Predictions are written unless they are there already (`predicted` false). Raises
     OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
     """
+    # With them comes matplotlib, which a run has no use for until it ends.
+    from fastddr.reporting import plots, ranked
+
     report = folder or Path(run_dir) / "report"
     report.mkdir(parents=True, exist_ok=True)
     if "valid" in splits and len(splits["valid"].grades):

@@ -11,7 +11,7 @@ from fastddr.config import Config
 from fastddr.data.manifest import SPLITS, Manifest
 from fastddr.data.problems import one_line
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.reporting import plots, tables
+from fastddr.reporting import tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder
 from fastddr.runtime import Runtime
@@ -70,6 +70,8 @@ def write_final(
 
 def answers(name: str, split: SplitResult, root: Path) -> Answers:
     """What the trackers are told of a split."""
+    from fastddr.reporting import plots
+
     order, predicted, confidence = plots.mistakes(split)
     grades = split.grades.numpy()
     worst = [

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 import fastddr
 from fastddr.config import TrackingConfig
@@ -37,12 +36,16 @@ POINTS = 500
 
 def roc_points(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """1 − specificity and sensitivity."""
+    from sklearn.metrics import roc_curve
+
     alarms, hits, _ = roc_curve(positive, score)
     return alarms, hits
 
 
 def pr_points(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision."""
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(positive, score)
     return recall, precision
 

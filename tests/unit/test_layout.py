@@ -37,6 +37,18 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_run_and_a_question_begin_without_what_only_their_end_needs() -> None:
+    """Each takes a second or two, in every rank."""
+    code = (
+        "import sys, fastddr.trainer, fastddr.memory.questions\n"
+        "from fastddr.inference import compare, evaluate, export, predict, report\n"
+        "late = ('matplotlib', 'sklearn', 'torchmetrics', 'torchvision', 'scipy.stats', 'torch._dynamo', 'wandb')\n"
+        "print([m for m in late if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_public_names_are_there() -> None:
     import fastddr
 

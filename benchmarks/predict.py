@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from fastddr.config import Config, load_preset
 from fastddr.data import photos, synthetic
 from fastddr.errors import UserError
-from fastddr.inference import predict, restore
+from fastddr.inference import flags, predict, restore
 from fastddr.ranks import available_cores
 from fastddr.runtime import on_cpu
 from fastddr.trainer import Trainer
@@ -71,7 +71,7 @@ def trained(folder: Path) -> Path:
 
 def ours(run: Path, files: Sequence[str], batch_size: int, out: Path) -> Callable[[], float]:
     """Images a second of `fastddr predict`, from the command's parsed flags to the written table."""
-    asked = predict.Predict(
+    asked = flags.Predict(
         run=run, photographs=tuple(files), out=out, overwrite=True, batch_size=batch_size, preparation="none"
     )
 
@@ -135,7 +135,7 @@ def main(options: Options) -> None:
         run = options.run or trained(folder)
         harness.begin()
         device = torch.device("cpu" if on_cpu() else "cuda")
-        restored = restore.restore(run, restore.settings(restore.Scoring(run=run)), "best", device, lambda line: None)
+        restored = restore.restore(run, restore.settings(flags.Scoring(run=run)), "best", device, lambda line: None)
         config, model = restored.config, restored.averaged
         trials: dict[str, Callable[[], float]] = {}
         for size in options.batch_sizes:

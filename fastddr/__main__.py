@@ -45,8 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         return train.main(rest, prog="fastddr train")
     if verb in LATER:
-        module = importlib.import_module(f"fastddr.inference.{verb}")
-        code: int = module.main(rest)
+        from fastddr.inference import flags
+
+        asked = flags.parse(verb, rest)
+        code: int = importlib.import_module(f"fastddr.inference.{verb}").main(asked)
         return code
     if verb in VERBS:
         from fastddr import verbs

@@ -10,6 +10,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+#: Which window of a canvas is scored, and of which views the mean is taken (`EvaluationConfig`).
+Field = Literal["center", "full", "multi"]
+Views = Literal["none", "flips", "dihedral"]
+
+
 @dataclass(frozen=True)
 class ConvMixerConfig:
     """ConvMixer-dim/depth with kernel k and patch p (Trockman and Kolter, 2022)."""
@@ -189,13 +194,13 @@ class LossConfig:
 class EvaluationConfig:
     """How a split is scored."""
 
-    field: Literal["center", "full", "multi"] = "full"
+    field: Field = "full"
     """`full`: the centre window of a canvas that is as small as the window, so that its short side is seen whole.
     `center`: the centre window of the canvas that is trained on, as in the presets of the 2022 report. `multi`: the
     mean of the probabilities over nine windows, in three rows and columns from edge to edge of that canvas."""
     batch_size: int | None = None
     """Photographs a rank holds at once; by default the training micro batch."""
-    tta: Literal["none", "flips", "dihedral"] = "none"
+    tta: Views = "none"
     """Test-time augmentation at the end of the run: its report has the mean over 4 (`flips`) or 8 views (`dihedral`)
     of each photograph. Validation after an epoch has one view."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Views = Literal["none", "flips", "dihedral"]
+from fastddr.config.sections import Views
+
 #: (quarter turns, whether mirrored first) of each view.
 _VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
     "flips": ((0, False), (0, True), (2, False), (2, True)),

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from fastddr.cli import answered
 from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.inference.flags import Compare
 from fastddr.reporting import again, tables
 
 #: What is compared: label, place in the figures, and whether it is read in per cent.
@@ -29,23 +29,6 @@ COLUMNS = (
     ("referable AUC", ("referable", "auc"), False),
     ("calibration err.", ("ece",), True),
 )
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Compare runs on the photographs of one split: figures with 95 % intervals, and paired differences to the first.
-
-    Reads what the runs, or evaluations of theirs, have predicted already; nothing is scored.
-    """
-
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of runs, or of evaluations (RUN/evaluations/NAME); the others are compared with the first."""
-    split: str = "valid"
-    """Of which split. Choose between models by valid; test is for the one that was chosen."""
-    common: bool = False
-    """Compare on the photographs that all of them scored, where they are not the same."""
-    out: Path | None = None
-    """Also write this: .md for a table, .json for the figures."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +178,8 @@ def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str
     console.print(f"\n{legend(compared, split)}", style="dim")
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(asked: Compare) -> int:
     """Run the verb; its exit code."""
-    asked = tyro.cli(Compare, args=list(arguments), prog="fastddr compare")
 
     def work() -> int:
         compared = compare(asked)

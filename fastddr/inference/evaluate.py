@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 
 from fastddr import ranks, reporting, runtime
@@ -22,31 +20,12 @@ from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import restore
-from fastddr.inference.restore import Scoring
+from fastddr.inference.flags import Evaluate
 from fastddr.loaders.run import scoring
 from fastddr.reporting import again
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder, claim
 from fastddr.runtime import Runtime
-
-
-@dataclass(frozen=True)
-class Evaluate(Scoring):
-    """Score a run's weights, and write a report into RUN/evaluations/.
-
-    Several GPUs share the work: `accelerate launch -m fastddr evaluate RUN`.
-    """
-
-    split: Literal["train", "valid", "test", "all"] = "test"
-    """Which photographs. Every scoring of test is noted in RUN/test_scorings.jsonl."""
-    data: str | None = None
-    """Other photographs than the run's, in any layout; by default those that it was trained on."""
-    on_bad: Literal["raise", "exclude"] = "raise"
-    """A photograph or label that cannot be used: stop, or leave it out and say so."""
-    exclude: str | None = None
-    """List of photographs to leave out; by default what the run left out."""
-    follow_links: bool = False
-    """Also read photographs to which links lead out of the data folder."""
 
 
 def settings(asked: Evaluate) -> Config:
@@ -149,9 +128,8 @@ def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | Non
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(asked: Evaluate) -> int:
     """Run the verb; its exit code."""
-    asked = tyro.cli(Evaluate, args=list(arguments), prog="fastddr evaluate")
 
     def work() -> int:
         with ranks.watched():

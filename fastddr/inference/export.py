@@ -14,15 +14,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import UInt8
 from rich.console import Console
 
@@ -34,10 +33,11 @@ from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.evaluation import grading
 from fastddr.evaluation.evaluate import score
-from fastddr.inference import card, formats, restore
+from fastddr.inference import card, flags, formats, restore
 from fastddr.inference.deployed import Deployed
-from fastddr.inference.formats import Format, Run
-from fastddr.inference.restore import Restored, Weights
+from fastddr.inference.flags import Export
+from fastddr.inference.formats import Run
+from fastddr.inference.restore import Restored
 from fastddr.loaders import canvases
 from fastddr.loaders.run import task
 from fastddr.meters import versions
@@ -46,32 +46,6 @@ from fastddr.meters import versions
 ALLOWED = 1e-4
 #: Canvases that are run together in the check, where they are of one size; some are run alone as well.
 _TOGETHER = 8
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a run's model as a file: ONNX, torch.export, or weights alone; with a model card beside it.
-
-    The file is read back and must give the run's own probabilities on real photographs, or it is not kept.
-    """
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
-    format: Format = "onnx"
-    """`onnx` and `torch-export` take uint8 canvases, with windows and normalisation inside; `safetensors` is the
-    weights alone."""
-    out: Path | None = None
-    """New folder for it; by default RUN/exports/FORMAT."""
-    overwrite: bool = False
-    """Put it in the place of an earlier export."""
-    weights: Weights = "best"
-    """Of the epoch with the highest kappa on valid, or of the last one."""
-    window: Literal["center", "full", "multi"] | None = None
-    """What of the canvas is graded, as in `evaluate`; by default as the run was validated."""
-    photographs: Path | None = None
-    """Folder of photographs to check it on; by default the valid split of the run's data."""
-    count: int = 64
-    """How many of them, spread over all; 0 = all."""
 
 
 def export(asked: Export) -> Path:
@@ -169,7 +143,7 @@ def _canvases(wanted: loaders.Task) -> Iterator[tuple[list[int], UInt8[np.ndarra
 
 def _settings(asked: Export) -> Config:
     # In float32: what is written is checked on the CPU.
-    wanted = restore.Scoring(run=asked.run, weights=asked.weights, window=asked.window, precision="fp32")
+    wanted = flags.Scoring(run=asked.run, weights=asked.weights, window=asked.window, precision="fp32")
     return restore.settings(wanted)
 
 
@@ -231,9 +205,8 @@ def _umask() -> int:
     return mask
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(asked: Export) -> int:
     """Run the verb; its exit code."""
-    asked = tyro.cli(Export, args=list(arguments), prog="fastddr export")
 
     def work() -> int:
         export(asked)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import nn
 from fastddr.errors import UserError
 from fastddr.evaluation import grading
 from fastddr.inference.deployed import Deployed
+from fastddr.inference.flags import Format
 
-Format = Literal["onnx", "torch-export", "safetensors"]
 #: What a file is read back as: canvases to probabilities.
 Run = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b C"]]
 

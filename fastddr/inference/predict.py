@@ -12,11 +12,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
@@ -33,7 +31,8 @@ from fastddr.errors import UserError
 from fastddr.evaluation import explain
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import restore
-from fastddr.inference.restore import Restored, Scoring
+from fastddr.inference.flags import Predict
+from fastddr.inference.restore import Restored
 from fastddr.loaders.run import scoring
 from fastddr.progress import EpochBar
 from fastddr.runtime import Runtime
@@ -41,28 +40,6 @@ from fastddr.runtime import Runtime
 #: Exit code where some photographs could not be graded; the table says which.
 EXIT_SOME_BAD = 1
 _NAMES = (*ICDR, "Ungradable")
-
-
-@dataclass(frozen=True)
-class Predict(Scoring):
-    """Grade photographs without labels by a run's weights, into a table.
-
-    Raw photographs get the preparation that the run was trained with. Exit code 0 = all are graded, 1 = some cannot be
-    used (the table says which and why), 2 = a mistake in the command. Several GPUs share the work:
-    `accelerate launch -m fastddr predict RUN PHOTOS...`.
-    """
-
-    photographs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PHOTOS...")] = ()
-    """Files, folders (with all below), globs, and lists (.csv with a column `path`)."""
-    out: Path = Path("grades.csv")
-    """The table."""
-    overwrite: bool = False
-    """Write over a table that is there already."""
-    explain: Path | None = None
-    """Also write, into this folder, each photograph's window beside a heat map of what speaks for its grade."""
-    preparation: str = "auto"
-    """`auto`: as the run's photographs were prepared. `none`, or the side of masters in pixels, where the run does not
-    say it."""
 
 
 @dataclass(frozen=True)
@@ -245,9 +222,8 @@ def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console
     console.print("Research use only; not a medical device.")
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(asked: Predict) -> int:
     """Run the verb; its exit code."""
-    asked = tyro.cli(Predict, args=list(arguments), prog="fastddr predict")
 
     def work() -> int:
         with ranks.watched():

@@ -1,6 +1,6 @@
 """A run's model under given weights, ready for logits: the one place where a model is built for inference.
 
-`fastddr evaluate`, `predict` and `export` all take it from here, and their flags about scoring as well.
+`fastddr evaluate`, `predict` and `export` all take it from here.
 """
 
 from __future__ import annotations
@@ -8,42 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import nn
 
 from fastddr import checkpoints, models, ranks, runtime
 from fastddr.config import Config, from_mapping, read_yaml
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
-from fastddr.evaluation.views import Views
+from fastddr.inference.flags import Scoring, Weights
 from fastddr.runs import RunFolder
-
-Weights = Literal["best", "last"]
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """The flags that `evaluate` and `predict` share."""
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
-    weights: Weights = "best"
-    """Of the epoch with the highest kappa on valid, or of the last one."""
-    tta: Views | None = None
-    """Test-time augmentation: the mean over `flips` (4), over flips and quarter turns (`dihedral`, 8), or `none`;
-    by default as in the run's report."""
-    window: Literal["center", "full", "multi"] | None = None
-    """The centre window of the canvas, all of its short side, or the mean of the probabilities over nine windows of the
-    canvas; by default as the run was validated."""
-    batch_size: int | None = None
-    """Photographs a rank holds at once (windows, with --window multi); by default what the run held."""
-    loader: Literal["auto", "dali", "torchvision"] | None = None
-    """By default the run's."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """By default the run's on a GPU, fp32 on a CPU."""
 
 
 @dataclass(frozen=True)

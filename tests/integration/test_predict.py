@@ -18,7 +18,7 @@ from tests_support import ROOT, launch, train
 from fastddr.__main__ import main
 from fastddr.data import prepare
 from fastddr.errors import UserError
-from fastddr.inference import restore
+from fastddr.inference import flags, restore
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_the_benchmark_compares_with_a_loop_that_sees_the_same(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     plain, out = importlib.import_module("predict"), tmp_path / "grades.csv"
     [folder] = masters.glob("**/test")
-    flags = ["--preparation", "none", "--window", window, "--out", str(out)]
-    assert main(["predict", str(run), str(folder), *flags]) == 0
-    config = restore.settings(restore.Scoring(run=run, window=window))
+    more = ["--preparation", "none", "--window", window, "--out", str(out)]
+    assert main(["predict", str(run), str(folder), *more]) == 0
+    config = restore.settings(flags.Scoring(run=run, window=window))
     found = restore.restore(run, config, "best", torch.device("cpu"))
     rows = table(out)
     files = [folder / row["path"] for row in rows]

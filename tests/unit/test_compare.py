@@ -11,6 +11,7 @@ import torch
 from fastddr.__main__ import main
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import compare
+from fastddr.inference.flags import Compare
 from fastddr.reporting import ABOUT, predictions
 
 GRADES = torch.multinomial(
@@ -45,7 +46,7 @@ def test_runs_are_compared_photograph_by_photograph(tmp_path: Path) -> None:
     """The order of a file does not count, and the difference is that of the figures."""
     weak, strong = result(1, 1.0), result(2, 3.0)
     runs = (folder(tmp_path / "a", valid=weak), folder(tmp_path / "b", valid=strong))
-    first, second = compare.compare(compare.Compare(runs))
+    first, second = compare.compare(Compare(runs))
     assert (first.name, second.name, first.differences) == ("a", "b", None)
     for one, split in ((first, weak), (second, strong)):
         expected = figures(split.logits, split.grades)
@@ -57,7 +58,7 @@ def test_runs_are_compared_photograph_by_photograph(tmp_path: Path) -> None:
     cell = body[2][head.index("accuracy")]
     assert cell.startswith(f"{100 * gain:+.1f} (")
     assert cell.endswith("*"), "so large a difference is no chance"
-    same = compare.compare(compare.Compare((runs[0], runs[0])))
+    same = compare.compare(Compare((runs[0], runs[0])))
     assert compare.table(same)[3][1] == "+0.0 (+0.0 to +0.0)"
 
 
@@ -98,5 +99,5 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.
         assert words in said
         assert said.startswith("fastddr: ")
         assert said.count("\n") == 1
-    shared = compare.compare(compare.Compare((one, shifted), common=True))
+    shared = compare.compare(Compare((one, shifted), common=True))
     assert [run.found["n"] for run in shared] == [190, 190]

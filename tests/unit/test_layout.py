@@ -26,11 +26,14 @@ def test_train_py_is_short_and_defines_no_class() -> None:
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    """`import fastddr` and a wrong flag do not wait for PyTorch."""
+    """`import fastddr`, a wrong flag and the help of each verb do not wait for PyTorch."""
     code = (
-        "import sys, fastddr, fastddr.__main__, fastddr.config\n"
+        "import contextlib, io, sys, fastddr, fastddr.__main__, fastddr.config\n"
         "from fastddr.train import main\n"
         "assert main(['--nonsense']) == 2\n"
+        "for verb in fastddr.__main__.VERBS:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        fastddr.__main__.main([verb, '--help'])\n"
         "print([m for m in ('torch', 'nvidia.dali', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

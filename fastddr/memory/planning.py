@@ -23,6 +23,8 @@ from fastddr.memory.predicting import (
 
 #: Below so many photographs at once BatchNorm's statistics are so noisy that another change is cheaper.
 FEW = 8
+#: What the blocks of a step in half precision take at least of those in float32: no number has less than half its bytes.
+HALF = 0.5
 #: Largest micro batch that is looked for.
 MOST = 4096
 
@@ -55,11 +57,16 @@ def largest(case: Case, limit: int, allowance: Allowance) -> int:
     return low
 
 
-def _smaller(case: Case, limit: int, allowance: Allowance) -> int | None:
-    """The largest micro batch below the case's that divides a rank's part of the global batch and fits."""
+def _smaller(case: Case, limit: int, allowance: Allowance, like: Case | None = None, share: float = 1) -> int | None:
+    """The largest micro batch below the case's that divides a rank's part of the global batch and fits.
+
+    `like` is a case that is traced already, of whose blocks the case's take `share` at least; this saves traces.
+    """
     least = 2 if case.steps.mixed else 1
     parts = [micro for micro in divisors(case.config.batch_size // case.ranks) if least <= micro < case.micro]
-    if not case.steps.accumulated:
+    if like is not None:
+        parts = [micro for micro in parts if share * tape_of(like).peak(micro).held <= limit]
+    if parts and not case.steps.accumulated:
         # With accumulation a step never takes less: the gradients are there as well. So this may save a trace.
         parts = [micro for micro in parts if tape_of(case).peak(micro).held <= limit]
     return next((micro for micro in parts if fits(replace(case, micro=micro), limit, allowance)), None)
@@ -73,13 +80,15 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
     stem, and last the image.
     """
 
-    def way(flags: str, costs: str, changed: Case) -> Iterator[Way]:
+    def way(flags: str, costs: str, changed: Case, share: float = 0) -> Iterator[Way]:
+        if share * tape_of(case).peak(case.micro).held > limit:
+            return  # as no trace is needed to say
         total = predict(changed, allowance).total
         if total <= limit:
             yield Way(flags, costs, changed, total)
 
-    def smaller(flags: str, costs: str, changed: Case, least: int) -> Iterator[Way]:
-        micro = _smaller(changed, limit, allowance)
+    def smaller(flags: str, costs: str, changed: Case, least: int, share: float = 0) -> Iterator[Way]:
+        micro = _smaller(changed, limit, allowance, case, share)
         if micro is not None and micro >= least:
             normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
             yield Way(
@@ -98,8 +107,8 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
         yield from way("--memory.checkpointing", "nothing in the result; a step takes about a third longer", again)
     if config.precision == "fp32":
         half = replace(case, config=replace(config, precision="bf16"))
-        yield from way("--precision bf16", "numbers of less precision (fp16 on older cards)", half)
-        yield from smaller("--precision bf16", "numbers of less precision (fp16 on older cards)", half, 1)
+        yield from way("--precision bf16", "numbers of less precision (fp16 on older cards)", half, HALF)
+        yield from smaller("--precision bf16", "numbers of less precision (fp16 on older cards)", half, 1, HALF)
     found = _smaller(case, limit, allowance)
     if found is not None and found < FEW:
         yield from smaller("", "", case, 1)
@@ -111,7 +120,19 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
         size = config.image_size * part // 4 // 32 * 32
         if size:
             sized = replace(case, config=replace(config, image_size=size))
-            yield from way(f"--image-size {size}", "less of the photograph is seen at once", sized)
+            yield from way(
+                f"--image-size {size}", "less of the photograph is seen at once", sized, _share(config, size)
+            )
+
+
+def _share(config: Config, size: int) -> float:
+    """What the blocks of a step take at least of their bytes, with images of another size.
+
+    Maps go by the area, and what is rounded down in them by a little less; attention, which timm may have, by its
+    square.
+    """
+    area = (size / config.image_size) ** 2
+    return 0.8 * area if config.model in MODELS else 0.8 * area**2
 
 
 def _has_blocks(config: Config) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -122,7 +123,14 @@ def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Ta
 
 
 def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:
-    return partial(models.build, model, num_classes=classes, image_size=size, **dict(chosen))
+    return partial(deepcopy, _built(model, chosen, classes, size))
+
+
+@lru_cache(maxsize=4)
+def _built(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> nn.Module:
+    """A model without values, to copy: to draw its values takes longer than a step, even where there are none."""
+    with torch.device("meta"):
+        return models.build(model, num_classes=classes, image_size=size, **dict(chosen))
 
 
 @lru_cache(maxsize=32)

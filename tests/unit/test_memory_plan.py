@@ -94,6 +94,39 @@ def test_each_change_that_is_named_fits_by_its_own_prediction(share: float) -> N
         assert way.case.config.batch_size == 24
 
 
+#: Small ones of each of our models; the sizes of their maps are odd in places.
+MODELS: dict[str, dict[str, Any]] = {
+    "cnn": {"blocks": 3, "width": 8},
+    "convmixer": {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 5},
+    "resnet": {"depth": 10, "width": 16, "stem": "stride1"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_left_out_untraced_could_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The changes that are found are those that tracing every one of them finds."""
+    case = Case(config(model=model, **{model: MODELS[model]}), 24)
+    for size in (60, 50, 41):
+        smaller = replace(case, config=replace(case.config, image_size=size))
+        share = tape_of(smaller).peak(24).held / tape_of(case).peak(24).held
+        assert 0.5 * share < planning._share(case.config, size) < share
+    total = predict(case, NOTHING).total
+    limits = [int(total * part) for part in (0.62, 0.3)]
+    found = [list(ways(case, limit, NOTHING)) for limit in limits]
+    monkeypatch.setattr(planning, "HALF", 0)
+    monkeypatch.setattr(planning, "_share", lambda *_: 0)
+    assert found == [list(ways(case, limit, NOTHING)) for limit in limits]
+    assert any(found)
+
+
+def test_a_change_that_is_clearly_too_large_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, asked = Case(config(image_size=128, canvas=128), 24), []
+    monkeypatch.setattr(planning, "predict", lambda case, *_: asked.append(case.config) or predict(case, NOTHING))
+    assert not list(ways(case, predict(case, NOTHING).total // 50, NOTHING))
+    assert {one.precision for one in asked} == {"fp32"}
+    assert {one.image_size for one in asked} == {128}
+
+
 def test_the_cheapest_change_comes_first() -> None:
     case = Case(config(loading={"store": "vram"}), 24)
     limit = predict(case, NOTHING).total - MIB

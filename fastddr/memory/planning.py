@@ -23,7 +23,7 @@ from fastddr.memory.predicting import (
 
 #: Below so many photographs at once BatchNorm's statistics are so noisy that another change is cheaper.
 FEW = 8
-#: What the blocks of a step in half precision take at least of those in float32: no number has less than half its bytes.
+#: What the blocks of a step in half precision take at least of those in float32: no number has less than two bytes.
 HALF = 0.5
 #: Largest micro batch that is looked for.
 MOST = 4096

@@ -114,12 +114,20 @@ def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Ta
     make = _maker(model, chosen, steps.classes, steps.image_size)
 
     def traced() -> Tape:
-        # Of timm's models nothing is proved.
-        alone = _prime(model, chosen, steps.classes, steps.image_size) if model in MODELS else None
+        # Of timm's models nothing is proved. The first trace shows whether each block of this one is the model's or
+        # each photograph's; the other ways to train it are then traced like our own.
+        known = model in MODELS or _apart.get((model, chosen), False)
+        alone = _prime(model, chosen, steps.classes, steps.image_size) if known else None
         return trace(make, steps, (2, 3) if alone is None else (alone,))
 
     key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
-    return kept(hashlib.sha256(key.encode()).hexdigest()[:32], traced)
+    tape = kept(hashlib.sha256(key.encode()).hexdigest()[:32], traced)
+    _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
+    return tape
+
+
+#: Whether each block of a model was either of the model or of each photograph when it was first traced.
+_apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
 
 
 def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:

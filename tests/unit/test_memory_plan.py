@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from fastddr import verbs
 from fastddr.config import Config, OptimizerConfig, ResNetConfig, from_mapping
@@ -233,6 +234,32 @@ def test_allowances_of_a_card_are_kept_and_never_another_cards() -> None:
 def test_calibrating_without_a_gpu_is_one_sentence() -> None:
     with pytest.raises(UserError, match="--calibrate measures a GPU, and PyTorch sees none here"):
         allowances.calibrate()
+
+
+class Stranger(nn.Module):
+    """A model that nothing is known of; with `one_more`, a block of it is partly of the batch."""
+
+    def __init__(self, one_more: bool) -> None:
+        super().__init__()
+        self.head, self.one_more = nn.Linear(3, 5), one_more
+
+    def forward(self, image: Tensor) -> Tensor:
+        found = self.head(image.mean((2, 3)))
+        return torch.cat([found, found.new_zeros(1, 5)])[:-1].relu() if self.one_more else found.relu()
+
+
+@pytest.mark.parametrize("one_more", [False, True])
+def test_a_stranger_is_traced_twice_until_its_blocks_are_known(one_more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[Any] = []
+    trace = predicting.trace
+    monkeypatch.setattr(predicting, "trace", lambda *args: traced.append(args[2]) or trace(*args))
+    monkeypatch.setattr(predicting.models, "build", lambda *_, **__: Stranger(one_more))
+    for precision in ("fp32", "bf16"):
+        tape = tape_of(Case(config(model=f"timm:stranger-{one_more}", precision=precision), 24))
+        witness = trace(lambda: Stranger(one_more), Case(config(precision=precision), 24).steps, (24, 25))
+        assert tape.sizes(24) == witness.sizes(24)
+    assert traced[0] == (2, 3)
+    assert (len(traced[1]) == 2) == one_more
 
 
 def test_a_tape_is_kept_and_a_broken_one_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

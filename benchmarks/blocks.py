@@ -402,6 +402,11 @@ def _ablated(results: Sequence[Result], link: Link) -> list[str]:
     return texts
 
 
+def answers(results: Sequence[Result], link: Link) -> list[str]:
+    """How soon commands answer."""
+    return _listed(results, link, "answers", "Seconds from the start of a command to its end; `again`: from the cache")
+
+
 def seeds(results: Sequence[Result], link: Link) -> list[str]:
     """Numbers of ranks beside seeds."""
     texts = []
@@ -439,6 +444,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "predict": predict,
     "scaling": scaling,
     "scaling-paper": scaling_paper,
+    "answers": answers,
     "seeds": seeds,
     "memory": memory,
     "report": report,

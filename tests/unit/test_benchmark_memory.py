@@ -1,8 +1,9 @@
-"""`memory.py`: the search for the largest batch and crop, beside what the plan says."""
+"""`memory.py`: the search for the largest batch and crop, beside what the plan says; `answers.py`: how soon."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastddr.errors import UserError
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.predicting import needed
 
@@ -105,3 +107,35 @@ def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
     ]  # fmt: skip
     assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[3]
     assert texts[4] == "Without a figure: huge: out of memory"
+
+
+# ----------------------------------------------------------------------------------------------------------- answers.py
+
+
+def test_questions_are_asked_with_an_empty_cache_and_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    answers, asked = importlib.import_module("answers"), []
+
+    def seconds(arguments: tuple[str, ...], cache: Path) -> float:
+        asked.append((arguments[0], cache.name))
+        return 30.0 if len(asked) % 3 == 2 else 3.0
+
+    monkeypatch.setattr(answers, "seconds", seconds)
+    out = tmp_path / "answers.json"
+    answers.main(answers.Options(out=out), {"small": (("--vram", "8"), 20.0)})
+    rounds = [[("predict", "none"), ("plan", str(number)), ("plan", str(number))] for number in range(1, 6)]
+    assert asked == [one for round_ in rounds for one in round_]
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert (rows["small"]["target"], rows["small"]["met"], rows["small"]["flags"]) == (20.0, False, "--vram 8")
+    assert rows["small, again"]["median"] == 3.0
+    assert "target" not in rows["small, again"]
+    with pytest.raises(UserError, match="at least 5"):
+        answers.main(answers.Options(rounds=4))
+
+
+def test_a_question_that_cannot_be_answered_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    answers = importlib.import_module("answers")
+    assert answers.seconds(("predict", "--help"), tmp_path) > 0
+    with pytest.raises(UserError, match=r"fastddr plan: .*needs the card's memory"):
+        answers.seconds(("plan",), tmp_path)

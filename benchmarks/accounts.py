@@ -1,4 +1,4 @@
-"""Tables and pictures of `report.py`, `ablation.py`, `seeds.py` and `memory.py`, from their rows."""
+"""Tables and pictures of `report.py`, `ablation.py`, `seeds.py`, `memory.py` and `cards.py`, from their rows."""
 
 from __future__ import annotations
 
@@ -223,7 +223,19 @@ def between_ranks(rows: Sequence[Row]) -> str:
     return said
 
 
-# -------------------------------------------------------------------------------------------------------- memory.py
+# ---------------------------------------------------------------------------------------------- memory.py, cards.py
+
+
+def cards(rows: Sequence[Row]) -> str:
+    """Predicted photographs at once: a line for each training and size of image, a column for each card."""
+    sizes = list(dict.fromkeys(row["card_gib"] for row in rows))
+    lines: dict[tuple[str, int], dict[float, str]] = {}
+    for row in rows:
+        lines.setdefault((row["training"], row["image_size"]), {})[row["card_gib"]] = f"{row['median']:,}"
+    return table(
+        ["photographs at once", "px", *(f"{size:g} GiB" for size in sizes)],
+        [[name, str(side), *(cells[size] for size in sizes)] for (name, side), cells in lines.items()],
+    )
 
 
 def peaks(rows: Sequence[Row]) -> list[str]:

@@ -402,6 +402,23 @@ def _ablated(results: Sequence[Result], link: Link) -> list[str]:
     return texts
 
 
+def cards(results: Sequence[Result], link: Link) -> list[str]:
+    """README's second picture: memory against the size of the card. A prediction is of no machine, so one is enough."""
+    found = _of(results, "cards")
+    if not found:
+        return [_not_yet("cards")]
+    about = f"Predicted by {source(found[0], link)} CUDA's context, workspaces and the decoder: "
+    return [
+        f"![{plots.SHOWN['cards']}]({link(found[0].path.with_suffix('.png'))})",
+        f"{about}{found[0].rows[0]['allowance']}.",
+    ]
+
+
+def cards_all(results: Sequence[Result], link: Link) -> list[str]:
+    """The same as a table."""
+    return [*(accounts.cards(result.rows) for result in _of(results, "cards")[:1]), *cards(results, link)[1:]]
+
+
 def answers(results: Sequence[Result], link: Link) -> list[str]:
     """How soon commands answer."""
     return _listed(results, link, "answers", "Seconds from the start of a command to its end; `again`: from the cache")
@@ -447,6 +464,8 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "answers": answers,
     "seeds": seeds,
     "memory": memory,
+    "cards": cards,
+    "cards-all": cards_all,
     "report": report,
     "ablation": ablation,
     "pretraining": pretraining,

@@ -49,12 +49,17 @@ def _changes(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) 
     return plots.changes(rows, title, path, digest=result.digest)
 
 
+def _cards(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    return plots.cards(rows, "The largest batch, predicted by fastddr plan", path, digest=result.digest)
+
+
 #: Of those benchmarks that have a picture.
 DRAWN: dict[str, Callable[[stored.Result, Path, Sequence[dict[str, Any]]], Path]] = {
     "loader": _loaders,
     "train": _training,
     "step": _steps,
     "ablation": _changes,
+    "cards": _cards,
 }
 
 

@@ -24,6 +24,7 @@ SHOWN = {
     "train": "Images a second of whole training, and its ceiling",
     "step": "Images a second of the training step alone",
     "ablation": "Kappa and loss on valid by epoch",
+    "cards": "The largest batch by the size of the card, as predicted",
 }
 #: By the `kind` of a row.
 COLOURS = {"fastddr": "#1f6f8b", "store": "#7fb3c4", "peer": "#c8803a"}
@@ -34,6 +35,14 @@ _LINES = (
     ("#444444", (0, (1, 1.2))),
     ("#b00020", (0, (6, 2, 1, 2))),
     ("#2e7d32", (0, (3, 1))),
+)
+#: Colour (Okabe and Ito, 2008), dashes and marker of trainings.
+_TRAININGS = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", (0, (5, 2)), "s"),
+    ("#009E73", (0, (1, 1.2)), "^"),
+    ("#CC79A7", (0, (6, 2, 1, 2)), "D"),
+    ("#000000", (0, (3, 1)), "v"),
 )
 _INK = "#444444"
 #: What makes a panel of training and of steps.
@@ -179,6 +188,46 @@ def _seeds(axis: Any, curves: Sequence[Row], key: str, colour: str, dashes: Any)
     axis.plot(
         *zip(*middle, strict=True) if middle else ([], []), color=colour, linestyle=dashes, linewidth=2.2, zorder=3
     )
+
+
+def cards(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+    """The largest batch by the size of the card, a panel for each size of image; both axes are logarithmic.
+
+    Args:
+        rows: of `cards.py`, each with `training`, `image_size`, `card_gib` and `median`. Where that is 0 there is no
+            point.
+        title: of the whole picture.
+        path: the PNG.
+        digest: of the result, kept in the PNG.
+    """
+    sides = list(dict.fromkeys(row["image_size"] for row in rows))
+    sizes = sorted({row["card_gib"] for row in rows})
+    figure = Figure(figsize=(_WIDTH, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row["training"] for row in rows))
+    for axis, side in zip(axes, sides, strict=True):
+        for name, (colour, dashes, marker) in zip(names, itertools.cycle(_TRAININGS), strict=False):
+            line = [row for row in rows if (row["training"], row["image_size"]) == (name, side) and row["median"]]
+            axis.plot(
+                [row["card_gib"] for row in line], [row["median"] for row in line], color=colour, linestyle=dashes,
+                marker=marker, markersize=5, linewidth=1.6, label=name,
+            )  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("GiB of the card", color=_INK, fontsize=9)
+        axis.set_title(f"images of {side} px", loc="left", fontsize=9, fontweight="bold", color=_INK)
+        axis.grid(color="#dddddd", zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("photographs at once", color=_INK, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=2)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
+    return path
 
 
 def digest_of(path: Path) -> str | None:

@@ -29,7 +29,7 @@ _NUMBERS = {
     "mean_levels": "mean difference, levels",
 }  # fmt: skip
 #: Benchmarks whose figures no other work on the machine changes.
-_TIMELESS = ("memory", "seeds")
+_TIMELESS = ("memory", "cards", "seeds")
 
 
 def number(value: float, like: float | None = None) -> str:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from fastddr.errors import UserError
-from fastddr.memory.allowances import GIB, Allowance
-from fastddr.memory.predicting import needed
+from fastddr.memory import questions
+from fastddr.memory.allowances import DECLARED, GIB, Allowance
+from fastddr.memory.predicting import Case, fits, needed, usable
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 #: Of a card of which all may be used by PyTorch's allocator.
@@ -107,6 +109,35 @@ def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
     ]  # fmt: skip
     assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[3]
     assert texts[4] == "Without a figure: huge: out of memory"
+
+
+# ------------------------------------------------------------------------------------------------------------- cards.py
+
+
+def test_the_largest_batch_by_card_is_the_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cards, accounts, plots = (importlib.import_module(name) for name in ("cards", "accounts", "plots"))
+    flags = ("--model", "cnn", "--cnn.width", "8", "--cnn.blocks", "2")
+    monkeypatch.setattr(cards, "TRAININGS", {"small": flags})
+    monkeypatch.setattr(cards.planning, "MOST", 300)
+    out = tmp_path / "cards.json"
+    cards.main(cards.Options(cards=(1.0, 1.35, 4.0), image_sizes=(64,), out=out))
+    rows = json.loads(out.read_text())["rows"]
+    found = {row["card_gib"]: row["median"] for row in rows}
+    config = questions.configured([*flags, "--image-size", "64"])
+    for card, most in found.items():
+        limit = usable(card, DECLARED)
+        assert not most or fits(Case(config, most), limit, DECLARED)
+        assert most >= 300 or not fits(Case(config, most + 1), limit, DECLARED)
+    assert found[1.0] == 0 < found[1.35] < found[4.0]
+    assert f"| small | 64 | 0 | {found[1.35]} | {found[4.0]} |" in accounts.cards(rows)
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "Figure", lambda **kinds: figures.append(Figure(**kinds)) or figures[-1])
+    assert plots.cards(rows, "Cards", tmp_path / "cards.png").stat().st_size > 10_000
+    [line] = figures[0].axes[0].lines
+    assert [*line.get_xdata()] == [1.35, 4.0], "no point where nothing fits"
+    with pytest.raises(UserError, match="sizes in GiB above 0"):
+        cards.main(cards.Options(cards=(0.0,)))
 
 
 # ----------------------------------------------------------------------------------------------------------- answers.py

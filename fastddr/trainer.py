@@ -342,7 +342,8 @@ class Trainer:
             # Its last step is saved as a step within the epoch, so that the next start scores it.
             progress.epoch -= 1
             raise
-        values = figures(found.logits, found.grades)
+        # All ranks hold all logits; the figures, and the packages that they need, are rank 0's work.
+        values = runtime.from_main(lambda: figures(found.logits, found.grades))
         qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
         best = progress.is_best(qwk, values["loss"])
         named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy", "auc")

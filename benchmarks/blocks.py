@@ -393,8 +393,9 @@ def _ablated(results: Sequence[Result], link: Link) -> list[str]:
     texts = []
     for result in results:
         first = result.measured[0]
+        of = "synthetic photographs" if first["data"] == "synthetic" else f"the data `{first['data']}`"
         texts.append(
-            f"**{result.hardware}.** One change at a time on {first['data']} photographs: median of {first['n']} "
+            f"**{result.hardware}.** One change at a time on {of}: median of {first['n']} "
             f"seeds with its 95 % interval, differences seed by seed. {accounts.caution(first['valid'])} "
             f"{source(result, link)}"
         )

@@ -45,7 +45,9 @@ def _steps(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) ->
 
 
 def _changes(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    title = f"One change at a time on {result.measured[0]['data']} photographs, {result.hardware}"
+    data = result.measured[0]["data"]
+    of = "synthetic photographs" if data == "synthetic" else f"data {data}"
+    title = f"One change at a time, {of}, {result.hardware}"
     return plots.changes(rows, title, path, digest=result.digest)
 
 

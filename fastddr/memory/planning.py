@@ -83,9 +83,8 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
     def way(flags: str, costs: str, changed: Case, share: float = 0) -> Iterator[Way]:
         if share * tape_of(case).peak(case.micro).held > limit:
             return  # as no trace is needed to say
-        total = predict(changed, allowance).total
-        if total <= limit:
-            yield Way(flags, costs, changed, total)
+        if fits(changed, limit, allowance):
+            yield Way(flags, costs, changed, predict(changed, allowance).total)
 
     def smaller(flags: str, costs: str, changed: Case, least: int, share: float = 0) -> Iterator[Way]:
         micro = _smaller(changed, limit, allowance, case, share)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ _apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
 
 
 def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:
-    return partial(deepcopy, _built(model, chosen, classes, size))
+    # Built when it is first asked for: of a tape that is kept nobody asks.
+    return lambda: deepcopy(_built(model, chosen, classes, size))
 
 
 @lru_cache(maxsize=4)

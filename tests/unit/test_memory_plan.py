@@ -121,8 +121,9 @@ def test_what_is_left_out_untraced_could_not_fit(model: str, monkeypatch: pytest
 
 
 def test_a_change_that_is_clearly_too_large_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, asked = Case(config(image_size=128, canvas=128), 24), []
-    monkeypatch.setattr(planning, "predict", lambda case, *_: asked.append(case.config) or predict(case, NOTHING))
+    case, asked = Case(config(image_size=128, canvas=128), 24), list[Any]()
+    traced = predicting._traced
+    monkeypatch.setattr(predicting, "_traced", lambda *args: asked.append(args[2]) or traced(*args))
     assert not list(ways(case, predict(case, NOTHING).total // 50, NOTHING))
     assert {one.precision for one in asked} == {"fp32"}
     assert {one.image_size for one in asked} == {128}

@@ -166,11 +166,12 @@ def main(options: Options) -> int:
                 if name == BASELINE:
                     return 1
             rows.append(compared(found, rows[0] if rows else found))
+    # First of all: what is drawn can be drawn again.
+    out = harness.write("ablation", rows, options.out, wandb=options.wandb)
     picture = plots.changes(rows, f"{base.model} on {rows[0]['data']}", folder / "ablation.png")
     text = f"{accounts.changes(rows)}\n\n{accounts.caution(rows[0]['valid'])}\n\n![Valid by epoch]({picture.name})\n"
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     harness.say(text)
-    out = harness.write("ablation", rows, options.out, wandb=options.wandb)
     harness.say(f"written to {folder / 'ablation.md'} and {out}")
     return int(any("failed" in found for found in rows))
 

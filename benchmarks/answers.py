@@ -60,7 +60,8 @@ def seconds(arguments: tuple[str, ...], cache: Path) -> float:
     Raises:
         UserError: it ends with an error.
     """
-    environment = os.environ | {"FASTDDR_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"FASTDDR_CACHE": str(cache), "PYTHONPATH": paths}
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "fastddr", *arguments], env=environment, capture_output=True, text=True
@@ -100,8 +101,9 @@ def main(options: Options, questions: dict[str, tuple[tuple[str, ...], float]] |
     questions = QUESTIONS if questions is None else questions
     if importlib.util.find_spec("timm") is None:
         left = [name for name, (flags, _) in questions.items() if any(flag.startswith("timm:") for flag in flags)]
-        questions = {name: asked for name, asked in questions.items() if name not in left}
-        harness.say(f"without timm: left out {', '.join(left)}; pip install -e '.[timm]'")
+        questions = {name: question for name, question in questions.items() if name not in left}
+        if left:
+            harness.say(f"without timm: left out {', '.join(left)}; pip install -e '.[timm]'")
     harness.begin()
     with tempfile.TemporaryDirectory() as folder:
         found = harness.interleaved(

@@ -1,7 +1,7 @@
 """Pictures of benchmark results; `plot.py` draws them from the files.
 
-Blue is fastddr and orange are the others, which the colour-blind tell apart and a printer in grey too; lines differ in
-their dashes as well.
+Blue is fastddr, or a change, and orange are the others, or the baseline, which the colour-blind tell apart and a
+printer in grey too; lines differ in their dashes as well.
 """
 
 from __future__ import annotations
@@ -154,26 +154,21 @@ def changes(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") ->
     shown = [row for row in rows if not row["baseline"]] or [base]
     figure = Figure(figsize=(_WIDTH, 2.1 * len(shown) + 0.9), dpi=150, layout="constrained")
     grid = figure.subplots(len(shown), 2, sharex=True, sharey="col", squeeze=False)
-    kinds = [(base, COLOURS["peer"], (0, (5, 2)))]
+    behind, before = (COLOURS["peer"], (0, (5, 2))), (COLOURS["fastddr"], "-")
     for axes, row in zip(grid, shown, strict=True):
         for axis, (key, word) in zip(axes, {"qwk": "kappa", "loss": "loss"}.items(), strict=True):
-            for one, colour, dashes in [*kinds, *([(row, COLOURS["fastddr"], "-")] if row is not base else [])]:
-                _seeds(axis, one["curves"], key, colour, dashes)
-            axis.set_title(f"{row['name']}: {word} on valid", loc="left", fontsize=9, fontweight="bold", color=_INK)
+            _seeds(axis, base["curves"], key, *behind)
+            if row is not base:
+                _seeds(axis, row["curves"], key, *before)
             axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-            axis.tick_params(labelsize=8)
-            axis.grid(color="#dddddd", zorder=0)
-            axis.spines[["top", "right"]].set_visible(False)
+            _plain(axis, f"{row['name']}: {word} on valid")
     for axis in grid[-1]:
         axis.set_xlabel("epoch", color=_INK, fontsize=9)
-    names = ["baseline", "the change"] if shown[0] is not base else ["baseline"]
-    for name, colour, dashes in zip(names, (kinds[0][1], COLOURS["fastddr"]), (kinds[0][2], "-"), strict=False):
+    looks = {"baseline": behind} | ({} if shown[0] is base else {"the change": before})
+    for name, (colour, dashes) in looks.items():
         grid[0, 0].plot([], [], color=colour, linestyle=dashes, label=f"{name}: median of {base['n']} seeds, and each")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=2)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
-    return path
+    return _save(figure, title, path, digest)
 
 
 def _seeds(axis: Any, curves: Sequence[Row], key: str, colour: str, dashes: Any) -> None:
@@ -217,17 +212,11 @@ def cards(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> P
         axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axis.tick_params(labelsize=8)
         axis.set_xlabel("GiB of the card", color=_INK, fontsize=9)
-        axis.set_title(f"images of {side} px", loc="left", fontsize=9, fontweight="bold", color=_INK)
-        axis.grid(color="#dddddd", zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
+        _plain(axis, f"images of {side} px")
     axes[0].set_ylabel("photographs at once", color=_INK, fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=2)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
-    return path
+    return _save(figure, title, path, digest)
 
 
 def digest_of(path: Path) -> str | None:
@@ -309,13 +298,25 @@ def _finish(
     title: str, path: Path, digest: str,
 ) -> Path:  # fmt: skip
     axes[-1].set_xlabel(unit, color=_INK, fontsize=9)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
     handles = [axes[0].barh([0], [0], color=COLOURS[kind], label=_KINDS[kind]) for kind in kinds]
     handles += [
         axes[0].plot([], [], color=colour, linestyle=dashes, label=name)[0] for name, (colour, dashes) in lines.items()
     ]
     figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False, ncols=2)
+    return _save(figure, title, path, digest)
+
+
+def _plain(axis: Any, title: str) -> None:
+    """The dress of an axis of lines."""
+    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=_INK)
+    axis.tick_params(labelsize=8)
+    axis.grid(color="#dddddd", zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, title: str, path: Path, digest: str) -> Path:
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
     return path

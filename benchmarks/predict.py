@@ -108,7 +108,7 @@ def graded(model: nn.Module, config: Config, files: Sequence[str], batch_size: i
     for start in range(0, len(files), batch_size):
         images = [see(Image.open(file).convert("RGB")) for file in files[start : start + batch_size]]
         answers.append(model(torch.stack(images).to(device)).softmax(1).cpu())
-    return torch.cat(answers)
+    return torch.cat(answers) if answers else torch.empty(0, config.num_classes)
 
 
 def plain(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> Callable[[], float]:
@@ -123,7 +123,11 @@ def plain(model: nn.Module, config: Config, files: Sequence[str], batch_size: in
 
 
 def main(options: Options) -> None:
-    """Measure, print and write."""
+    """Measure, print and write.
+
+    Raises:
+        UserError: too few rounds, or a run that the plain loop cannot follow.
+    """
     console = Console(soft_wrap=True)
     if options.rounds < 5:
         raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
@@ -137,6 +141,7 @@ def main(options: Options) -> None:
         device = torch.device("cpu" if on_cpu() else "cuda")
         restored = restore.restore(run, restore.settings(flags.Scoring(run=run)), "best", device, lambda line: None)
         config, model = restored.config, restored.averaged
+        graded(model, config, [], 1)  # what it refuses is told before anything is measured
         trials: dict[str, Callable[[], float]] = {}
         for size in options.batch_sizes:
             trials[f"fastddr predict, {_batches(size)}"] = ours(run, files, size, folder / "grades.csv")

@@ -38,17 +38,19 @@ class Progress:
     grading: dict[str, Any] | None = None
     """Of a regression: thresholds and spread, as the last validation fitted them (`evaluation.grading`)."""
 
-    def is_best(self, qwk: float, loss: float) -> bool:
-        """Whether the epoch just scored on valid is the best so far; it is then kept as that.
+    def keep_if_best(self, qwk: float, loss: float) -> bool:
+        """Keep the epoch just scored on valid as the best one, if it is that; whether it is.
 
         The highest kappa is best, and among equal ones the lowest loss: as long as a model names one grade for all,
-        kappa is 0 whatever it has learned, and the first epoch would stay the best one.
+        kappa is 0 whatever it has learned, and the first epoch would stay the best one. Where the loss of the best is
+        not known, as in an older checkpoint, it stays the best of equal ones.
         """
         if self.best_qwk is not None:
-            # Kappa is a ratio of sums: two ways to the same figure may differ in the last bits.
             gain = qwk - self.best_qwk
-            equal = abs(gain) < 1e-9
-            if not (self.best_loss is not None and loss < self.best_loss if equal else gain > 0):
+            # Kappa is a ratio of sums: two ways to the same figure may differ in the last bits.
+            tie = abs(gain) < 1e-9
+            lower = self.best_loss is not None and loss < self.best_loss
+            if not (lower if tie else gain > 0):
                 return False
         self.best_qwk, self.best_loss = qwk, loss
         self.best_step, self.best_epoch = self.step, self.epoch

@@ -182,12 +182,12 @@ class Trainer:
             return
         assert self.saver is not None
         assert self.loaders is not None
-        compiling = models.levers.compiling(self.config)
-        with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress), compiling:
+        with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress):
             try:
-                while self.progress.epoch < self.config.epochs:
-                    self.train_epoch()
-                    self.validate()
+                with models.levers.compiling(self.config):
+                    while self.progress.epoch < self.config.epochs:
+                        self.train_epoch()
+                        self.validate()
                 self._report()
             except StopRequested as request:
                 self._stop(str(request))
@@ -345,7 +345,7 @@ class Trainer:
         # All ranks hold all logits; the figures, and the packages that they need, are rank 0's work.
         values = runtime.from_main(lambda: figures(found.logits, found.grades))
         qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
-        best = progress.is_best(qwk, values["loss"])
+        best = progress.keep_if_best(qwk, values["loss"])
         named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy", "auc")
         assert self.tracker is not None
         self.tracker.log(

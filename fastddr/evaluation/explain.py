@@ -103,7 +103,7 @@ def pixels(image: Float[Tensor, "b 3 s s"], augment: AugmentConfig) -> UInt8[np.
 
 def overlay(photograph: UInt8[np.ndarray, "s s 3"], heat_map: Float[np.ndarray, "s s"], title: str) -> Image.Image:
     """The window that the model saw, beside the same under its heat map, and a line of text below."""
-    import matplotlib
+    import matplotlib  # a second, which only those wait for that ask for heat maps
 
     colours = matplotlib.colormaps[_COLOURS](heat_map)[:, :, :3] * 255
     share = (_STRENGTH * np.sqrt(heat_map))[:, :, None]

@@ -70,7 +70,7 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     Raises ValueError for a grade outside 0..C-1 and for a logit that is not finite: a grade read off NaN
     would look like any other.
     """
-    # A second of imports, which a command that only asks for help need not wait for; so it is with scikit-learn below.
+    # A second of imports, for which no run waits before it has something to score.
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()

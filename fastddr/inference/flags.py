@@ -23,7 +23,7 @@ class Scoring:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     weights: Weights = "best"
-    """Of the epoch with the highest kappa on valid, or of the last one."""
+    """Of the best epoch by kappa on valid, then loss, or of the last one."""
     tta: Views | None = None
     """Test-time augmentation: the mean over `flips` (4), over flips and quarter turns (`dihedral`, 8), or `none`;
     by default as in the run's report."""
@@ -96,7 +96,7 @@ class Export:
     overwrite: bool = False
     """Put it in the place of an earlier export."""
     weights: Weights = "best"
-    """Of the epoch with the highest kappa on valid, or of the last one."""
+    """Of the best epoch by kappa on valid, then loss, or of the last one."""
     window: Field | None = None
     """What of the canvas is graded, as in `evaluate`; by default as the run was validated."""
     photographs: Path | None = None

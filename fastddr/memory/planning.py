@@ -127,10 +127,11 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
 def _share(config: Config, size: int) -> float:
     """What the blocks of a step take at least of their bytes, with images of another size.
 
-    Maps go by the area, and what is rounded down in them by a little less; attention, which timm may have, by its
-    square.
+    Maps go by the area, a ConvMixer's by that of its whole patches; attention, which timm may have, by its square. What
+    is rounded down further on takes a little from it.
     """
-    area = (size / config.image_size) ** 2
+    whole = config.convmixer.patch_size if config.model == "convmixer" else 1
+    area = (size // whole / max(1, config.image_size // whole)) ** 2
     return 0.8 * area if config.model in MODELS else 0.8 * area**2
 
 

@@ -131,8 +131,15 @@ _apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
 
 
 def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:
-    # Built when it is first asked for: of a tape that is kept nobody asks.
-    return lambda: deepcopy(_built(model, chosen, classes, size))
+    def make() -> nn.Module:
+        # Built when it is first asked for: of a tape that is kept nobody asks.
+        built = _built(model, chosen, classes, size)
+        try:
+            return deepcopy(built)
+        except RuntimeError:  # a model of timm's may hold a tensor that PyTorch does not copy
+            return models.build(model, num_classes=classes, image_size=size, **dict(chosen))
+
+    return make
 
 
 @lru_cache(maxsize=4)

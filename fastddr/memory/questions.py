@@ -215,7 +215,7 @@ def _table(
 
 def course(case: Case, path: Path, title: str | None = None) -> None:
     """Draw the memory of one step, by kind, over its events: takings and freeings in their order, not time."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # a second, which only those wait for that ask for a picture
 
     tape = tape_of(case)
     moments = list(tape.course(case.micro))

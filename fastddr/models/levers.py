@@ -141,6 +141,7 @@ def compiling(config: Config) -> Iterator[None]:
     if not config.compile:
         yield
         return
+    import torch._dynamo.config
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     try:
@@ -148,8 +149,10 @@ def compiling(config: Config) -> Iterator[None]:
     except TorchDynamoException as error:
         if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, torch.OutOfMemoryError):
             raise error.inner_exception from error
-        # What comes behind the first empty line is advice for developers; a C++ compiler's message may be pages.
-        why = textwrap.shorten(str(error).partition("\n\n")[0], 300, placeholder=" …")
+        if torch._dynamo.config.verbose:
+            raise
+        # Behind it comes PyTorch's advice; before it a C++ compiler may have said pages.
+        why = textwrap.shorten(str(error).partition("Set TORCHDYNAMO_VERBOSE=1")[0], 400, placeholder=" …")
         raise UserError(
             f"torch.compile cannot compile {config.model} here: {why}; leave --compile off, or set "
             "TORCHDYNAMO_VERBOSE=1 to see all of it."

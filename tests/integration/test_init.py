@@ -75,18 +75,28 @@ def test_a_model_of_timms_trains_and_is_reported(tiny: Path, tmp_path: Path) -> 
     assert "conv1.0.weight" in weights(run) or "conv1.weight" in weights(run)
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ValueError("no such instruction"),
+            r"cannot compile convmixer here: .*no such instruction; leave",
+        ),
+        (torch.OutOfMemoryError("full"), "out of memory"),
+    ],
+)
 def test_a_compiler_that_fails_ends_the_run_in_one_sentence(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     def backend(*_: Any) -> Any:
-        raise ValueError("no such instruction")
+        raise error
 
     monkeypatch.setattr(levers, "compiled", lambda model, *_: torch.compile(model, backend=backend))
-    with pytest.raises(UserError, match=r"torch.compile cannot compile convmixer here: .*no such instruction; leave"):
+    with pytest.raises(UserError, match=words):
         train(tiny, tmp_path / "run", "--compile")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "torch.compile" in status["reason"]
+    assert "UserError" in status["reason"]
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_each_change_that_is_named_fits_by_its_own_prediction(share: float) -> N
 #: Small ones of each of our models; the sizes of their maps are odd in places.
 MODELS: dict[str, dict[str, Any]] = {
     "cnn": {"blocks": 3, "width": 8},
-    "convmixer": {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 5},
+    "convmixer": {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 11},
     "resnet": {"depth": 10, "width": 16, "stem": "stride1"},
 }
 
@@ -107,9 +107,10 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_what_is_left_out_untraced_could_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The changes that are found are those that tracing every one of them finds."""
     case = Case(config(model=model, **{model: MODELS[model]}), 24)
-    for size in (60, 50, 41):
+    for size in (60, 50, 43):
         smaller = replace(case, config=replace(case.config, image_size=size))
-        share = tape_of(smaller).peak(24).held / tape_of(case).peak(24).held
+        # So many that the weights, which do not shrink, hide nothing.
+        share = tape_of(smaller).peak(2000).held / tape_of(case).peak(2000).held
         assert 0.5 * share < planning._share(case.config, size) < share
     total = predict(case, NOTHING).total
     limits = [int(total * part) for part in (0.62, 0.3)]

@@ -15,7 +15,7 @@ def judged(epochs: list[tuple[float, float]]) -> Progress:
     progress = Progress()
     for epoch, (qwk, loss) in enumerate(epochs, start=1):
         progress.epoch, progress.step = epoch, 10 * epoch
-        best = progress.is_best(qwk, loss)
+        best = progress.keep_if_best(qwk, loss)
         assert best == (progress.best_epoch == epoch)
     return progress
 
@@ -36,6 +36,6 @@ def test_kappas_that_differ_in_the_last_bits_are_equal() -> None:
 def test_a_state_without_a_loss_keeps_its_best_epoch_in_a_tie() -> None:
     """As checkpoints had it before losses decided ties."""
     progress = Progress(epoch=3, step=30, best_qwk=0.5, best_epoch=2, best_step=20)
-    assert not progress.is_best(0.5, 0.1)
-    assert progress.is_best(0.6, 9.0)
+    assert not progress.keep_if_best(0.5, 0.1)
+    assert progress.keep_if_best(0.6, 9.0)
     assert progress.best_epoch == 3

@@ -62,9 +62,9 @@ def test_a_result_has_its_form(path: Path) -> None:
             continue
         assert {"name", "median", "low", "high", "unit", "n"} <= set(row), row
         assert row["low"] <= row["median"] <= row["high"], row
-        # Whole runs, counts of faults, a batch that was searched for and what was worked out are no medians.
+        # Whole runs, counts of faults, a batch that was searched for, what was worked out or predicted: no medians.
         kind, whole = row.get("kind", ""), ("quickstart", "faults", "report", "ablation")
-        single = record["benchmark"] in whole or kind == "largest" or kind.startswith("paper")
+        single = record["benchmark"] in whole or kind in ("largest", "predicted") or kind.startswith("paper")
         assert row["n"] >= (1 if single else 5), row
 
 

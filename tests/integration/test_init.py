@@ -82,7 +82,7 @@ def test_a_model_of_timms_trains_and_is_reported(tiny: Path, tmp_path: Path) -> 
             ValueError("no such instruction"),
             r"cannot compile convmixer here: .*no such instruction; leave",
         ),
-        (torch.OutOfMemoryError("full"), "out of memory"),
+        (torch.OutOfMemoryError("full"), "the memory of cpu is too small"),
     ],
 )
 def test_a_compiler_that_fails_ends_the_run_in_one_sentence(

@@ -198,7 +198,7 @@ def failing(error: BaseException) -> Any:
     return torch.compile(torch.nn.Linear(2, 2), backend=backend)
 
 
-def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that() -> None:
     config = replace(Config(), compile=True)
     words = r"cannot compile convmixer here: .*ValueError: no such instruction; leave"
     with pytest.raises(UserError, match=words), levers.compiling(config):
@@ -207,8 +207,10 @@ def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that(monkey
     words = r"C\+\+ compile error Command: g\+\+ x Output: x.cpp:1: no such register y.* …; leave"
     with pytest.raises(UserError, match=words), levers.compiling(config):
         failing(RuntimeError(pages))(torch.zeros(1, 2))
-    monkeypatch.setattr("torch._dynamo.config.verbose", True)
-    with pytest.raises(RuntimeError, match="no such instruction"), levers.compiling(config):
+    from torch._dynamo import config as dynamo
+
+    all_of_it = dynamo.patch(verbose=True)
+    with pytest.raises(RuntimeError, match="no such instruction"), all_of_it, levers.compiling(config):
         failing(ValueError("no such instruction"))(torch.zeros(1, 2))
     with pytest.raises(torch.OutOfMemoryError), levers.compiling(config):
         failing(torch.OutOfMemoryError("out of memory"))(torch.zeros(1, 2))

@@ -8,8 +8,6 @@ from typing import Any, Literal
 #: Means and standard deviations of ImageNet's RGB values in [0, 1], the field's habit for fundus photographs too.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 #: Which window of a canvas is scored, and of which views the mean is taken (`EvaluationConfig`).
 Field = Literal["center", "full", "multi"]
 Views = Literal["none", "flips", "dihedral"]

@@ -33,6 +33,8 @@ COMPILED = 4 / 6
 _STEP = 2 * 2**20
 #: Batches that the loader has on their way to a GPU, if nothing else is asked for, and the one that it makes.
 _AHEAD = 4
+#: Whether each block of a model was either of the model or of each photograph when it was first traced.
+_apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,6 @@ def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Ta
     tape = kept(hashlib.sha256(key.encode()).hexdigest()[:32], traced)
     _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
     return tape
-
-
-#: Whether each block of a model was either of the model or of each photograph when it was first traced.
-_apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
 
 
 def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:

@@ -25,6 +25,12 @@ def test_train_py_is_short_and_defines_no_class() -> None:
     assert not re.search(r"^\s*class ", text, re.MULTILINE)
 
 
+def printed(code: str) -> str:
+    """What a fresh interpreter prints for a piece of code."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     """`import fastddr`, a wrong flag and the help of each verb do not wait for PyTorch."""
     code = (
@@ -40,8 +46,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
         "        assert not code, verb\n"
         "print([m for m in ('torch', 'nvidia.dali', 'wandb', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed(code) == "[]"
 
 
 def test_a_run_and_a_question_begin_without_what_only_their_end_needs() -> None:
@@ -52,8 +57,7 @@ def test_a_run_and_a_question_begin_without_what_only_their_end_needs() -> None:
         "late = ('matplotlib', 'sklearn', 'torchmetrics', 'torchvision', 'scipy.stats', 'torch._dynamo', 'wandb')\n"
         "print([m for m in late if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed(code) == "[]"
 
 
 def test_the_public_names_are_there() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import blocks
+import loaders_told
 import plots
 import stored
 import tyro
@@ -31,7 +31,7 @@ class Options:
 
 def _loaders(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     one = rows[0]
-    rows = [{**row, "name": blocks.loader_name(row["name"])} for row in rows]
+    rows = [{**row, "name": loaders_told.loader_name(row["name"])} for row in rows]
     title = f"Loaders, {one['image_size']} px windows of a {one['canvas']} px canvas, {result.hardware}"
     return plots.loaders(rows, title, path, digest=result.digest)
 
@@ -78,14 +78,14 @@ def pictures(results: Sequence[stored.Result]) -> Iterator[tuple[stored.Result, 
             yield result, result.path.with_suffix(".png")
     shown = stored.first(results, "loader")
     if shown is not None:
-        yield shown, blocks.first_picture(shown)
+        yield shown, loaders_told.first_picture(shown)
 
 
 def first(result: stored.Result) -> Path:
     """README's: whole loaders, of the first policy only."""
     policy = result.measured[0]["policy"]
     rows = [row for row in result.measured if row["policy"] == policy and row["kind"] != "store"]
-    return _loaders(result, blocks.first_picture(result), rows)
+    return _loaders(result, loaders_told.first_picture(result), rows)
 
 
 def main(options: Options) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests_support import settings, task
 
-from fastddr import loaders, losses, mixing, runtime
+from fastddr import loaders, losses, mixing, runs, runtime
 from fastddr.config import AugmentConfig, Config
 from fastddr.data import manifest
 from fastddr.errors import UserError

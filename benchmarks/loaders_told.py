@@ -1,0 +1,110 @@
+"""The generated texts of loaders: side by side, against the best peer, with the limits of the machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import machines
+import targets
+from stored import Result
+from wording import Link, Row, figure, source, table
+
+#: Others' loaders in words; what is not here goes by its name.
+_PEERS = {
+    "torch-pil": "DataLoader with Pillow",
+    "torch-decode-jpeg": "DataLoader with torchvision's decoder",
+    "torchcodec": "DataLoader with TorchCodec",
+    "torchvision-gpu": "torchvision's decoder for GPUs",
+    "spdl": "SPDL",
+    "spdl-decode-jpeg": "SPDL with torchvision's decoder",
+}
+_STORES = {"vram": "in the GPU's memory", "ram": "in RAM", "mmap": "in a file"}
+_BEST = ", the best peer"
+
+
+def first_picture(result: Result) -> Path:
+    """The picture at the top of README's benchmarks, of the first result of `loader`."""
+    return result.path.parents[2] / "docs" / "images-per-second.png"
+
+
+def loader(results: Sequence[Result], link: Link) -> list[str]:
+    """README's first picture, and loaders side by side."""
+    found = machines.of(results, "loader")
+    texts = [machines.picture(found[0], first_picture(found[0]), link)] if found else []
+    for result in found:
+        texts += _loaders(result, link, ("fastddr", "peer"))
+    return texts + machines.missing(results, "loader")
+
+
+def loader_all(results: Sequence[Result], link: Link) -> list[str]:
+    """The same of every measurement of loaders, with parts, ceilings and limits, and its picture."""
+    texts = []
+    for result in results:
+        if result.record["benchmark"] == "loader":
+            texts += _loaders(result, link, ("fastddr", "peer", "store", "ceiling", "limit"))
+            texts.append(machines.picture(result, result.path.with_suffix(".png"), link))
+    return texts + machines.missing(results, "loader")
+
+
+def _loaders(result: Result, link: Link, kinds: Sequence[str]) -> list[str]:
+    panels: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row in result.measured:
+        panels.setdefault((row["photographs"], row["policy"]), {})[row["kind"], row["name"]] = row
+    # What is the same in all headings stands above the table.
+    parts = [photographs.split(", ") for photographs, _ in panels]
+    same = [part for part in parts[0] if all(part in others for others in parts)]
+    headings = [
+        ", ".join([*(part for part in photographs.split(", ") if part not in same), f"`{policy}`"])
+        for photographs, policy in panels
+    ]
+    names = dict.fromkeys(key for kind in kinds for panel in panels.values() for key in panel if key[0] == kind)
+    lines = [
+        [_marked(*key), *(figure(panel[key]) if key in panel else "" for panel in panels.values())] for key in names
+    ]
+    one = result.measured[0]
+    about = (
+        f"**{result.hardware}.** Images a second from {', '.join(same)} photographs: {one['image_size']} px windows of "
+        f"a {one['canvas']} px canvas, batches of {one['batch_size']}, {one['threads']} threads or processes; medians "
+        f"of {one['n']} rounds with 95 % intervals. `resident` counts from its second epoch on, when it has decoded "
+        "everything. Ratios are taken round by round."
+    )
+    return [
+        about,
+        table(["", *headings], lines + _ratios(list(panels.values()))),
+        f"Measured by {source(result, link)}",
+    ]
+
+
+def loader_name(name: str) -> str:
+    """A loader in words: `resident, in a file` for `resident, mmap`."""
+    first, *options = name.split(", ")
+    return ", ".join([_PEERS.get(first, first), *(_STORES.get(option, option) for option in options)])
+
+
+def _marked(kind: str, name: str) -> str:
+    """The same in Markdown: fastddr's loaders are names to type, limits in italics."""
+    first, comma, rest = loader_name(name).partition(", ")
+    if kind == "fastddr":
+        return f"`{first}`{comma}{rest}"
+    return f"*{first}{comma}{rest}*" if kind == "limit" else f"{first}{comma}{rest}"
+
+
+def _ratios(panels: Sequence[Mapping[tuple[str, str], Row]]) -> list[list[str]]:
+    """Lines of `dali` and `resident` against a DataLoader with Pillow, and against the best peer of each column."""
+    peers = {name for panel in panels for kind, name in panel if kind == "peer"}
+    baseline = next((name for name in targets.BASELINES if name in peers), None)
+    lines = []
+    for name in dict.fromkeys(name for panel in panels for kind, name in panel if kind == "fastddr"):
+        against = [[row for (kind, ratio), row in panel.items()
+                    if kind == "ratio" and re.fullmatch(rf"{re.escape(name)} / .*{_BEST}", ratio)]
+                   for panel in panels]  # fmt: skip
+        usual = [[row for (kind, ratio), row in panel.items()
+                  if kind == "ratio" and ratio.removesuffix(_BEST) == f"{name} / {baseline}"]
+                 for panel in panels]  # fmt: skip
+        for found, what in ((usual, _PEERS.get(baseline or "", baseline)), (against, "the best peer of the column")):
+            if any(found):
+                cells = [figure(rows[0], "×") if rows else "" for rows in found]
+                lines.append([f"{_marked('fastddr', name)} / {what}", *cells])
+    return lines

@@ -60,6 +60,18 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return manifest.read(photographs.odd(tmp_path_factory.mktemp("data") / "odd"))
 
 
+@pytest.fixture(autouse=True)
+def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a tiny run goes into the pictures of its report: they stay blank, but where a test is of `pictures`."""
+    from matplotlib.figure import Figure
+
+    from fastddr.reporting import plots
+
+    if request.node.get_closest_marker("pictures") is None:
+        whole = plots.png
+        monkeypatch.setattr(plots, "png", lambda figure: whole(Figure(figsize=(1, 1))))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a card the `gpu` tests are skipped, and `netns` ones where they are not asked for; both say why."""
     import torch

@@ -71,30 +71,42 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     would look like any other.
     """
     # A second of imports, for which no run waits before it has something to score.
-    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
     _check(logits, grades)
     n, classes = logits.shape
     found = figures_from_confusion(multiclass_confusion_matrix(logits.argmax(1), grades, num_classes=classes))
     probabilities = logits.softmax(1)
-    ece = multiclass_calibration_error(probabilities, grades, classes, n_bins=BINS) if n else None
     one_by_one = [
         ranking.figures(*one_against_rest(probabilities, grades, grade), operating=False) for grade in range(classes)
     ]
     endpoints: dict[str, Any] = found["endpoints"]
     for name, values in endpoints.items():
         values |= ranking.figures(*worse_than(probabilities, grades, name))
+    sure = confidence(logits, grades)
     return {
         "n": n,
-        "loss": float(torch.nn.functional.cross_entropy(logits, grades)) if n else None,
+        "loss": sure["loss"],
         **{key: found[key] for key in (*MEANS, "recall", "confusion_matrix")},
         **{key: _mean_of([values[key] for values in one_by_one]) for key in ("auc", "average_precision")},
         "referable": endpoints.get("referable"),
         "endpoints": endpoints,
-        "ece": None if ece is None else float(ece),
+        "ece": sure["ece"],
         **({"without_ungradable": found["without_ungradable"]} if "without_ungradable" in found else {}),
     }
+
+
+def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, float | None]:
+    """Those of `figures` that another temperature changes: `loss` and `ece`; None of no photographs."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
+    _check(logits, grades)
+    if not len(grades):
+        return {"loss": None, "ece": None}
+    ece = multiclass_calibration_error(logits.softmax(1), grades, logits.shape[1], n_bins=BINS)
+    return {"loss": float(torch.nn.functional.cross_entropy(logits, grades)), "ece": float(ece)}
 
 
 def one_against_rest(probabilities: Float[Tensor, "n C"], grades: Int[Tensor, " n"], grade: int) -> Ranking:

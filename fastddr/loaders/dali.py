@@ -18,6 +18,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Generator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,19 +37,20 @@ def installed() -> bool:
     Raises:
         UserError: two builds are installed over each other.
     """
-    builds = sorted(
-        {
-            str(distribution.metadata["Name"])
-            for distribution in importlib.metadata.distributions()
-            if str(distribution.metadata["Name"]).replace("_", "-").startswith("nvidia-dali-cuda")
-        }
-    )
+    builds = _builds()
     if len(builds) > 1:
         raise UserError(
             f"{' and '.join(builds)} are both installed and overwrite each other's files in nvidia/dali; "
             f"run `pip uninstall -y {' '.join(builds)}`, then install the one for your CUDA."
         )
     return bool(builds)
+
+
+@cache
+def _builds() -> tuple[str, ...]:
+    """Names of the builds of DALI that are installed; to read what all distributions are called takes a while."""
+    names = {str(distribution.metadata["Name"]) for distribution in importlib.metadata.distributions()}
+    return tuple(sorted(name for name in names if name.replace("_", "-").startswith("nvidia-dali-cuda")))
 
 
 class DaliLoader(Loader):

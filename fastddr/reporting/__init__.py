@@ -25,7 +25,7 @@ from fastddr.data import problems
 from fastddr.data.problems import Problem
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.calibration import temperature as fitted
-from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.evaluation.metrics import SplitResult, confidence, figures
 from fastddr.reporting import predictions, tables
 from fastddr.reporting.predictions import LAST
 from fastddr.tracking import METRICS
@@ -73,8 +73,8 @@ def write(
     shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
     pictures = {"curves.png": plots.curves(logged)} if plots.has_curves(logged) else {}
     pictures["confusion_matrix.png"] = plots.confusion({name: found[name] for name in shown})
-    pictures["roc.png"] = ranked.curves(shown)
-    pictures["reliability.png"] = plots.reliability(shown, temperature)
+    pictures["roc.png"] = ranked.curves(shown, found)
+    pictures["reliability.png"] = plots.reliability(shown, found, temperature)
     if shown:
         name = "test" if "test" in shown else next(iter(shown))
         pictures["worst.png"] = plots.worst(name, splits[name], root)
@@ -111,7 +111,7 @@ def _figures(split: SplitResult, temperature: float | None) -> dict[str, Any]:
     values = figures(logits, grades)
     found = {"weights": split.weights, **values, "ci": bootstrap.intervals(logits, grades, values)}
     if temperature is not None:
-        cooled = figures(logits / temperature, grades)
+        cooled = confidence(logits / temperature, grades)
         found["calibrated"] = {"temperature": temperature, "ece": cooled["ece"], "loss": cooled["loss"]}
     return found
 

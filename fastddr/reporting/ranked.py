@@ -13,7 +13,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from fastddr.evaluation import metrics
 from fastddr.evaluation.ranking import ENDPOINTS
 from fastddr.reporting import plots
-from fastddr.reporting.tables import ENDPOINT_NAMES, cell, title
+from fastddr.reporting.tables import ENDPOINT_NAMES, Figures, cell, title
 
 #: Colour and dashes of each endpoint: apart in black and white too.
 LOOKS = {
@@ -23,20 +23,22 @@ LOOKS = {
 }
 
 
-def curves(splits: Mapping[str, metrics.SplitResult]) -> bytes:
-    """A row a split: ROC, and precision against recall; a ring on the ROC where the predicted grade stands."""
+def curves(splits: Mapping[str, metrics.SplitResult], figures: Mapping[str, Figures]) -> bytes:
+    """A row a split: ROC, and precision against recall; a ring on the ROC where the predicted grade stands.
+
+    `figures` are those of the splits.
+    """
     with mpl.rc_context(plots.STYLE):
         figure = Figure(figsize=(11, 4.9 * max(len(splits), 1)), layout="constrained")
         if splits:
             rows = figure.subplots(len(splits), 2, squeeze=False)
             for (left, right), (name, split) in zip(rows, splits.items(), strict=True):
-                _row(left, right, name, split)
+                _row(left, right, name, split, figures[name]["endpoints"])
         return plots.png(figure)
 
 
-def _row(left: Axes, right: Axes, name: str, split: metrics.SplitResult) -> None:
+def _row(left: Axes, right: Axes, name: str, split: metrics.SplitResult, found: Mapping[str, Figures]) -> None:
     logits, grades = split.logits.detach().cpu().double(), split.grades.cpu()
-    found = metrics.figures(logits, grades)["endpoints"]
     probabilities = logits.softmax(1)
     left.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=(0, (4, 3)))
     for endpoint in found:

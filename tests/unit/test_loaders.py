@@ -374,6 +374,7 @@ def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
     both = [Distribution("nvidia-dali-cuda130"), Distribution("nvidia_dali_cuda120"), Distribution("numpy")]
     monkeypatch.setattr(dali.importlib.metadata, "distributions", lambda: both)
+    monkeypatch.setattr(dali, "_builds", dali._builds.__wrapped__)
     with pytest.raises(UserError, match="pip uninstall"):
         dali.installed()
 

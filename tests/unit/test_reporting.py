@@ -22,6 +22,8 @@ from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import again, plots, predictions, tables
 
+pytestmark = pytest.mark.pictures
+
 #: Rows = truth. No photograph of grade 3, and not the same read the other way.
 TEST = np.array([[30, 2, 5, 0, 1], [4, 1, 3, 0, 0], [9, 0, 20, 2, 1], [0, 0, 0, 0, 0], [2, 0, 3, 0, 6]])
 FACTS = {

@@ -69,6 +69,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
 
 
+def printed(code: str) -> str:
+    """What a fresh interpreter prints for a piece of code."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command of `launching`, to its end."""
     command = launching(ranks, script, *arguments)

@@ -13,6 +13,7 @@ from fastddr.memory.cards import images_per_second
 from fastddr.memory.predicting import (
     PHOTOGRAPHS,
     Case,
+    expect,
     fits,
     gib,
     loader_bytes,
@@ -72,6 +73,42 @@ def _smaller(case: Case, limit: int, allowance: Allowance, like: Case | None = N
     return next((micro for micro in parts if fits(replace(case, micro=micro), limit, allowance)), None)
 
 
+@dataclass(frozen=True)
+class _Change:
+    flags: str
+    costs: str
+    """What it changes besides."""
+    case: Case
+    share: float = 0
+    """What its blocks take at least of those of the case before it."""
+    micro: range | None = None
+    """Smaller micro batches that come with it; None where the micro batch stays."""
+
+
+def _changes(case: Case) -> Iterator[_Change]:
+    """All that `ways` tries, in its order."""
+    config, any_ = case.config, range(1, case.micro)
+    yield _Change("", "", case, micro=range(FEW, case.micro))
+    if _has_blocks(config):
+        again = replace(case, config=replace(config, memory=replace(config.memory, checkpointing=True)))
+        yield _Change("--memory.checkpointing", "nothing in the result; a step takes about a third longer", again)
+    if config.precision == "fp32":
+        half = replace(case, config=replace(config, precision="bf16"))
+        for micro in (None, any_):
+            yield _Change("--precision bf16", "numbers of less precision (fp16 on older cards)", half, HALF, micro)
+    yield _Change("", "", case, micro=range(1, FEW))
+    if config.model == "resnet" and config.resnet.stem != "standard":
+        stem = replace(case, config=replace(config, resnet=replace(config.resnet, stem="standard")))
+        yield _Change("--resnet.stem standard", "another model: its maps are a sixteenth as large", stem)
+        yield _Change("--resnet.stem standard", "another model", stem, micro=any_)
+    for part in (3, 2, 1):
+        size = config.image_size * part // 4 // 32 * 32
+        if size:
+            sized = replace(case, config=replace(config, image_size=size))
+            costs = "less of the photograph is seen at once"
+            yield _Change(f"--image-size {size}", costs, sized, _share(config, size))
+
+
 def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
     """Changes that make a training fit into `limit` bytes, each by its own prediction, the cheapest first.
 
@@ -79,49 +116,42 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
     (BatchNorm's statistics), activations that are computed again, the precision, a very small micro batch, the model's
     stem, and last the image.
     """
-
-    def way(flags: str, costs: str, changed: Case, share: float = 0) -> Iterator[Way]:
-        if share * tape_of(case).peak(case.micro).held > limit:
-            return  # as no trace is needed to say
-        if fits(changed, limit, allowance):
-            yield Way(flags, costs, changed, predict(changed, allowance).total)
-
-    def smaller(flags: str, costs: str, changed: Case, least: int, share: float = 0) -> Iterator[Way]:
-        micro = _smaller(changed, limit, allowance, case, share)
-        if micro is not None and micro >= least:
-            normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
-            yield Way(
-                f"{flags} --micro-batch-size {micro}".strip(), "; ".join(filter(None, (costs, normed))),
-                replace(changed, micro=micro), predict(replace(changed, micro=micro), allowance).total,
-            )  # fmt: skip
-
     config = case.config
     if config.loading.store == "vram":
-        stored = replace(config, loading=replace(config.loading, store="ram"))
-        yield from way("--loading.store ram", "nothing in the result", replace(case, config=stored))
-        case, config = replace(case, config=stored), stored
-    yield from smaller("", "", case, FEW)
-    if _has_blocks(config):
-        again = replace(case, config=replace(config, memory=replace(config.memory, checkpointing=True)))
-        yield from way("--memory.checkpointing", "nothing in the result; a step takes about a third longer", again)
-    if config.precision == "fp32":
-        half = replace(case, config=replace(config, precision="bf16"))
-        yield from way("--precision bf16", "numbers of less precision (fp16 on older cards)", half, HALF)
-        yield from smaller("--precision bf16", "numbers of less precision (fp16 on older cards)", half, 1, HALF)
-    found = _smaller(case, limit, allowance)
-    if found is not None and found < FEW:
-        yield from smaller("", "", case, 1)
-    if config.model == "resnet" and config.resnet.stem != "standard":
-        stem = replace(case, config=replace(config, resnet=replace(config.resnet, stem="standard")))
-        yield from way("--resnet.stem standard", "another model: its maps are a sixteenth as large", stem)
-        yield from smaller("--resnet.stem standard", "another model", stem, 1)
-    for part in (3, 2, 1):
-        size = config.image_size * part // 4 // 32 * 32
-        if size:
-            sized = replace(case, config=replace(config, image_size=size))
-            yield from way(
-                f"--image-size {size}", "less of the photograph is seen at once", sized, _share(config, size)
-            )
+        case = replace(case, config=replace(config, loading=replace(config.loading, store="ram")))
+        if fits(case, limit, allowance):
+            total = predict(case, allowance).total
+            yield Way("--loading.store ram", "nothing in the result", case, total)
+    changes = list(_changes(case))
+    expect(tried for change in changes for tried in _first_traced(change, case, limit))
+    for change in changes:
+        costs, micro = change.costs, change.case.micro
+        if change.micro is None:
+            if _least(change, case, micro) > limit or not fits(change.case, limit, allowance):
+                continue
+            flags = change.flags
+        else:
+            found = _smaller(change.case, limit, allowance, case, change.share)
+            if found is None or found not in change.micro:
+                continue
+            micro, flags = found, f"{change.flags} --micro-batch-size {found}".strip()
+            normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
+            costs = "; ".join(filter(None, (costs, normed)))
+        changed = replace(change.case, micro=micro)
+        yield Way(flags, costs, changed, predict(changed, allowance).total)
+
+
+def _least(change: _Change, case: Case, micro: int) -> float:
+    """What a change of a case takes at least with a micro batch: no trace of it is needed to say."""
+    return change.share * tape_of(case).peak(micro).held
+
+
+def _first_traced(change: _Change, case: Case, limit: int) -> Iterator[Case]:
+    """What has to be traced to say whether a change makes a case fit, where that is not clear before."""
+    if _least(change, case, case.micro if change.micro is None else 1) <= limit:
+        yield change.case
+        if change.micro is not None:
+            yield replace(change.case, micro=1)
 
 
 def _share(config: Config, size: int) -> float:

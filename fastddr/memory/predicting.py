@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
@@ -21,6 +21,7 @@ from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
+from fastddr.memory.second import Second, possible
 from fastddr.memory.tape import KINDS, Tape, rounded
 from fastddr.memory.tracing import Steps, prime, trace
 from fastddr.runtime import DTYPES
@@ -35,6 +36,8 @@ _STEP = 2 * 2**20
 _AHEAD = 4
 #: Whether each block of a model was either of the model or of each photograph when it was first traced.
 _apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
+#: The process that traces ahead, if there is one.
+_second: Second | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def tape_of(case: Case) -> Tape:
         UserError: there is no such model.
         Inexact: its memory is not affine in the batch.
     """
-    tape = _traced(case.config.model, tuple(case.config.model_settings.items()), case.steps)
+    tape = _traced(*_question(case))
     if not case.config.compile:
         return tape
     saved = [kind == "activations" for kind in tape.kinds]
@@ -111,21 +114,60 @@ def tape_of(case: Case) -> Tape:
     return replace(tape, each=each)
 
 
+def expect(cases: Iterable[Case]) -> None:
+    """Have tapes that `tape_of` will probably be asked for, the first first, traced in another process (`ahead`)."""
+    if _second is not None:
+        _second.expect([question for question in map(_question, cases) if not _path(_key(*question)).exists()])
+
+
+@contextmanager
+def ahead() -> Iterator[None]:
+    """Within it a second process traces what is expected; without a core for it nothing changes."""
+    global _second
+    if not possible():
+        yield
+        return
+    _second = Second(_trace)
+    try:
+        yield
+    finally:
+        _second.close()
+        _second = None
+
+
+def _question(case: Case) -> tuple[str, tuple[tuple[str, Any], ...], Steps]:
+    return case.config.model, tuple(case.config.model_settings.items()), case.steps
+
+
 @lru_cache(maxsize=32)
 def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Tape:
-    make = _maker(model, chosen, steps.classes, steps.image_size)
+    def made() -> Tape:
+        found = None if _second is None else _second.answered((model, chosen, steps))
+        return _trace(model, chosen, steps) if found is None else found
 
-    def traced() -> Tape:
-        # Of timm's models nothing is proved. The first trace shows whether each block of this one is the model's or
-        # each photograph's; the other ways to train it are then traced like our own.
-        known = model in MODELS or _apart.get((model, chosen), False)
-        alone = _prime(model, chosen, steps.classes, steps.image_size) if known else None
-        return trace(make, steps, (2, 3) if alone is None else (alone,))
-
-    key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
-    tape = kept(hashlib.sha256(key.encode()).hexdigest()[:32], traced)
-    _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
+    tape = kept(_key(model, chosen, steps), made)
+    _note_apart(model, chosen, tape)
     return tape
+
+
+def _trace(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Tape:
+    # Of timm's models nothing is proved. The first trace shows whether each block of this one is the model's or each
+    # photograph's; the other ways to train it are then traced like our own.
+    known = model in MODELS or _apart.get((model, chosen), False)
+    alone = _prime(model, chosen, steps.classes, steps.image_size) if known else None
+    make = _maker(model, chosen, steps.classes, steps.image_size)
+    tape = trace(make, steps, (2, 3) if alone is None else (alone,))
+    _note_apart(model, chosen, tape)
+    return tape
+
+
+def _note_apart(model: str, chosen: tuple[tuple[str, Any], ...], tape: Tape) -> None:
+    _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
+
+
+def _key(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> str:
+    key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:
@@ -152,9 +194,13 @@ def _prime(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: 
     return prime(_maker(model, chosen, classes, size), size)
 
 
+def _path(key: str) -> Path:
+    return folder() / "memory" / f"{key}.json"
+
+
 def kept(key: str, make: Callable[[], Tape]) -> Tape:
     """The tape of a key from the user's cache, else made and kept there."""
-    path = folder() / "memory" / f"{key}.json"
+    path = _path(key)
     try:
         return Tape(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

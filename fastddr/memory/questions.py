@@ -16,7 +16,7 @@ from fastddr import cli
 from fastddr.config import MODELS, Config
 from fastddr.errors import UserError
 from fastddr.memory import allowances, cards, planning
-from fastddr.memory.predicting import GIB, Case, Prediction, gib, predict, tape_of, usable
+from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
 from fastddr.memory.tape import KINDS
 
 #: Sides of images in the table, where none is asked for.
@@ -71,10 +71,13 @@ def run(asked: Asked, flags: list[str]) -> int:
     allowance = allowances.load(_here())
     limit = usable(vram, allowance)
     if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
-        return _question(asked, configured(flags, asked.depth), vram, limit, allowance)
+        config = configured(flags, asked.depth)
+        with ahead():
+            return _question(asked, config, vram, limit, allowance)
     if asked.plot is not None:
         raise UserError("--plot draws one training: name it with --model or --preset.")
-    return _table(asked, flags, card, vram, limit, allowance)
+    with ahead():
+        return _table(asked, flags, card, vram, limit, allowance)
 
 
 def _here() -> str | None:
@@ -114,6 +117,8 @@ def _case(asked: Asked, config: Config) -> Case:
 
 def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: allowances.Allowance) -> int:
     case = _case(asked, config)
+    # Where it does not fit, smaller micro batches are what is asked for next.
+    expect([case, replace(case, micro=1)])
     found = predict(case, allowance)
     fits = found.total <= limit
     ways: list[planning.Way] = []
@@ -170,15 +175,21 @@ def lines(
 ) -> list[planning.Line]:
     """The table's lines."""
     size = cli.last_value(flags, "--image-size")
+    sides = SIZES if size is None else (int(size),)
+    asked_for = [
+        configured(["--image-size", str(side), *flags, "--model", model], None, model)
+        for model in MODELS
+        for side in sides
+    ]
+    cases = [Case(config, 1, asked.gpus) for config in asked_for]
+    expect(one for case in cases for one in (replace(case, micro=max(1, case.config.batch_size // asked.gpus)), case))
     found = []
-    for model in MODELS:
-        for side in SIZES if size is None else (int(size),):
-            config = configured(["--image-size", str(side), *flags, "--model", model], None, model)
-            bandwidth = asked.tbps * 1e12 if asked.tbps else None if card is None else card.bandwidth
-            peak = None if card is None else card.single if config.precision == "fp32" else card.half
-            peak = asked.tflops * 1e12 if asked.tflops else peak
-            case = Case(config, 1, asked.gpus)
-            found.append(planning.line(case, limit, allowance, bandwidth, peak))
+    for case in cases:
+        config = case.config
+        bandwidth = asked.tbps * 1e12 if asked.tbps else None if card is None else card.bandwidth
+        peak = None if card is None else card.single if config.precision == "fp32" else card.half
+        peak = asked.tflops * 1e12 if asked.tflops else peak
+        found.append(planning.line(case, limit, allowance, bandwidth, peak))
     return found
 
 

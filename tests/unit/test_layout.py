@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests_support import ROOT
+from tests_support import ROOT, printed
 
 
 def test_no_file_of_the_package_shadows_another_module() -> None:
@@ -23,12 +22,6 @@ def test_train_py_is_short_and_defines_no_class() -> None:
     text = (ROOT / "fastddr" / "train.py").read_text()
     assert len(text.splitlines()) < 100
     assert not re.search(r"^\s*class ", text, re.MULTILINE)
-
-
-def printed(code: str) -> str:
-    """What a fresh interpreter prints for a piece of code."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

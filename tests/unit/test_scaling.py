@@ -129,7 +129,7 @@ def test_the_page_shows_what_was_worked_out(load: Callable[[str], Any], tmp_path
               "date": "2026-12-01T00:00:00+00:00", "command": "python benchmarks/scaling.py --paper"}  # fmt: skip
     path = tmp_path / "scaling-paper_2-core-cpu_2026-12-01.json"
     path.write_text(json.dumps(record))
-    text = "\n".join(load("blocks").scaling_paper([stored.read(path)], lambda target: target.name))
+    text = "\n".join(load("outcomes").scaling_paper([stored.read(path)], lambda target: target.name))
     assert "| ConvMixer 512/12 k9 p8 | 3.8 | 15 | 7.9 |" in text
     assert "| EyePACS | 8.9 | 70 | 173 |" in text
     assert "Worked out, not measured, by `python benchmarks/scaling.py --paper`, 2026-12-01, [JSON](" in text
@@ -144,7 +144,7 @@ def test_the_page_shows_what_was_measured(load: Callable[[str], Any], job: Any, 
               "date": "2026-12-01T00:00:00+00:00", "command": "python benchmarks/scaling.py"}  # fmt: skip
     path = tmp_path / "scaling_2-core-cpu_2026-12-01.json"
     path.write_text(json.dumps(record))
-    about, table, *_ = load("blocks").scaling([load("stored").read(path)], lambda target: target.name)
+    about, table, *_ = load("outcomes").scaling([load("stored").read(path)], lambda target: target.name)
     assert "ConvMixer 64/4 k5 p8, fp32 precision, 64 px without a loader, 2.0 MB of gradients" in about
     half = "0.50 (0.50-0.50)"
     assert table.splitlines()[2:] == [

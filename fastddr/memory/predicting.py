@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastddr import models
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
-from fastddr.memory.second import Second, possible
+from fastddr.memory.second import Second
 from fastddr.memory.tape import KINDS, Tape, rounded
-from fastddr.memory.tracing import Steps, prime, trace
+from fastddr.memory.tracing import Run, Steps, prime, run
+from fastddr.memory.tracing import tape_of as from_runs
 from fastddr.runtime import DTYPES
 
 #: Gradable photographs of DDR in train and valid, which a store of decoded ones would keep.
@@ -34,10 +36,12 @@ COMPILED = 4 / 6
 _STEP = 2 * 2**20
 #: Batches that the loader has on their way to a GPU, if nothing else is asked for, and the one that it makes.
 _AHEAD = 4
+#: What a model is built with.
+Chosen = tuple[tuple[str, Any], ...]
 #: Whether each block of a model was either of the model or of each photograph when it was first traced.
-_apart: dict[tuple[str, tuple[tuple[str, Any], ...]], bool] = {}
+_apart: dict[tuple[str, Chosen], bool] = {}
 #: The process that traces ahead, if there is one.
-_second: Second | None = None
+_ahead: Second | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def tape_of(case: Case) -> Tape:
         UserError: there is no such model.
         Inexact: its memory is not affine in the batch.
     """
-    tape = _traced(*_question(case))
+    tape = _traced(*_training(case))
     if not case.config.compile:
         return tape
     saved = [kind == "activations" for kind in tape.kinds]
@@ -115,62 +119,70 @@ def tape_of(case: Case) -> Tape:
 
 
 def expect(cases: Iterable[Case]) -> None:
-    """Have tapes that `tape_of` will probably be asked for, the first first, traced in another process (`ahead`)."""
-    if _second is not None:
-        _second.expect([question for question in map(_question, cases) if not _path(_key(*question)).exists()])
+    """Have traces that `tape_of` will probably need, the first first, made in another process (`ahead`)."""
+    if _ahead is None:
+        return
+    asked = dict.fromkeys(_training(case) for case in cases)
+    absent = [training for training in asked if not _path(_key(*training)).exists()]
+    if any(model not in MODELS and (model, chosen) not in _apart for model, chosen, _ in absent):
+        # What the others take of it is known after the first.
+        absent = absent[:1]
+    _ahead.expect([(*training, batch) for training in absent for batch in _batches(*training)])
 
 
 @contextmanager
 def ahead() -> Iterator[None]:
     """Within it a second process traces what is expected; without a core for it nothing changes."""
-    global _second
-    if not possible():
-        yield
-        return
-    _second = Second(_trace)
+    global _ahead
+    _ahead = Second(_run)
     try:
         yield
     finally:
-        _second.close()
-        _second = None
+        _ahead.close()
+        _ahead = None
 
 
-def _question(case: Case) -> tuple[str, tuple[tuple[str, Any], ...], Steps]:
+def _training(case: Case) -> tuple[str, Chosen, Steps]:
     return case.config.model, tuple(case.config.model_settings.items()), case.steps
 
 
 @lru_cache(maxsize=32)
-def _traced(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Tape:
+def _traced(model: str, chosen: Chosen, steps: Steps) -> Tape:
     def made() -> Tape:
-        found = None if _second is None else _second.answered((model, chosen, steps))
-        return _trace(model, chosen, steps) if found is None else found
+        batches = _batches(model, chosen, steps)
+        if _ahead is not None:
+            # Where there are several, the others are traced meanwhile.
+            _ahead.expect([(model, chosen, steps, batch) for batch in batches])
+        return from_runs([_found(model, chosen, steps, batch) for batch in batches], batches, steps)
 
     tape = kept(_key(model, chosen, steps), made)
-    _note_apart(model, chosen, tape)
+    _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
     return tape
 
 
-def _trace(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> Tape:
-    # Of timm's models nothing is proved. The first trace shows whether each block of this one is the model's or each
+def _batches(model: str, chosen: Chosen, steps: Steps) -> tuple[int, ...]:
+    # Of timm's models nothing is proved. The first tape shows whether each block of this one is the model's or each
     # photograph's; the other ways to train it are then traced like our own.
     known = model in MODELS or _apart.get((model, chosen), False)
     alone = _prime(model, chosen, steps.classes, steps.image_size) if known else None
-    make = _maker(model, chosen, steps.classes, steps.image_size)
-    tape = trace(make, steps, (2, 3) if alone is None else (alone,))
-    _note_apart(model, chosen, tape)
-    return tape
+    return (2, 3) if alone is None else (alone,)
 
 
-def _note_apart(model: str, chosen: tuple[tuple[str, Any], ...], tape: Tape) -> None:
-    _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
+def _found(model: str, chosen: Chosen, steps: Steps, batch: int) -> Run:
+    found: Run | None = None if _ahead is None else _ahead.answered((model, chosen, steps, batch))
+    return _run(model, chosen, steps, batch) if found is None else found
 
 
-def _key(model: str, chosen: tuple[tuple[str, Any], ...], steps: Steps) -> str:
+def _run(model: str, chosen: Chosen, steps: Steps, batch: int) -> Run:
+    return run(_maker(model, chosen, steps.classes, steps.image_size), steps, batch)
+
+
+def _key(model: str, chosen: Chosen, steps: Steps) -> str:
     key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> Callable[[], nn.Module]:
+def _maker(model: str, chosen: Chosen, classes: int, size: int) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         # Built when it is first asked for: of a tape that is kept nobody asks.
         built = _built(model, chosen, classes, size)
@@ -182,15 +194,27 @@ def _maker(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: 
     return make
 
 
+class _Valueless(TorchFunctionMode):
+    """Leaves out what fills tensors: there is nothing to fill, and to go through it takes as long as a step."""
+
+    _FILLS = frozenset({
+        Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_, Tensor.fill_,
+        Tensor.zero_,
+    })  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self._FILLS else func(*args, **(kwargs or {}))
+
+
 @lru_cache(maxsize=4)
-def _built(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> nn.Module:
-    """A model without values, to copy: to draw its values takes longer than a step, even where there are none."""
-    with torch.device("meta"):
+def _built(model: str, chosen: Chosen, classes: int, size: int) -> nn.Module:
+    """A model without values, to copy."""
+    with torch.device("meta"), _Valueless():
         return models.build(model, num_classes=classes, image_size=size, **dict(chosen))
 
 
 @lru_cache(maxsize=32)
-def _prime(model: str, chosen: tuple[tuple[str, Any], ...], classes: int, size: int) -> int | None:
+def _prime(model: str, chosen: Chosen, classes: int, size: int) -> int | None:
     return prime(_maker(model, chosen, classes, size), size)
 
 

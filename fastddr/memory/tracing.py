@@ -250,7 +250,9 @@ class Training:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """What one step with one batch did to the memory, and what it cost."""
+
     kinds: list[str]
     sizes: list[int]
     events: list[int]
@@ -259,7 +261,7 @@ class _Run:
     moved: Cost
 
 
-def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool = True) -> _Run:
+def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool = True) -> Run:
     """A step with `batch` photographs at once, recorded with all that is there before it.
 
     It is one in which the optimizer has its moments already: at the peak of the first one they are not there yet. With
@@ -284,7 +286,7 @@ def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool =
         recorder.flop, recorder.moved = Cost(), Cost()
         training.step(0)
         events = _ordered(recorder.events)
-    return _Run(list(recorder.kinds), list(recorder.sizes), events, begins, recorder.flop, recorder.moved)
+    return Run(list(recorder.kinds), list(recorder.sizes), events, begins, recorder.flop, recorder.moved)
 
 
 def _ordered(events: list[int]) -> list[int]:
@@ -336,7 +338,16 @@ def trace(make: Callable[[], nn.Module], steps: Steps, batches: Sequence[int] = 
         Inexact: a block's size is not affine in the batch, or another batch takes other blocks.
         UserError: the model cannot be made.
     """
-    low, *others = (run(make, steps, batch) for batch in batches)
+    return tape_of([run(make, steps, batch) for batch in batches], batches, steps)
+
+
+def tape_of(runs: Sequence[Run], batches: Sequence[int], steps: Steps) -> Tape:
+    """The same from what `run` found with each of the batches.
+
+    Raises:
+        Inexact: as `trace`.
+    """
+    low, *others = runs
     first, micro = batches[0], 2 if steps.accumulated else 1
     for batch, other in zip(batches[1:], others, strict=True):
         if low.events != other.events:
@@ -356,7 +367,6 @@ def trace(make: Callable[[], nn.Module], steps: Steps, batches: Sequence[int] = 
         slope = found[0].divided // first if len(found) == 1 else (found[1].total - total) // (batches[1] - first)
         return {"fixed": (total - first * slope) // micro, "each": slope // micro}
 
-    runs = [low, *others]
     return Tape(
         low.kinds, fixed, each, low.events, low.begins, line([one.flop for one in runs]),
         line([one.moved for one in runs]),

@@ -62,7 +62,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(autouse=True)
 def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of a tiny run goes into the pictures of its report: they stay blank, but where a test is of `pictures`."""
+    """Most of a tiny run goes into the pictures of its report: they stay blank, but where a test is of `pictures`.
+
+    Runs that a module shares are made before, and have theirs.
+    """
     from matplotlib.figure import Figure
 
     from fastddr.reporting import plots

@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 
 def printed(code: str) -> str:
     """What a fresh interpreter prints for a piece of code."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     return done.stdout.strip()
 
 

@@ -87,20 +87,20 @@ class _Change:
 
 def _changes(case: Case) -> Iterator[_Change]:
     """All that `ways` tries, in its order."""
-    config, any_ = case.config, range(1, case.micro)
+    config, smaller = case.config, range(1, case.micro)
     yield _Change("", "", case, micro=range(FEW, case.micro))
     if _has_blocks(config):
         again = replace(case, config=replace(config, memory=replace(config.memory, checkpointing=True)))
         yield _Change("--memory.checkpointing", "nothing in the result; a step takes about a third longer", again)
     if config.precision == "fp32":
         half = replace(case, config=replace(config, precision="bf16"))
-        for micro in (None, any_):
+        for micro in (None, smaller):
             yield _Change("--precision bf16", "numbers of less precision (fp16 on older cards)", half, HALF, micro)
     yield _Change("", "", case, micro=range(1, FEW))
     if config.model == "resnet" and config.resnet.stem != "standard":
         stem = replace(case, config=replace(config, resnet=replace(config.resnet, stem="standard")))
         yield _Change("--resnet.stem standard", "another model: its maps are a sixteenth as large", stem)
-        yield _Change("--resnet.stem standard", "another model", stem, micro=any_)
+        yield _Change("--resnet.stem standard", "another model", stem, micro=smaller)
     for part in (3, 2, 1):
         size = config.image_size * part // 4 // 32 * 32
         if size:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from fastddr import models
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
+from fastddr.errors import UserError
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.second import Second
@@ -120,19 +121,22 @@ def tape_of(case: Case) -> Tape:
 
 def expect(cases: Iterable[Case]) -> None:
     """Have traces that `tape_of` will probably need, the first first, made in another process (`ahead`)."""
-    if _ahead is None:
-        return
     asked = dict.fromkeys(_training(case) for case in cases)
     absent = [training for training in asked if not _path(_key(*training)).exists()]
-    if any(model not in MODELS and (model, chosen) not in _apart for model, chosen, _ in absent):
-        # What the others take of it is known after the first.
-        absent = absent[:1]
-    _ahead.expect([(*training, batch) for training in absent for batch in _batches(*training)])
+    if _ahead is None or not absent:
+        return
+    model, chosen, steps = absent[0]
+    # The fork need not build it again. What cannot be built is said where it is asked for.
+    with suppress(UserError):
+        _built(model, chosen, steps.classes, steps.image_size)
+    # What the other ways to train a model that is not known take of it is known after the first.
+    known = [training for training in absent if _known(*training[:2])] or absent[:1]
+    _ahead.hand_over([question for training in known for question in _questions(*training)])
 
 
 @contextmanager
 def ahead() -> Iterator[None]:
-    """Within it a second process traces what is expected; without a core for it nothing changes."""
+    """Within it a second process traces what is expected, where there can be one (`second`)."""
     global _ahead
     _ahead = Second(_run)
     try:
@@ -149,32 +153,38 @@ def _training(case: Case) -> tuple[str, Chosen, Steps]:
 @lru_cache(maxsize=32)
 def _traced(model: str, chosen: Chosen, steps: Steps) -> Tape:
     def made() -> Tape:
-        batches = _batches(model, chosen, steps)
+        questions = _questions(model, chosen, steps)
         if _ahead is not None:
-            # Where there are several, the others are traced meanwhile.
-            _ahead.expect([(model, chosen, steps, batch) for batch in batches])
-        return from_runs([_found(model, chosen, steps, batch) for batch in batches], batches, steps)
+            _ahead.hand_over(questions)
+        runs = {batch: found for question in questions for batch, found in _found(question).items()}
+        return from_runs(list(runs.values()), list(runs), steps)
 
     tape = kept(_key(model, chosen, steps), made)
     _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
     return tape
 
 
-def _batches(model: str, chosen: Chosen, steps: Steps) -> tuple[int, ...]:
+def _known(model: str, chosen: Chosen) -> bool:
     # Of timm's models nothing is proved. The first tape shows whether each block of this one is the model's or each
     # photograph's; the other ways to train it are then traced like our own.
-    known = model in MODELS or _apart.get((model, chosen), False)
-    alone = _prime(model, chosen, steps.classes, steps.image_size) if known else None
-    return (2, 3) if alone is None else (alone,)
+    return model in MODELS or _apart.get((model, chosen), False)
 
 
-def _found(model: str, chosen: Chosen, steps: Steps, batch: int) -> Run:
-    found: Run | None = None if _ahead is None else _ahead.answered((model, chosen, steps, batch))
-    return _run(model, chosen, steps, batch) if found is None else found
+def _questions(model: str, chosen: Chosen, steps: Steps) -> list[tuple[str, Chosen, Steps, int | None]]:
+    """The runs that a tape needs: one, or two batches, which two processes may run."""
+    return [(model, chosen, steps, batch) for batch in ((None,) if _known(model, chosen) else (2, 3))]
 
 
-def _run(model: str, chosen: Chosen, steps: Steps, batch: int) -> Run:
-    return run(_maker(model, chosen, steps.classes, steps.image_size), steps, batch)
+def _found(question: tuple[str, Chosen, Steps, int | None]) -> dict[int, Run]:
+    found: dict[int, Run] | None = None if _ahead is None else _ahead.answered(question)
+    return _run(*question) if found is None else found
+
+
+def _run(model: str, chosen: Chosen, steps: Steps, batch: int | None) -> dict[int, Run]:
+    """By batch, what was found with it; without one, with a prime, or with two where none will do."""
+    alone = _prime(model, chosen, steps.classes, steps.image_size) if batch is None else batch
+    make = _maker(model, chosen, steps.classes, steps.image_size)
+    return {batch: run(make, steps, batch) for batch in ((2, 3) if alone is None else (alone,))}
 
 
 def _key(model: str, chosen: Chosen, steps: Steps) -> str:
@@ -195,7 +205,7 @@ def _maker(model: str, chosen: Chosen, classes: int, size: int) -> Callable[[], 
 
 
 class _Valueless(TorchFunctionMode):
-    """Leaves out what fills tensors: there is nothing to fill, and to go through it takes as long as a step."""
+    """Leaves out what fills tensors of `meta`: there is nothing to fill, and to see that takes as long as a step."""
 
     _FILLS = frozenset({
         Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_, Tensor.fill_,
@@ -203,7 +213,12 @@ class _Valueless(TorchFunctionMode):
     })  # fmt: skip
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self._FILLS else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self._FILLS or getattr(func, "__module__", "") == "torch.nn.init":
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 @lru_cache(maxsize=4)

@@ -282,7 +282,8 @@ def png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     engine = figure.get_layout_engine()
     if engine is not None and figure.axes:
-        # Once: a figure with an engine is laid out and drawn twice where it is saved.
+        # Here, because a figure that still has its engine when it is saved is drawn twice.
+        figure.set_dpi(DPI)
         engine.execute(figure)
         figure.set_layout_engine(None)
     figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs=PACKED)

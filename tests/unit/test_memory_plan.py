@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddr import verbs
+from fastddr import models, verbs
 from fastddr.config import Config, OptimizerConfig, ResNetConfig, from_mapping
 from fastddr.errors import UserError
 from fastddr.memory import allowances, cards, fitting, planning, predicting, questions, tracing
@@ -262,6 +263,42 @@ def test_a_stranger_is_traced_twice_until_its_blocks_are_known(one_more: bool, m
         assert tape.sizes(24) == witness.sizes(24)
     assert traced[:2] == [2, 3]
     assert len(traced[2:]) == (2 if one_more else 1)
+
+
+def test_what_is_expected_may_be_impossible_to_build() -> None:
+    """A CNN of seven blocks wants more pixels than a quarter of 256 px: that matters only to who asks for it."""
+    cases = [
+        Case(config(model="cnn", cnn={"blocks": 7, "width": 8}, image_size=size, canvas=256), 24) for size in (64, 256)
+    ]
+    with predicting.ahead():
+        predicting.expect(cases)
+        assert predict(cases[1], NOTHING).total > 0
+        with pytest.raises(UserError, match="blocks=7"):
+            predict(cases[0], NOTHING)
+
+
+@pytest.mark.parametrize("model", ["cnn", "convmixer", "resnet"])
+def test_a_model_to_copy_has_the_form_of_a_model_and_was_never_filled(model: str) -> None:
+    filled: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            filled.extend(
+                [func.name()] if any(word in func.name() for word in ("uniform_", "normal_", "fill_")) else []
+            )
+            return func(*args, **(kwargs or {}))
+
+    chosen = tuple(MODELS[model].items())
+    with Watch():
+        hollow = predicting._built.__wrapped__(model, chosen, 5, 66)
+    assert filled == []
+    with torch.device("meta"):
+        whole = models.build(model, num_classes=5, image_size=66, **MODELS[model])
+    form = [
+        [(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in found]
+        for one in (hollow, whole) for found in (one.named_parameters(), one.named_buffers())
+    ]  # fmt: skip
+    assert form[:2] == form[2:]
 
 
 def test_a_tape_is_kept_and_a_broken_one_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(autouse=True)
-def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Most of a tiny run goes into the pictures of its report: they stay blank, but where a test is of `pictures`.
 
     Runs that a module shares are made before, and have theirs.
@@ -70,9 +70,12 @@ def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
     from fastddr.reporting import plots
 
-    if request.node.get_closest_marker("pictures") is None:
-        whole = plots.png
-        monkeypatch.setattr(plots, "png", lambda figure: whole(Figure(figsize=(1, 1))))
+    # Not the fixture `monkeypatch`: that one would begin here, and end after all other fixtures of the test.
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("pictures") is None:
+            whole = plots.png
+            patch.setattr(plots, "png", lambda figure: whole(Figure(figsize=(1, 1))))
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from fastddr.errors import EXIT_USER_ERROR, nearest
+from fastddr.importing import without_collecting
 
 USAGE = """usage: fastddr VERB [options]
 
@@ -48,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         from fastddr.inference import flags
 
         asked = flags.parse(verb, rest)
-        code: int = importlib.import_module(f"fastddr.inference.{verb}").main(asked)
+        with without_collecting():
+            module = importlib.import_module(f"fastddr.inference.{verb}")
+        code: int = module.main(asked)
         return code
     if verb in VERBS:
         from fastddr import verbs

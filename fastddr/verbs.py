@@ -19,6 +19,7 @@ from rich.console import Console
 from fastddr import ranks
 from fastddr.cli import answered
 from fastddr.config import SplitConfig, check_splitting
+from fastddr.importing import without_collecting
 from fastddr.progress import EpochBar
 
 #: Exit code of `fastddr check` where the set has errors.
@@ -214,7 +215,8 @@ class Plan:
 
     def run(self, flags: Sequence[str]) -> int:
         """The exit code; `flags` are training's."""
-        from fastddr.memory import questions
+        with without_collecting():
+            from fastddr.memory import questions
 
         return questions.run(self, list(flags))
 

@@ -21,6 +21,7 @@ from fastddr import models
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
 from fastddr.errors import UserError
+from fastddr.importing import without_collecting
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.second import Second
@@ -126,8 +127,10 @@ def expect(cases: Iterable[Case]) -> None:
     if _ahead is None or not absent:
         return
     model, chosen, steps = absent[0]
-    # The fork need not build it again. What cannot be built is said where it is asked for.
-    with suppress(UserError):
+    # The fork need not build it again, nor import what PyTorch does for its first optimizer. What cannot be built is
+    # said where it is asked for.
+    with without_collecting(), suppress(UserError):
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         _built(model, chosen, steps.classes, steps.image_size)
     # What the other ways to train a model that is not known take of it is known after the first.
     known = [training for training in absent if _known(*training[:2])] or absent[:1]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddr.errors import UserError
+from fastddr.importing import without_collecting
 
 PREFIX = "timm:"
 #: What timm's models raise where something does not suit them.
@@ -27,7 +28,8 @@ def timm(why: str) -> ModuleType:
     """The package; UserError where it is not installed, which begins with `why`."""
     if find_spec("timm") is None:
         raise UserError(f'{why}: timm is not installed; pip install -e ".[timm]" installs it.')
-    import timm
+    with without_collecting():
+        import timm
 
     return timm
 

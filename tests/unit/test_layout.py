@@ -80,3 +80,21 @@ def test_only_the_named_files_import_dali_and_wandb() -> None:
 def test_no_module_is_longer_than_a_room() -> None:
     longest = {p.name: len(p.read_text().splitlines()) for p in Path(ROOT / "fastddr").rglob("*.py")}
     assert {name: n for name, n in longest.items() if n > 450} == {}
+
+
+def test_the_collector_is_at_work_again_after_imports_even_failed_ones() -> None:
+    code = """
+import gc
+from fastddr.importing import without_collecting
+seen = []
+for begins in (gc.enable, gc.disable):
+    begins()
+    try:
+        with without_collecting():
+            seen.append(gc.isenabled())
+            import nowhere
+    except ImportError:
+        seen.append(gc.isenabled())
+print(seen)
+"""
+    assert printed(code) == "[False, True, False, False]"

@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from fastddr import models
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
-from fastddr.errors import UserError
 from fastddr.importing import without_collecting
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
@@ -44,6 +43,8 @@ Chosen = tuple[tuple[str, Any], ...]
 _apart: dict[tuple[str, Chosen], bool] = {}
 #: The process that traces ahead, if there is one.
 _ahead: Second | None = None
+#: For it, until something is traced.
+_expected: list[tuple[str, Chosen, Steps]] = []
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,12 @@ def tape_of(case: Case) -> Tape:
 
 
 def expect(cases: Iterable[Case]) -> None:
-    """Have traces that `tape_of` will probably need, the first first, made in another process (`ahead`)."""
-    asked = dict.fromkeys(_training(case) for case in cases)
-    absent = [training for training in asked if not _path(_key(*training)).exists()]
-    if _ahead is None or not absent:
-        return
-    model, chosen, steps = absent[0]
-    # The fork need not build it again, nor import what PyTorch does for its first optimizer. What cannot be built is
-    # said where it is asked for.
-    with without_collecting(), suppress(UserError):
-        torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        _built(model, chosen, steps.classes, steps.image_size)
-    # What the other ways to train a model that is not known take of it is known after the first.
-    known = [training for training in absent if _known(*training[:2])] or absent[:1]
-    _ahead.hand_over([question for training in known for question in _questions(*training)])
+    """Say which tapes `tape_of` will probably be asked for, the first first.
+
+    As soon as one has to be traced, they are traced in another process (`ahead`) meanwhile.
+    """
+    if _ahead is not None:
+        _expected.extend(_training(case) for case in cases)
 
 
 @contextmanager
@@ -147,6 +140,7 @@ def ahead() -> Iterator[None]:
     finally:
         _ahead.close()
         _ahead = None
+        _expected.clear()
 
 
 def _training(case: Case) -> tuple[str, Chosen, Steps]:
@@ -158,13 +152,25 @@ def _traced(model: str, chosen: Chosen, steps: Steps) -> Tape:
     def made() -> Tape:
         questions = _questions(model, chosen, steps)
         if _ahead is not None:
-            _ahead.hand_over(questions)
+            # The fork need not build it again, nor import what PyTorch does for its first optimizer.
+            with without_collecting():
+                torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+                _built(model, chosen, steps.classes, steps.image_size)
+            _ahead.hand_over([*questions, *_hinted()])
         runs = {batch: found for question in questions for batch, found in _found(question).items()}
         return from_runs(list(runs.values()), list(runs), steps)
 
     tape = kept(_key(model, chosen, steps), made)
     _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
     return tape
+
+
+def _hinted() -> Iterator[tuple[str, Chosen, Steps, int | None]]:
+    """What is expected and not kept. What other ways to train an unknown model take is known after its first tape."""
+    for training in dict.fromkeys(_expected):
+        if _known(*training[:2]) and not _path(_key(*training)).exists():
+            yield from _questions(*training)
+    _expected.clear()
 
 
 def _known(model: str, chosen: Chosen) -> bool:

@@ -318,9 +318,10 @@ def main(options: Options) -> None:
             say(f"{about['model']}, {about['image_size']} of {about['canvas']} px, batch {about['batch_size']}, "
                 f"{about['precision']}: epochs of {images} photographs")  # fmt: skip
             part = race(specs, case, about, options.rounds, until, say)
-            for spec in (None, *racers):
-                part += [] if spec is None else to_kappa(spec, case, about, options, say)
-                # Should the next never end: a race to a kappa takes as long as a training for each seed.
+            # Should the next never end: a race to a kappa takes as long as a training for each seed.
+            options.out = harness.write("train", rows + part, options.out)
+            for spec in racers:
+                part += to_kappa(spec, case, about, options, say)
                 options.out = harness.write("train", rows + part, options.out)
             report(part, say)
             rows += part

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fastddr.collector import no_collector
 from fastddr.errors import EXIT_USER_ERROR, nearest
-from fastddr.importing import without_collecting
 
 USAGE = """usage: fastddr VERB [options]
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         from fastddr.inference import flags
 
         asked = flags.parse(verb, rest)
-        with without_collecting():
+        with no_collector():
             module = importlib.import_module(f"fastddr.inference.{verb}")
         code: int = module.main(asked)
         return code

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py") -> int:
     """Parse, train, and return the exit code: 0; 1 = a rank is lost; 2 = a mistake of the user's; 3 = stopped."""
+    from fastddr.collector import no_collector
     from fastddr.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-    from fastddr.importing import without_collecting
     from fastddr.ranks import RankLost
 
     try:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
 
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
         # Imported after parsing: --help and a wrong flag need not wait for PyTorch.
-        with without_collecting():
+        with no_collector():
             from fastddr.trainer import Trainer
 
         with Trainer(config) as trainer:

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from fastddr import ranks
 from fastddr.cli import answered
+from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
-from fastddr.importing import without_collecting
 from fastddr.progress import EpochBar
 
 #: Exit code of `fastddr check` where the set has errors.
@@ -215,7 +215,7 @@ class Plan:
 
     def run(self, flags: Sequence[str]) -> int:
         """The exit code; `flags` are training's."""
-        with without_collecting():
+        with no_collector():
             from fastddr.memory import questions
 
         return questions.run(self, list(flags))

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
 from fastddr.data import masters, survey
 from fastddr.data.grades import UNGRADABLE
@@ -127,7 +128,7 @@ def read(
     return of(survey.take(data, splitting, exclude, on_progress), on_bad, ungradable)
 
 
-@survey.no_collector()
+@no_collector()
 def of(
     seen: Survey,
     on_bad: Literal["raise", "exclude"] = "raise",

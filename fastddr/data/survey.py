@@ -9,19 +9,18 @@ Training, `fastddr check` and `fastddr prepare` see a data set through this, so 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
 from fastddr.data import cache, layouts, photograph, splits
 from fastddr.data.cache import Record
@@ -40,18 +39,6 @@ _SLOW, _THREADS = 1e-3, 16
 _SAVE_EVERY = 20.0
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
 _OUTER = ("missing", "broken-link", "outside", "unreadable", "format")
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Without the garbage collector, which would look through so many new tuples again and again, and find nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @dataclass

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastddr import models
+from fastddr.collector import no_collector
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder
-from fastddr.importing import without_collecting
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.second import Second
@@ -153,7 +153,7 @@ def _traced(model: str, chosen: Chosen, steps: Steps) -> Tape:
         questions = _questions(model, chosen, steps)
         if _ahead is not None:
             # The fork need not build it again, nor import what PyTorch does for its first optimizer.
-            with without_collecting():
+            with no_collector():
                 torch.optim.SGD([torch.zeros(1, requires_grad=True)])
                 _built(model, chosen, steps.classes, steps.image_size)
             _ahead.hand_over([*questions, *_hinted()])

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastddr.collector import no_collector
 from fastddr.errors import UserError
-from fastddr.importing import without_collecting
 
 PREFIX = "timm:"
 #: What timm's models raise where something does not suit them.
@@ -28,7 +28,7 @@ def timm(why: str) -> ModuleType:
     """The package; UserError where it is not installed, which begins with `why`."""
     if find_spec("timm") is None:
         raise UserError(f'{why}: timm is not installed; pip install -e ".[timm]" installs it.')
-    with without_collecting():
+    with no_collector():
         import timm
 
     return timm

@@ -85,12 +85,12 @@ def test_no_module_is_longer_than_a_room() -> None:
 def test_the_collector_is_at_work_again_after_imports_even_failed_ones() -> None:
     code = """
 import gc
-from fastddr.importing import without_collecting
+from fastddr.collector import no_collector
 seen = []
 for begins in (gc.enable, gc.disable):
     begins()
     try:
-        with without_collecting():
+        with no_collector():
             seen.append(gc.isenabled())
             import nowhere
     except ImportError:

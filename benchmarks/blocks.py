@@ -7,7 +7,7 @@ What is not measured yet is said in one sentence a machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import loaders_told
@@ -128,6 +128,49 @@ def train_all(results: Sequence[Result], link: Link) -> list[str]:
     return machines.listed(results, link, "train", "Whole training")
 
 
+def train_kappa(results: Sequence[Result], link: Link) -> list[str]:
+    """The time to a kappa: a line for each loop, a column for each kappa."""
+    texts = []
+    for result in machines.of(results, "train-kappa"):
+        timed = [row for row in result.rows if "target_qwk" in row]
+        one, targets = timed[0], list(dict.fromkeys(row["target_qwk"] for row in timed))
+        named = {row["name"]: row for row in result.rows}
+        lines = []
+        for loop in dict.fromkeys(row["recipe"] for row in timed):
+            cells = []
+            for target in targets:
+                row = named[f"{loop}: to kappa {target:g}"]
+                reached = [epoch for epoch in row["epochs"] if epoch is not None]
+                epochs = " to ".join(dict.fromkeys(map(str, (min(reached), max(reached))))) if reached else "-"
+                cells += [_seeds(row), epochs, _ratio_to_first(named, loop, one["recipe"], target)]
+            lines.append([loop, *cells])
+        headings = [""]
+        for target in targets:
+            headings += [f"to {target:g}, s", "epochs", f"times `{one['recipe']}`"]
+        about = (
+            f"**{result.hardware}.** Seconds of training, validation included, until the quadratic-weighted kappa on "
+            f"valid comes to {words(f'{target:g}' for target in targets)}: {said(one, ('photographs', *_CASE))}, at "
+            f"most {one['epochs_at_most']} epochs; medians of {len(one['seeds'])} seeds with 95 % intervals, ratios "
+            "seed by seed. Where not every seed came to it there is no median. `fastddr` trains by the preset's "
+            "recipe, `report` as in 2022: Adam at the preset's peak rate throughout, pixels not normalised."
+        )
+        texts += [about, table(headings, lines), machines.picture(result, result.path.with_suffix(".png"), link)]
+        texts.append(f"Measured by {source(result, link)}")
+    return texts or ["Not measured yet: `python benchmarks/train.py --target-qwk 0.5 0.7`."]
+
+
+def _seeds(row: Row) -> str:
+    """The time, or how many seeds came to it."""
+    if "failed" not in row:
+        return figure(row)
+    return f"{sum(each is not None for each in row['seconds'])} of {len(row['seconds'])} seeds"
+
+
+def _ratio_to_first(named: Mapping[str, Row], loop: str, first: str, target: float) -> str:
+    ratio = named.get(f"{loop} / {first}: to kappa {target:g}")
+    return "1" if loop == first else figure(ratio) if ratio else "-"
+
+
 def step(results: Sequence[Result], link: Link) -> list[str]:
     """All rows of the training step."""
     return machines.listed(results, link, "step", "The training step alone")
@@ -175,6 +218,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "synth": synth,
     "train": train,
     "train-all": train_all,
+    "train-kappa": train_kappa,
     "step": step,
     "operations": operations,
     "ceilings": ceilings,

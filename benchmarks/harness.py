@@ -159,8 +159,11 @@ def versions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, wandb: bool = False) -> Path:
-    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json.
+def write(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
+    wandb: bool = False,
+) -> Path:  # fmt: skip
+    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json, or NAME-PART_....
 
     With `wandb` the figures become a W&B run as well (`tracked`); whatever happens to that, the JSON is there.
     """
@@ -169,7 +172,8 @@ def write(benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
     if out is None:
-        out = RESULTS / f"{benchmark}_{'-'.join(hardware_name(hardware).lower().split())}_{now:%Y-%m-%d}.json"
+        name = f"{benchmark}-{part}" if part else benchmark
+        out = RESULTS / f"{name}_{'-'.join(hardware_name(hardware).lower().split())}_{now:%Y-%m-%d}.json"
     script = Path(sys.argv[0])
     record = {
         "benchmark": benchmark,

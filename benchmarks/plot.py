@@ -37,7 +37,13 @@ def _loaders(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) 
 
 
 def _training(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    if any(row["kind"] == "qwk" for row in rows):
+        return _kappas(result, path, rows)
     return plots.training(rows, f"Whole training, {result.hardware}", path, digest=result.digest)
+
+
+def _kappas(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    return plots.kappas(rows, f"Time to a kappa on valid, {result.hardware}", path, digest=result.digest)
 
 
 def _steps(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -22,6 +22,7 @@ Row = Mapping[str, Any]
 SHOWN = {
     "loader": "Images a second of loaders, and what the hardware allows",
     "train": "Images a second of whole training, and its ceiling",
+    "train-kappa": "Kappa on valid by seconds of training",
     "step": "Images a second of the training step alone",
     "ablation": "Kappa and loss on valid by epoch",
     "cards": "The largest batch by the size of the card, as predicted",
@@ -183,6 +184,43 @@ def _seeds(axis: Any, curves: Sequence[Row], key: str, colour: str, dashes: Any)
     axis.plot(
         *zip(*middle, strict=True) if middle else ([], []), color=colour, linestyle=dashes, linewidth=2.2, zorder=3
     )
+
+
+def kappas(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+    """Kappa on valid by seconds of training, a panel for each model, precision, size and batch.
+
+    Each seed is a thin line that ends where its training ended. The thick line goes through the medians of seconds and
+    kappa, epoch by epoch, as long as all seeds train.
+
+    Args:
+        rows: of `kappas.rows`; those with `curves` are drawn, and the `target_qwk` of all are lines.
+        title: of the whole picture.
+        path: the PNG.
+        digest: of the result, kept in the PNG.
+    """
+    panels = _panels((row for row in rows if row.get("kind") == "qwk"), lambda row: tuple(row[name] for name in _CASE))
+    figure = Figure(figsize=(_WIDTH, 3.4 * len(panels) + 0.6), dpi=150, layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (case, panel) in zip(axes, panels.items(), strict=True):
+        drawn = [row for row in panel if "curves" in row]
+        for row, (colour, dashes, marker) in zip(drawn, itertools.cycle(_TRAININGS), strict=False):
+            for curve in row["curves"]:
+                axis.plot(curve["seconds"], curve["qwk"], color=colour, linewidth=0.8, alpha=0.55)
+                axis.plot(curve["seconds"][-1], curve["qwk"][-1], color=colour, marker=marker, markersize=4)
+            epochs = range(min(len(curve["qwk"]) for curve in row["curves"]))
+            middle = [[median(curve[key][epoch] for curve in row["curves"]) for epoch in epochs]
+                      for key in ("seconds", "qwk")]  # fmt: skip
+            label = f"{row['recipe']}: median of {len(row['curves'])} seeds, and each"
+            axis.plot(*middle, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=2.2, label=label)
+        for target in sorted({row["target_qwk"] for row in panel if "target_qwk" in row}):
+            axis.axhline(target, color=_INK, linestyle=(0, (1, 1.2)), linewidth=1, zorder=1)
+        axis.set_xlim(left=0)
+        axis.set_ylabel("kappa", color=_INK, fontsize=9)
+        _plain(axis, "")
+        _head(axis, case)
+    axes[-1].set_xlabel("seconds since the first batch was asked for", color=_INK, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=1)
+    return _save(figure, title, path, digest)
 
 
 def cards(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:

@@ -102,8 +102,8 @@ class _Cut:
     def __init__(self, build: Callable[[], Any], stage: str) -> None:
         self.names: set[str] = set()
 
-        def graph(task: Task, pixels: Any) -> Any:
-            node = _ends(whole(task, pixels))[stage]
+        def graph(task: Task, pixels: Any, **settings: Any) -> Any:
+            node = _ends(whole(task, pixels, **settings))[stage]
             self.names = _ancestors(node)
             return node
 
@@ -140,8 +140,8 @@ def _dali(loader: Any, rate: float, seconds: float) -> Stages:
     requests = task.requests(0)
     names: list[str] = []
 
-    def note(task: Task, pixels: Any) -> Any:
-        names.extend(_ends(node := whole(task, pixels)))
+    def note(task: Task, pixels: Any, **settings: Any) -> Any:
+        names.extend(_ends(node := whole(task, pixels, **settings)))
         return node
 
     whole = dali._graph

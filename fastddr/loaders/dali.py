@@ -239,7 +239,7 @@ def _build(task: Task, source: Callable[[Task], Any] | None = None) -> Any:
         seed=0,  # nothing in the graph is random
     )
     with pipeline:
-        pipeline.set_outputs(_graph(task, (source or _decoded)(task)))
+        pipeline.set_outputs(_graph(task, (source or _decoded)(task), upright=source is None))
     pipeline.build()
     return pipeline
 
@@ -265,12 +265,15 @@ def _decoded(task: Task) -> Any:
 
 
 def given_pixels(task: Task) -> Any:
-    """The same, from the host's memory."""
+    """The same, from the host's memory, upside down where it shall be."""
     return _external("pixels", "UINT8", 3, layout="HWC", no_copy=True)
 
 
-def _graph(task: Task, pixels: Any) -> Any:
-    """From pixels and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32."""
+def _graph(task: Task, pixels: Any, *, upright: bool) -> Any:
+    """From pixels and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32.
+
+    `upright`: windows that shall be upside down are not so yet.
+    """
     from nvidia.dali import fn, types
 
     def given(name: str, dtype: Any, ndim: int) -> Any:
@@ -285,15 +288,21 @@ def _graph(task: Task, pixels: Any) -> Any:
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )
+    mirror: dict[str, Any] = {}
     if not task.only_crops:
         pixels = _warp(pixels, given("back", types.FLOAT, 2), task)
     elif _mirrors(task):
-        pixels = fn.flip(pixels, horizontal=given("hflip", types.INT32, 0), vertical=given("vflip", types.INT32, 0))
+        mirror = {"mirror": given("hflip", types.INT32, 0)}
+        if upright:
+            pixels = fn.flip(pixels, horizontal=0, vertical=given("vflip", types.INT32, 0))
     if task.only_normalises:
         mean, std = ([255 * value for value in values] for values in (task.augment.mean, task.augment.std))
         # DALI has no bfloat16: that is cast from float32, on the device.
         dtype = types.FLOAT16 if task.dtype == torch.float16 else types.FLOAT
-        return fn.crop_mirror_normalize(pixels, mean=mean, std=std, dtype=dtype, output_layout="HWC")
+        # It mirrors without a pass of its own.
+        return fn.crop_mirror_normalize(pixels, mean=mean, std=std, dtype=dtype, output_layout="HWC", **mirror)
+    if mirror:
+        pixels = fn.flip(pixels, horizontal=mirror["mirror"])
     return fn.coord_transform(pixels, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
 
 

@@ -34,11 +34,14 @@ class Finisher(dali.DaliLoader):
         return self._images(requests, start)
 
     def windows(self, requests: Requests, k: int, out: UInt8[np.ndarray, "b h w 3"]) -> None:
-        """Copies the windows of a micro batch into `out`; mirroring comes later."""
-        for image, id_, (x, y), (width, height) in self._boxes(
-            dali._inputs(self.task, requests, k), requests.id[k], out
-        ):
-            image[...] = self._canvas(id_).numpy()[y : y + height, x : x + width]
+        """Copies the windows of a micro batch into `out`, upside down where they shall be, but not mirrored."""
+        self._gather(dali._inputs(self.task, requests, k), requests.id[k], out)
+
+    def _gather(self, inputs: dict[str, np.ndarray], ids: np.ndarray, out: UInt8[np.ndarray, "b h w 3"]) -> None:
+        turned = inputs.pop("vflip").tolist() if "vflip" in inputs else [0] * len(ids)
+        for (image, id_, (x, y), (width, height)), over in zip(self._boxes(inputs, ids, out), turned, strict=True):
+            # Rows from below cost no more than rows from above.
+            (image[::-1] if over else image)[...] = self._canvas(id_).numpy()[y : y + height, x : x + width]
 
     def _boxes(self, inputs: dict[str, np.ndarray], ids: np.ndarray, out: Any) -> Iterator[Any]:
         return zip(out, ids.tolist(), inputs["start"].tolist(), inputs["shape"].tolist(), strict=True)
@@ -55,7 +58,7 @@ class Finisher(dali.DaliLoader):
             size = self.task.image_size
             held = self._held.pop(0)
             pixels = np.empty((len(requests.id[k]), size, size, 3), dtype=np.uint8) if held is None else held
-            self.windows(requests, k, pixels)
+            self._gather(inputs, requests.id[k], pixels)
         else:
             self._held.pop(0)
             pixels = [

@@ -79,7 +79,8 @@ class ResidentLoader(Loader):
                 yield kernels.coloured(images, torch.from_numpy(requests.colour[k].astype(np.float32)))
 
     def raw_windows(self, epoch: int = 0) -> Iterator[UInt8[Tensor, "b h w 3"]]:
-        """The uint8 windows of an epoch on the host, as they are gathered: neither mirrored nor coloured nor sent.
+        """The uint8 windows of an epoch on the host, as they are gathered: upside down where they shall be, but neither
+        mirrored left to right nor coloured nor sent.
 
         The store alone, for benchmarks. Each batch is written over by the next.
 

@@ -264,6 +264,28 @@ def test_pictures_are_drawn_from_the_file(load: Callable[[str], Any], trained: A
         plot.main(plot.Options(results=(tmp_path / "data.json",)))
 
 
+def test_the_time_to_a_kappa_is_told_and_drawn(load: Callable[[str], Any], tmp_path: Path) -> None:
+    kappas, stored, plot = load("kappas"), load("stored"), load("plot")
+    fast = [kappas.Curve([1.0 + seed, 2.0 + seed], [0.5, 0.75]) for seed in range(5)]
+    slow = [kappas.Curve([4.0 + 4 * seed, 9.0 + 4 * seed], [0.5, 0.6]) for seed in range(5)]
+    about = {"model": "M", "precision": "auto", "image_size": 64, "batch_size": 4, "epochs_at_most": 2}
+    rows = kappas.rows({"fastddr": fast, "report": slow}, about, (0.5, 0.7), range(5))
+    path = tmp_path / "train-kappa_2-core-cpu_2026-11-24.json"
+    path.write_text(json.dumps(training() | {"rows": rows}))
+    result = stored.read(path)
+    about, found, picture, end = load("blocks").BLOCKS["train-kappa"]([result], str)
+    assert "comes to 0.5 and 0.7: M, auto precision, 64 px, batches of 4, at most 2 epochs" in about
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()[2:]] == [
+        ["fastddr", "3.0 (1.0-5.0)", "1", "1", "4.0 (2.0-6.0)", "2", "1"],
+        ["report", "12 (4-20)", "1", "4.0 (4.0-4.0)", "0 of 5 seeds", "-", "-"],
+    ]
+    assert "train.py" in end
+    plot.main(plot.Options(results=(path,)))
+    assert load("plots").digest_of(path.with_suffix(".png")) == result.digest
+    assert picture.endswith(f"({path.with_suffix('.png')})")
+    assert "--target-qwk" in load("blocks").BLOCKS["train-kappa"]([], str)[0]
+
+
 # -------------------------------------------------------------------------------------------------------------- claims
 
 _NUMBER = (

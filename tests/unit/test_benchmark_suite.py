@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,32 +322,68 @@ def test_peers_train_on_every_photograph_and_learn(load: Any, tiny: Path, tmp_pa
 
 
 def test_the_time_to_a_kappa(load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, recipes = load("train"), load("recipes")
-    seeds = []
+    kappas, recipes = load("kappas"), load("recipes")
+    started, clock = [], iter(range(10_000))
 
     class Runner:
         def __init__(self, label: str, make: Any, spec: Any, wanted: Any) -> None:
+            if label == "timm":
+                raise UserError("timm is not\ninstalled.")
             assert not wanted.endless
-            seeds.append(wanted.config.seed)
-            # Seed 2 never gets there.
-            self.kappas = iter([0.1, 0.2] if wanted.config.seed == 2 else [0.1, 0.5])
+            started.append((wanted.config.seed, label))
+            # Seed 2 of the report's way never gets far.
+            slow = (wanted.config.seed, label) == (2, "report")
+            self.kappas = iter([0.1, 0.2] if slow else [0.4, 0.6] if label == "fastddr" else [0.3, 0.4])
 
         def ask(self, question: str) -> Any:
             return next(self.kappas) if question == "score" else None
 
         def close(self) -> None:
+            started.append("closed")
+
+    monkeypatch.setattr(kappas, "Halted", Runner)
+    monkeypatch.setattr(kappas, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    specs, said = [recipes.Spec.parse(name) for name in ("fastddr", "report", "timm")], []
+    about, wanted = {"model": "M"}, case(load, tiny, tmp_path)
+    asked = kappas.race(specs, wanted, about, (0.5, 0.25), (1, 2), said.append)
+    after_one = next(asked)
+    [after_two] = asked
+    assert started[::2] == [(1, "fastddr"), (1, "report"), (2, "fastddr"), (2, "report")], "seed by seed"
+    assert started[1::2] == ["closed"] * 4
+    rows = {row["name"]: row for row in after_two}
+    assert rows["timm"]["failed"] == "timm is not installed", "the others go on"
+    early, late = rows["fastddr: to kappa 0.25"], rows["fastddr: to kappa 0.5"]
+    assert (early["seconds"], early["epochs"], early["median"], early["unit"]) == ([1, 1], [1, 1], 1, "s")
+    assert (late["seconds"], late["epochs"], late["seeds"], late["epochs_at_most"]) == ([2, 2], [2, 2], [1, 2], 2)
+    assert late["curves"] == [{"seconds": [1, 2], "qwk": [0.4, 0.6]}] * 2
+    assert "curves" not in early
+    missed = rows["report: to kappa 0.25"]
+    assert missed["failed"] == "1 of 2 seeds came to a kappa of 0.25 within 2 epochs", "no median of those that came"
+    assert (missed["seconds"], missed["epochs"]) == ([1, None], [1, None])
+    assert not [row for row in after_two if row["kind"] == "ratio"]
+    [ratio] = [row for row in after_one if row["kind"] == "ratio"]
+    assert (ratio["name"], ratio["median"], ratio["unit"]) == ("report / fastddr: to kappa 0.25", 1, "×")
+
+
+def test_a_training_ends_at_the_highest_kappa(
+    load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kappas, recipes, asked = load("kappas"), load("recipes"), []
+
+    class Runner:
+        def __init__(self, *_: Any) -> None:
             pass
 
-    monkeypatch.setattr(train, "Halted", Runner)
-    spec, wanted, said = recipes.Spec.parse("report"), case(load, tiny, tmp_path), []
-    options = train.Options(target_qwk=0.4, seeds=(0, 1, 3, 4, 5))
-    [found] = train.to_kappa(spec, wanted, {"model": "M"}, options, said.append)
-    assert (found["unit"], found["n"], found["epochs"], found["seeds"]) == ("s", 5, [2] * 5, [0, 1, 3, 4, 5])
-    assert seeds == [0, 1, 3, 4, 5]
-    options.seeds = (0, 1, 2, 3, 4)
-    [found] = train.to_kappa(spec, wanted, {"model": "M"}, options, said.append)
-    assert found["failed"] == "4 of 5 seeds came to a kappa of 0.4 within 2 epochs", "no median of those that came"
-    assert found["best_qwk"] == [0.5, 0.5, 0.2, 0.5, 0.5]
+        def ask(self, question: str) -> Any:
+            asked.append(question)
+            return 0.9
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(kappas, "Halted", Runner)
+    curve = kappas.train(recipes.Spec.parse("report"), case(load, tiny, tmp_path), 0, 0.5)
+    assert (asked, curve.qwk) == (["epoch", "score"], [0.9])
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     assert tracker.sync_command == f"wandb sync {run}/wandb/offline-run-*"
     assert tracker.view_command == f"wandb leet {run}/wandb"
     assert "WANDB_DATA_DIR" not in os.environ
-    files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    files = offline_files(run)
     assert len(files) == 2
     first, second = (inspect(path) for path in files)
     assert first["run_id"] == second["run_id"] == (run / "wandb" / "id.txt").read_text().strip()
@@ -161,6 +161,14 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     assert (second["summary"]["train/loss"], second["summary"]["step"]) == (0.25, 5)
     assert list(run.glob("wandb/offline-run-*/files/media/images/report/curves*.png"))
     assert second["project"] == "fastddr-tests"
+
+
+def offline_files(run: Path) -> list[Path]:
+    """The offline parts of a run, oldest first, whole: W&B's service may write on after `finish`, until it is ended."""
+    import wandb
+
+    wandb.teardown()
+    return sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def test_wandb_has_curves_tables_and_artifacts(tmp_path: Path, photographs: bool
     tracker.log_checkpoints(run / "checkpoints")
     tracker.finish()
     assert len(said) == 1, said
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    (file,) = offline_files(run)
     found = inspect(file)["summary"]
     assert found["valid/qwk"] == {"max": 0.5}
     assert found["valid/loss"] == {"min": 1.25}
@@ -237,7 +245,7 @@ def test_checkpoints_are_named_and_not_copied_unless_asked(tmp_path: Path) -> No
     assert len(said) == 1, said
     staged = sum(path.stat().st_size for path in run.glob("wandb/**/*") if path.is_file())
     assert staged < 100_000
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    (file,) = offline_files(run)
     assert b"checkpoint-" in file.read_bytes()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +129,29 @@ def test_tritons_kernel_computes_what_the_reference_does() -> None:
     done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) < 1e-3
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastddr.kernels.warp_triton import warp_kernel
+given = {"pixels": "*u8", "offset": "*i64", "size": "*i32", "inverse": "*fp32", "colour": "*fp32"}
+# Turing, Ampere, Hopper, and Blackwell in a data centre and in a desktop.
+for capability in (75, 80, 90, 100, 120):
+    for dtype in ("fp32", "bf16", "fp16"):
+        signature = given | {"images": f"*{dtype}", "image_size": "i32", "BLOCK": "constexpr"}
+        source = ASTSource(warp_kernel, signature, constexprs={"BLOCK": 256})
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(capability, dtype, len(made.asm["cubin"]))
+"""
+
+
+@pytest.mark.skipif(not kernels.triton_installed(), reason="Triton is not installed (it comes with PyTorch for CUDA)")
+def test_tritons_kernel_compiles_for_every_card(tmp_path: Path) -> None:
+    """To machine code, which needs no GPU; the interpreter lets pass what the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 15

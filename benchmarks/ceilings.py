@@ -138,6 +138,8 @@ def measure(
         if mine:
             matmul[kind] = max(mine.values(), key=lambda rates: float(np.median(rates)))
     if device.type == "cuda":
+        trials.clear()  # they hold the matrices
+        trial = None
         torch.cuda.empty_cache()
     return Ceilings(copy, matmul, device.type)
 

@@ -2,9 +2,10 @@
 
     python benchmarks/decode.py
 
-Windows (only the region is decoded) and whole photographs, of both encodings, through the `dali` loader, in processes
-of their own: a decoder that crashes on this card is a row, and not the end. Differences are in grey levels of 255;
-GPU decoders round their transform in their own way, so a card is not bit for bit Pillow, as the CPU is.
+Windows and whole photographs, of both encodings, through the `dali` loader, in processes of their own: a decoder that
+crashes on this card is a row, and not the end. On a GPU also the two ways that training does not take: to decode the
+region alone, and on the card's JPEG engines. Differences are in grey levels of 255; GPU decoders round their transform
+in their own way, so a card is not bit for bit Pillow, as the CPU is.
 """
 
 from __future__ import annotations
@@ -48,8 +49,14 @@ class Options:
     """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
-def trial(root: str, side: int, batch_size: int, rounds: int, compared: int) -> dict[str, Any]:
+#: Ways to decode on a GPU besides that of training.
+REGIONS, ENGINES = "the region alone", "JPEG engines"
+
+
+def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared: int) -> dict[str, Any]:
     """Differences and images a second of windows of `side` pixels; in a process of its own.
+
+    `way`: as training does it, or `REGIONS` or `ENGINES`.
 
     Raises:
         UserError: DALI is not installed, or a photograph cannot be decoded.
@@ -66,11 +73,13 @@ def trial(root: str, side: int, batch_size: int, rounds: int, compared: int) -> 
     task = loaders.Task(
         files=found.files(), grades=found.grade, widths=found.width, heights=found.height, ids=found.ids("train"),
         train=True, image_size=side, canvas=int(found.width.min()), augment=POLICIES["none"], seed=0,
-        batch_size=batch_size, threads=available_cores(),
+        batch_size=batch_size, threads=available_cores(), jpeg_engines=way == ENGINES,
         device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
     )  # fmt: skip
     mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     loader = loaders.build("dali", task)
+    if way == REGIONS:
+        loaders.dali.by_region = lambda task: True
     worst, total, count, seen = 0.0, 0.0, 0, 0
     requests = task.requests(0)
     for k, batch in enumerate(loader.epoch(0)):
@@ -102,15 +111,18 @@ def trial(root: str, side: int, batch_size: int, rounds: int, compared: int) -> 
 def main(options: Options) -> None:
     """Compare, print and write."""
     import sources
+    import torch
 
     console = Console(soft_wrap=True)
     harness.begin()
     kinds = sources.roots(None, tuple(sources.NAMES), options.photographs, 512, console)
     rows: list[dict[str, Any]] = []
-    for (photographs, root), side in itertools.product(kinds, (256, 512)):
-        name = f"{'window' if side == 256 else 'whole'}, {photographs}"
+    ways = ("", REGIONS, ENGINES) if torch.cuda.is_available() else ("",)
+    for (photographs, root), side, way in itertools.product(kinds, (256, 512), ways):
+        name = ", ".join(filter(None, ("window" if side == 256 else "whole", photographs, way)))
         about = {"name": name, "photographs": photographs, "image_size": side, "batch_size": options.batch_size}
-        given = [str(root), side, options.batch_size, max(options.rounds, 5), options.compared]
+        about |= {"kind": "not trained with"} if way else {}
+        given = [str(root), side, way, options.batch_size, max(options.rounds, 5), options.compared]
         command = [sys.executable, __file__, "--child", json.dumps(given)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
@@ -125,7 +137,7 @@ def main(options: Options) -> None:
         rates = found.pop("rates")
         found = {f"{key}_levels" if key != "compared" else key: value for key, value in found.items()}
         rows.append(about | harness.spread(rates) | {"unit": "images/s"} | found)
-        if found["largest_levels"] > MOST_LEVELS:
+        if found["largest_levels"] > MOST_LEVELS and not way:
             console.print(f"{name}: differs from Pillow by {found['largest_levels']:.0f} levels of 255; do not train "
                           "on it, and see the diagnosis in docs/benchmarks.md.")  # fmt: skip
     shown = [

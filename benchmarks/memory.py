@@ -45,6 +45,7 @@ from fastddr.memory.allowances import Allowance
 from fastddr.memory.predicting import goes_through, usable
 from fastddr.memory.tape import KINDS, Tape
 from fastddr.memory.tracing import Steps, Training, trace
+from fastddr.runtime import is_out_of_memory
 
 GIB = 2**30
 #: Steps of a trial, each with a peak of its own.
@@ -216,7 +217,7 @@ def works(trial: Trial) -> bool:
         RuntimeError: they failed, but not for want of memory.
     """
     reason: str = in_process(trial).get("failed", "")
-    if reason and "out of memory" not in reason.lower():
+    if reason and "out of memory" not in reason.lower() and not is_out_of_memory(RuntimeError(reason)):
         raise RuntimeError(f"{trial.name}: {reason}")
     return not reason
 

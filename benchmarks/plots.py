@@ -210,8 +210,8 @@ def kappas(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> 
             epochs = range(min(len(curve["qwk"]) for curve in row["curves"]))
             middle = [[median(curve[key][epoch] for curve in row["curves"]) for epoch in epochs]
                       for key in ("seconds", "qwk")]  # fmt: skip
-            label = f"{row['recipe']}: median of {len(row['curves'])} seeds, and each"
-            axis.plot(*middle, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=2.2, label=label)
+            label = f"{row['recipe']}: median of {len(row['curves'])} seeds while all train, and each"
+            axis.plot(*middle, color=colour, linestyle=dashes, linewidth=2.2, label=label)
         for target in sorted({row["target_qwk"] for row in panel if "target_qwk" in row}):
             axis.axhline(target, color=_INK, linestyle=(0, (1, 1.2)), linewidth=1, zorder=1)
         axis.set_xlim(left=0)

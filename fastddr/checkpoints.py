@@ -220,11 +220,15 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(dict(saved))
     for group, kept in zip(optimizer.param_groups, chosen, strict=True):
         group.update(kept)
+        on_device = group.get("fused") or group.get("capturable")
         for weight in group["params"]:
             moments = optimizer.state.get(weight, {})
             for name, moment in moments.items():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+            # PyTorch puts it where the saved way wants it; what a CPU saved would stay on the host.
+            if on_device and isinstance(moments.get("step"), Tensor):
+                moments["step"] = moments["step"].to(weight.device, torch.float32)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

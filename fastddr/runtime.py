@@ -25,6 +25,11 @@ T = TypeVar("T")
 
 #: How long ranks wait for each other until training begins, while rank 0 may look at millions of files.
 _SET_UP = timedelta(hours=2)
+#: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
+_OUT_OF_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine", "CUDA out of memory",
+    "CUDA error: out of memory", "CUDA allocation failed",
+)  # fmt: skip
 #: From Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 #: From glibc's <malloc.h>.
@@ -185,6 +190,27 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
 
 
+def numerics(deterministic: bool, cpu: bool) -> None:
+    """How PyTorch computes, for the whole process; before its first product on a GPU, and again does no harm."""
+    if deterministic:
+        # cuBLAS reads it when it first needs its workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # To find what reads memory that nobody has written; nothing here does.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by its class
+    if not cpu:
+        torch.backends.cudnn.benchmark = not deterministic
+        # TF32, as cuDNN's convolutions have it by default; repeatable like any other.
+        torch.set_float32_matmul_precision("high")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch or DALI says that a GPU's memory is too small: libraries have words of their own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 def start(config: Config) -> Runtime:
     """Choose device, precision and threads, and seed. Once a process: Accelerate's choices are for good.
 
@@ -200,7 +226,7 @@ def start(config: Config) -> Runtime:
     capability = None if cpu else torch.cuda.get_device_capability(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, reason = choose_precision(config.precision, launched, capability)
-    tf32 = ", matrix products in TF32" if precision == "fp32" and not cpu and not config.deterministic else ""
+    tf32 = ", products in TF32" if precision == "fp32" and not cpu else ""
     decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)
     decisions.append(
@@ -216,13 +242,7 @@ def start(config: Config) -> Runtime:
     if cpu:
         keep_memory()
     decisions.append(f"threads {threads}: {'asked for' if config.threads else 'the cores of this rank'}")
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif not cpu:
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+    numerics(config.deterministic, cpu)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,

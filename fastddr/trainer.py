@@ -191,7 +191,9 @@ class Trainer:
                 self._report()
             except StopRequested as request:
                 self._stop(str(request))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not runtime.is_out_of_memory(error):
+                    raise
                 raise UserError(out_of_memory(
                     self.runtime.device, self.runtime.micro_batch_size, self.config.image_size,
                     store=self.loaders.choice.store, need=self.predicted_gib,

@@ -22,6 +22,13 @@ hypothesis.settings.register_profile("fastddr", deadline=None)
 hypothesis.settings.load_profile("fastddr")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m gpu` no test sees a card: what runs on a CPU in float32 would run there, and both ranks on one."""
+    asked = config.getoption("markexpr")
+    if "gpu" not in asked or "not gpu" in asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
@@ -89,4 +96,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA card, and PyTorch sees none"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA card and -m gpu"))

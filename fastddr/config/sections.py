@@ -233,6 +233,9 @@ class LoadingConfig:
     """Decoding threads (DALI) or worker processes (torchvision); by default the cores of this rank."""
     prefetch: int | None = None
     """Batches decoded ahead; by default what is best on this machine."""
+    jpeg_engines: bool = False
+    """Decode on the JPEG engines of a GPU that has them (A100, H100 and later). Off, because on H100s nvJPEG was seen
+    to write there over memory that was still in use (torchcodec's pull request 1634); they also round otherwise."""
     store: Literal["auto", "vram", "ram", "mmap", "none"] = "auto"
     """Where `resident` keeps decoded photographs: the GPU's memory, this process's memory, or a file that ranks share
     and that is kept between runs. `none` keeps nothing. `auto`: the first of vram, ram, mmap that they fit into."""

@@ -7,6 +7,9 @@ the kernel computes. A test holds the two together.
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -21,9 +24,18 @@ from torch import Tensor
 _BLOCK = 256
 
 
-def triton_installed() -> bool:
-    """Whether Triton can be imported, without which a GPU would have only the slow way."""
-    return find_spec("triton") is not None
+def triton_lacks() -> str | None:
+    """What Triton lacks to run here, without which a GPU would have only the slow way; None where it lacks nothing.
+
+    It builds a small piece of C, its way to the driver, when it first runs a kernel.
+    """
+    if find_spec("triton") is None:
+        return "Triton, which comes with PyTorch for CUDA on Linux"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler for Triton (gcc or clang)"
+    if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "the header files of Python for Triton (python3-dev)"
+    return None
 
 
 def warp(

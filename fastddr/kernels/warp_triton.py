@@ -3,11 +3,17 @@
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of a kernel's arguments, so types do not stand there.
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
+# `no_type_check`, as jaxtyping's checks of shapes, which tests switch on, wrap every function of the package: Triton
+# would then see the wrapper's names and not `tl`.
+
 
 @triton.jit
+@no_type_check
 def _tap(photograph, x, y, width, height, weight, inside):
     """The three channels of one of the four neighbours, times its weight; black outside of the photograph."""
     there = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -19,6 +25,7 @@ def _tap(photograph, x, y, width, height, weight, inside):
 
 
 @triton.jit
+@no_type_check
 def warp_kernel(pixels, offset, size, inverse, colour, images, image_size, BLOCK: tl.constexpr):
     """One program makes BLOCK pixels of one image: all three channels, since the colour map mixes them."""
     sample = tl.program_id(1)

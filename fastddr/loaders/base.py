@@ -95,6 +95,8 @@ class Task:
     threads: int = 1
     prefetch: int | None = None
     """Batches on their way; None: what the loader knows to be best."""
+    jpeg_engines: bool = False
+    """Whether a GPU's JPEG engines decode."""
     store: StoreName = "auto"
     """Where the resident loader keeps decoded photographs."""
     budget: int | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from fastddr.errors import UserError
-from fastddr.kernels.warp import triton_installed
+from fastddr.kernels.warp import triton_lacks
 from fastddr.loaders import dali, stores
 from fastddr.loaders.base import StoreName, Task
 from fastddr.loaders.capacity import Free, Where, decoding_ms
@@ -48,8 +48,9 @@ def choose(asked: str, tasks: Sequence[Task], epochs: int, free: Free) -> Choice
         return Choice("resident", store, f"--loader asked for it; {fits}")
     if epochs == 1:
         return Choice(stream, "none", f"with one epoch nothing is decoded twice; {installed}")
-    if tasks[0].device.type == "cuda" and not triton_installed():
-        return Choice(stream, "none", f"Triton, which resident needs on a GPU, is not installed; {installed}")
+    lacks = triton_lacks() if tasks[0].device.type == "cuda" else None
+    if lacks is not None:
+        return Choice(stream, "none", f"resident needs on a GPU what is not installed: {lacks}; {installed}")
     if store is None:
         return Choice(stream, "none", f"{fits}; {installed}")
     cost = decoding_ms(tasks[0])

@@ -29,6 +29,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever, name_unreadable, undecodable
+from fastddr.runtime import is_out_of_memory
 
 
 def installed() -> bool:
@@ -121,6 +122,8 @@ class DaliLoader(Loader):
         except RuntimeError as error:
             # The pipeline cannot go on after an error, and its message does not always name the file.
             self._pipeline = None
+            if is_out_of_memory(error):
+                raise
             bad = name_unreadable([self.task.files[id_] for id_ in requests.id[k]])
             if bad is None:
                 raise
@@ -254,14 +257,26 @@ def _decoded(task: Task) -> Any:
     """The part of each photograph that its image needs, read and decoded."""
     from nvidia.dali import fn, types
 
-    return fn.decoders.image_slice(
-        fn.io.file.read(_external("path", "UINT8", 1)),
-        start=_external("start", "INT32", 1),
-        shape=_external("shape", "INT32", 1),
-        axis_names="WH",
-        output_type=types.RGB,
-        **_decoding(task),
-    )
+    encoded = fn.io.file.read(_external("path", "UINT8", 1))
+    region = {"start": _external("start", "INT32", 1), "shape": _external("shape", "INT32", 1), "axis_names": "WH"}
+    if by_region(task):
+        return fn.decoders.image_slice(encoded, output_type=types.RGB, **region, **_decoding(task))
+    return fn.slice(fn.decoders.image(encoded, output_type=types.RGB, **_decoding(task)), **region)
+
+
+def by_region(task: Task) -> bool:
+    """Whether only the part of a photograph is decoded that its image needs; else all of it, and the part is cut out.
+
+    On a GPU nvImageCodec 0.9 may crash at a region, without a word (its issue 55), and 0.8 did not.
+    """
+    return task.device.type != "cuda" or not any(version.startswith("0.9.") for version in _codecs())
+
+
+@cache
+def _codecs() -> tuple[str, ...]:
+    """Versions of nvImageCodec that are installed."""
+    found = [d for d in importlib.metadata.distributions() if str(d.metadata["Name"]).startswith("nvidia-nvimgcodec")]
+    return tuple(distribution.version for distribution in found)
 
 
 def given_pixels(task: Task) -> Any:
@@ -315,9 +330,9 @@ def _decoding(task: Task) -> dict[str, Any]:
         # libjpeg smooths the upsampled chroma; without this the GPU would give other pixels. nvJPEG before 13.2 cannot
         # do it at the edge of a region; nvImageCodec then decodes regions on the host: slower, with the same pixels.
         "jpeg_fancy_upsampling": True,
-        # All that the JPEG engines of the card can take, and not DALI's 65 % of a batch: which photographs the engines
-        # get would depend on their places in the batch, and so might their last levels. Not measured yet.
-        "hw_decoder_load": 1.0,
+        # All that the JPEG engines of the card can take, or nothing, and not DALI's 65 % of a batch: which photographs
+        # the engines get would depend on their places in the batch, and so might their last levels.
+        "hw_decoder_load": 1.0 if task.jpeg_engines else 0.0,
     }
 
 
@@ -382,9 +397,8 @@ class Canvases:
             )
             canvas = fn.decoders.image(
                 fn.io.file.read(path),
-                device="mixed" if gpu else "cpu",
                 output_type=types.RGB,
-                jpeg_fancy_upsampling=True,  # as in the streaming graph
+                **_decoding(task),
             )
             if scaled:
                 canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
@@ -393,6 +407,8 @@ class Canvases:
             try:
                 (output,) = pipeline.run(torch.cuda.current_stream(task.device) if gpu else None)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 # It may be of those after this one, which are already on their way.
                 near = np.concatenate(chunks[number : number + 3])
                 bad = name_unreadable([task.files[id_] for id_ in near])

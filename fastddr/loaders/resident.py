@@ -48,10 +48,9 @@ class ResidentLoader(Loader):
         if task.store == "auto":
             task = replace(task, store=choose("resident", [task], epochs=2, free=measure(task.device, 1)).store)
         super().__init__(task)
-        if task.device.type == "cuda" and not kernels.triton_installed():
-            raise UserError(
-                "--loader resident: a GPU needs Triton for it; `pip install triton`, or take --loader dali."
-            )
+        lacks = kernels.triton_lacks() if task.device.type == "cuda" else None
+        if lacks is not None:
+            raise UserError(f"--loader resident lacks {lacks}; install that, or take --loader dali.")
         self._say = say or (lambda line: None)
         self._store = stores.build(task, canvases.decoder())
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))

@@ -112,6 +112,7 @@ def task(config: Config, manifest: Manifest, run: Runtime, ids: Int[np.ndarray, 
         dtype=run.image_dtype,
         threads=config.loading.threads or ranks.cores(),
         prefetch=config.loading.prefetch,
+        jpeg_engines=config.loading.jpeg_engines,
         store=config.loading.store,
         budget=None if budget is None else int(budget * 2**30),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from fastddr.memory import allowances
 from fastddr.memory.planning import choose_micro_batch
 from fastddr.memory.predicting import GIB, Case, predict
 from fastddr.memory.tracing import Inexact, Training
-from fastddr.runtime import choose_precision
+from fastddr.runtime import choose_precision, is_out_of_memory, numerics
 
 
 def one_step(config: Config, micro: int, world: int, device: torch.device) -> None:
@@ -44,7 +45,7 @@ def checked(
         config: with its precision.
         world: ranks.
         free_bytes: of this rank's card.
-        try_: one real step with so many photographs at once; raises `torch.OutOfMemoryError` if that is too much.
+        try_: one real step with so many photographs at once; raises what `is_out_of_memory` if that is too much.
         allowance: of the card.
 
     Raises:
@@ -56,13 +57,21 @@ def checked(
         micro, reason = choose_micro_batch(config, world, free_bytes, allowance, below)
         try:
             try_(micro)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             said.append(f"micro batch {micro}: a real step ran out of memory, although {reason}")
             below = micro
         else:
             return micro, [*said, f"micro batch {micro}: {reason}; a real step went through"]
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            _free()
+
+
+def _free() -> None:
+    # In half precision a model's forward holds the model: only the collector lets go of it.
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def settle(config: Config, device: torch.device, world: int) -> tuple[Config, float | None, list[str]]:
@@ -74,6 +83,8 @@ def settle(config: Config, device: torch.device, world: int) -> tuple[Config, fl
     if device.type != "cuda":
         return config, None, []
     given = config
+    # The real step computes as training will.
+    numerics(config.deterministic, cpu=False)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, _ = choose_precision(given.precision, launched, torch.cuda.get_device_capability(device))
     chosen: Any = precision
@@ -86,7 +97,7 @@ def settle(config: Config, device: torch.device, world: int) -> tuple[Config, fl
             micro, said = checked(config, world, free, lambda size: one_step(config, size, world, device), allowance)
             # All ranks hold as many, so the one with least room decides.
             config = replace(config, micro_batch_size=min(ranks.gather([micro])))
-            torch.cuda.empty_cache()
+            _free()
             torch.cuda.reset_peak_memory_stats(device)
         if config.batch_size % world or int(config.micro_batch_size) * world > config.batch_size:
             return replace(config, precision=given.precision), None, said

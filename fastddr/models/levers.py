@@ -6,9 +6,9 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, cast
 
+import einops
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastddr.config import Config
 from fastddr.errors import UserError
+from fastddr.kernels.warp import triton_lacks
 
 
 class Blocks(nn.Sequential):
@@ -120,13 +121,18 @@ def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Modul
     if not config.compile:
         return model
     if device.type == "cuda":
-        if find_spec("triton") is None:
-            raise UserError("--compile needs Triton, which comes with PyTorch for CUDA on Linux; leave it off here.")
+        lacks = triton_lacks()
+        if lacks is not None:
+            raise UserError(f"--compile lacks {lacks}; install that, or leave it off here.")
     elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UserError("--compile needs a C++ compiler on a CPU; install g++, or leave it off.")
     import torch._functorch.config
 
     torch._functorch.config.activation_memory_budget = config.memory.activation_budget
+    # einops notes the kinds of tensors that it has met, and what is compiled depends on these notes: were a first trace
+    # to write them, all would be compiled a second time.
+    for met in (torch.empty(1, 1), nn.Parameter(torch.empty(1, 1))):
+        einops.rearrange(met, "a b -> (a b)")
     # Micro batches are all of one size, so nothing need be prepared for others.
     return cast(nn.Module, torch.compile(model, dynamic=False))
 

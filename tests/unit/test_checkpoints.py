@@ -165,6 +165,24 @@ def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+def test_moments_of_a_cpu_go_to_the_device_of_a_fused_step() -> None:
+    """Its kernel reads the count of steps there. The device `meta` stands in for a GPU."""
+    weight = nn.Parameter(torch.ones(2))
+    before = torch.optim.AdamW([weight], fused=False)
+    weight.sum().backward()
+    before.step()
+    there = nn.Parameter(torch.ones(2, device="meta"))
+    again = torch.optim.AdamW([there])
+    again.param_groups[0]["fused"] = True
+    checkpoints.load_optimizer(again, before.state_dict())
+    assert {name: moment.device.type for name, moment in again.state[there].items()} == {
+        "step": "meta", "exp_avg": "meta", "exp_avg_sq": "meta",
+    }  # fmt: skip
+    again = torch.optim.AdamW([weight], fused=False)
+    checkpoints.load_optimizer(again, before.state_dict())
+    assert again.state[weight]["step"].device.type == "cpu"
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     saved = checkpoints.load(write(tmp_path, 1))
     with pytest.raises(UserError, match="another model"):

@@ -24,7 +24,7 @@ PLENTY = Free(vram=100 * NEED, ram=100 * NEED, mmap=100 * NEED)
 @pytest.fixture(autouse=True)
 def _with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali, "installed", lambda: True)
-    monkeypatch.setattr("fastddr.loaders.choosing.triton_installed", lambda: True)
+    monkeypatch.setattr("fastddr.loaders.choosing.triton_lacks", lambda: None)
 
 
 @pytest.fixture
@@ -91,10 +91,10 @@ def test_the_reason_says_what_decoding_costs(tasks: list[Task]) -> None:
 
 
 def test_without_dali_and_without_triton(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastddr.loaders.choosing.triton_installed", lambda: False)
+    monkeypatch.setattr("fastddr.loaders.choosing.triton_lacks", lambda: "a C compiler")
     chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
     assert chosen.loader == "dali"
-    assert "Triton" in chosen.reason
+    assert "a C compiler" in chosen.reason
     monkeypatch.setattr(dali, "installed", lambda: False)
     chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
     assert chosen.loader == "torchvision"

@@ -186,9 +186,32 @@ def test_a_machine_without_a_compiler_is_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(levers.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         levers.compiled(build("cnn"), config, CPU)
-    monkeypatch.setattr(levers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="Triton"):
+    monkeypatch.setattr(levers, "triton_lacks", lambda: "a C compiler for Triton")
+    with pytest.raises(UserError, match="--compile lacks a C compiler for Triton; install that"):
         levers.compiled(build("cnn"), config, torch.device("cuda"))
+
+
+#: In a process where einops has met no tensor.
+GRAPHS = """
+import functools
+from dataclasses import replace
+import torch
+from fastddr import models
+from fastddr.config import Config
+from fastddr.models import levers
+torch.compile = functools.partial(torch.compile, backend="eager")
+model = models.build("convmixer", num_classes=5, image_size=32, dim=8, depth=2, kernel_size=3, patch_size=4)
+compiled = levers.compiled(model, replace(Config(), compile=True), torch.device("cpu"))
+for _ in range(3):
+    compiled(torch.randn(2, 3, 32, 32)).sum().backward()
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+def test_a_convmixer_is_compiled_once() -> None:
+    done = subprocess.run([sys.executable, "-c", GRAPHS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == 1
 
 
 def failing(error: BaseException) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,41 @@ def test_scaled_photographs_are_those_of_the_reference(name: str, policy: str, m
         assert off["edge"] <= most
         assert off["outside"] <= EXACT
         assert off["bias"] <= 0.15
+
+
+@needs_dali
+@pytest.mark.parametrize("policy", POLICIES)
+def test_regions_are_cut_from_whole_photographs_with_the_same_bits(
+    policy: str, mixed: manifest.Manifest, odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU whose decoder does not bear regions."""
+    for found in (mixed, odd):
+        wanted = task(found, batch_size=7, augment=POLICIES[policy])
+        regions = batches("dali", wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(dali, "by_region", lambda task: False)
+            whole = batches("dali", wanted)
+        assert len(whole) == len(regions)
+        assert all(torch.equal(one.image, other.image) for one, other in zip(whole, regions, strict=True))
+
+
+def test_a_gpu_decodes_regions_only_where_its_codec_bears_them(
+    odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = task(odd, batch_size=7)
+    on_card = replace(wanted, device=torch.device("cuda", 0))
+    for versions, regions in ((("0.9.0.20",), False), (("0.8.0.22",), True), (("0.10.0",), True), ((), True)):
+        monkeypatch.setattr(dali, "_codecs", lambda versions=versions: versions)
+        assert dali.by_region(on_card) == regions
+        assert dali.by_region(wanted)
+    assert dali._decoding(on_card)["hw_decoder_load"] == 0, "the engines only where they are asked for"
+    assert dali._decoding(replace(on_card, jpeg_engines=True))["hw_decoder_load"] == 1
+
+
+@needs_dali
+def test_the_version_of_the_codec_is_found() -> None:
+    assert len(dali._codecs()) == 1
+    assert dali._codecs()[0].count(".") >= 2
 
 
 @pytest.mark.parametrize("image_size", [64, 80])
@@ -394,3 +430,19 @@ def test_odd_photographs_give_the_pixels_of_pillow_in_every_loader(name: str, od
         expected = (window / 255 - wanted.augment.mean) / wanted.augment.std
         levels = (batch.image[b] - torch.from_numpy(expected).permute(2, 0, 1)) * STD[0]
         assert levels.abs().max() < 1e-3, odd.path[id_]
+
+
+@needs_dali
+def test_a_card_without_memory_is_no_bad_photograph(found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI's error goes on as it is, and the trainer has the sentence; no photograph is opened to find the culprit."""
+
+    class Full:
+        def outputs(self, **_: Any) -> None:
+            raise RuntimeError("Error in MIXED operator: CUDA allocation failed")
+
+    loader = loaders.build("dali", task(found))
+    loader._pipeline = Full()  # type: ignore[attr-defined]
+    monkeypatch.setattr(dali, "name_unreadable", lambda files: pytest.fail("looked for a bad photograph"))
+    with pytest.raises(RuntimeError, match="CUDA allocation failed"):
+        loader._receive(loader.task.requests(0), 0)  # type: ignore[attr-defined]
+    loader.close()

@@ -195,17 +195,28 @@ def test_what_does_not_fit_at_all_is_one_sentence() -> None:
 
 def test_a_real_step_that_runs_out_of_memory_takes_the_next_smaller_divisor() -> None:
     tried = []
+    # Libraries have words of their own.
+    raised = [torch.OutOfMemoryError("CUDA out of memory"),
+              RuntimeError("GET was unable to find an engine to execute this computation")]  # fmt: skip
 
     def step(micro: int) -> None:
         tried.append(micro)
         if micro > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise raised[len(tried) - 1]
 
     micro, said = fitting.checked(config(), 1, 4 * GIB, step, NOTHING)
     assert (micro, tried) == (8, [24, 12, 8])
     assert len(said) == 3
     assert said[0].startswith("micro batch 24: a real step ran out of memory")
     assert said[-1].endswith("a real step went through")
+
+
+def test_a_real_step_that_fails_otherwise_is_an_error() -> None:
+    def step(micro: int) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="assert"):
+        fitting.checked(config(), 1, 4 * GIB, step, NOTHING)
 
 
 def test_the_real_step_trains_on_the_cpu_and_leaves_the_seed_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +123,29 @@ print(worst)
 """
 
 
-@pytest.mark.skipif(not kernels.triton_installed(), reason="Triton is not installed (it comes with PyTorch for CUDA)")
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with PyTorch for CUDA)")
 def test_tritons_kernel_computes_what_the_reference_does() -> None:
     """By Triton's interpreter, which needs no GPU, in a process of its own: it is chosen when Triton is imported."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'unit'}"}
     done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) < 1e-3
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with PyTorch for CUDA)")
+def test_what_triton_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/clang" if name == "clang" else None)
+    monkeypatch.setattr("os.path.isfile", lambda path: True)
+    assert kernels.triton_lacks() is None
+    monkeypatch.setattr("os.path.isfile", lambda path: not path.endswith("Python.h"))
+    assert kernels.triton_lacks() == "the header files of Python for Triton (python3-dev)"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert kernels.triton_lacks() == "a C compiler for Triton (gcc or clang)"
+    monkeypatch.setenv("CC", "tcc")
+    assert "header files" in (kernels.triton_lacks() or "")
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert kernels.triton_lacks() == "Triton, which comes with PyTorch for CUDA on Linux"
 
 
 COMPILE = """
@@ -147,11 +164,14 @@ for capability in (75, 80, 90, 100, 120):
 """
 
 
-@pytest.mark.skipif(not kernels.triton_installed(), reason="Triton is not installed (it comes with PyTorch for CUDA)")
-def test_tritons_kernel_compiles_for_every_card(tmp_path: Path) -> None:
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with PyTorch for CUDA)")
+@pytest.mark.parametrize("checked", [False, True], ids=["as users have it", "under the shape checks of tests"])
+def test_tritons_kernel_compiles_for_every_card(tmp_path: Path, checked: bool) -> None:
     """To machine code, which needs no GPU; the interpreter lets pass what the compiler refuses."""
+    hook = "import jaxtyping; jaxtyping.install_import_hook('fastddr', 'beartype.beartype')\n" if checked else ""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300, env=environment)
+    program = [sys.executable, "-c", hook + COMPILE]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 15

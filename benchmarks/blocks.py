@@ -113,7 +113,27 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             "95 % intervals. Ratios are taken round by round, with each peer in its fastest form."
         )
         texts += [about, table(headings, lines), f"Measured by {source(result, link)}"]
+        texts += [_sooner(other, link) for other in machines.of(results, "train-kappa")
+                  if other.hardware == result.hardware]  # fmt: skip
     return texts + machines.missing(results, "train")
+
+
+def _sooner(result: Result, link: Link) -> str:
+    """The time to the highest kappa that all loops came to with every seed, in a sentence."""
+    named = {row["name"]: row for row in result.measured}
+    loops = dict.fromkeys(row["recipe"] for row in result.rows if row["kind"] == "qwk")
+    targets = {row["target_qwk"] for row in result.rows if "target_qwk" in row}
+    reached = [target for target in targets if all(f"{loop}: to kappa {target:g}" in named for loop in loops)]
+    if not reached:
+        return f"Not all came to a kappa that was asked for: {source(result, link)}"
+    target, said = max(reached), []
+    for loop in loops:
+        ratio = named.get(f"{loop} / {next(iter(loops))}: to kappa {target:g}")
+        more = f", {figure(ratio)} times as long" if ratio else ""
+        said.append(f"`{loop}` trains {figure(named[f'{loop}: to kappa {target:g}'], ' s')}{more}")
+    seeds = len(named[f"{next(iter(loops))}: to kappa {target:g}"]["seeds"])
+    return (f"Until the quadratic-weighted kappa on valid comes to {target:g}, validation included, {words(said)} "
+            f"({seeds} seeds): {source(result, link)}")  # fmt: skip
 
 
 def _ratio(rows: Iterable[Row], others: Sequence[str]) -> str:

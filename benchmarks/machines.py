@@ -37,7 +37,8 @@ def sentences(results: Sequence[Result], name: str, say: Callable[[Result, dict[
 
 def picture(result: Result, path: Path, link: Link) -> str:
     """A picture of a result, in Markdown."""
-    return f"![{plots.SHOWN[result.record['benchmark']]}: {result.hardware}]({link(path)})"
+    shown = plots.SHOWN.get(result.name, plots.SHOWN[result.record["benchmark"]])
+    return f"![{shown}: {result.hardware}]({link(path)})"
 
 
 def listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:

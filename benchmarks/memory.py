@@ -45,7 +45,7 @@ from fastddr.memory.allowances import Allowance
 from fastddr.memory.predicting import goes_through, usable
 from fastddr.memory.tape import KINDS, Tape
 from fastddr.memory.tracing import Steps, Training, trace
-from fastddr.runtime import is_out_of_memory
+from fastddr.meters import is_out_of_memory
 
 GIB = 2**30
 #: Steps of a trial, each with a peak of its own.

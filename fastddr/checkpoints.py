@@ -12,9 +12,11 @@ before.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastddr.errors import UserError
+
+#: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
+_NAME = re.compile(r"step-\d{8}(\.\d\d)?")
+_BESIDE = re.compile(r"\.step-\d{8}(\.\d\d)?\.\d+")
+_NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -115,14 +122,15 @@ def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Pat
 class Writer:
     """Writes checkpoints in a thread, one after the other, while training goes on."""
 
-    def __init__(self, folder: Path, *, keep: int, written: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, *, keep: int, before: Callable[[], None], written: Callable[[int], None]) -> None:
         """Nothing is written yet.
 
         Args:
             folder, keep: as in `write`.
+            before: called before each is written, in the thread.
             written: called with the step of each checkpoint that stands, in the thread.
         """
-        self._folder, self._keep, self._written = folder, keep, written
+        self._folder, self._keep, self._before, self._written = folder, keep, before, written
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
 
@@ -136,6 +144,7 @@ class Writer:
         self._pending = self._pool.submit(self._save, snapshot, best)
 
     def _save(self, snapshot: Snapshot, best: bool) -> None:
+        self._before()
         write(self._folder, snapshot, best=best, keep=self._keep)
         self._written(snapshot.step)
 
@@ -184,10 +193,11 @@ def load(path: Path) -> Checkpoint:
     """
     path = path.resolve()
     sums = _json(path / "manifest.json")
-    for name, expected in sums.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-            raise UserError(f"{file}: this part of the checkpoint is missing or damaged; take another checkpoint.")
+    for name in sorted(_NEEDED | set(sums)):
+        if not _is_whole(path / name, sums.get(name)):
+            raise UserError(
+                f"{path / name}: this part of the checkpoint is missing or damaged; take another checkpoint."
+            )
     state = _json(path / "state.json")
     try:
         model = load_file(path / "model.safetensors")
@@ -201,12 +211,27 @@ def load(path: Path) -> Checkpoint:
 
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(standing(folder)):
         try:
             return load(path)
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
     return None
+
+
+def standing(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, by step."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def put_aside(folder: Path, after: Path, say: Callable[[str], None]) -> None:
+    """Rename the checkpoints of later steps than `after`, which were passed over: what comes would delete them."""
+    for path in standing(folder):
+        if path.name > after.name:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            os.rename(path, aside)
+            say(f"kept as {aside}")
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -259,10 +284,20 @@ def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> d
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text())
+        loaded: Any = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise UserError(f"{path.parent}: this is not a whole checkpoint ({path.name} is missing or damaged).") from None
+        loaded = None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path.parent}: this is not a whole checkpoint ({path.name} is missing or damaged).")
     return loaded
+
+
+def _is_whole(file: Path, expected: Any) -> bool:
+    """Whether a file is there and has this size and sum, and can be read at all."""
+    try:
+        return file.stat().st_size == expected["bytes"] and _sha256(file) == expected["sha256"]
+    except (OSError, TypeError, KeyError):  # the last two of a manifest that is none
+        return False
 
 
 def _sha256(file: Path) -> str:
@@ -283,19 +318,22 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems of a network or of FUSE cannot sync a folder; what is in it is synced already.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
     kept = {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
-    # Of later steps there are only those that a resume passed over.
-    kept |= set(sorted(path.name for path in folder.glob("step-*") if path.name <= newest)[-keep:])
+    kept |= set([path.name for path in standing(folder) if path.name <= newest][-keep:])
     for path in folder.iterdir():
         if path.is_symlink():
-            if path.name.startswith("."):  # left by a kill
+            if path.name.startswith((".last.", ".best.")):  # left by a kill
                 path.unlink(missing_ok=True)
-        elif path.is_dir() and path.name not in kept:
+        elif path.name not in kept and (_NAME.fullmatch(path.name) or _BESIDE.fullmatch(path.name)):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -7,7 +7,8 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,8 +17,14 @@ import accelerate
 import torch
 
 import fastddr
+from fastddr.errors import UserError
 
 T = TypeVar("T")
+#: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
+_OUT_OF_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine", "CUDA out of memory",
+    "CUDA error: out of memory", "CUDA allocation failed", "DefaultCPUAllocator: can't allocate memory",
+)  # fmt: skip
 
 
 class Waited(Generic[T]):
@@ -148,3 +155,21 @@ def out_of_memory(
         f"the memory of {device} is too small for {micro_batch_size} photographs of {image_size} px at once{held}: "
         f"{', or '.join(ways)}."
     )
+
+
+@contextmanager
+def enough_memory(sentence: Callable[[], str]) -> Iterator[None]:
+    """Within it an error that says that memory is too small is a `UserError` with this sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(sentence()) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch or DALI says that memory is too small: libraries have words of their own for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

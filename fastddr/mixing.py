@@ -48,24 +48,52 @@ class Mixer:
         # torchvision draws from the global generator of the CPU, whatever device the images are on; so the numbers are
         # on the host already, and no one waits for the device. Not `manual_seed`, which would also seed every GPU.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._number(step, microstep))
+            torch.default_generator.manual_seed(_number(self._seed, step, microstep, self._rank))
             kind = self._kinds[int(torch.randint(len(self._kinds), ()))]
             mixed, target = kind(image, grade.long())
         # `roll`, which both kinds use, need not keep the layout on every device; where it does, this costs nothing.
         return mixed.contiguous(memory_format=torch.channels_last), target
 
-    def _number(self, step: int, microstep: int) -> int:
-        """A seed of 63 bits. Mixed well, so that neighbouring steps share nothing."""
-        entropy = np.random.SeedSequence((self._seed, step, microstep, self._rank))
-        return int(entropy.generate_state(1, np.uint64)[0] >> 1)
+
+def _number(*of: int) -> int:
+    """A seed of 63 bits. Mixed well, so that neighbouring steps share nothing."""
+    return int(np.random.SeedSequence(of).generate_state(1, np.uint64)[0] >> 1)
 
 
-def build(config: Config, rank: int, micro_batch_size: int) -> Mixer | None:
-    """The mixer that a configuration asks for; None where mixing is off.
+class Seeded:
+    """For models whose layers draw, as dropout does: before each micro batch the generators are set by its number.
+
+    So a run that goes on draws as one that was never stopped, and each rank draws its own.
+    """
+
+    def __init__(self, mixer: Mixer | None, *, seed: int, rank: int) -> None:
+        """`mixer`: what else is done to a micro batch."""
+        self._mixer, self._seed, self._rank = mixer, seed, rank
+
+    def __call__(self, step: int, microstep: int, image: Tensor, grade: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Mixer`; without one the images and grades are given back as they are."""
+        if self._mixer is not None:
+            image, grade = self._mixer(step, microstep, image, grade)
+        # A number of its own: the layers must not draw what the mixer drew.
+        number = _number(self._seed, step, microstep, self._rank, 1)
+        torch.default_generator.manual_seed(number)
+        if image.device.type == "cuda":
+            torch.cuda.default_generators[image.device.index].manual_seed(number)
+        return image, grade
+
+
+def build(config: Config, rank: int, micro_batch_size: int) -> Mixer | Seeded | None:
+    """What is done to each micro batch of training; None where nothing is.
 
     Raises:
         UserError: a micro batch of one photograph, which has no neighbour to be mixed with.
     """
+    mixer = _mixer(config, rank, micro_batch_size)
+    # Of ours none draws.
+    return Seeded(mixer, seed=config.seed, rank=rank) if config.model.startswith("timm:") else mixer
+
+
+def _mixer(config: Config, rank: int, micro_batch_size: int) -> Mixer | None:
     if not (config.augment.mixup or config.augment.cutmix):
         return None
     if micro_batch_size < 2:

@@ -7,8 +7,11 @@ process.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import re
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +21,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+#: From Linux's <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
 #: Where the ranks of a job look for why another one ended, and whether one has waited in vain.
 _REASON, _WAITED = "fastddr/ended/", "fastddr/waited/"
 #: Seconds for which a rank waits for that, and for the others to answer a call.
@@ -31,6 +36,15 @@ _TIMED_OUT = "Timed out"
 
 class RankLost(Exception):
     """Another rank of the job has ended or does not answer; the text says which and why, as far as is known."""
+
+
+def die_with_parent() -> None:
+    """Let SIGTERM reach this process when its launcher dies: `accelerate launch` of one process forwards none."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def world() -> int:

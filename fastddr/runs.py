@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import platform
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from fastddr.config import Config, from_mapping, identity_changes, read_yaml
 from fastddr.errors import UserError
 
 #: Keys that a run may leave to `auto` or None; what they became is stored, and used again.
 AUTO = ("loader", "precision", "micro_batch_size", "threads")
+
+#: Seconds for which a start waits for another process to let go of the run.
+_PATIENCE = 10.0
 
 State = Literal["running", "preempted", "failed", "done"]
 
@@ -116,6 +123,13 @@ class RunFolder:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
 
+    def begin(self, config: str, manifest: str, taken: Sequence[str]) -> None:
+        """Write what a new run is: its configuration, its photographs, and what it took of the weights it begins at."""
+        self.write(self.config, config)
+        self.write(self.manifest, manifest)
+        if taken:
+            self.write(self.init, "\n".join(taken) + "\n")
+
     def set_status(self, state: State, step: int, reason: str = "") -> None:
         """What a scheduler reads."""
         self.write(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
@@ -135,6 +149,12 @@ class RunFolder:
     def append_bad_step(self, record: dict[str, Any]) -> None:
         """One more line of `bad_steps.jsonl`."""
         _append(self.bad_steps, record)
+
+    def cut_bad_steps(self, step: int) -> None:
+        """Leave out the lines of later steps than this one, which come again."""
+        if self.bad_steps.is_file():
+            lines = self.bad_steps.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.write(self.bad_steps, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def _append(file: Path, record: dict[str, Any]) -> None:
@@ -168,10 +188,48 @@ def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
         return path, (path / "config.yaml").read_text(encoding="utf-8")
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path}: this is a file; give a folder.")
-    # A start that was killed may have left a hidden file of ours.
-    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+    # A start that was killed may have left a hidden file of ours, and who asks a run to stop may be early.
+    if path.is_dir() and any(not entry.name.startswith(".") and entry.name != "STOP" for entry in path.iterdir()):
         raise UserError(f"--run-dir {path}: this folder holds something that is not a run; give a new or empty one.")
     return path, None
+
+
+def hold(path: Path, *, begins: bool = False) -> TextIO | None:
+    """Take the folder of a run for this process: until the stream that is returned is closed, or the process ends.
+
+    None where the file system knows no locks. Waits some seconds for a process that is about to end. `begins`: there is
+    no run in it yet.
+
+    Raises:
+        UserError: another process has it, or was faster; two would write over each other's figures, and delete each
+            other's checkpoints.
+    """
+    stream = (path / ".lock").open("a+", encoding="utf-8")
+    ends = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            # Of the process: one that it forked does not hold it when it ends.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                stream.close()
+                return None
+            if time.monotonic() > ends:
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                stream.close()
+                raise UserError(
+                    f"--run-dir {path}: {holder} is at this run; wait until it has ended, or give another folder."
+                ) from None
+            time.sleep(0.2)
+        else:
+            if begins and (path / "config.yaml").is_file():
+                stream.close()
+                raise UserError(f"--run-dir {path}: another start has begun a run here; give the command again.")
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {platform.node()}\n")
+            stream.flush()
+            return stream
 
 
 def claim(path: Path, named: bool) -> Path:

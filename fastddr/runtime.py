@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +24,6 @@ T = TypeVar("T")
 
 #: How long ranks wait for each other until training begins, while rank 0 may look at millions of files.
 _SET_UP = timedelta(hours=2)
-#: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
-_OUT_OF_MEMORY = (
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine", "CUDA out of memory",
-    "CUDA error: out of memory", "CUDA allocation failed",
-)  # fmt: skip
-#: From Linux's <sys/prctl.h>.
-_PR_SET_PDEATHSIG = 1
 #: From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -141,15 +133,6 @@ def divide_batch(global_batch: int, micro: int | str, world: int) -> tuple[int, 
     return int(micro), per_rank // int(micro)
 
 
-def die_with_parent() -> None:
-    """Let SIGTERM reach this process when its launcher dies: `accelerate launch` of one process forwards none."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died in between
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def keep_memory() -> None:
     """Let glibc keep the memory that is freed, for the next batch that needs as much. Linux; elsewhere nothing happens.
 
@@ -164,7 +147,7 @@ def keep_memory() -> None:
 
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
-    die_with_parent()
+    ranks.die_with_parent()
     return PartialState(cpu=on_cpu(), timeout=_SET_UP)
 
 
@@ -185,6 +168,13 @@ def from_main(do: Callable[[], T]) -> T:
     return value
 
 
+def on_main(do: Callable[[], T]) -> T | None:
+    """Do something on rank 0 alone, and give what it makes there, None elsewhere; errors as `from_main`."""
+    made: list[T] = []
+    from_main(lambda: made.append(do()))
+    return made[0] if made else None
+
+
 def on_cpu() -> bool:
     """Whether this process trains on the CPU: there is no GPU, or it was asked for."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
@@ -202,13 +192,6 @@ def numerics(deterministic: bool, cpu: bool) -> None:
         torch.backends.cudnn.benchmark = not deterministic
         # TF32, as cuDNN's convolutions have it by default; repeatable like any other.
         torch.set_float32_matmul_precision("high")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of PyTorch or DALI says that a GPU's memory is too small: libraries have words of their own."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def start(config: Config) -> Runtime:

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,22 @@ _CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
     errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
+
+
+def unusable(error: BaseException, where: Path) -> str | None:
+    """What to say of an error of the disk or of a folder; None of other errors."""
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _CANNOT_WRITE):
+        return None
+    return f"{error.filename or where}: {error.strerror}; make room, or give a place that can be used."
+
+
+@contextmanager
+def told(what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """An error of writing is said and goes no further: another error is on its way up."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{what} could not be written: {error}")
 
 
 @dataclass(frozen=True)
@@ -48,25 +65,30 @@ class Training:
         )
 
 
-def resume(
-    run: RunFolder, training: Training, fingerprint: str, *, main: bool, say: Callable[[str], None]
-) -> Progress | None:
+def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[str], None]) -> Progress | None:
     """Go on from the newest checkpoint of a run that is whole: where it stood, None where there is no checkpoint.
 
     To be called by all ranks; rank 0 chooses.
 
     Args:
         fingerprint: of the data as they are now.
-        main: whether this is rank 0.
         say: hears of each checkpoint that is passed over, and of the step.
 
     Raises:
-        UserError: on every rank, the data are others, or the weights are of another model.
+        UserError: on every rank, no checkpoint is whole, the data are others, or the weights are of another model.
     """
 
     def newest() -> Any:
         found = checkpoints.load_newest(run.checkpoints, say)
-        return None if found is None else found.path
+        if found is not None:
+            return found.path
+        if checkpoints.standing(run.checkpoints):
+            # To begin anew would throw away the figures, and these folders, in which a reader may find more than we.
+            raise UserError(
+                f"--run-dir {run.path}: no checkpoint in {run.checkpoints} is whole; mend the disk or bring one back, "
+                "or begin a new run in another folder."
+            )
+        return None
 
     path = runtime.from_main(newest)
     if path is None:
@@ -79,10 +101,59 @@ def resume(
         )
     checkpoints.restore(saved, training.model, training.ema, training.optimizer, training.scaler)
     progress = Progress(**saved.state["progress"])
-    if main:
+
+    def mended() -> bool:
+        run.cut_bad_steps(progress.step)
+        checkpoints.put_aside(run.checkpoints, path, say)
         checkpoints.point(run.checkpoints, path, best=progress.best_step == progress.step)
+        return progress.best_step in (0, progress.step) or _is_best(run, progress, say)
+
+    if not runtime.from_main(mended):
+        # The next epoch that is scored is the best one; were it compared with the lost one, there might never be one.
+        progress.best_qwk = progress.best_loss = None
+        progress.best_step = progress.best_epoch = 0
     say(f"resumed at step {progress.step}, from {path}")
     return progress
+
+
+def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> bool:
+    """Whether the best checkpoint that training knows of is there; else its link goes."""
+    link = run.checkpoints / "best"
+    try:
+        found = checkpoints.load(link).state["progress"]["step"]
+    except (UserError, KeyError) as error:
+        why = str(error)
+    else:
+        if found == progress.best_step:
+            return True
+        why = f"it is of step {found}."
+    link.unlink(missing_ok=True)
+    say(f"the best checkpoint, of step {progress.best_step}, is lost, and the next epoch counts as the best: {why}")
+    return False
+
+
+def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> checkpoints.Checkpoint:
+    """The best checkpoint at the end, or where it is lost the last one, which then counts as the best.
+
+    To be called by all ranks; rank 0 chooses.
+
+    Raises:
+        UserError: on every rank, neither is whole.
+    """
+
+    def choose() -> Any:
+        for name in ("best", "last"):
+            try:
+                return str(checkpoints.load(run.checkpoints / name).path)
+            except UserError as error:
+                problem = error
+                say(f"the {name} checkpoint is lost: {error}")
+        raise problem
+
+    found = checkpoints.load(Path(runtime.from_main(choose)))
+    known = found.state["progress"]
+    progress.best_step, progress.best_epoch = known["step"], known["epoch"]
+    return found
 
 
 class Saver:
@@ -98,6 +169,7 @@ class Saver:
         fingerprint: str,
         step: int,
         wandb_id: str | None,
+        before: Callable[[], None],
     ) -> None:
         """Of a run that begins, or goes on, at a step.
 
@@ -106,6 +178,7 @@ class Saver:
             main: whether this is rank 0.
             fingerprint: of the data.
             wandb_id: of the run at W&B, if it has one.
+            before: called before a checkpoint is written, in the thread that writes it.
         """
         self.config, self._run, self._training = config, run, training
         self._about = {
@@ -117,8 +190,9 @@ class Saver:
         self._writer: Writer | None = None
         if main:
             self._writer = Writer(
-                run.checkpoints, keep=config.keep_checkpoints, written=lambda at: run.set_status("running", at)
-            )
+                run.checkpoints, keep=config.keep_checkpoints, before=before,
+                written=lambda at: run.set_status("running", at),
+            )  # fmt: skip
 
     def due(self, step: int, asked: bool, *, last: bool) -> bool:
         """Whether to save after this step; at the last one of an epoch, only after it was validated.
@@ -173,8 +247,8 @@ class Saver:
             with suppress(OSError):  # where the last checkpoint cannot be written either, the one before is left
                 self.flush()
             run = self._run
-            kept = sorted(path.name for path in run.checkpoints.glob("step-*"))
-            left = f"the last checkpoint, {kept[-1]}, is whole" if kept else "there was no checkpoint yet"
+            kept = checkpoints.standing(run.checkpoints)
+            left = f"the last checkpoint is {kept[-1].name}" if kept else "there was no checkpoint yet"
             raise UserError(
                 f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}, and {left}: "
                 f"make room or mend the folder, and give the same command with --run-dir {run.path}."

@@ -50,7 +50,7 @@ class Stopping:
         """To be made by all ranks; signals are heard within `listening` only.
 
         Args:
-            file: rank 0 looks for it, and takes it away where it is left from earlier.
+            file: rank 0 looks for it.
             max_hours: stop so many after the start of the process, None: never.
             save_every_minutes: by rank 0's clock a checkpoint is due so many after the last one, None: never.
             timeout: how long a rank waits for the others' answer.
@@ -63,13 +63,12 @@ class Stopping:
         self._looked = 0.0
         self._save_every = None if save_every_minutes is None else 60 * save_every_minutes
         self._saved = time.monotonic()
+        self._wanted = False
         self._pending: tuple[torch.Tensor, Any] | None = None
         # On the CPU also where the ranks train on GPUs: an answer from there would come behind all that is queued.
         self._group: Any = None
         if world > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        if rank == 0:
-            file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -106,40 +105,53 @@ class Stopping:
             self._asked = f"max_hours {self._max_hours:g}"
         if self._asked is None and self._rank == 0 and now - self._looked >= _LOOK:
             self._looked = now
-            if self._file.exists():
-                self._asked = f"the file {self._file.name}"
+            # A hiccup of a file system over the network is no request.
+            with contextlib.suppress(OSError):
+                if self._file.exists():
+                    self._asked = f"the file {self._file.name}"
         return self._asked
 
     def saved(self) -> None:
         """A checkpoint was taken; the minutes to the next one count from here."""
-        self._saved = time.monotonic()
+        self._saved, self._wanted = time.monotonic(), False
 
-    def check(self) -> bool:
-        """Whether the clock wants a checkpoint; to be called by all ranks after each step, and the same on all.
+    def ask(self) -> str | None:
+        """Why the run is to stop, None if it is not; to be called by all ranks after each step, and the same on all.
 
         With several ranks the answer comes one call late: whoever waited for the ranks here would wait in every step.
-
-        Raises:
-            StopRequested: on all ranks in the same call.
+        It comes over the CPU, and a rank that is lost is told so. In a wait for a GPU whose part in a collective never
+        ends nothing could be told, so this comes before any.
         """
         reason = self._reason()
         due = self._rank == 0 and self._save_every is not None and time.monotonic() - self._saved >= self._save_every
         if due:
-            self.saved()  # asked for once
+            self._saved = time.monotonic()  # asked for once
         if self._world == 1:
-            if reason is not None:
-                raise StopRequested(reason)
-            return due
+            self._wanted |= due
+            return reason
         before, self._pending = self._pending, self._send(reason is not None, due)
         if before is None:
-            return False
+            return None
         answer, work = before
         work.wait()
         stop, save = answer.tolist()
-        if stop:
+        self._wanted |= bool(save)
+        return (reason or "another rank was asked to stop") if stop else None
+
+    def follow(self, reason: str | None) -> bool:
+        """Follow what `ask` said: whether the clock wants a checkpoint, until one is `saved`.
+
+        Raises:
+            StopRequested: there is a reason; on all ranks in the same call.
+        """
+        if reason is not None:
             self.settle()
-            raise StopRequested(reason or "another rank was asked to stop")
-        return bool(save)
+            raise StopRequested(reason)
+        return self._wanted
+
+    def check(self) -> bool:
+        """`ask`, and follow it at once."""
+        return self.follow(self.ask())
 
     def _send(self, *asked: bool) -> tuple[torch.Tensor, Any]:
         answer = torch.tensor(asked, dtype=torch.int32)

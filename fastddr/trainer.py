@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -25,14 +26,14 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
-from fastddr.meters import Waited, Window, code_state, memory, out_of_memory, versions
+from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, versions
 from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
 from fastddr.step import Tally, training_step
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.tracking import Tracker
-from fastddr.watch import Bad, Watch, listed, noted
+from fastddr.watch import Bad, Watch, listed, noted, suspects
 
 
 class Trainer:
@@ -48,8 +49,10 @@ class Trainer:
         self.tracker: Tracker | None = None
         self.loaders: RunLoaders | None = None
         self._named = config.run_dir is not None
-        self._began = False
-        self._closed = False
+        self.run = runs.RunFolder(Path(config.run_dir or "runs"))
+        self.predicted_gib: float | None = None
+        self._lock: TextIO | None = None
+        self._resuming = self._began = self._settled = self._closed = False
 
     def __enter__(self) -> Trainer:
         """Set everything up, or go on with an earlier run where `config.run_dir` is one.
@@ -58,12 +61,13 @@ class Trainer:
             UserError: data, settings or the run's folder do not hold together.
         """
         try:
-            with ranks.watched():
+            with ranks.watched(), enough_memory(self._too_small):
                 self._set_up()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
-            if isinstance(error, OSError) and error.filename is not None:
-                raise UserError(f"{error.filename}: {error.strerror}; give a place that can be used.") from error
+            said = saving.unusable(error, self.run.path)
+            if said is not None:
+                raise UserError(said) from error
             raise
         return self
 
@@ -73,13 +77,16 @@ class Trainer:
         self.console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
         where, stored = runtime.from_main(lambda: runs.locate(config, datetime.now()))
         resumed = stored is not None
-        self.run = runs.RunFolder(where)
+        self.run = run = runs.RunFolder(where)
         if resumed:
+            self._lock = runtime.on_main(lambda: runs.hold(where))
+            runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
             if self.run.status().get("state") == "done":
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return
+            self._resuming = True
         config, self.predicted_gib, planned = settle(config, state.device, state.num_processes)
         self.runtime = runtime.start(config)
         self.accelerator = self.runtime.accelerator
@@ -123,9 +130,7 @@ class Trainer:
         is_main, fingerprint = self.runtime.is_main, self.manifest.fingerprint
         going_on: runs.Progress | None = None
         if resumed:
-            going_on = saving.resume(
-                self.run, training, fingerprint, main=is_main, say=lambda line: self.console.print(f"  {line}")
-            )
+            going_on = saving.resume(self.run, training, fingerprint, lambda line: self.console.print(f"  {line}"))
         if going_on is None:
             self._begin(models.weights.begin(config, model, self._weights, checkpoints.load, self.console.print))
         else:
@@ -136,8 +141,6 @@ class Trainer:
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
             world=self.runtime.world, timeout=timeout,
         )  # fmt: skip
-        if is_main:
-            self.run.set_status("running", self.progress.step)
         self._began = True
         self.accelerator.wait_for_everyone()
         self.tracker = Tracker.start(
@@ -146,11 +149,12 @@ class Trainer:
             asdict(self.config) | {"fingerprint": fingerprint, "code": code_state(), "versions": versions()},
             options=config.tracking,
             resume_step=None if going_on is None else going_on.step,
+            validated=self.progress.step == self.progress.epoch * self.steps_per_epoch,
             say=lambda line: self.console.print(f"  {line}"),
         )
         self.saver = Saver(
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
-            wandb_id=self.tracker.wandb_id,
+            wandb_id=self.tracker.wandb_id, before=self.tracker.sync,
         )  # fmt: skip
         self.console.print(
             f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
@@ -165,11 +169,16 @@ class Trainer:
         named = self._named
         self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)))
         self.config = replace(self.config, run_dir=str(self.run.path))
+        if not self._resuming:  # on all ranks alike
+            self._lock = runtime.on_main(lambda: runs.hold(self.run.path, begins=True))
         if self.runtime.is_main:
-            self.run.write(self.run.config, dump(self.config))
-            self.run.write(self.run.manifest, self.manifest.to_csv())
-            if taken:
-                self.run.write(self.run.init, "\n".join(taken) + "\n")
+            self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
+
+    def _too_small(self) -> str:
+        micro, store = self.config.micro_batch_size, self.loaders.choice.store if self.loaders else "none"
+        held = self.config.batch_size if micro == "auto" else int(micro)
+        device, side = runtime.join().device, self.config.image_size
+        return out_of_memory(device, held, side, store=store, need=self.predicted_gib)
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -181,8 +190,10 @@ class Trainer:
         if self.finished:
             return
         assert self.saver is not None
-        assert self.loaders is not None
-        with self.stopping.listening(), ranks.watched(), self.saver.readable(self.progress):
+        memory_told, disk_told = enough_memory(self._too_small), self.saver.readable(self.progress)
+        with self.stopping.listening(), ranks.watched(), disk_told, memory_told:
+            if self.runtime.is_main:
+                self.run.set_status("running", self.progress.step)
             try:
                 with models.levers.compiling(self.config):
                     while self.progress.epoch < self.config.epochs:
@@ -191,13 +202,6 @@ class Trainer:
                 self._report()
             except StopRequested as request:
                 self._stop(str(request))
-            except RuntimeError as error:
-                if not runtime.is_out_of_memory(error):
-                    raise
-                raise UserError(out_of_memory(
-                    self.runtime.device, self.runtime.micro_batch_size, self.config.image_size,
-                    store=self.loaders.choice.store, need=self.predicted_gib,
-                )) from error  # fmt: skip
             else:
                 self.stopping.settle()
 
@@ -211,6 +215,7 @@ class Trainer:
         self.saver.flush()
         if self.runtime.is_main:
             self.run.set_status("preempted", self.progress.step, reason)
+        self._settled = True
         self.stopping.followed()
         assert self.tracker is not None
         # Before any rank ends: the launcher ends the others then, and trackers may take their time.
@@ -252,13 +257,14 @@ class Trainer:
                 )
                 if self.ema is not None and config.optimizer.ema_decay is not None:
                     optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay, bad[0])
+                reason = self.stopping.ask()
                 progress.step += 1
                 self._answer(self.watch.look(bad, progress.step, seen))
                 last = done == self.steps_per_epoch
                 if last or progress.step % config.tracking.log_every_steps == 0:
                     self._log_window(window, tally, batches.waited, lr)
                 bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
-                if self.saver.due(progress.step, self.stopping.check(), last=last):
+                if self.saver.due(progress.step, self.stopping.follow(reason), last=last):
                     self._answer(self.watch.settle())
                     self.saver.save(progress, best=False)
                     self.stopping.saved()
@@ -274,9 +280,7 @@ class Trainer:
         if bad is None:
             return
         self.progress.skipped += 1
-        everywhere = ranks.gather([(bad.certain, [self.manifest.path[id_] for id_ in bad.ids])])
-        sure = [names for certain, names in everywhere if certain]
-        names = [name for part in sure or [names for _, names in everywhere] for name in part]
+        names = suspects(bad, self.manifest.path)
         if self.runtime.is_main:
             self.run.append_bad_step({"step": bad.step, "photographs": names})
         said = f"the gradient of step {bad.step} is not finite ({listed(names)}; all of them in {self.run.bad_steps})"
@@ -378,7 +382,7 @@ class Trainer:
         assert self.saver is not None
         self.saver.flush()
         self.accelerator.wait_for_everyone()
-        best = checkpoints.load(self.run.checkpoints / "best")
+        best = saving.best(self.run, progress, self.console.print)
         checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
         progress.grading = best.state["progress"].get("grading")
         weights = f"best (step {progress.best_step}, epoch {progress.best_epoch}){tta}"
@@ -396,6 +400,7 @@ class Trainer:
                 weights=weights, grading=progress.grading, step=progress.step, epoch=progress.epoch,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
+        self._settled = True
         self.tracker.finish()
         if self.runtime.is_main:
             told, boards = (self.tracker.view_command, self.tracker.sync_command), self.config.tracking.tensorboard
@@ -412,10 +417,12 @@ class Trainer:
                 if not isinstance(error, ranks.RankLost):
                     ranks.tell(reason)
                 if self.saver is not None:
-                    with self._told("a checkpoint"):
+                    with saving.told("a checkpoint", self.console.print):
                         self.saver.close()
-                if self._began and self.runtime.is_main:
-                    with self._told("status.json"):
+                # A run that is done or saved stays that, whatever an upload ends in; one that cannot go on is not asked
+                # to try again.
+                if (self._began or self._resuming) and not self._settled and runtime.join().is_main_process:
+                    with saving.told("status.json", self.console.print):
                         self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
         finally:
             self.close(failed=error is not None)
@@ -426,6 +433,8 @@ class Trainer:
             return
         self._closed = True
         with ExitStack() as stack:
+            if self._lock is not None:
+                stack.callback(self._lock.close)
             # After a failure the other ranks may sit in a collective, and leaving the group would wait for them; the
             # launcher ends them when this process ends.
             if self._began and not (failed and self.runtime.world > 1):
@@ -439,11 +448,3 @@ class Trainer:
                 stack.callback(self.loaders.close)
             if self.saver is not None:
                 stack.callback(self.saver.close)
-
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """An error of writing is said and goes no further: another error is on its way up."""
-        try:
-            yield
-        except OSError as error:
-            self.console.print(f"{what} could not be written: {error}", style="red")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastddr import ranks
 from fastddr.loaders.base import Batch
 
 
@@ -26,6 +27,13 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     """`photographs a.jpg, b.jpg and 5 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"photographs {', '.join(names[:most])}{more}"
+
+
+def suspects(bad: Bad, paths: Sequence[str]) -> list[str]:
+    """Names of the photographs of a bad step, of all ranks; `paths` has the name of each id. Called by all ranks."""
+    everywhere = ranks.gather([(bad.certain, [paths[id_] for id_ in bad.ids])])
+    sure = [names for certain, names in everywhere if certain]
+    return [name for part in sure or [names for _, names in everywhere] for name in part]
 
 
 def noted(batches: Iterable[Batch], ids: list[Tensor]) -> Iterator[Batch]:

@@ -46,6 +46,9 @@ def score(
             parts.append((logits.float(), batch.grade, batch.id, batch.valid))
             if on_batch is not None:
                 on_batch()
+        # Once more before the ranks wait for each other's GPUs: there nobody could be told of a rank that is lost.
+        if on_batch is not None:
+            on_batch()
     finally:
         model.train(was_training)
     # Every rank holds as many rows, padding included, so one plain gather a tensor does it.

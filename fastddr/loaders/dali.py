@@ -29,7 +29,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever, name_unreadable, undecodable
-from fastddr.runtime import is_out_of_memory
+from fastddr.meters import is_out_of_memory
 
 
 def installed() -> bool:

@@ -16,7 +16,8 @@ from fastddr.memory import allowances
 from fastddr.memory.planning import choose_micro_batch
 from fastddr.memory.predicting import GIB, Case, predict
 from fastddr.memory.tracing import Inexact, Training
-from fastddr.runtime import choose_precision, is_out_of_memory, numerics
+from fastddr.meters import is_out_of_memory
+from fastddr.runtime import choose_precision, numerics
 
 
 def one_step(config: Config, micro: int, world: int, device: torch.device) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from fastddr.config import TrackingConfig
+from fastddr.errors import UserError
 from fastddr.tracking.copies import Answers, Copy, Mistake, first_line
 from fastddr.tracking.wandb_run import WandbRun
 
@@ -66,25 +67,28 @@ class Tracker:
         *,
         options: TrackingConfig,
         resume_step: int | None,
+        validated: bool = True,
         say: Say,
     ) -> Tracker:
         """Open the run's records; call it on all ranks.
 
         `resume_step` is the step of the checkpoint that training goes on from: later lines of `metrics.jsonl`
-        are cut off, to be written again. None begins anew and leaves no line. `config` may be nested. `say`
-        gets at most one line a tracker. Raises OSError when the run folder cannot be written.
+        are cut off, to be written again. None begins anew and leaves no line. Where that step ends an epoch that
+        was not `validated` yet, its validation comes again and goes too. `config` may be nested. `say` gets at most one
+        line a tracker. Raises OSError when the run folder cannot be written, and UserError where a line is not ours.
         """
         if not accelerator.is_main_process:
             return cls(None, [], say)
         run_dir = Path(run_dir).absolute()
         path = run_dir / METRICS
-        truncate_to(path, -1 if resume_step is None else resume_step)
+        truncate_to(path, -1 if resume_step is None else resume_step, validated)
         tracker = cls(path.open("a", encoding="utf-8", buffering=1), [], say)
         tracker._options = options
         if options.wandb:
             tracker._start_wandb(run_dir, config)
         if options.tensorboard:
-            with tracker._guard("TensorBoard", (ImportError, OSError)):
+            # Whatever it is: packages that do not fit each other raise anything.
+            with tracker._guard("TensorBoard", (Exception,)):
                 from fastddr.tracking.boards import TensorBoard
 
                 tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
@@ -132,14 +136,21 @@ class Tracker:
         """Close everything; a second call does nothing. `failed` marks the W&B run as failed."""
         self._each(lambda copy: copy.finish(failed))
         self._copies = []
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            # A line that could not be written is still in the stream, and fails again; that was told when it first did.
+            with contextlib.suppress(*((OSError,) if failed else ())):
+                lines.close()
+
+    def sync(self) -> None:
+        """Bring what was logged to the disk itself: a checkpoint must not be later than the figures before it."""
         if self._lines is not None:
-            self._lines.close()
-            self._lines = None
+            os.fsync(self._lines.fileno())
 
     def _start_wandb(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         try:
             copy = WandbRun(run_dir, config, self._options)
-        except ImportError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, as with TensorBoard
             self._say(f"W&B is off: {first_line(error)}")
             return
         with self._guard("W&B", copy.errors):
@@ -167,11 +178,12 @@ class Tracker:
             self._say(f"{name} is off from here on, {METRICS} goes on: {first_line(error)}")
 
 
-def truncate_to(path: Path, step: int) -> int:
+def truncate_to(path: Path, step: int, validated: bool = True) -> int:
     """Cut `metrics.jsonl` back to its lines with `step` <= the given one, and return how many lines went.
 
-    A last line that a killed process left unfinished goes too. Written beside and renamed, so a kill leaves
-    the old file or the new one. Raises ValueError for a broken line elsewhere: it was not us who wrote that.
+    Unless the step was `validated`, its validation goes too. So does a last line that a killed process left unfinished.
+    Written beside and renamed, so a kill leaves the old file or the new one. Raises UserError for a broken line
+    elsewhere: it was not us who wrote that.
     """
     if not path.exists():
         return 0
@@ -180,14 +192,14 @@ def truncate_to(path: Path, step: int) -> int:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            at = record["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            at = int(record["step"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not a line of figures; mend or remove it") from error
+            raise UserError(f"{path}, line {number}: not a line of figures; mend or remove it.") from error
         # The figures of the end are of no step, and come again when the run gets there again.
-        final = any(name.startswith("final/") for name in record)
-        if at <= step and not final and line.endswith("\n"):
+        again = ("final/",) if validated or at < step else ("final/", "valid/")
+        if at <= step and not any(name.startswith(again) for name in record) and line.endswith("\n"):
             kept.append(line)
     if len(kept) < len(lines):
         beside = path.with_name(f".{path.name}.tmp")

@@ -17,12 +17,14 @@ class TensorBoard:
     """Event files in a folder; on a resume the events after the checkpoint's step are hidden."""
 
     name = "TensorBoard"
-    errors: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, TypeError)
+    #: All of them: a copy of the figures must never stop a run.
+    errors: tuple[type[Exception], ...] = (Exception,)
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resume_step is None else resume_step + 1
+        # A run that was killed before its first checkpoint begins anew beside what it left.
+        purge = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
         settings = json.dumps(dict(config), indent=2, default=str)
         self._writer.add_text("config", "".join(f"    {row}\n" for row in settings.splitlines()), resume_step or 0)

@@ -223,6 +223,11 @@ class WandbRun:
 
 def _run_id(path: Path) -> str:
     """The id kept in a file, or a new one, kept there. From the system's randomness: no seed moves."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        # Beside and renamed: an empty file would be an id that W&B refuses at every later start.
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(known + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    return known

@@ -17,6 +17,7 @@ from fastddr import checkpoints, cli
 from fastddr.errors import UserError
 from fastddr.runs import Progress, RunFolder
 from fastddr.saving import Saver, Training
+from fastddr.stopping import StopRequested
 from fastddr.tracking import Tracker
 from fastddr.trainer import Trainer
 
@@ -105,7 +106,7 @@ def test_a_full_disk_ends_the_run_cleanly_and_the_next_start_goes_on(
                 patch.setattr(checkpoints, "_write", full)
 
         patch.setattr(Saver, "save", save_and_fill)
-        said = r"No space left on device; the run ends at step .*step-00000002, is whole"
+        said = r"No space left on device; the run ends at step .*the last checkpoint is step-00000002: "
         with pytest.raises(UserError, match=said):
             train(tiny, run, "--save-every-steps", "1")
     status = json.loads((run / "status.json").read_text())
@@ -114,6 +115,95 @@ def test_a_full_disk_ends_the_run_cleanly_and_the_next_start_goes_on(
     train(tiny, run)
     one, other = weights(undisturbed), weights(run)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def damage(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_thrown_away(tiny: Path, tmp_path: Path) -> None:
+    """To begin anew by itself would delete what a reader may still save."""
+    run = tmp_path / "run"
+    with Trainer(settings(tiny, run, "--max-hours", "1e-9")) as trainer:
+        trainer.fit()
+    damage(run / "checkpoints" / "step-00000001")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; mend the disk or bring one back"):
+        train(tiny, run)
+    for path, content in before.items():
+        assert path.name == ".lock" or path.read_bytes() == content, path
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def best_of_three(tiny: Path, run: Path) -> Trainer:
+    """A run of four epochs, of which three are done, the first being the best; it keeps the newest two besides."""
+    with Trainer(settings(tiny, run, "--epochs", "4", "--keep-checkpoints", "2")) as trainer:
+        validate = trainer.validate
+
+        def scored() -> dict[str, Any]:
+            if trainer.progress.epoch == 1:
+                found = validate()
+                trainer.progress.best_qwk = 2.0  # which nothing beats
+                return found
+            if trainer.progress.epoch == 4:
+                trainer.progress.epoch -= 1
+                raise StopRequested("a test")
+            return validate()
+
+        trainer.validate = scored  # type: ignore[method-assign]
+        trainer.fit()
+        assert (trainer.progress.best_step, trainer.progress.step) == (3, 12)
+    return trainer
+
+
+def test_a_lost_best_checkpoint_does_not_keep_a_run_from_its_end(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next epoch that is scored is the best one then; nothing could beat what is not there."""
+    run = tmp_path / "run"
+    best_of_three(tiny, run)
+    damage(run / "checkpoints" / "step-00000003")
+    capsys.readouterr()
+    train(tiny, run, "--epochs", "4", "--keep-checkpoints", "2")
+    assert "the best checkpoint, of step 3, is lost, and the next epoch counts as the best" in capsys.readouterr().out
+    assert checkpoints.load(run / "checkpoints" / "best").state["progress"]["step"] == 12
+    assert "best (step 12, epoch 4)" in (run / "report" / "report.md").read_text()
+
+
+def test_a_best_checkpoint_that_is_lost_at_the_end_is_replaced_by_the_last(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with Trainer(settings(tiny, run)) as trainer:
+        flush = trainer.saver.flush  # type: ignore[union-attr]
+
+        def flushed() -> None:
+            flush()
+            if trainer.progress.epoch == 2:
+                (run / "checkpoints" / "best").unlink()
+
+        trainer.saver.flush = flushed  # type: ignore[union-attr,method-assign]
+        trainer.fit()
+    assert "the best checkpoint is lost" in " ".join(capsys.readouterr().out.split())
+    assert "best (step 6, epoch 2)" in (run / "report" / "report.md").read_text()
+
+
+def test_bad_steps_that_come_again_are_not_doubled(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.cut_bad_steps(1)
+    for step in (1, 2, 3):
+        run.append_bad_step({"step": step})
+    run.cut_bad_steps(2)
+    assert [json.loads(line)["step"] for line in run.bad_steps.read_text().splitlines()] == [1, 2]
+
+
+def test_a_disk_that_is_full_at_the_very_beginning_is_one_sentence(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an error names no file."""
+    monkeypatch.setattr(RunFolder, "write", lambda *_: full())
+    with pytest.raises(UserError, match=r"run: No space left on device; make room, or give a place that can be used"):
+        train(tiny, tmp_path / "run")
 
 
 def test_figures_that_cannot_be_written_end_the_run_cleanly(
@@ -151,7 +241,8 @@ def counting(tmp_path: Path, *flags: str) -> Saver:
     config = cli.parse(["--epochs", "4", *flags], "test")
     model = torch.nn.Linear(1, 1)
     training = Training(model, None, torch.optim.SGD(model.parameters()), None)
-    return Saver(RunFolder(tmp_path), training, config, main=False, fingerprint="", step=0, wandb_id=None)
+    about: dict[str, Any] = {"fingerprint": "", "step": 0, "wandb_id": None, "before": lambda: None}
+    return Saver(RunFolder(tmp_path), training, config, main=False, **about)
 
 
 def saved(saver: Saver, *, best: tuple[int, ...] = (), asked: tuple[int, ...] = ()) -> list[int]:

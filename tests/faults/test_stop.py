@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 import torch
 from tests_support import ROOT, SMALL, settings, train, weights
 
-from fastddr import checkpoints, stopping
+from fastddr import checkpoints, runs, stopping
+from fastddr.errors import UserError
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.trainer import Trainer
 
@@ -38,8 +40,9 @@ def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny, tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
-#: Each epoch has 3 steps and 3 batches of valid: in an epoch, at its end, in a validation, and in the final scoring.
-@pytest.mark.parametrize(("call", "step"), [(2, 2), (3, 3), (5, 3), (8, 5), (14, 6)])
+#: Each epoch has 3 steps and 3 batches of valid, with a call behind the last: in an epoch, at its end, in a validation
+#: and at its end, in the second epoch, and in the final scoring.
+@pytest.mark.parametrize(("call", "step"), [(2, 2), (3, 3), (5, 3), (7, 3), (9, 5), (16, 6)])
 def test_a_stopped_run_goes_on_to_the_same_weights(
     undisturbed: Path, tiny: Path, tmp_path: Path, call: int, step: int
 ) -> None:
@@ -47,14 +50,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     with Trainer(settings(tiny, run)) as trainer:
         calls = 0
 
-        def check() -> bool:
+        def ask() -> str | None:
             nonlocal calls
             calls += 1
-            if calls == call:
-                raise StopRequested("a test")
-            return False
+            return "a test" if calls == call else None
 
-        trainer.stopping.check = check  # type: ignore[method-assign]
+        trainer.stopping.ask = ask  # type: ignore[method-assign]
         trainer.fit()
         assert trainer.stopped == "a test"
     assert status(run) == {"state": "preempted", "step": step, "reason": "a test"}
@@ -155,5 +156,100 @@ def test_only_rank_0_looks_for_the_file(tmp_path: Path) -> None:
     other = Stopping(tmp_path / "STOP", None, rank=1, world=1)
     (tmp_path / "STOP").touch()
     other.check()
-    listener(tmp_path).check()
-    assert not (tmp_path / "STOP").exists(), "what was there before is taken away by rank 0"
+    with pytest.raises(StopRequested, match="the file STOP"):
+        listener(tmp_path).check()
+
+
+def test_a_hiccup_of_the_file_system_is_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "exists", stale)
+    assert not listener(tmp_path).check()
+
+
+def test_a_checkpoint_that_the_clock_wants_is_wanted_until_it_is_taken(tmp_path: Path) -> None:
+    """Also where the answer came while a split was scored, which saves nothing."""
+    asked = Stopping(tmp_path / "STOP", None, 1e-9, rank=0, world=1)
+    assert asked.check()
+    asked._save_every = 3600
+    assert asked.check(), "still"
+    asked.saved()
+    assert not asked.check()
+
+
+def test_a_stop_that_comes_while_a_run_is_set_up_is_followed(tiny: Path, tmp_path: Path) -> None:
+    """Of a new run too, whose folder may hold nothing else yet."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    with Trainer(settings(tiny, run)) as trainer:
+        trainer.fit()
+    assert status(run) == {"state": "preempted", "step": 1, "reason": "the file STOP"}
+
+
+def test_a_run_that_is_done_stays_done_whatever_comes_after(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while W&B uploads: the next start must not score test again."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastddr.trainer.reporting.summary", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, tmp_path / "run")
+    assert status(tmp_path / "run")["state"] == "done"
+    train(tiny, tmp_path / "run")
+    assert len((tmp_path / "run" / "test_scorings.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_cannot_go_on_is_not_asked_to_try_again(tiny: Path, tmp_path: Path) -> None:
+    """A scheduler would start one that is `preempted` for ever."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(tiny, data)
+    with Trainer(settings(data, run, "--max-hours", "1e-9")) as trainer:
+        trainer.fit()
+    assert status(run)["state"] == "preempted"
+    with pytest.raises(UserError, match="other settings"):
+        train(data, run, "--lr", "1")
+    assert status(run)["state"] == "preempted", "a slip of the hand changes nothing"
+    shutil.rmtree(data)
+    with pytest.raises(UserError):
+        train(data, run)
+    found = status(run)
+    assert (found["state"], found["reason"][:9]) == ("failed", "UserError")
+
+
+#: Holds the run in the folder until its input ends.
+HOLDER = """
+import sys
+from pathlib import Path
+from fastddr import runs
+held = runs.hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_are_never_at_one_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_PATIENCE", 0.3)
+    run = tmp_path / "run"
+    with Trainer(settings(tiny, run, "--max-hours", "1e-9")) as trainer:
+        trainer.fit()
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"process {other.pid} on .* is at this run; wait until it has ended"):
+            train(tiny, run)
+        assert status(run)["state"] == "preempted"
+        # A start that finds no run yet, but one who is about to begin it.
+        with pytest.raises(UserError, match="is at this run"):
+            runs.hold(run, begins=True)
+        other.kill()
+    train(tiny, run)
+    assert status(run)["state"] == "done"
+    with pytest.raises(UserError, match="another start has begun a run here"):
+        runs.hold(run, begins=True)

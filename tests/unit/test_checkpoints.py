@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def save(folder: Path, *, best: bool, keep: int = 1, **content: Any) -> Path:
     return checkpoints.write(folder, Snapshot.take(**content), best=best, keep=keep)
 
 
-def write(folder: Path, number: int, best: bool = False) -> Path:
+def write(folder: Path, number: int, best: bool = False, keep: int = 1) -> Path:
     model, optimizer = trained()
     return save(
         folder,
@@ -47,6 +48,7 @@ def write(folder: Path, number: int, best: bool = False) -> Path:
         ema=None,
         optimizer=optimizer.state_dict(),
         best=best,
+        keep=keep,
     )
 
 
@@ -131,6 +133,50 @@ def test_the_newest_whole_one_is_taken_and_what_is_passed_over_is_said(tmp_path:
     assert found is not None
     assert found.path.name == "step-00000001"
     assert ["step-00000009" in said[0], "step-00000002" in said[1]] == [True, True]
+
+
+def test_what_was_passed_over_is_kept_and_the_users_folders_too(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step, best=True, keep=3)
+    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"half")
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "keep")
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-mine")
+    (tmp_path / ".step-00000004.77").mkdir()
+    found = checkpoints.load_newest(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000002", "and not step-mine"
+    said: list[str] = []
+    checkpoints.put_aside(tmp_path, found.path, said.append)
+    assert said == [f"kept as {tmp_path / 'damaged-step-00000003'}"]
+    for step in (3, 4, 5):
+        write(tmp_path, step, best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best", "damaged-step-00000003", "keep", "last", "step-00000005", "step-mine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model.safetensors": 3}', "[]", '{"model.safetensors": {"bytes": 1}}'])
+def test_a_manifest_that_is_none_is_no_checkpoint(tmp_path: Path, content: str) -> None:
+    (write(tmp_path, 1) / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="missing or damaged"):
+        checkpoints.load(tmp_path / "last")
+
+
+def test_a_part_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk with a bad sector: the one before is taken."""
+    write(tmp_path, 1)
+    write(tmp_path, 2, keep=2)
+    whole = checkpoints._sha256
+
+    def bad_sector(file: Path) -> str:
+        if file.parent.name == "step-00000002":
+            raise OSError(5, "Input/output error")
+        return whole(file)
+
+    monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
+    found = checkpoints.load_newest(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000001"
 
 
 def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:

@@ -24,6 +24,34 @@ from fastddr.saving import Saver
 from fastddr.step import Tally, training_step
 from fastddr.trainer import Trainer
 
+
+class Dropping(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(image, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", [{}, {"mixup": 0.4}])
+def test_layers_that_draw_draw_by_step_micro_batch_and_rank(kind: dict[str, float]) -> None:
+    """Whatever was drawn before: a run that goes on must draw as one that was never stopped."""
+    config = replace(Config(), model="timm:swin_tiny", augment=replace(AugmentConfig(), **kind))
+    assert not isinstance(mixing.build(replace(config, model="convmixer"), 0, 4), mixing.Seeded)
+    image, grade = torch.ones(4, 3, 8, 8), torch.arange(4)
+
+    def dropped(step: int, microstep: int, rank: int) -> torch.Tensor:
+        prepare = mixing.build(config, rank, 4)
+        assert prepare is not None
+        mixed, target = prepare(step, microstep, image, grade)
+        assert torch.equal(mixed, image)
+        assert target.shape == ((4, config.num_classes) if kind else (4,))
+        return Dropping()(mixed)
+
+    first = dropped(3, 1, 0)
+    torch.manual_seed(99)
+    assert torch.equal(dropped(3, 1, 0), first)
+    for other in ((4, 1, 0), (3, 0, 0), (3, 1, 1)):
+        assert not torch.equal(dropped(*other), first)
+
+
 KINDS = [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}]
 
 

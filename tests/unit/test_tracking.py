@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from fastddr.config import TrackingConfig
+from fastddr.errors import UserError
 from fastddr.tracking import Answers, Mistake, Tracker, truncate_to, wandb_run
 
 MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
@@ -109,8 +110,65 @@ def test_truncating_counts_and_refuses_what_it_cannot_read(tmp_path: Path) -> No
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert truncate_to(path, 3) == 0
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        truncate_to(path, 3)
+    for line in ("rubbish", "[]", '{"step": null}', "{}"):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(UserError, match="line 2"):
+            truncate_to(path, 3)
+
+
+def test_a_validation_that_comes_again_is_not_doubled(tmp_path: Path) -> None:
+    """The checkpoint was taken when the epoch had ended, before its validation was saved."""
+    path = tmp_path / "metrics.jsonl"
+    written = ['{"step": 2, "valid/qwk": 0.1}\n', '{"step": 4, "train/loss": 1}\n', '{"step": 4, "valid/qwk": 0.5}\n']
+    path.write_text("".join(written))
+    assert truncate_to(path, 4) == 0
+    assert truncate_to(path, 4, validated=False) == 1
+    assert path.read_text() == "".join(written[:2])
+
+
+def test_a_disk_that_is_full_is_told_once(tmp_path: Path) -> None:
+    """The line that could not be written stays in the stream, and fails again when that is closed."""
+    stream = Path("/dev/full").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  # the tracker closes it
+    tracker = Tracker(stream, [], print)
+    with pytest.raises(OSError, match="No space left"):
+        tracker.log({"train/loss": 1.0}, step=1, epoch=0.5)
+    tracker.finish(failed=True)
+    tracker.finish(failed=True)
+
+
+def test_an_id_of_wandb_that_a_kill_left_empty_is_made_anew(tmp_path: Path) -> None:
+    file = tmp_path / "id.txt"
+    file.touch()
+    made = wandb_run._run_id(file)
+    assert len(made) == 8
+    assert (wandb_run._run_id(file), file.read_text()) == (made, f"{made}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["id.txt"]
+
+
+def test_events_of_a_run_that_begins_anew_hide_what_it_left(tmp_path: Path) -> None:
+    """It was killed before its first checkpoint."""
+    for loss in (9.0, 1.0):
+        tracker = start(tmp_path / "run", tensorboard=True)
+        tracker.log({"train/loss": loss}, step=1, epoch=0.5)
+        tracker.finish()
+    assert [event.value for event in events(tmp_path / "run").Scalars("train/loss")] == [1.0]
+
+
+@pytest.mark.parametrize("where", ["fastddr.tracking.boards.TensorBoard", "fastddr.tracking.WandbRun"])
+def test_a_tracker_whose_packages_do_not_fit_does_not_stop_the_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(*_: Any) -> None:
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr(where, unfit)
+    said: list[str] = []
+    tracker = start(tmp_path / "run", said, wandb="Wandb" in where, tensorboard="Board" in where)
+    tracker.log({"train/loss": 1.0}, step=1, epoch=0.5)
+    tracker.finish()
+    assert len(said) == 1
+    assert "Descriptors" in said[0]
+    assert len(lines(tmp_path / "run")) == 1
 
 
 def test_tensorboard_is_read_back_and_a_resume_hides_what_is_redone(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ if ((ranks == 0)); then
   echo "multi_gpu.sh: there is no GPU here; take launch/local.sh, or say RANKS=2 for two processes on the CPU." >&2
   exit 2
 fi
-many=()
-if ((ranks > 1)); then
-  many=(--multi_gpu)
+if ((ranks == 1)); then
+  # Without a launcher, which as the first process of a container would keep SIGTERM to itself.
+  exec python "$root/fastddr/train.py" "$@"
 fi
-exec accelerate launch "${many[@]}" --num_machines 1 --num_processes "$ranks" --mixed_precision no \
+exec accelerate launch --multi_gpu --num_machines 1 --num_processes "$ranks" --mixed_precision no \
   --dynamo_backend no --main_process_port "${PORT:-0}" "$root/fastddr/train.py" "$@"

@@ -117,7 +117,6 @@ def test_one_process(machine: Machine) -> None:
     (8, {}, 8),
     (8, {"RANKS": "2"}, 2),
     (8, {"CUDA_VISIBLE_DEVICES": "0,3,5"}, 3),
-    (1, {}, 1),
     (0, {"RANKS": "2"}, 2),
 ])  # fmt: skip
 def test_all_gpus_of_a_machine(machine: Machine, gpus: int, environment: dict[str, str], ranks: int) -> None:
@@ -127,9 +126,21 @@ def test_all_gpus_of_a_machine(machine: Machine, gpus: int, environment: dict[st
     [call] = machine.calls("accelerate")
     launcher, trainer = split(call)
     assert value(launcher, "--num_processes") == str(ranks)
-    # The launcher refuses it for one process.
-    assert ("--multi_gpu" in launcher) == (ranks > 1)
+    assert "--multi_gpu" in launcher
     assert trainer == ["--epochs", "3"]
+
+
+@pytest.mark.parametrize(("gpus", "environment"), [(1, {}), (8, {"RANKS": "1"}), (8, {"CUDA_VISIBLE_DEVICES": "3"})])
+def test_one_gpu_needs_no_launcher(machine: Machine, gpus: int, environment: dict[str, str]) -> None:
+    """Which, as the first process of a container, would not hear SIGTERM."""
+    machine.gpus(gpus)
+    machine.stub("python")
+    done = machine.run("multi_gpu.sh", "--data", "my set", **environment)
+    assert done.returncode == 0, done.stderr
+    assert machine.calls("accelerate") == []
+    [[script, *trainer]] = machine.calls("python")
+    assert Path(script).resolve() == ROOT / "fastddr" / "train.py"
+    assert trainer == ["--data", "my set"]
 
 
 @pytest.mark.parametrize("script", ["multi_gpu.sh", "multi_node.sh"])

@@ -29,10 +29,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
             trainer.fit()
             stopped = trainer.stopped
     except UserError as error:
-        print(f"fastddr: {error}", file=sys.stderr, flush=True)
+        # In one piece: ranks share the stream, and `print` writes the end of the line apart.
+        sys.stderr.write(f"fastddr: {error}\n")
         return EXIT_USER_ERROR
     except RankLost as error:
-        print(f"fastddr: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"fastddr: {error}\n")
         return 1
     return 0 if stopped is None else EXIT_STOPPED
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself: waiting, throughput, memory, versions."""
+"""What a run measures of itself: waiting, throughput, memory and its end, versions."""
 
 from __future__ import annotations
 

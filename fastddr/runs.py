@@ -41,7 +41,9 @@ class Progress:
     best_step: int = 0
     best_epoch: int = 0
     skipped: int = 0
-    """Steps that were left out because their gradient was not finite."""
+    """Steps that were left out because their loss or gradient was not finite."""
+    overflowed: int = 0
+    """Steps that the scaler of float16 left out."""
     grading: dict[str, Any] | None = None
     """Of a regression: thresholds and spread, as the last validation fitted them (`evaluation.grading`)."""
 
@@ -111,7 +113,7 @@ class RunFolder:
 
     @property
     def bad_steps(self) -> Path:
-        """Steps whose gradient was not finite, with their photographs; there only where there was one."""
+        """Steps whose loss or gradient was not finite, with their photographs; there only where there was one."""
         return self.path / "bad_steps.jsonl"
 
     def write(self, file: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +62,10 @@ def training_step(
 ) -> Tensor:
     """Forward and backward of every micro batch of a global batch, then one update of the weights.
 
-    A step whose gradient is not finite changes nothing: neither weights nor moments nor BatchNorm's statistics. On a
-    GPU that is decided on the device, and the host does not wait for it. The gradient is the same on all ranks, so all
-    decide alike. In float16 the scaler keeps such gradients away, which are normal until it has found its scale.
+    A step whose loss or gradient is not finite changes nothing: neither weights nor moments nor BatchNorm's statistics.
+    On a GPU that is decided on the device, and the host does not wait for it. A loss that is not finite makes the
+    gradient so, which is the same on all ranks, so all decide alike. In float16 the scaler keeps such gradients away,
+    which are normal until it has found its scale: such a step is bad only where a loss was not finite.
 
     Args:
         accelerator: knows precision, ranks and how many micro batches make a step.
@@ -76,12 +78,12 @@ def training_step(
         mix: number of the micro batch, its images and grades to mixed images and shares (b, C) of the grades.
 
     Returns:
-        On the device, (1 + micro batches,): whether the step was bad, a gradient that is not finite or in float16 a
-        loss, the same on all ranks; and of each micro batch of this rank, whether its loss was not finite.
+        On the device, (2 + micro batches,): whether the step was bad, and whether the scaler left it out though it was
+        not, both the same on all ranks; and of each micro batch of this rank, whether its loss was not finite.
     """
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     before = torch.cat([buffer.flatten() for buffer in statistics]) if statistics else None
-    bad = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
+    bad = overflowed = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
     spoilt: list[Tensor] = []
     for microstep, batch in enumerate(micro_batches):
         image, grade = batch.image, batch.grade
@@ -90,11 +92,15 @@ def training_step(
         with accelerator.accumulate(model):
             logits = model(image)
             loss = criterion(logits, grade)
-            accelerator.backward(loss)
-            spoilt.append(~loss.detach().isfinite())
+            finite = loss.detach().isfinite()
+            # A loss may be infinite where its gradient is not; that way the other ranks hear of it as well.
+            accelerator.backward(loss * torch.where(finite, 1.0, math.nan))
+            spoilt.append(~finite)
             if accelerator.sync_gradients:
-                norm = _norm(accelerator, model, clip_norm)
-                bad = _anywhere(accelerator, torch.stack(spoilt).any()) if norm is None else ~norm.isfinite()
+                bad = ~_norm(accelerator, model, clip_norm).isfinite()
+                if accelerator.scaler is not None:
+                    unfit, bad = bad, _anywhere(accelerator, torch.stack(spoilt).any())
+                    overflowed = unfit & ~bad
             _update(accelerator, optimizer, bad)
             optimizer.zero_grad(set_to_none=True)
         tally.add(loss, logits, grade)
@@ -103,17 +109,14 @@ def training_step(
         kept = torch.where(bad, before, torch.cat([buffer.flatten() for buffer in statistics]))
         parts = kept.split([buffer.numel() for buffer in statistics])
         torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(parts, statistics, strict=True)])
-    return torch.stack([bad, *spoilt])
+    return torch.stack([bad, overflowed, *spoilt])
 
 
-def _norm(accelerator: Accelerator, model: nn.Module, clip_norm: float | None) -> Tensor | None:
-    """The global L2 norm of the gradient, before it is clipped; None where the scaler looks after it."""
-    norm = None
+def _norm(accelerator: Accelerator, model: nn.Module, clip_norm: float | None) -> Tensor:
+    """The global L2 norm of the gradient, before it is clipped; in float16 it may still be scaled."""
     if clip_norm is not None:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-    if accelerator.scaler is not None:
-        return None
-    if norm is None:
+    else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.detach()
 

@@ -63,7 +63,8 @@ class Stopping:
         self._looked = 0.0
         self._save_every = None if save_every_minutes is None else 60 * save_every_minutes
         self._saved = time.monotonic()
-        self._wanted = False
+        #: Whether the clock wants a checkpoint; the same on all ranks after `ask`, until one is `saved`.
+        self.wanted = False
         self._pending: tuple[torch.Tensor, Any] | None = None
         # On the CPU also where the ranks train on GPUs: an answer from there would come behind all that is queued.
         self._group: Any = None
@@ -113,7 +114,7 @@ class Stopping:
 
     def saved(self) -> None:
         """A checkpoint was taken; the minutes to the next one count from here."""
-        self._saved, self._wanted = time.monotonic(), False
+        self._saved, self.wanted = time.monotonic(), False
 
     def ask(self) -> str | None:
         """Why the run is to stop, None if it is not; to be called by all ranks after each step, and the same on all.
@@ -127,7 +128,7 @@ class Stopping:
         if due:
             self._saved = time.monotonic()  # asked for once
         if self._world == 1:
-            self._wanted |= due
+            self.wanted |= due
             return reason
         before, self._pending = self._pending, self._send(reason is not None, due)
         if before is None:
@@ -135,11 +136,11 @@ class Stopping:
         answer, work = before
         work.wait()
         stop, save = answer.tolist()
-        self._wanted |= bool(save)
+        self.wanted |= bool(save)
         return (reason or "another rank was asked to stop") if stop else None
 
-    def follow(self, reason: str | None) -> bool:
-        """Follow what `ask` said: whether the clock wants a checkpoint, until one is `saved`.
+    def follow(self, reason: str | None) -> None:
+        """Follow what `ask` said.
 
         Raises:
             StopRequested: there is a reason; on all ranks in the same call.
@@ -147,11 +148,10 @@ class Stopping:
         if reason is not None:
             self.settle()
             raise StopRequested(reason)
-        return self._wanted
 
-    def check(self) -> bool:
+    def check(self) -> None:
         """`ask`, and follow it at once."""
-        return self.follow(self.ask())
+        self.follow(self.ask())
 
     def _send(self, *asked: bool) -> tuple[torch.Tensor, Any]:
         answer = torch.tensor(asked, dtype=torch.int32)

@@ -26,7 +26,7 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
-from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, versions
+from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
 from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
@@ -135,7 +135,7 @@ class Trainer:
             self._begin(models.weights.begin(config, model, self._weights, checkpoints.load, self.console.print))
         else:
             self.progress = going_on
-        self.watch = Watch(self.runtime.device)
+        self.watch = Watch(self.runtime.device, self.progress.overflowed)
         timeout = ranks.expect(config.rank_timeout_minutes)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
@@ -190,8 +190,8 @@ class Trainer:
         if self.finished:
             return
         assert self.saver is not None
-        memory_told, disk_told = enough_memory(self._too_small), self.saver.readable(self.progress)
-        with self.stopping.listening(), ranks.watched(), disk_told, memory_told:
+        readable = self.saver.readable(self.progress)
+        with self.stopping.listening(), ranks.watched(), readable, enough_memory(self._too_small):
             if self.runtime.is_main:
                 self.run.set_status("running", self.progress.step)
             try:
@@ -245,26 +245,24 @@ class Trainer:
                 lr = config.lr * self._lr_factor(progress.step)
                 optimizers.set_lr(self.optimizer, lr)
                 seen: list[torch.Tensor] = []
-                bad = training_step(
-                    self.accelerator,
-                    self.model,
-                    noted(islice(batches, self.runtime.accumulation), seen),
-                    self.criterion,
-                    self.optimizer,
-                    tally,
-                    config.optimizer.clip_norm,
+                told = training_step(
+                    self.accelerator, self.model, noted(islice(batches, self.runtime.accumulation), seen),
+                    self.criterion, self.optimizer, tally, config.optimizer.clip_norm,
                     None if self.mixer is None else partial(self.mixer, progress.step),
-                )
+                )  # fmt: skip
                 if self.ema is not None and config.optimizer.ema_decay is not None:
-                    optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay, bad[0])
+                    optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay, told[0])
                 reason = self.stopping.ask()
                 progress.step += 1
-                self._answer(self.watch.look(bad, progress.step, seen))
+                self._answer(self.watch.look(told, progress.step, seen))
                 last = done == self.steps_per_epoch
-                if last or progress.step % config.tracking.log_every_steps == 0:
+                due = self.saver.due(progress.step, self.stopping.wanted, last=last)
+                # Also where the run may go on from: no step is missing from the means, and none is twice in them.
+                if last or due or reason is not None or progress.step % config.tracking.log_every_steps == 0:
                     self._log_window(window, tally, batches.waited, lr)
                 bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
-                if self.saver.due(progress.step, self.stopping.follow(reason), last=last):
+                self.stopping.follow(reason)
+                if due:
                     self._answer(self.watch.settle())
                     self.saver.save(progress, best=False)
                     self.stopping.saved()
@@ -276,14 +274,15 @@ class Trainer:
         return batches.waited
 
     def _answer(self, bad: Bad | None) -> None:
-        """What follows from a step whose gradient was not finite; it is that on all ranks."""
+        """What follows from a step whose loss or gradient was not finite; it is that on all ranks."""
+        self.progress.overflowed = self.watch.overflowed
         if bad is None:
             return
         self.progress.skipped += 1
         names = suspects(bad, self.manifest.path)
         if self.runtime.is_main:
             self.run.append_bad_step({"step": bad.step, "photographs": names})
-        said = f"the gradient of step {bad.step} is not finite ({listed(names)}; all of them in {self.run.bad_steps})"
+        said = f"loss or gradient of step {bad.step} is not finite ({listed(names)}; all in {self.run.bad_steps})"
         if self.config.optimizer.on_nonfinite == "stop":
             raise UserError(
                 f"{said}, and the weights are those before it; look at these photographs, leave such steps out with "
@@ -304,6 +303,7 @@ class Trainer:
                 "train/images_per_second": window.rate,
                 "train/data_wait": window.wait_share,
                 "train/skipped_steps": self.progress.skipped,
+                **scaling(self.accelerator.scaler, self.progress.overflowed),
                 **memory(self.runtime.device, self.predicted_gib),
             },
             step=self.progress.step,
@@ -397,7 +397,7 @@ class Trainer:
             self.console.print("writing the report …")
             write_final(
                 self.run, results, self.config, self.manifest, self.runtime, self.tracker, parameters=self.parameters,
-                weights=weights, grading=progress.grading, step=progress.step, epoch=progress.epoch,
+                weights=weights, progress=progress,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
         self._settled = True

@@ -168,8 +168,8 @@ class OptimizerConfig:
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate that one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose gradient is not finite never changes the weights. `stop`: it ends the run, and its photographs are
-    named; `skip`: it is counted, and training goes on."""
+    """A step whose loss or gradient is not finite never changes the weights. `stop`: it ends the run, and its
+    photographs are named; `skip`: it is counted, and training goes on."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fastddr.evaluation.calibration import temperature as fitted
 from fastddr.evaluation.metrics import SplitResult, confidence, figures
 from fastddr.reporting import predictions, tables
 from fastddr.reporting.predictions import LAST
-from fastddr.tracking import METRICS
+from fastddr.tracking import METRICS, read
 
 __all__ = ["ABOUT", "read_metrics", "summary", "write"]
 
@@ -150,10 +150,7 @@ def summary(
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The whole lines of RUN/metrics.jsonl; none where there is no such file."""
-    path = Path(run_dir) / METRICS
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return read(Path(run_dir) / METRICS)
 
 
 def _weights(found: Mapping[str, Mapping[str, Any]]) -> list[Text]:

@@ -24,6 +24,8 @@ def facts(
     *,
     began_at: str | None,
     grading: Mapping[str, Any] | None,
+    skipped: int = 0,
+    overflowed: int = 0,
 ) -> dict[str, Any]:
     """What was trained, on what, how, how fast and with how much memory.
 
@@ -31,6 +33,7 @@ def facts(
         logged: the run's metrics.jsonl; may be empty.
         began_at: what was taken of `--init` (`RunFolder.began_at`).
         grading: of a regression (`evaluation.grading`).
+        skipped, overflowed: steps that were left out (`runs.Progress`).
     """
 
     def values(key: str) -> list[float]:
@@ -63,6 +66,10 @@ def facts(
     if grading is not None:
         shown["Thresholds between the grades, fitted on valid"] = grading["thresholds"]
         shown["Spread of the values, fitted on valid"] = grading["sigma"]
+    if skipped:
+        shown["Steps left out, loss or gradient not finite"] = f"{skipped} (bad_steps.jsonl names the photographs)"
+    if overflowed:
+        shown["Steps left out by float16's scaler"] = overflowed
     if rates := values("train/images_per_second"):
         shown["Images per second (median)"] = f"{median(rates):.1f}"
     if waits := values("train/data_wait"):

@@ -13,7 +13,7 @@ from fastddr.data.problems import one_line
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import tables
 from fastddr.reporting.facts import facts
-from fastddr.runs import RunFolder
+from fastddr.runs import Progress, RunFolder
 from fastddr.runtime import Runtime
 from fastddr.tracking import Answers, Mistake, Tracker
 
@@ -31,9 +31,7 @@ def write_final(
     *,
     parameters: int,
     weights: str,
-    grading: Mapping[str, Any] | None,
-    step: int,
-    epoch: int,
+    progress: Progress,
 ) -> None:
     """Write report/ and log the final figures; on rank 0.
 
@@ -41,29 +39,31 @@ def write_final(
         results: by split, under the best weights, and `valid_last` under the last.
         parameters: of the model.
         weights: which the best ones are, in words.
-        grading: of a regression, of the best weights (`evaluation.grading`).
-        step, epoch: where training ended.
+        progress: where training ended, with the grading of the best weights.
     """
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
     logged = reporting.read_metrics(run.path)
-    about = facts(config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=grading)
+    about = facts(
+        config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=progress.grading,
+        skipped=progress.skipped, overflowed=progress.overflowed,
+    )  # fmt: skip
     text = reporting.write(run.path, ordered, about, manifest.notes, root=manifest.root, left_out=manifest.left_out)
     for picture in sorted(text.parent.glob("*.png")):
         # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
         if picture.stem != "worst":
-            tracker.log_image(f"report/{picture.stem}", picture, step)
+            tracker.log_image(f"report/{picture.stem}", picture, progress.step)
     final: dict[str, Any] = {}
     for name in SPLITS:
         if name not in ordered:
             continue
         if name != "train":
-            tracker.log_answers(answers(name, ordered[name], manifest.root), step)
+            tracker.log_answers(answers(name, ordered[name], manifest.root), progress.step)
         values = figures(ordered[name].logits, ordered[name].grades)
         shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
         final |= {f"final/{name}_{key}": value for key, value in shown.items()}
         if name == "test":
             run.append_test_scoring({"by": "train", "weights": weights, "n": values["n"], **shown})
-    tracker.log(final, step=step, epoch=epoch)
+    tracker.log(final, step=progress.step, epoch=progress.epoch)
     tracker.log_manifest(run.manifest)
     tracker.log_checkpoints(run.checkpoints)
 

@@ -4,7 +4,7 @@
 tracker and never the run, while a line that cannot be written to `metrics.jsonl` raises OSError.
 
 The trackers are driven directly, not through `Accelerator.init_trackers`, for three reasons. Its W&B tracker
-hands our step to W&B as the run's own, and W&B drops what steps back, as an offline run does after a resume;
+hands our step to W&B as the run's own, and cannot tell after a kill which of our rows W&B has (`wandb_run`);
 it starts all trackers in one call, so one that fails takes the others and the run along; and its TensorBoard
 tracker writes the config as hyper-parameters, which must be flat. From Accelerate comes which rank is the
 main process: only that one writes, all others hold a tracker that does nothing.
@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
@@ -27,9 +27,11 @@ from fastddr.errors import UserError
 from fastddr.tracking.copies import Answers, Copy, Mistake, first_line
 from fastddr.tracking.wandb_run import WandbRun
 
-__all__ = ["METRICS", "Answers", "Mistake", "Tracker", "truncate_to"]
+__all__ = ["METRICS", "Answers", "Mistake", "Tracker", "read", "truncate_to"]
 
 METRICS = "metrics.jsonl"
+#: What stands in each line before its figures.
+_HEAD = ("step", "epoch", "time")
 
 Number = float | int | None
 Say = Callable[[str], None]
@@ -85,7 +87,7 @@ class Tracker:
         tracker = cls(path.open("a", encoding="utf-8", buffering=1), [], say)
         tracker._options = options
         if options.wandb:
-            tracker._start_wandb(run_dir, config)
+            tracker._start_wandb(run_dir, config, read(path))
         if options.tensorboard:
             # Whatever it is: packages that do not fit each other raise anything.
             with tracker._guard("TensorBoard", (Exception,)):
@@ -143,11 +145,16 @@ class Tracker:
                 lines.close()
 
     def sync(self) -> None:
-        """Bring what was logged to the disk itself: a checkpoint must not be later than the figures before it."""
+        """Bring what was logged to the disk itself: a checkpoint must not be later than the figures before it.
+
+        May be called in another thread than all else.
+        """
         if self._lines is not None:
             os.fsync(self._lines.fileno())
+        self._each(lambda copy: copy.sync())
 
-    def _start_wandb(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def _start_wandb(self, run_dir: Path, config: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+        """With the `earlier` lines of metrics.jsonl, of which W&B may have lost some when a process was killed."""
         try:
             copy = WandbRun(run_dir, config, self._options)
         except Exception as error:  # noqa: BLE001  # whatever it is, as with TensorBoard
@@ -161,6 +168,9 @@ class Tracker:
             self.sync_command, self.url, self.wandb_id = copy.sync_command, copy.url, copy.id
             self.view_command = copy.view_command
             self._say(said)
+            for line in earlier:
+                known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
+                copy.log({**known, "epoch": line["epoch"]}, line["step"])
 
     def _each(self, do: Callable[[Copy], None]) -> None:
         """Do something with each tracker, and drop the one that fails at it."""
@@ -173,9 +183,16 @@ class Tracker:
         try:
             yield
         except errors as error:
-            if copy is not None:
+            if copy in self._copies:
                 self._copies.remove(copy)
             self._say(f"{name} is off from here on, {METRICS} goes on: {first_line(error)}")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def truncate_to(path: Path, step: int, validated: bool = True) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,7 +32,9 @@ SUMMARIES = {
     "train/images_per_second": "mean",
     "train/data_wait": "mean",
 }
-
+#: What is logged at one step, in its turn; pictures and answers come between the last two.
+_TURNS = {"train": 0, "valid": 1, "final": 3}
+_ANSWERS, _OF_A_STEP = 2, 4
 
 #: Points of a curve at most; a chart holds 10,000 in all.
 POINTS = 500
@@ -56,6 +62,10 @@ class WandbRun:
     The mode is that of WANDB_MODE; else offline unless there is a login (WANDB_API_KEY, netrc, settings).
     What cannot come online goes on offline. Its id is kept in RUN/wandb/id.txt, so a resumed run is the same
     run. Raises ImportError without wandb.
+
+    Each row has a step of W&B's own that follows from ours and from what is logged, and grows. W&B takes nothing back,
+    and a process that is killed loses what W&B had not written (15 s of it, offline); so a row is left out where W&B
+    has it, or a later one, and who goes on with a run logs all its earlier rows again.
     """
 
     name = "W&B"
@@ -71,6 +81,10 @@ class WandbRun:
         self._run_dir, self._config, self._options = run_dir, config, options
         self._run: Any = None
         self._own_data_dir = False
+        #: W&B's own step of the first row that it has not got.
+        self._next = 0
+        #: Every value of the figures of `SUMMARIES`, of earlier processes too: W&B sums up what this one logs.
+        self._seen: dict[str, list[float]] = {}
 
     def start(self) -> str | None:
         """Begin the run; the line to say, or None where WANDB_MODE switches W&B off."""
@@ -85,6 +99,7 @@ class WandbRun:
         self._wandb.setup(settings=self._wandb.Settings(silent=True))
         if not mode:
             mode, why = ("online", "") if self._logged_in() else ("offline", "not logged in")
+        self._next = _next_of_parts(folder, _run_id(folder / "id.txt"))
         try:
             self._run = self._init(mode)
         except self.errors as error:
@@ -94,7 +109,8 @@ class WandbRun:
             self._wandb.teardown()
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
-        # Offline, W&B's own step is 0 after a resume, and what goes backwards is dropped: ours is a value.
+        # Offline it is 0 after a resume.
+        self._next = max(self._next, self._run.starting_step)
         self._run.define_metric("*", step_metric="step")
         for metric, summary in SUMMARIES.items():
             self._run.define_metric(metric, step_metric="step", summary=summary)
@@ -128,16 +144,25 @@ class WandbRun:
         return f"wandb leet {shlex.quote(short(self._run_dir / 'wandb'))}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log({**values, "step": step})
+        kind = next(iter(values)).partition("/")[0]
+        for name in SUMMARIES.keys() & values.keys():
+            self._seen.setdefault(name, []).append(values[name])
+        self._put(values, step, _TURNS.get(kind, 0))
+
+    def _put(self, row: Mapping[str, Any], step: int, turn: int) -> None:
+        own = _OF_A_STEP * step + turn
+        if own >= self._next:
+            # Pictures and answers come in several calls and share a row; one of figures is whole, and sent at once.
+            self._run.log({**row, "step": step}, step=own, commit=turn != _ANSWERS)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._wandb.Image(str(path)), "step": step})
+        self._put({name: self._wandb.Image(str(path))}, step, _ANSWERS)
 
     def log_answers(self, answers: Answers, step: int, photographs: bool) -> None:
         """Confusion matrix, precision-recall and ROC curves of each grade, and a table of the worst mistakes."""
         names, grades = list(answers.names), answers.grades.tolist()
         split = answers.split
-        found: dict[str, Any] = {"step": step}
+        found: dict[str, Any] = {}
         predicted = answers.probabilities.argmax(1).tolist()
         found[f"{split}/confusion_matrix"] = self._wandb.plot.confusion_matrix(
             y_true=grades, preds=predicted, class_names=names, title=f"Confusion matrix, {split}"
@@ -153,7 +178,7 @@ class WandbRun:
                 row.append(self._wandb.Image(thumbnail(mistake.file)))
             table.add_data(*row)
         found[f"{split}/worst"] = table
-        self._run.log(found)
+        self._put(found, step, _ANSWERS)
 
     def _curves(self, answers: Answers) -> dict[str, Any]:
         """ROC and precision-recall of each grade against the rest, as charts of W&B's own (its helpers want pandas)."""
@@ -188,9 +213,16 @@ class WandbRun:
             artifact.add_file(str(path))
         self._run.log_artifact(artifact, aliases=list(aliases))
 
+    def sync(self) -> None:
+        """Nothing: what W&B lost is logged again by whoever goes on."""
+
     def finish(self, failed: bool) -> None:
         if self._own_data_dir:
             os.environ.pop("WANDB_DATA_DIR", None)
+        for name, values in self._seen.items():
+            how = SUMMARIES[name]
+            value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
+            self._run.summary.update({name: {how: value}})
         self._run.finish(exit_code=int(failed))
 
     def _logged_in(self) -> bool:
@@ -219,6 +251,20 @@ class WandbRun:
                 finish_timeout=FINISH_TIMEOUT,
             ),
         )
+
+
+def _next_of_parts(folder: Path, run_id: str) -> int:
+    """One more than W&B's own step of the last row in the offline parts of a run; 0 where there is none."""
+    for part in sorted(folder.glob(f"offline-run-*/run-{run_id}.wandb"), reverse=True):  # by time, the newest first
+        # A program of W&B's with a documented output, for the format of the file is none of ours. It asks no network.
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+        offline = os.environ | {"WANDB_MODE": "offline"}
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=INIT_TIMEOUT, env=offline)
+        for line in reversed(found.stdout.splitlines()):
+            record = json.loads(line)
+            if record["type"] == "history":
+                return int(record["history"]["step"]["num"]) + 1
+    return 0
 
 
 def _run_id(path: Path) -> str:

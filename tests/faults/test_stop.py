@@ -72,6 +72,30 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert len((run / "test_scorings.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("how", ["stopped", "saved"])
+def test_means_stand_for_each_step_once_where_a_run_goes_on_within_them(tiny: Path, tmp_path: Path, how: str) -> None:
+    """An epoch of three steps is logged in one line, unless a checkpoint stands between them."""
+    every = ("--tracking.log-every-steps", "3")
+    whole = {line["step"]: line for line in figures(train(tiny, tmp_path / "whole", *every)) if "train/loss" in line}
+    run = tmp_path / "run"
+    with Trainer(settings(tiny, run, *every, *(("--save-every-steps", "2") if how == "saved" else ()))) as trainer:
+        ask, calls = trainer.stopping.ask, 0
+
+        def asked() -> str | None:
+            nonlocal calls
+            calls += 1
+            return "a test" if how == "stopped" and calls == 2 else ask()
+
+        trainer.stopping.ask = asked  # type: ignore[method-assign]
+        trainer.fit()
+    if how == "stopped":
+        train(tiny, run, *every)
+    parts = {line["step"]: line for line in figures(run) if "train/loss" in line}
+    assert sorted(parts) == ([2, 3, 6] if how == "stopped" else [2, 3, 4, 6])
+    for name in ("train/loss", "train/accuracy"):
+        assert 2 * parts[2][name] + parts[3][name] == pytest.approx(3 * whole[3][name])
+
+
 def test_hours_and_the_file(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with Trainer(settings(tiny, run, "--max-hours", "1e-9")) as trainer:
@@ -165,17 +189,20 @@ def test_a_hiccup_of_the_file_system_is_no_request(tmp_path: Path, monkeypatch: 
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(Path, "exists", stale)
-    assert not listener(tmp_path).check()
+    assert listener(tmp_path).ask() is None
 
 
 def test_a_checkpoint_that_the_clock_wants_is_wanted_until_it_is_taken(tmp_path: Path) -> None:
     """Also where the answer came while a split was scored, which saves nothing."""
     asked = Stopping(tmp_path / "STOP", None, 1e-9, rank=0, world=1)
-    assert asked.check()
+    asked.check()
+    assert asked.wanted
     asked._save_every = 3600
-    assert asked.check(), "still"
+    asked.check()
+    assert asked.wanted, "still"
     asked.saved()
-    assert not asked.check()
+    asked.check()
+    assert not asked.wanted
 
 
 def test_a_stop_that_comes_while_a_run_is_set_up_is_followed(tiny: Path, tmp_path: Path) -> None:

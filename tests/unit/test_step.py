@@ -21,7 +21,7 @@ from fastddr.loaders import Batch
 from fastddr.meters import out_of_memory
 from fastddr.step import Tally, training_step
 from fastddr.trainer import Trainer
-from fastddr.watch import Bad, Watch, listed
+from fastddr.watch import OVERFLOWS, Bad, Watch, listed
 
 
 def batch(seed: int, value: float | None = None) -> Batch:
@@ -36,29 +36,27 @@ def batch(seed: int, value: float | None = None) -> Batch:
 class Stepper:
     """A small model with BatchNorm, and an optimizer whose step is fused or not."""
 
-    def __init__(self, name: str, fused: bool, clip_norm: float | None) -> None:
+    def __init__(self, name: str, fused: bool, clip_norm: float | None, scaler: Any = None) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
         self.optimizer = optimizers.build(self.model, name, lr=0.1)
         for group in self.optimizer.param_groups:
             group["fused"], group["foreach"] = fused, False if fused else None
         self.optimizer._step_supports_amp_scaling = fused  # type: ignore[attr-defined]  # as the constructor does
+        self.criterion: nn.Module = losses.build("cross_entropy")
         self.accelerator = Accelerator(cpu=True)
+        if scaler is not None:
+            # Float16 is for GPUs alone, but what follows from its scaler is the same on a CPU.
+            self.accelerator.scaler, self.accelerator.native_amp = scaler, True
+            self.accelerator.state._mixed_precision = "fp16"
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.clip_norm, self.tally = clip_norm, Tally.zeros(torch.device("cpu"))
 
     def __call__(self, *given: Batch) -> bool:
-        bad = training_step(
-            self.accelerator,
-            self.model,
-            given,
-            losses.build("cross_entropy"),
-            self.optimizer,
-            self.tally,
-            self.clip_norm,
-        )
-        self.spoilt = bad[1:].tolist()
-        return bool(bad[0])
+        bad, self.overflowed, *self.spoilt = training_step(
+            self.accelerator, self.model, given, self.criterion, self.optimizer, self.tally, self.clip_norm
+        ).tolist()
+        return bool(bad)
 
     def state(self) -> dict[str, torch.Tensor]:
         moments = self.optimizer.state_dict()["state"]
@@ -91,6 +89,75 @@ def test_a_bad_step_changes_nothing(name: str, fused: bool, clip_norm: float | N
     assert not all(torch.equal(before[key], one[key]) for key in before), "a good step changes something"
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_loss_whose_gradient_is_finite_changes_nothing(value: float, fused: bool) -> None:
+    step = Stepper("adam", fused, None)
+    step(batch(1))
+    before, criterion = step.state(), step.criterion
+
+    class Spoiling(nn.Module):
+        def forward(self, logits: torch.Tensor, grade: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = criterion(logits, grade)
+            return loss + value
+
+    step.criterion = Spoiling()
+    assert step(batch(2))
+    assert step.spoilt == [True]
+    assert all(torch.equal(kept, step.state()[key]) for key, kept in before.items())
+
+
+@pytest.fixture
+def half() -> Iterator[Any]:
+    """A step under float16's scaler, at a scale of its own."""
+
+    def make(scale: float, **options: Any) -> Stepper:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return Stepper("sgd", options["fused"], options["clip_norm"], scaler)
+
+    state = Accelerator(cpu=True).state
+    before = state._mixed_precision
+    yield make
+    state._mixed_precision = before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_that_the_scaler_leaves_out_is_told_apart_from_a_bad_one(
+    half: Any, clip_norm: float | None, fused: bool
+) -> None:
+    step = half(1e38, fused=fused, clip_norm=clip_norm)
+    before = step.state()
+    # The scaled loss overflows, and not the loss.
+    assert (step(batch(1)), step.overflowed, step.spoilt) == (False, True, [False])
+    weights = dict(step.model.named_parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in weights.items())
+    assert step.accelerator.scaler.get_scale() == pytest.approx(0.5e38, rel=1e-6)
+
+    step = half(1024.0, fused=fused, clip_norm=clip_norm)
+    assert (step(batch(1)), step.overflowed) == (False, False)
+    other = Stepper("sgd", fused, clip_norm)
+    other.accelerator.state._mixed_precision = "no"
+    other(batch(1))
+    one, two = step.state(), other.state()
+    other.accelerator.state._mixed_precision = "fp16"
+    torch.testing.assert_close(one, two, rtol=0.05, atol=1e-3)  # without the scale, but of half numbers
+    assert (step(batch(2, float("nan"))), step.overflowed, step.spoilt) == (True, False, [True])
+
+
+def test_steps_that_the_scaler_leaves_out_are_counted_and_in_the_end_bad() -> None:
+    watch, ids = Watch(torch.device("cpu"), overflowed=3), [torch.tensor([3, 1])]
+    overflow, fine = torch.tensor([False, True, False]), torch.zeros(3, dtype=torch.bool)
+    for step in range(1, OVERFLOWS):
+        assert watch.look(overflow, step, ids) is None
+    assert watch.overflowed == 3 + OVERFLOWS - 1
+    assert watch.look(fine, OVERFLOWS, ids) is None
+    for step in range(1, OVERFLOWS):
+        assert watch.look(overflow, step, ids) is None
+    assert watch.look(overflow, OVERFLOWS, ids) == Bad(OVERFLOWS, [3, 1], certain=False)
+    assert watch.overflowed == 3 + 2 * (OVERFLOWS - 1), "those that are bad are counted as such"
+
+
 def test_one_bad_micro_batch_makes_the_whole_step_bad() -> None:
     step = Stepper("adam", False, None)
     step.accelerator.gradient_accumulation_steps = 2
@@ -116,9 +183,9 @@ def test_a_bad_first_step_leaves_no_trace(fused: bool) -> None:
 
 def test_a_bad_step_names_the_photographs_of_its_bad_micro_batches() -> None:
     watch, ids = Watch(torch.device("cpu")), [torch.tensor([3, 1]), torch.tensor([8])]
-    assert watch.look(torch.tensor([True, False, True]), 7, ids) == Bad(7, [8], certain=True)
-    assert watch.look(torch.tensor([True, False, False]), 7, ids) == Bad(7, [3, 1, 8], certain=False)
-    assert watch.look(torch.tensor([False, False, False]), 7, ids) is None
+    assert watch.look(torch.tensor([True, False, False, True]), 7, ids) == Bad(7, [8], certain=True)
+    assert watch.look(torch.tensor([True, False, False, False]), 7, ids) == Bad(7, [3, 1, 8], certain=False)
+    assert watch.look(torch.tensor([False, False, False, False]), 7, ids) is None
     assert listed(["a", "b"]) == "photographs a, b"
     assert listed(list("abcdef")) == "photographs a, b, c, d and 2 more"
 
@@ -154,7 +221,7 @@ def test_a_run_stops_and_names_the_photographs(tiny: Path, tmp_path: Path) -> No
         run()
     requests = trainer.train_loader.task.requests(0)
     names = [trainer.manifest.path[id_] for id_ in requests.id[3]]
-    said = f"the gradient of step 2 is not finite (photographs {', '.join(names)}; all of them in "
+    said = f"loss or gradient of step 2 is not finite (photographs {', '.join(names)}; all in "
     assert said in str(error.value)
     [record] = [json.loads(line) for line in trainer.run.bad_steps.read_text().splitlines()]
     assert (record["step"], record["photographs"]) == (2, names)
@@ -202,3 +269,5 @@ def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) 
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped_steps"] for line in logged if "train/loss" in line] == [0, 1, 1, 1, 2, 2]
     assert json.loads((run / "status.json").read_text())["state"] == "done"
+    report = (run / "report" / "report.md").read_text()
+    assert "2 (bad_steps.jsonl names the photographs)" in report

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests_support import ROOT
 
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError
@@ -196,11 +197,10 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     run, said, picture = tmp_path / "run", [], tmp_path / "curves.png"
     Image.new("RGB", (8, 6), "red").save(picture)
     tracker = start(run, said, wandb=True)
-    tracker.log({"train/loss": 0.5}, step=10, epoch=1)
+    tracker.log({"train/loss": 0.5}, step=4, epoch=1)
     tracker.finish()
     tracker = start(run, said, wandb=True, resume_step=4)
-    tracker.log({"train/loss": 0.75}, step=7, epoch=1)
-    tracker.log({"train/loss": 0.25, "train/nan": math.nan}, step=5, epoch=1)  # backwards, and not dropped
+    tracker.log({"train/loss": 0.25, "train/nan": math.nan}, step=5, epoch=1)
     tracker.log_image("report/curves", picture, 5)
     tracker.finish()
     assert capfd.readouterr() == ("", "")
@@ -219,6 +219,69 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     assert (second["summary"]["train/loss"], second["summary"]["step"]) == (0.25, 5)
     assert list(run.glob("wandb/offline-run-*/files/media/images/report/curves*.png"))
     assert second["project"] == "fastddr-tests"
+
+
+#: Logs steps 1 to 8 of a run, validates at the 4th and the 8th, and is killed, before or after W&B has written that.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from fastddr.config import TrackingConfig
+from fastddr.tracking import Tracker
+
+options = TrackingConfig(project="fastddr-tests", wandb=True, tensorboard=True, log_code=False)
+tracker = Tracker.start(
+    SimpleNamespace(is_main_process=True), Path(sys.argv[1]), {}, options=options, resume_step=None, say=print
+)
+for step in range(1, 9):
+    tracker.log({"train/loss": step / 10, "train/images_per_second": step}, step=step, epoch=step / 4)
+    if step % 4 == 0:
+        tracker.log({"valid/qwk": 6.4 / step}, step=step, epoch=step / 4)
+    if step == 5:
+        tracker.sync()  # a checkpoint
+if sys.argv[2] == "late":
+    tracker._copies[0].finish(False)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_no_step_is_doubled_or_missing_in_a_tracker_after_a_kill(tmp_path: Path, when: str) -> None:
+    """The checkpoint was at step 5: what is later comes again, and what is earlier may have been lost."""
+    run = tmp_path / "run"
+    run.mkdir()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(run), when], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == -9
+    tracker = start(run, wandb=True, tensorboard=True, resume_step=5)
+    for step in range(6, 11):
+        tracker.log({"train/loss": step / 10, "train/images_per_second": step}, step=step, epoch=step / 4)
+        if step == 8:
+            tracker.log({"valid/qwk": 0.8}, step=step, epoch=2)
+    tracker.finish()
+    files = offline_files(run)
+    assert len(files) == 2
+    parts = [history(path) for path in files]
+    assert [bool(part) for part in parts] == [when == "late", True]
+    rows = [row for part in parts for row in part]
+    own = [row["_step"] for row in rows]
+    assert own == sorted(set(own)), "W&B would drop what steps back"
+    steps, validated = list(range(1, 11)), [(4, 1.6), (8, 0.8)]
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [(s, s / 10) for s in steps]
+    assert [(row["step"], row["valid/qwk"]) for row in rows if "valid/qwk" in row] == validated
+    assert [row["epoch"] for row in rows if "train/loss" in row] == [s / 4 for s in steps]
+    summary = inspect(files[-1])["summary"]
+    assert (summary["valid/qwk"], summary["train/images_per_second"]) == ({"max": 1.6}, {"mean": 5.5})
+    read = events(run)
+    assert [event.step for event in read.Scalars("train/loss")] == steps
+    assert [event.step for event in read.Scalars("valid/qwk")] == [4, 8]
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """The rows in an offline part of a run, of W&B's own step too."""
+    program = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    found = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    records = [json.loads(line) for line in found.stdout.splitlines()]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 def offline_files(run: Path) -> list[Path]:

@@ -116,12 +116,25 @@ def expect(minutes: float) -> timedelta:
     if world() == 1:
         return timeout
     _roll_call = dist.new_group(backend="gloo")
+    # NCCL ends a process whose wait was too long, so the wait over the CPU in each step must be the shorter one.
+    _wait_for(timeout + (timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)))
+    return timeout
+
+
+def be_patient() -> None:
+    """From now on ranks wait for each other as long as before `expect`: rank 0 writes a report, and trackers upload."""
+    import torch.distributed as dist
+
+    if world() > 1:
+        _wait_for(dist.default_pg_timeout)
+
+
+def _wait_for(timeout: timedelta) -> None:
+    import torch.distributed as dist
+
     # PyTorch 2.11 has it under its former name.
     set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    # NCCL ends a process whose wait was too long, so the wait over the CPU in each step must be the shorter one.
-    spare = timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)
-    set_timeout(timeout + spare)
-    return timeout
+    set_timeout(timeout)
 
 
 def tell(reason: str) -> None:

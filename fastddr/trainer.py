@@ -219,6 +219,7 @@ class Trainer:
         self.stopping.followed()
         assert self.tracker is not None
         # Before any rank ends: the launcher ends the others then, and trackers may take their time.
+        ranks.be_patient()
         self.tracker.finish()
         self.accelerator.wait_for_everyone()
         self.console.print(
@@ -352,20 +353,14 @@ class Trainer:
         values = runtime.from_main(lambda: figures(found.logits, found.grades))
         qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
         best = progress.keep_if_best(qwk, values["loss"])
-        named = ("loss", "accuracy", "qwk", "macro_f1", "balanced_accuracy", "auc")
         assert self.tracker is not None
-        self.tracker.log(
-            {f"valid/{name}": values[name] for name in named}
-            | {f"valid/recall_{grade}": recall for grade, recall in enumerate(values["recall"])}
-            | grading.logged(progress.grading),
-            step=progress.step,
-            epoch=progress.epoch,
-        )
+        self.tracker.log(grading.logged(values, progress.grading), step=progress.step, epoch=progress.epoch)
         assert self.saver is not None
         if self.saver.due_after(progress.epoch, best):
             self.saver.save(progress, best=best)
             self.stopping.saved()
-        shown = "  ".join(f"{name} {values[name]:.3f}" for name in named[:3] if values[name] is not None)
+        named = ("loss", "accuracy", "qwk")
+        shown = "  ".join(f"{name} {values[name]:.3f}" for name in named if values[name] is not None)
         self.console.print(
             f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  best' if best else ''}",
             style="green" if best else None,
@@ -393,6 +388,7 @@ class Trainer:
                 results[split] = self._score(loader, weights)
                 loader.close()
         assert self.tracker is not None
+        ranks.be_patient()
         if self.runtime.is_main:
             self.console.print("writing the report …")
             write_final(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastddr.config import Config
 from fastddr.data.grades import ICDR
-from fastddr.evaluation.metrics import SplitResult
+from fastddr.evaluation.metrics import MEANS, SplitResult
 
 #: Range of the spread: below it a neighbouring grade has less than 1e-21, above it all grades are as likely.
 _SIGMA = (0.1, 10.0)
@@ -98,13 +98,16 @@ def fitted(found: SplitResult, config: Config) -> tuple[SplitResult, dict[str, A
     return replace(found, logits=grading.logits(found.logits)), asdict(grading)
 
 
-def logged(saved: Mapping[str, Any] | None) -> dict[str, float]:
-    """A grading as figures of `metrics.jsonl`."""
-    if saved is None:
-        return {}
-    grading = _grading(saved)
-    cuts = {f"valid/threshold_{number}": cut for number, cut in enumerate(grading.thresholds)}
-    return {**cuts, "valid/sigma": grading.sigma}
+def logged(values: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """What `metrics.jsonl` has of a validation: of its figures (`metrics.figures`), and of a regression the grading."""
+    named = ("loss", *MEANS, "auc")
+    found = {f"valid/{name}": values[name] for name in named}
+    found |= {f"valid/recall_{grade}": recall for grade, recall in enumerate(values["recall"])}
+    if saved is not None:
+        grading = _grading(saved)
+        cuts = {f"valid/threshold_{number}": cut for number, cut in enumerate(grading.thresholds)}
+        found |= {**cuts, "valid/sigma": grading.sigma}
+    return found
 
 
 def _grading(saved: Mapping[str, Any] | None) -> Grading:

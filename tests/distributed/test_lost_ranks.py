@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests_support import first_checkpoint, job, task
+from tests_support import SMALL, first_checkpoint, job, launch, task
 
 from fastddr import checkpoints
 from fastddr.data import manifest
@@ -71,3 +71,29 @@ def test_the_reason_of_one_rank_is_told_by_the_other(tiny: Path, tmp_path: Path)
     assert bad.name in status["reason"]
     assert f"fastddr: {bad}" in text, "rank 1 says it itself"
     assert "Traceback" not in text.partition("torch/distributed/elastic")[0]
+
+
+#: Rank 0 is longer at the report than a rank may be silent in training.
+LONG_END = """
+import sys, time
+from fastddr import train, trainer
+
+real = trainer.write_final
+
+def slow(*arguments, **keywords):
+    time.sleep(9)
+    return real(*arguments, **keywords)
+
+trainer.write_final = slow
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_writes_the_report_is_not_taken_for_frozen(tiny: Path, tmp_path: Path) -> None:
+    script = tmp_path / "long.py"
+    script.write_text(LONG_END)
+    small = [*SMALL, "--micro-batch-size", "2", "--rank-timeout-minutes", "0.1"]
+    done = launch(2, script, "--data", str(tiny), "--run-dir", "run", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

@@ -127,4 +127,8 @@ def test_fitted_gives_logits_and_what_a_checkpoint_keeps() -> None:
     expected = fit(values[:, 0], grades)
     assert kept == asdict(expected)
     assert torch.equal(graded.logits, expected.logits(values))
-    assert list(grading.logged(kept)) == [*(f"valid/threshold_{n}" for n in range(4)), "valid/sigma"]
+    values_of = figures(graded.logits, grades)
+    plain, regression = grading.logged(values_of, None), grading.logged(values_of, kept)
+    assert [*regression][len(plain) :] == [*(f"valid/threshold_{n}" for n in range(4)), "valid/sigma"]
+    assert [*plain][:4] == ["valid/loss", "valid/accuracy", "valid/qwk", "valid/macro_f1"]
+    assert [plain[f"valid/recall_{grade}"] for grade in range(5)] == values_of["recall"]

@@ -94,13 +94,10 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
     texts = []
     for result in machines.of(results, "train"):
         different, same = split(result.rows, ("photographs", *_CASE))
-        cases: dict[tuple[Any, ...], list[Row]] = {}
-        for row in result.rows:
-            cases.setdefault(tuple(row.get(name) for name in _CASE), []).append(row)
         # A peer has several forms, which go by its name and a comma.
         peers = dict.fromkeys(row["name"].partition(",")[0] for row in result.rows if row["kind"] == "peer")
         lines = []
-        for rows in cases.values():
+        for rows in _cases(result.rows):
             ours = [row for row in rows if row["name"] == "fastddr"]
             ceiling = [row["name"] for row in rows if row["kind"] == "ceiling"]
             cells = [figure(ours[0]) if ours else "", _ratio(rows, ceiling[:1])]
@@ -113,27 +110,37 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             "95 % intervals. Ratios are taken round by round, with each peer in its fastest form."
         )
         texts += [about, table(headings, lines), f"Measured by {source(result, link)}"]
-        texts += [_sooner(other, link) for other in machines.of(results, "train-kappa")
-                  if other.hardware == result.hardware]  # fmt: skip
+        for other in machines.of(results, "train-kappa"):
+            if other.hardware == result.hardware:
+                texts += [f"{_sooner(rows)}: {source(other, link)}" for rows in _cases(other.rows)]
     return texts + machines.missing(results, "train")
 
 
-def _sooner(result: Result, link: Link) -> str:
-    """The time to the highest kappa that all loops came to with every seed, in a sentence."""
-    named = {row["name"]: row for row in result.measured}
-    loops = dict.fromkeys(row["recipe"] for row in result.rows if row["kind"] == "qwk")
-    targets = {row["target_qwk"] for row in result.rows if "target_qwk" in row}
+def _cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each model, precision, size and batch."""
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row.get(name) for name in _CASE), []).append(row)
+    return list(cases.values())
+
+
+def _sooner(rows: Sequence[Row]) -> str:
+    """The time of one case to the highest kappa that all loops came to with every seed, in a sentence."""
+    named = {row["name"]: row for row in rows if "failed" not in row}
+    loops = dict.fromkeys(row["recipe"] for row in rows if row["kind"] == "qwk")
+    targets = {row["target_qwk"] for row in rows if "target_qwk" in row}
     reached = [target for target in targets if all(f"{loop}: to kappa {target:g}" in named for loop in loops)]
+    case = said(rows[0], _CASE)
     if not reached:
-        return f"Not all came to a kappa that was asked for: {source(result, link)}"
-    target, said = max(reached), []
+        return f"Not all came to a kappa that was asked for, of {case}"
+    target, times = max(reached), []
     for loop in loops:
         ratio = named.get(f"{loop} / {next(iter(loops))}: to kappa {target:g}")
         more = f", {figure(ratio)} times as long" if ratio else ""
-        said.append(f"`{loop}` trains {figure(named[f'{loop}: to kappa {target:g}'], ' s')}{more}")
+        times.append(f"`{loop}` trains {figure(named[f'{loop}: to kappa {target:g}'], ' s')}{more}")
     seeds = len(named[f"{next(iter(loops))}: to kappa {target:g}"]["seeds"])
-    return (f"Until the quadratic-weighted kappa on valid comes to {target:g}, validation included, {words(said)} "
-            f"({seeds} seeds): {source(result, link)}")  # fmt: skip
+    return (f"Until the quadratic-weighted kappa on valid comes to {target:g}, validation included, {words(times)} "
+            f"({case}, {seeds} seeds)")  # fmt: skip
 
 
 def _ratio(rows: Iterable[Row], others: Sequence[str]) -> str:
@@ -149,34 +156,47 @@ def train_all(results: Sequence[Result], link: Link) -> list[str]:
 
 
 def train_kappa(results: Sequence[Result], link: Link) -> list[str]:
-    """The time to a kappa: a line for each loop, a column for each kappa."""
+    """The time to a kappa: a line for each case and loop, a column for each kappa."""
     texts = []
     for result in machines.of(results, "train-kappa"):
-        timed = [row for row in result.rows if "target_qwk" in row]
-        one, targets = timed[0], list(dict.fromkeys(row["target_qwk"] for row in timed))
-        named = {row["name"]: row for row in result.rows}
+        cases = [[row for row in rows if row["kind"] == "qwk"] for rows in _cases(result.rows)]
+        timed = [row for rows in cases for row in rows]
+        # A loop that could not run has a row without a kappa.
+        one, targets = timed[0], sorted({row["target_qwk"] for row in timed if "target_qwk" in row})
+        if not targets:
+            texts.append(f"**{result.hardware}.** No loop could run: {source(result, link)}")
+            continue
+        different, same = split(timed, ("photographs", *_CASE))
+        first = one["recipe"]
         lines = []
-        for loop in dict.fromkeys(row["recipe"] for row in timed):
-            cells = []
-            for target in targets:
-                row = named[f"{loop}: to kappa {target:g}"]
-                reached = [epoch for epoch in row["epochs"] if epoch is not None]
-                epochs = " to ".join(dict.fromkeys(map(str, (min(reached), max(reached))))) if reached else "-"
-                cells += [_seeds(row), epochs, _ratio_to_first(named, loop, one["recipe"], target)]
-            lines.append([loop, *cells])
+        for rows, all_rows in zip(cases, _cases(result.rows), strict=True):
+            named = {row["name"]: row for row in all_rows}
+            for loop in dict.fromkeys(row["recipe"] for row in rows):
+                cells = []
+                for target in targets:
+                    row = named.get(f"{loop}: to kappa {target:g}")
+                    cells += [_seeds(row), _epochs(row), _to_first(named, loop, first, target)] if row else ["-"] * 3
+                lines.append([", ".join(filter(None, (said(rows[0], different), loop))), *cells])
         headings = [""]
         for target in targets:
-            headings += [f"to {target:g}, s", "epochs", f"times `{one['recipe']}`"]
+            headings += [f"to {target:g}, s", "epochs", f"times `{first}`"]
+        seeds = max(len(row["seeds"]) for row in timed if "seeds" in row)
         about = (
             f"**{result.hardware}.** Seconds of training, validation included, until the quadratic-weighted kappa on "
-            f"valid comes to {words(f'{target:g}' for target in targets)}: {said(one, ('photographs', *_CASE))}, at "
-            f"most {one['epochs_at_most']} epochs; medians of {len(one['seeds'])} seeds with 95 % intervals, ratios "
-            "seed by seed. Where not every seed came to it there is no median. `fastddr` trains by the preset's "
-            "recipe, `report` as in 2022: Adam at the preset's peak rate throughout, pixels not normalised."
+            f"valid comes to {words(f'{target:g}' for target in targets)}: {said(one, same)}, at most "
+            f"{one['epochs_at_most']} epochs; medians of {seeds} seeds with 95 % intervals, ratios seed by seed. Where "
+            "not every seed came to it there is no median. `fastddr` trains by the preset's recipe, `report` as in "
+            "2022: Adam at the preset's peak rate throughout, pixels not normalised."
         )
         texts += [about, table(headings, lines), machines.picture(result, result.path.with_suffix(".png"), link)]
         texts.append(f"Measured by {source(result, link)}")
     return texts or ["Not measured yet: `python benchmarks/train.py --target-qwk 0.5 0.7`."]
+
+
+def _epochs(row: Row) -> str:
+    """From the seed that came to it first to the one that came last."""
+    reached = [epoch for epoch in row["epochs"] if epoch is not None]
+    return " to ".join(dict.fromkeys(map(str, (min(reached), max(reached))))) if reached else "-"
 
 
 def _seeds(row: Row) -> str:
@@ -186,7 +206,7 @@ def _seeds(row: Row) -> str:
     return f"{sum(each is not None for each in row['seconds'])} of {len(row['seconds'])} seeds"
 
 
-def _ratio_to_first(named: Mapping[str, Row], loop: str, first: str, target: float) -> str:
+def _to_first(named: Mapping[str, Row], loop: str, first: str, target: float) -> str:
     ratio = named.get(f"{loop} / {first}: to kappa {target:g}")
     return "1" if loop == first else figure(ratio) if ratio else "-"
 

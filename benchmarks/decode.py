@@ -73,13 +73,12 @@ def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared
     task = loaders.Task(
         files=found.files(), grades=found.grade, widths=found.width, heights=found.height, ids=found.ids("train"),
         train=True, image_size=side, canvas=int(found.width.min()), augment=POLICIES["none"], seed=0,
-        batch_size=batch_size, threads=available_cores(), jpeg_engines=way == ENGINES,
+        batch_size=batch_size, threads=available_cores(), regions="always" if way == REGIONS else "auto",
+        jpeg_engines=way == ENGINES,
         device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
     )  # fmt: skip
     mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     loader = loaders.build("dali", task)
-    if way == REGIONS:
-        loaders.dali.by_region = lambda task: True
     worst, total, count, seen = 0.0, 0.0, 0, 0
     requests = task.requests(0)
     for k, batch in enumerate(loader.epoch(0)):

@@ -95,6 +95,8 @@ class Task:
     threads: int = 1
     prefetch: int | None = None
     """Batches on their way; None: what the loader knows to be best."""
+    regions: Literal["auto", "always", "never"] = "auto"
+    """Whether only the part of a photograph is decoded that its window needs."""
     jpeg_engines: bool = False
     """Whether a GPU's JPEG engines decode."""
     store: StoreName = "auto"

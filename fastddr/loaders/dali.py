@@ -269,6 +269,8 @@ def by_region(task: Task) -> bool:
 
     On a GPU nvImageCodec 0.9 may crash at a region, without a word (its issue 55), and 0.8 did not.
     """
+    if task.regions != "auto":
+        return task.regions == "always"
     return task.device.type != "cuda" or not any(version.startswith("0.9.") for version in _codecs())
 
 

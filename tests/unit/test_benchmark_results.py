@@ -288,8 +288,39 @@ def test_the_time_to_a_kappa_is_told_and_drawn(load: Callable[[str], Any], train
     said = load("blocks").train([trained, result], str)[3]
     assert said.startswith(
         "Until the quadratic-weighted kappa on valid comes to 0.5, validation included, `fastddr` trains 3.0 s "
-        "(1.0-5.0) and `report` trains 12 s (4-20), 4.0 (4.0-4.0) times as long (5 seeds): `python benchmarks/train.py`"
+        "(1.0-5.0) and `report` trains 12 s (4-20), 4.0 (4.0-4.0) times as long (M, auto precision, "
+        "64 px, batches of 4, 5 seeds): `python benchmarks/train.py`"
     ), "not 0.7, to which not all came"
+
+
+def test_the_times_to_a_kappa_of_several_models_are_told_apart(
+    load: Callable[[str], Any], trained: Any, tmp_path: Path
+) -> None:
+    kappas, stored, blocks = load("kappas"), load("stored"), load("blocks")
+    about = {"precision": "auto", "image_size": 64, "batch_size": 4, "epochs_at_most": 2}
+    rows = []
+    for model, seconds in (("M", 2.0), ("N", 8.0)):
+        runs = {"fastddr": [kappas.Curve([seconds], [0.9])] * 5, "report": [kappas.Curve([2 * seconds], [0.9])] * 5}
+        rows += kappas.rows(runs, about | {"model": model}, (0.7,), range(5))
+    failed = {"name": "timm", "kind": "qwk", **about, "model": "N", "recipe": "timm", "failed": "timm is not there"}
+    path = tmp_path / "train-kappa_2-core-cpu_2026-11-24.json"
+    path.write_text(json.dumps(training() | {"rows": [*rows, failed]}))
+    result = stored.read(path)
+    _, found, *_ = blocks.BLOCKS["train-kappa"]([result], str)
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()[2:]] == [
+        ["M, fastddr", "2.0 (2.0-2.0)", "1", "1"],
+        ["M, report", "4.0 (4.0-4.0)", "1", "2.0 (2.0-2.0)"],
+        ["N, fastddr", "8.0 (8.0-8.0)", "1", "1"],
+        ["N, report", "16 (16-16)", "1", "2.0 (2.0-2.0)"],
+        ["N, timm", "-", "-", "-"],
+    ]
+    one, other = blocks.train([trained, result], str)[3:5]
+    assert "`fastddr` trains 2.0 s" in one
+    assert "(M, auto precision" in one
+    assert other.startswith("Not all came to a kappa that was asked for, of N, auto precision"), "timm did not"
+    path.write_text(json.dumps(training() | {"rows": [failed]}))
+    (only,) = blocks.BLOCKS["train-kappa"]([stored.read(path)], str)
+    assert "No loop could run" in only
 
 
 # -------------------------------------------------------------------------------------------------------------- claims

@@ -130,15 +130,15 @@ def test_scaled_photographs_are_those_of_the_reference(name: str, policy: str, m
 @needs_dali
 @pytest.mark.parametrize("policy", POLICIES)
 def test_regions_are_cut_from_whole_photographs_with_the_same_bits(
-    policy: str, mixed: manifest.Manifest, odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+    policy: str, mixed: manifest.Manifest, odd: manifest.Manifest
 ) -> None:
     """As on a GPU whose decoder does not bear regions."""
     for found in (mixed, odd):
         wanted = task(found, batch_size=7, augment=POLICIES[policy])
         regions = batches("dali", wanted)
-        with monkeypatch.context() as patch:
-            patch.setattr(dali, "by_region", lambda task: False)
-            whole = batches("dali", wanted)
+        assert dali.by_region(wanted)
+        assert not dali.by_region(replace(wanted, regions="never"))
+        whole = batches("dali", replace(wanted, regions="never"))
         assert len(whole) == len(regions)
         assert all(torch.equal(one.image, other.image) for one, other in zip(whole, regions, strict=True))
 
@@ -151,6 +151,7 @@ def test_a_gpu_decodes_regions_only_where_its_codec_bears_them(
     for versions, regions in ((("0.9.0.20",), False), (("0.8.0.22",), True), (("0.10.0",), True), ((), True)):
         monkeypatch.setattr(dali, "_codecs", lambda versions=versions: versions)
         assert dali.by_region(on_card) == regions
+        assert dali.by_region(replace(on_card, regions="always"))
         assert dali.by_region(wanted)
     assert dali._decoding(on_card)["hw_decoder_load"] == 0, "the engines only where they are asked for"
     assert dali._decoding(replace(on_card, jpeg_engines=True))["hw_decoder_load"] == 1

@@ -7,7 +7,8 @@
 Every part trains for real, in processes of its own, and a row is what came of it:
 
     kills      kill -9 at random moments after the first checkpoint, every other one while a checkpoint is written;
-               the next start must resume, and end with the weights, moments and averages of an undisturbed run
+               the next start must resume, and end with the weights, moments and averages of an undisturbed run, and
+               with its steps in metrics.jsonl, W&B (offline) and TensorBoard
     stops      SIGTERM: seconds until the checkpoint stands
     saves      how long training stands still for a checkpoint, and how long writing it takes
     disk       a disk that is full from the n-th call of a save on, for every n: is the checkpoint before whole?
@@ -17,7 +18,6 @@ Every part trains for real, in processes of its own, and a row is what came of i
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -35,6 +35,7 @@ import hazards
 import numpy as np
 import torch
 import tyro
+from records import steps_logged, steps_of_tensorboard, steps_of_wandb
 from victims import MODEL, Runs, equal, kill, processes, state, status
 
 from fastddr import checkpoints, cli
@@ -81,8 +82,13 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
     arguments = _arguments(options, runs)
     undisturbed = runs.scratch / "undisturbed"
     runs.finish(undisturbed, *arguments)
-    wanted, lines = state(undisturbed), _steps(undisturbed)
+    wanted, lines = state(undisturbed), steps_logged(undisturbed)
+    trackers = {"W&B": steps_of_wandb, "TensorBoard": steps_of_tensorboard}
+    for name, read in trackers.items():
+        if read(undisturbed) != lines:
+            raise RuntimeError(f"{name} of the undisturbed run has other steps than its metrics.jsonl")
     same = resumed = unloadable = gone_on = writing = 0
+    whole = dict.fromkeys(trackers, 0)
     for number in range(options.kills):
         run = runs.scratch / f"killed-{number}"
         process = runs.start(run, *arguments)
@@ -107,7 +113,9 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         at = 0 if found is None else found.state["progress"]["step"]
         resumed += f"resumed at step {at}" in runs.said(run) and at > 0
         same += equal(state(run), wanted)
-        gone_on += _steps(run) == lines
+        gone_on += steps_logged(run) == lines
+        for name, read in trackers.items():
+            whole[name] += read(run) == lines
         shutil.rmtree(run)
         harness.say(f"  kill {number + 1} at step {at}: {same} the same, {resumed} resumed")
     more = {"ranks": options.ranks, "steps": options.steps}
@@ -115,6 +123,10 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         _count("killed: ends with the weights of an undisturbed run", same, options.kills, **more),
         _count("killed: resumed from a checkpoint", resumed, options.kills, **more),
         _count("killed: metrics.jsonl without a doubled or missing step", gone_on, options.kills, **more),
+        *(
+            _count(f"killed: {name} without a doubled or missing step", n, options.kills, **more)
+            for name, n in whole.items()
+        ),
         _count("killed: a checkpoint was being written", writing, options.kills, **more),
         _count("killed: checkpoints that do not load", unloadable, options.kills, **more),
     ]
@@ -126,13 +138,10 @@ def _arguments(options: Options, runs: Runs) -> list[str]:
 
     photographs = len(manifest.read(runs.data).ids("train"))
     epochs = max(1, round(options.steps / (photographs // 16)))
-    return ["--epochs", str(epochs), "--save-every-steps", "2", "--tracking.log-every-steps", "1"]
-
-
-def _steps(run: Path) -> list[tuple[int, bool]]:
-    """Step of each line of figures, and whether it is one of validation."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], "valid/qwk" in line) for line in lines]
+    return [
+        "--epochs", str(epochs), "--save-every-steps", "2", "--tracking.log-every-steps", "1", "--tracking.wandb",
+        "--tracking.no-log-code", "--tracking.tensorboard",
+    ]  # fmt: skip
 
 
 def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Runs:
         self.scratch, self._ranks = scratch, ranks
         self.data = data or str(_photographs(scratch / "synthetic"))
         self._environment = os.environ | {
-            "FASTDDR_CACHE": str(scratch / "cache"), "WANDB_MODE": "disabled",
+            "FASTDDR_CACHE": str(scratch / "cache"), "WANDB_MODE": "offline",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
 

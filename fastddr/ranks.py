@@ -21,6 +21,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+#: How long ranks wait for each other before training, while rank 0 may look at millions of files, and after it, while
+#: it writes a report and trackers upload.
+PATIENT = timedelta(hours=2)
 #: From Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 #: Where the ranks of a job look for why another one ended, and whether one has waited in vain.
@@ -122,11 +125,9 @@ def expect(minutes: float) -> timedelta:
 
 
 def be_patient() -> None:
-    """From now on ranks wait for each other as long as before `expect`: rank 0 writes a report, and trackers upload."""
-    import torch.distributed as dist
-
+    """From now on ranks wait for each other as long as before `expect`."""
     if world() > 1:
-        _wait_for(dist.default_pg_timeout)
+        _wait_for(PATIENT)
 
 
 def _wait_for(timeout: timedelta) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +21,6 @@ from fastddr.errors import UserError
 
 T = TypeVar("T")
 
-#: How long ranks wait for each other until training begins, while rank 0 may look at millions of files.
-_SET_UP = timedelta(hours=2)
 #: From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -148,7 +145,7 @@ def keep_memory() -> None:
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     ranks.die_with_parent()
-    return PartialState(cpu=on_cpu(), timeout=_SET_UP)
+    return PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
 
 
 def from_main(do: Callable[[], T]) -> T:

@@ -65,7 +65,8 @@ def training_step(
     A step whose loss or gradient is not finite changes nothing: neither weights nor moments nor BatchNorm's statistics.
     On a GPU that is decided on the device, and the host does not wait for it. A loss that is not finite makes the
     gradient so, which is the same on all ranks, so all decide alike. In float16 the scaler keeps such gradients away,
-    which are normal until it has found its scale: such a step is bad only where a loss was not finite.
+    which are normal until it has found its scale: such a step changes nothing either, but is bad only where a loss was
+    not finite.
 
     Args:
         accelerator: knows precision, ranks and how many micro batches make a step.
@@ -106,7 +107,7 @@ def training_step(
         tally.add(loss, logits, grade)
     if before is not None:
         # In one piece: a launch for each of the many small tensors would take longer than the work.
-        kept = torch.where(bad, before, torch.cat([buffer.flatten() for buffer in statistics]))
+        kept = torch.where(bad | overflowed, before, torch.cat([buffer.flatten() for buffer in statistics]))
         parts = kept.split([buffer.numel() for buffer in statistics])
         torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(parts, statistics, strict=True)])
     return torch.stack([bad, overflowed, *spoilt])
@@ -133,8 +134,15 @@ def _anywhere(accelerator: Accelerator, bad: Tensor) -> Tensor:
 def _update(accelerator: Accelerator, optimizer: Optimizer, bad: Tensor) -> None:
     """One call of the optimizer, which changes nothing if the step is bad."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
-    if accelerator.scaler is not None or not accelerator.sync_gradients:
-        optimizer.step()  # the scaler's business, or the accelerator's, which leaves it out
+    scaler = accelerator.scaler
+    if not accelerator.sync_gradients:
+        optimizer.step()  # the accelerator leaves it out
+    elif scaler is not None:
+        one = torch.ones((), device=bad.device)
+        before = scaler.scale(one)
+        optimizer.step()  # the scaler leaves out what is not finite, and halves its scale
+        # A loss that is not finite says nothing of the scale; one bad photograph an epoch would bring it to zero.
+        scaler.update(torch.where(bad, before, scaler.scale(one)))
     elif all(group.get("fused") for group in inner.param_groups):
         # What the scaler does: the fused kernels read the flag on the device.
         inner.found_inf = bad.float()

@@ -136,13 +136,7 @@ class Trainer:
         else:
             self.progress = going_on
         self.watch = Watch(self.runtime.device, self.progress.overflowed)
-        timeout = ranks.expect(config.rank_timeout_minutes)
-        self.stopping = Stopping(
-            self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
-            world=self.runtime.world, timeout=timeout,
-        )  # fmt: skip
         self._began = True
-        self.accelerator.wait_for_everyone()
         self.tracker = Tracker.start(
             self.accelerator,
             self.run.path,
@@ -155,6 +149,13 @@ class Trainer:
         self.saver = Saver(
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
             wandb_id=self.tracker.wandb_id, before=self.tracker.sync,
+        )  # fmt: skip
+        # Only now: W&B may take its time.
+        self.accelerator.wait_for_everyone()
+        timeout = ranks.expect(config.rank_timeout_minutes)
+        self.stopping = Stopping(
+            self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
+            world=self.runtime.world, timeout=timeout,
         )  # fmt: skip
         self.console.print(
             f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
@@ -207,7 +208,6 @@ class Trainer:
 
     def _stop(self, reason: str) -> None:
         """Save where training stands, unless that is saved, and leave the run for later."""
-        self._answer(self.watch.settle())
         self.stopped = reason
         assert self.saver is not None
         if self.progress.step > self.saver.step:
@@ -252,7 +252,8 @@ class Trainer:
                     None if self.mixer is None else partial(self.mixer, progress.step),
                 )  # fmt: skip
                 if self.ema is not None and config.optimizer.ema_decay is not None:
-                    optimizers.update_ema(self.ema, self.bare_model, progress.step, config.optimizer.ema_decay, told[0])
+                    left_out, decay = told[:2].any(), config.optimizer.ema_decay
+                    optimizers.update_ema(self.ema, self.bare_model, progress.step, decay, left_out)
                 reason = self.stopping.ask()
                 progress.step += 1
                 self._answer(self.watch.look(told, progress.step, seen))
@@ -260,17 +261,16 @@ class Trainer:
                 due = self.saver.due(progress.step, self.stopping.wanted, last=last)
                 # Also where the run may go on from: no step is missing from the means, and none is twice in them.
                 if last or due or reason is not None or progress.step % config.tracking.log_every_steps == 0:
+                    self._answer(self.watch.settle())
                     self._log_window(window, tally, batches.waited, lr)
                 bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
                 self.stopping.follow(reason)
                 if due:
-                    self._answer(self.watch.settle())
                     self.saver.save(progress, best=False)
                     self.stopping.saved()
             # Past the last batch, so that the loader ends its epoch itself.
             if next(batches, None) is not None:
                 raise RuntimeError("the loader has more batches than its epoch has steps")
-        self._answer(self.watch.settle())
         progress.epoch += 1
         return batches.waited
 

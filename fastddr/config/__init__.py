@@ -183,7 +183,14 @@ _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML, but a key that stands twice is an error and not the last one's gain."""
+    """Plain YAML, but a key that stands twice is an error and not the last one's gain, and so is a reference: a file of
+    a few lines of them would fill the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            where = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"write out *{where.anchor} here", where.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

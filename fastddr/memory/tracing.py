@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class StandIn(Accelerator):
         # Not Accelerator's: it would choose device and precision for the whole process.
         self._every, self._micro = accumulation, 0
         # In float16 the scaler looks after bad gradients; what it keeps is a few numbers.
-        self.scaler = object() if scaler else None
+        self.scaler = SimpleNamespace(scale=lambda loss: loss, update=lambda scale: None) if scaler else None
 
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:

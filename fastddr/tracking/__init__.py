@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
@@ -87,13 +87,17 @@ class Tracker:
         tracker = cls(path.open("a", encoding="utf-8", buffering=1), [], say)
         tracker._options = options
         if options.wandb:
-            tracker._start_wandb(run_dir, config, read(path))
+            tracker._start_wandb(run_dir, config)
         if options.tensorboard:
             # Whatever it is: packages that do not fit each other raise anything.
             with tracker._guard("TensorBoard", (Exception,)):
                 from fastddr.tracking.boards import TensorBoard
 
                 tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
+        # Each takes what it lacks: a killed process may have lost some of it, or there was another tracker then.
+        for line in read(path):
+            known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
+            tracker._copy(known, line)
         return tracker
 
     def log(self, values: Mapping[str, Any], *, step: int, epoch: float) -> None:
@@ -107,8 +111,11 @@ class Tracker:
         head = {"step": int(step), "epoch": epoch, "time": round(time.time(), 3)}
         record = {**head, **{name: _finite(value) for name, value in numbers.items()}}
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
-        known = {name: value for name, value in numbers.items() if value is not None}
-        self._each(lambda copy: copy.log({**known, "epoch": epoch}, int(step)))
+        self._copy({name: value for name, value in numbers.items() if value is not None}, head)
+
+    def _copy(self, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+        values = {**known, "epoch": head["epoch"]}
+        self._each(lambda copy: copy.log(values, head["step"], head["time"]))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Show a picture file under a name in the trackers; the run folder has it already."""
@@ -153,8 +160,7 @@ class Tracker:
             os.fsync(self._lines.fileno())
         self._each(lambda copy: copy.sync())
 
-    def _start_wandb(self, run_dir: Path, config: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
-        """With the `earlier` lines of metrics.jsonl, of which W&B may have lost some when a process was killed."""
+    def _start_wandb(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         try:
             copy = WandbRun(run_dir, config, self._options)
         except Exception as error:  # noqa: BLE001  # whatever it is, as with TensorBoard
@@ -168,9 +174,6 @@ class Tracker:
             self.sync_command, self.url, self.wandb_id = copy.sync_command, copy.url, copy.id
             self.view_command = copy.view_command
             self._say(said)
-            for line in earlier:
-                known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
-                copy.log({**known, "epoch": line["epoch"]}, line["step"])
 
     def _each(self, do: Callable[[Copy], None]) -> None:
         """Do something with each tracker, and drop the one that fails at it."""

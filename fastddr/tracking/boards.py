@@ -14,7 +14,7 @@ from fastddr.tracking.copies import Answers, thumbnail
 
 
 class TensorBoard:
-    """Event files in a folder; on a resume the events after the checkpoint's step are hidden."""
+    """Event files in a folder; on a resume the events from the checkpoint's step on are hidden, to be written again."""
 
     name = "TensorBoard"
     #: All of them: a copy of the figures must never stop a run.
@@ -23,15 +23,16 @@ class TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # A run that was killed before its first checkpoint begins anew beside what it left.
-        purge = 0 if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        #: The first step that the event files lack; a run that was killed before its first checkpoint begins anew.
+        self._next = resume_step if resume_step is not None and any(folder.glob("events.*")) else 0
+        self._writer = SummaryWriter(str(folder), purge_step=self._next, flush_secs=10)
         settings = json.dumps(dict(config), indent=2, default=str)
         self._writer.add_text("config", "".join(f"    {row}\n" for row in settings.splitlines()), resume_step or 0)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+    def log(self, values: Mapping[str, float], step: int, when: float) -> None:
+        if step >= self._next:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step, walltime=when)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         with Image.open(path) as picture:

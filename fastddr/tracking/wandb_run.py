@@ -32,9 +32,11 @@ SUMMARIES = {
     "train/images_per_second": "mean",
     "train/data_wait": "mean",
 }
-#: What is logged at one step, in its turn; pictures and answers come between the last two.
-_TURNS = {"train": 0, "valid": 1, "final": 3}
-_ANSWERS, _OF_A_STEP = 2, 4
+#: Seconds for W&B's program that reads an offline part.
+_READ_TIMEOUT = 120
+#: What is logged at one step, in its turn.
+_TURNS = {"train": 0, "valid": 1, "final": 2}
+_OF_A_STEP = len(_TURNS)
 
 #: Points of a curve at most; a chart holds 10,000 in all.
 POINTS = 500
@@ -65,7 +67,8 @@ class WandbRun:
 
     Each row has a step of W&B's own that follows from ours and from what is logged, and grows. W&B takes nothing back,
     and a process that is killed loses what W&B had not written (15 s of it, offline); so a row is left out where W&B
-    has it, or a later one, and who goes on with a run logs all its earlier rows again.
+    has it, or a later one, and who goes on with a run logs all its earlier rows again. Online, W&B's server says what
+    it has; offline, that is what lies in RUN/wandb.
     """
 
     name = "W&B"
@@ -83,6 +86,8 @@ class WandbRun:
         self._own_data_dir = False
         #: W&B's own step of the first row that it has not got.
         self._next = 0
+        #: What is shown with the final figures, in their row: a report that fails half-way must leave none of it.
+        self._answers: dict[str, Any] = {}
         #: Every value of the figures of `SUMMARIES`, of earlier processes too: W&B sums up what this one logs.
         self._seen: dict[str, list[float]] = {}
 
@@ -99,7 +104,7 @@ class WandbRun:
         self._wandb.setup(settings=self._wandb.Settings(silent=True))
         if not mode:
             mode, why = ("online", "") if self._logged_in() else ("offline", "not logged in")
-        self._next = _next_of_parts(folder, _run_id(folder / "id.txt"))
+        earlier = _parts(folder, _run_id(folder / "id.txt"))
         try:
             self._run = self._init(mode)
         except self.errors as error:
@@ -109,8 +114,9 @@ class WandbRun:
             self._wandb.teardown()
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
-        # Offline it is 0 after a resume.
-        self._next = max(self._next, self._run.starting_step)
+        self._next = _next_of(earlier, folder / "next.txt") if self._run.offline else self._run.starting_step
+        if not self._run.offline:
+            _put_aside(earlier)
         self._run.define_metric("*", step_metric="step")
         for metric, summary in SUMMARIES.items():
             self._run.define_metric(metric, step_metric="step", summary=summary)
@@ -143,26 +149,26 @@ class WandbRun:
             return None
         return f"wandb leet {shlex.quote(short(self._run_dir / 'wandb'))}"
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        kind = next(iter(values)).partition("/")[0]
+    def log(self, values: Mapping[str, float], step: int, when: float) -> None:
+        kind = next((name.partition("/")[0] for name in values if "/" in name), None)
+        if kind is None:
+            return
         for name in SUMMARIES.keys() & values.keys():
             self._seen.setdefault(name, []).append(values[name])
-        self._put(values, step, _TURNS.get(kind, 0))
-
-    def _put(self, row: Mapping[str, Any], step: int, turn: int) -> None:
-        own = _OF_A_STEP * step + turn
+        own = _OF_A_STEP * step + _TURNS[kind]
         if own >= self._next:
-            # Pictures and answers come in several calls and share a row; one of figures is whole, and sent at once.
-            self._run.log({**row, "step": step}, step=own, commit=turn != _ANSWERS)
+            answers = self._answers if kind == "final" else {}
+            self._run.log({**answers, **values, "step": step, "_timestamp": when}, step=own, commit=True)
+            self._next = own + 1
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        self._put({name: self._wandb.Image(str(path))}, step, _ANSWERS)
+        self._answers[name] = self._wandb.Image(str(path))
 
     def log_answers(self, answers: Answers, step: int, photographs: bool) -> None:
         """Confusion matrix, precision-recall and ROC curves of each grade, and a table of the worst mistakes."""
         names, grades = list(answers.names), answers.grades.tolist()
         split = answers.split
-        found: dict[str, Any] = {}
+        found = self._answers
         predicted = answers.probabilities.argmax(1).tolist()
         found[f"{split}/confusion_matrix"] = self._wandb.plot.confusion_matrix(
             y_true=grades, preds=predicted, class_names=names, title=f"Confusion matrix, {split}"
@@ -178,7 +184,6 @@ class WandbRun:
                 row.append(self._wandb.Image(thumbnail(mistake.file)))
             table.add_data(*row)
         found[f"{split}/worst"] = table
-        self._put(found, step, _ANSWERS)
 
     def _curves(self, answers: Answers) -> dict[str, Any]:
         """ROC and precision-recall of each grade against the rest, as charts of W&B's own (its helpers want pandas)."""
@@ -219,11 +224,15 @@ class WandbRun:
     def finish(self, failed: bool) -> None:
         if self._own_data_dir:
             os.environ.pop("WANDB_DATA_DIR", None)
-        for name, values in self._seen.items():
-            how = SUMMARIES[name]
-            value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
-            self._run.summary.update({name: {how: value}})
-        self._run.finish(exit_code=int(failed))
+        try:
+            for name, values in self._seen.items():
+                how = SUMMARIES[name]
+                value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
+                self._run.summary.update({name: {how: value}})
+        finally:
+            self._run.finish(exit_code=int(failed))
+        # Parts that were uploaded may be deleted (`wandb sync --clean`).
+        (self._run_dir / "wandb" / "next.txt").write_text(f"{self._next}\n", encoding="utf-8")
 
     def _logged_in(self) -> bool:
         try:
@@ -253,18 +262,39 @@ class WandbRun:
         )
 
 
-def _next_of_parts(folder: Path, run_id: str) -> int:
-    """One more than W&B's own step of the last row in the offline parts of a run; 0 where there is none."""
-    for part in sorted(folder.glob(f"offline-run-*/run-{run_id}.wandb"), reverse=True):  # by time, the newest first
+def _parts(folder: Path, run_id: str) -> list[Path]:
+    """The files of earlier processes of a run, online and offline ones, the newest first."""
+    found = [path for kind in ("run", "offline-run") for path in folder.glob(f"{kind}-*/run-{run_id}.wandb")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _next_of(parts: Sequence[Path], known: Path) -> int:
+    """One more than W&B's own step of the last row in the parts of a run, the newest of them first, or as a file says.
+
+    Raises:
+        RuntimeError: a part cannot be read.
+    """
+    found = int(known.read_text(encoding="utf-8")) if known.is_file() else 0
+    for part in parts:
         # A program of W&B's with a documented output, for the format of the file is none of ours. It asks no network.
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
         offline = os.environ | {"WANDB_MODE": "offline"}
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=INIT_TIMEOUT, env=offline)
-        for line in reversed(found.stdout.splitlines()):
-            record = json.loads(line)
-            if record["type"] == "history":
-                return int(record["history"]["step"]["num"]) + 1
-    return 0
+        read = subprocess.run(command, capture_output=True, text=True, timeout=_READ_TIMEOUT, env=offline)
+        if read.returncode:
+            why = (read.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise RuntimeError(f"{short(part)} cannot be read, move its folder away ({why})")
+        records = (json.loads(line) for line in reversed(read.stdout.splitlines()))
+        own = next((record["history"]["step"].get("num", 0) for record in records if record["type"] == "history"), None)
+        if own is not None:
+            return max(found, int(own) + 1)
+    return found
+
+
+def _put_aside(parts: Sequence[Path]) -> None:
+    """Offline parts that were not uploaded, under another name: online, the run has got all their rows again."""
+    for part in parts:
+        if part.parent.name.startswith("offline-") and not part.with_name(f"{part.name}.synced").exists():
+            part.parent.rename(part.parent.with_name(f"replaced-{part.parent.name}"))
 
 
 def _run_id(path: Path) -> str:

@@ -171,6 +171,7 @@ def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
         ("lr: fast", "lr: Input should be a valid number"),
         ("optimizer: 3", "'optimizer' is a section"),
         ("lr: 1\nlr: 2", "stands twice"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nlr: [*b, *b]", "write out *a here"),
         ("- 1", "not a list"),
         ("a: [", "not YAML"),
         ("loss: {label_smoothing: 1.5}", "label_smoothing"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,7 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     tracker = start(run, said, wandb=True, resume_step=4)
     tracker.log({"train/loss": 0.25, "train/nan": math.nan}, step=5, epoch=1)
     tracker.log_image("report/curves", picture, 5)
+    tracker.log({"final/test_qwk": 0.5}, step=5, epoch=1)
     tracker.finish()
     assert capfd.readouterr() == ("", "")
     assert len(said) == 2
@@ -274,6 +276,120 @@ def test_no_step_is_doubled_or_missing_in_a_tracker_after_a_kill(tmp_path: Path,
     read = events(run)
     assert [event.step for event in read.Scalars("train/loss")] == steps
     assert [event.step for event in read.Scalars("valid/qwk")] == [4, 8]
+    # A copy that comes later gets all of it, with the times at which it was logged.
+    (run / "wandb").rename(tmp_path / "wandb")
+    (run / "tensorboard").rename(tmp_path / "tensorboard")
+    start(run, wandb=True, tensorboard=True, resume_step=10).finish()
+    times = [line["time"] for line in lines(run)]
+    again = [row for path in offline_files(run) for row in history(path)]
+    assert [row["_timestamp"] for row in again] == times
+    assert [event.wall_time for event in events(run).Scalars("train/loss")] == [
+        line["time"] for line in lines(run) if "train/loss" in line
+    ]
+
+
+def test_no_validation_is_doubled_that_comes_again(tmp_path: Path) -> None:
+    """The checkpoint was taken when the epoch had ended, before its validation was saved."""
+    run = tmp_path / "run"
+    for attempt in range(2):
+        run.mkdir(exist_ok=True)
+        options = TrackingConfig(project="fastddr-tests", wandb=True, tensorboard=True, log_code=False)
+        resume = {"resume_step": None} if not attempt else {"resume_step": 2, "validated": False}
+        tracker = Tracker.start(MAIN, run, {}, options=options, say=lambda line: None, **resume)
+        if not attempt:
+            tracker.log({"train/loss": 1.0}, step=2, epoch=1)
+        tracker.log({"valid/qwk": 0.5}, step=2, epoch=1)
+        tracker.log({"final/test_qwk": 0.5}, step=2, epoch=1)
+        tracker.finish()
+    rows = [row for path in offline_files(run) for row in history(path)]
+    assert [sum(name in row for row in rows) for name in ("train/loss", "valid/qwk", "final/test_qwk")] == [1, 1, 1]
+    read = events(run)
+    assert [len(read.Scalars(name)) for name in ("train/loss", "valid/qwk", "final/test_qwk")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_report_that_fails_half_way_leaves_none_of_its_pictures(tmp_path: Path, failed: bool) -> None:
+    run, picture = tmp_path / "run", tmp_path / "curves.png"
+    Image.new("RGB", (8, 6), "red").save(picture)
+    for attempt in range(2):
+        tracker = start(run, wandb=True, resume_step=None if not attempt else 5)
+        if not attempt:
+            tracker.log({"train/loss": 0.5}, step=5, epoch=1)
+        tracker.log_image("report/curves", picture, 5)
+        if attempt:
+            tracker.log({"final/test_qwk": 0.5}, step=5, epoch=1)
+        tracker.finish(failed=failed and not attempt)
+    first, second = ([set(row) for row in history(path)] for path in offline_files(run))
+    assert not any("report/curves._type" in names for names in first)
+    (row,) = second
+    assert {"report/curves._type", "final/test_qwk"} <= row
+
+
+def test_parts_that_were_uploaded_and_deleted_are_not_sent_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tracker = start(run, wandb=True)
+    tracker.log({"train/loss": 0.5}, step=1, epoch=1)
+    tracker.finish()
+    (file,) = offline_files(run)
+    shutil.rmtree(file.parent)
+    tracker = start(run, wandb=True, resume_step=1)
+    tracker.log({"train/loss": 0.25}, step=2, epoch=2)
+    tracker.finish()
+    assert [row["step"] for path in offline_files(run) for row in history(path)] == [2]
+
+
+def test_a_part_that_cannot_be_read_is_said_and_ends_wandb(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    tracker = start(run, wandb=True)
+    tracker.log({"train/loss": 0.5}, step=1, epoch=1)
+    tracker.finish()
+    (file,) = offline_files(run)
+    file.write_bytes(b"rubbish" + file.read_bytes())
+    tracker = start(run, said, wandb=True, resume_step=1)
+    tracker.log({"train/loss": 0.25}, step=2, epoch=2)
+    tracker.finish()
+    (line,) = said
+    assert line.startswith("W&B is off from here on, metrics.jsonl goes on: ")
+    assert f"{file.name} cannot be read, move its folder away (" in line
+    assert [line["step"] for line in lines(run)] == [1, 2]
+
+
+def test_a_replay_that_fails_ends_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said = tmp_path / "run", list[str]()
+    tracker = start(run, tensorboard=True)
+    tracker.log({"train/loss": 0.5}, step=1, epoch=1)
+    tracker.finish()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr("fastddr.tracking.boards.TensorBoard.log", fail)
+    tracker = start(run, said, tensorboard=True, resume_step=1)
+    tracker.log({"train/loss": 0.25}, step=2, epoch=2)
+    tracker.finish()
+    assert said == ["TensorBoard is off from here on, metrics.jsonl goes on: no room"]
+
+
+def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that were never uploaded get another name; the run has all their rows again."""
+    run = tmp_path / "run"
+    tracker = start(run, wandb=True)
+    for step in (1, 2):
+        tracker.log({"train/loss": 0.5}, step=step, epoch=step)
+    tracker.finish()
+    (file,) = offline_files(run)
+    sent: list[tuple[int, int]] = []
+    server = SimpleNamespace(
+        offline=False, url="https://wandb.example/run", id="id", starting_step=6, define_metric=lambda *_, **__: None,
+        log=lambda row, step, commit: sent.append((row["step"], step)), summary={}, finish=lambda exit_code: None,
+    )  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb_run.WandbRun, "_init", lambda self, mode: server)
+    tracker = start(run, wandb=True, resume_step=2)
+    tracker.log({"train/loss": 0.5}, step=3, epoch=3)
+    tracker.finish()
+    assert sent == [(2, 6), (3, 9)], "the server had the row of step 1"
+    assert [path.name for path in run.glob("wandb/*offline-run-*")] == [f"replaced-{file.parent.name}"]
 
 
 def history(path: Path) -> list[dict[str, Any]]:
@@ -329,6 +445,7 @@ def test_wandb_has_curves_tables_and_artifacts(tmp_path: Path, photographs: bool
     tracker.log({"valid/qwk": 0.5, "valid/loss": 1.5, "train/loss": 2.0}, step=5, epoch=1)
     tracker.log({"valid/qwk": 0.25, "valid/loss": 1.25, "train/loss": 1.0}, step=10, epoch=2)
     tracker.log_answers(the_answers(tmp_path), 10)
+    tracker.log({"final/test_qwk": 0.5}, step=10, epoch=2)
     tracker.log_manifest(run / "manifest.csv")
     tracker.log_checkpoints(run / "checkpoints")
     tracker.finish()
@@ -337,7 +454,7 @@ def test_wandb_has_curves_tables_and_artifacts(tmp_path: Path, photographs: bool
     found = inspect(file)["summary"]
     assert found["valid/qwk"] == {"max": 0.5}
     assert found["valid/loss"] == {"min": 1.25}
-    assert found["train/loss"] == lines(run)[-1]["train/loss"] == 1.0
+    assert found["train/loss"] == lines(run)[-2]["train/loss"] == 1.0
     for name in ("confusion_matrix_table", "pr_table", "roc_table", "worst"):
         assert found[f"test/{name}"]["_type"].startswith("table"), name
     (table,) = run.glob("wandb/offline-run-*/files/media/table/test/worst*.json")

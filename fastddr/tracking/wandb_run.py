@@ -231,7 +231,7 @@ class WandbRun:
                 self._run.summary.update({name: {how: value}})
         finally:
             self._run.finish(exit_code=int(failed))
-        # Parts that were uploaded may be deleted (`wandb sync --clean`).
+        # Parts that were uploaded may be deleted (`wandb clean`).
         (self._run_dir / "wandb" / "next.txt").write_text(f"{self._next}\n", encoding="utf-8")
 
     def _logged_in(self) -> bool:

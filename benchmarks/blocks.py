@@ -216,6 +216,20 @@ def step(results: Sequence[Result], link: Link) -> list[str]:
     return machines.listed(results, link, "step", "The training step alone")
 
 
+def deterministic(results: Sequence[Result], link: Link) -> list[str]:
+    """What deterministic algorithms cost on GPUs, whose step was measured with and without them."""
+    texts = []
+    for result in machines.of(results, "step"):
+        layouts = {row["name"]: f"{row['model']} in {row['layout']}" for row in result.measured
+                   if row.get("mode") == "deterministic"}  # fmt: skip
+        shares = [f"{figure(row)} with {layouts[row['of']]}" for row in result.measured
+                  if row.get("to") == "eager" and row["of"] in layouts]  # fmt: skip
+        if result.gpu and shares:
+            texts.append(f"O{on(result)[1:]} a step with `--deterministic` trains so many times as fast as without: "
+                         f"{words(shares)}; {source(result, link)}")  # fmt: skip
+    return texts or ["What `--deterministic` costs on a GPU is not measured yet: `python benchmarks/step.py`."]
+
+
 def operations(results: Sequence[Result], link: Link) -> list[str]:
     """All rows of single operations."""
     return machines.listed(results, link, "operations", "Single operations of a ConvMixer")
@@ -260,6 +274,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "train-all": train_all,
     "train-kappa": train_kappa,
     "step": step,
+    "deterministic": deterministic,
     "operations": operations,
     "ceilings": ceilings,
     "decode": decode,

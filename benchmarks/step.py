@@ -6,12 +6,13 @@
     python benchmarks/step.py --tiny                                     # a rehearsal, under a minute on a CPU
 
 `networks` says how models are named. On a CPU the default is the quickstart's ConvMixer, and timm's with the same
-settings, at its batch and image size in float32: some minutes, most of them compiling. Every model is run eagerly and
-compiled, with its maps in NCHW and in NHWC, and compiled with and without Inductor's layout optimization ("layout kept"
-is without). Models of the same settings, ours and timm's, are warmed up and then take turns of a fixed number of steps,
-and the first model of the list, eager in NCHW, takes part each time: ratios are taken round by round against it (`×
-reference`), of compiled to eager, and of ours to timm's. `variants` says how; the step is `fastddr.step.training_step`,
-and precision, TF32 and cuDNN are set up by `fastddr.runtime`.
+settings, at its batch and image size in float32: some minutes, most of them compiling. Every model is run eagerly, on
+a GPU also with `--deterministic`'s algorithms, and compiled, with its maps in NCHW and in NHWC, and compiled with and
+without Inductor's layout optimization ("layout kept" is without). Models of the same settings, ours and timm's, are
+warmed up and then take turns of a fixed number of steps, and the first model of the list, eager in NCHW, takes part
+each time: ratios are taken round by round against it (`× reference`), of compiled and of deterministic to eager, and of
+ours to timm's. `variants` says how; the step is `fastddr.step.training_step`, and precision, TF32 and cuDNN are set up
+by `fastddr.runtime`.
 
 How to read it: the median is images a second. FLOP are counted by `flops`. `of matmul` and `of
 copy` are shares of the ceilings that were measured just before, the latter only for ConvMixers, whose bytes a formula
@@ -44,7 +45,7 @@ import torch
 import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
-from variants import Job, Variant
+from variants import MODES, Job, Variant
 
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
@@ -68,8 +69,9 @@ class Options:
     models: tuple[str, ...] = ()
     """Networks, as `benchmarks/networks.py` names them; the first is the reference. By default ten on a GPU, and the
     quickstart's and timm's twin of it on a CPU."""
-    modes: tuple[Literal["eager", "compile", "max-autotune", "max-autotune-no-cudagraphs"], ...] = ()
-    """Eagerly or by `torch.compile`; by default eager, compile and, on a GPU, max-autotune."""
+    modes: tuple[Literal["eager", "deterministic", "compile", "max-autotune", "max-autotune-no-cudagraphs"], ...] = ()
+    """Eagerly, eagerly with `--deterministic`'s algorithms, or by `torch.compile`; by default eager, compile and, on a
+    GPU, deterministic and max-autotune."""
     layouts: tuple[Literal["NCHW", "NHWC"], ...] = ()
     """Order of the maps in memory; NHWC is PyTorch's channels_last. By default both."""
     layout_optimization: tuple[Literal["on", "off"], ...] = ("on", "off")
@@ -101,7 +103,7 @@ class Options:
         """With the defaults that depend on the device, where nothing was asked for."""
         found: dict[str, Any] = {
             "models": MODELS if gpu else CPU_MODELS,
-            "modes": ("eager", "compile", "max-autotune") if gpu else ("eager", "compile"),
+            "modes": ("eager", "deterministic", "compile", "max-autotune") if gpu else ("eager", "compile"),
             "layouts": ("NCHW", "NHWC"),
             "precisions": ("bf16",) if gpu else ("fp32",),
             "batch_sizes": (64,) if gpu else (32,),
@@ -111,7 +113,7 @@ class Options:
         if self.tiny:
             # Compiling takes most of the time, so one model in one layout.
             small = {"models": TINY_MODELS, "layouts": ("NCHW",), "batch_sizes": (4,), "image_sizes": (32,)}
-            found |= {"modes": ("eager", "compile"), **small}
+            found |= {"modes": ("eager", "deterministic", "compile"), **small}
         return replace(self, **{key: getattr(self, key) or value for key, value in found.items()})
 
 
@@ -124,7 +126,7 @@ def heats(options: Options) -> list[list[Variant]]:
     models = list(dict.fromkeys(options.models))
     for mode, model, layout in product(options.modes, models, options.layouts):
         heat = together.setdefault(model if networks.mixer(model) is None else model.removeprefix("timm:"), [])
-        if mode == "eager":
+        if MODES[mode] is None:
             heat.append(Variant(model, mode, layout))
         else:
             heat += [Variant(model, mode, layout, choice == "on") for choice in options.layout_optimization]
@@ -233,7 +235,7 @@ def costs(
         found["share_of_matmul"] = figure(flop * rate / peak)
     if record["mixer"] is not None:
         mixer = flops.Mixer(**record["mixer"])
-        compiled = variant.mode != "eager"
+        compiled = MODES[variant.mode] is not None
         moved = mixer.moved(job.image_size, DTYPES[job.precision].itemsize, compiled=compiled)
         found |= {"bytes_an_image": moved, "share_of_copy": figure(moved * rate / ceilings.bandwidth)}
         if peak is not None:
@@ -246,8 +248,8 @@ def costs(
 
 
 def compared(rates: Mapping[Variant, Sequence[float]], reference: Variant) -> Iterator[dict[str, Any]]:
-    """Ratios of a heat: compiled to eager in the same layout, ours to timm's, and each to the reference if that is yet
-    another one."""
+    """Ratios of a heat: compiled and deterministic to eager in the same layout, ours to timm's, and each to the
+    reference if that is yet another one."""
     for variant, mine in rates.items():
         others = {
             Variant(variant.model, "eager", variant.layout): "eager",

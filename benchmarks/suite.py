@@ -67,7 +67,7 @@ PARTS = (
     Part(
         "step", 2.5,
         # All that `step.py` could do takes hours to compile.
-        gpu=("--modes", "eager", "compile", "--rounds", "5", "--models", "convmixer-512-12-k9-p8",
+        gpu=("--modes", "eager", "deterministic", "compile", "--rounds", "5", "--models", "convmixer-512-12-k9-p8",
              "timm:convmixer-512-12-k9-p8", "torchvision:resnet50", "convmixer-768-32-k7-p8",
              "timm:convmixer-768-32-k7-p8"),
         tiny=("--tiny", "--rounds", "5"),

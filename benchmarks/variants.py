@@ -13,11 +13,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,12 @@ from fastddr.loaders.base import Batch
 from fastddr.runtime import Runtime
 from fastddr.step import Tally, training_step
 
+#: Eagerly, as `fastddr train --deterministic` computes.
+DETERMINISTIC = "deterministic"
 #: How a network is run, and `torch.compile`'s name of that.
 MODES = {
     "eager": None,
+    DETERMINISTIC: None,
     "compile": "default",
     "max-autotune": "max-autotune",
     "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
@@ -122,6 +126,21 @@ def compiled(network: nn.Module, variant: Variant) -> nn.Module:
 
     options = {**list_mode_options(mode), "layout_optimization": bool(variant.layout_optimization)}
     return torch.compile(network, options=options)
+
+
+@contextmanager
+def numerics(variant: Variant, device: torch.device) -> Iterator[None]:
+    """How PyTorch computes for a variant: as training does, by default or with `--deterministic`."""
+    if variant.mode != DETERMINISTIC:
+        yield
+        return
+    cpu = device.type == "cpu"
+    runtime.numerics(True, cpu)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        runtime.numerics(False, cpu)
 
 
 def _graphs() -> int:
@@ -221,7 +240,8 @@ class Heat:
                 continue
             began, why = time.perf_counter(), None
             try:
-                self.running[variant.name] = Running(variant, self.job, self.run)
+                with numerics(variant, self.run.device):
+                    self.running[variant.name] = Running(variant, self.job, self.run)
             except (UserError, *FAILURES) as problem:
                 why = reason(problem)
                 if isinstance(problem, torch.OutOfMemoryError) and self.running:
@@ -238,7 +258,8 @@ class Heat:
         if running is None:
             return float("nan")
         try:
-            return running()
+            with numerics(variant, self.run.device):
+                return running()
         except FAILURES as problem:
             self._leave_out(variant, reason(problem))
             return float("nan")
@@ -280,6 +301,9 @@ def main(file: Path) -> None:
         fastddr.load_preset("quickstart"),
         precision=job.precision, batch_size=job.batch_size, image_size=job.image_size, threads=job.threads,
     )  # fmt: skip
+    if any(variant.mode == DETERMINISTIC for heat in job.heats for variant in heat):
+        # cuBLAS reads it once, when it first needs its workspace. On Hopper it is what PyTorch takes by itself.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run = runtime.start(config)
     import torch._dynamo.config
 

@@ -21,12 +21,13 @@ from fastddr.data import synthetic
 ROOT = Path(__file__).parents[1]
 #: In the environment of every process of a training: which run it is of.
 _MARK = "FASTDDR_FAULTS"
-#: A small model with all the state that training can have: moments, averages, warm-up, clipping, accumulation.
+#: A small model with all the state that training can have: moments, averages, warm-up, clipping, accumulation. On a GPU
+#: only deterministic algorithms bring two runs to the same weights.
 MODEL = [
     "--image-size", "96", "--canvas", "112", "--batch-size", "16", "--micro-batch-size", "4",
     "--convmixer.dim", "32", "--convmixer.depth", "2", "--convmixer.kernel-size", "5", "--convmixer.patch-size", "8",
     "--optimizer.ema-decay", "0.99", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.2",
-    "--tracking.no-wandb", "--tracking.no-tensorboard", "--threads", "1", "--loading.threads", "1",
+    "--tracking.no-wandb", "--tracking.no-tensorboard", "--threads", "1", "--loading.threads", "1", "--deterministic",
 ]  # fmt: skip
 
 

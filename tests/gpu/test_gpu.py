@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from reference import REAL
-from tests_support import task
+from tests_support import SMALL, task, weights
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
 from fastddr.data import manifest
+from fastddr.errors import EXIT_STOPPED
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)
@@ -236,3 +237,25 @@ def test_a_run_on_the_card(precision: str, tiny: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("memory/peak_allocated_gib", 0) > 0 for line in logged)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
+@pytest.mark.parametrize("model", ["convmixer", "cnn", "resnet"])
+def test_deterministic_runs_end_with_the_same_weights(model: str, precision: str, tiny: Path, tmp_path: Path) -> None:
+    """Bit for bit, also after a stop."""
+
+    def train(run: str, *more: str) -> int:
+        command = [
+            sys.executable, "-m", "fastddr", "train", "--data", str(tiny), "--run-dir", run, *SMALL,
+            "--model", model, "--precision", precision, "--deterministic", *more,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode in (0, EXIT_STOPPED), done.stderr[-2000:]
+        return done.returncode
+
+    assert train("whole") == 0
+    assert train("stopped", "--max-hours", "1e-9") == EXIT_STOPPED
+    assert train("stopped") == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []

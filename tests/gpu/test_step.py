@@ -45,11 +45,11 @@ def test_operations_of_the_card(tmp_path: Path) -> None:
 def test_steps_in_all_modes(tmp_path: Path, precision: str) -> None:
     rows = rows_of(
         "step.py", tmp_path / "r.json", "--precisions", precision, "--models", "convmixer-16-1-k3-p8", "resnet",
-        "--modes", "eager", "compile", "max-autotune", "--layouts", "NCHW", "NHWC",
+        "--modes", "eager", "deterministic", "compile", "max-autotune", "--layouts", "NCHW", "NHWC",
     )  # fmt: skip
     assert [row for row in rows if row["kind"] == "failed"] == []
     steps = [row for row in rows if row["kind"] == "step"]
-    assert len(steps) == 2 * (2 + 4 + 4)
+    assert len(steps) == 2 * (2 + 2 + 4 + 4)
     for row in steps:
         assert row["median"] > 0
         assert row["peak_gib"] >= 0

@@ -323,6 +323,27 @@ def test_the_times_to_a_kappa_of_several_models_are_told_apart(
     assert "No loop could run" in only
 
 
+def test_what_deterministic_algorithms_cost_is_told_of_gpus(load: Callable[[str], Any], tmp_path: Path) -> None:
+    step, variants, ceilings = load("step"), load("variants"), load("ceilings")
+    plain, same = (variants.Variant("cnn", mode, "NHWC") for mode in ("eager", "deterministic"))
+    job = variants.Job("bf16", 4, 32, [[plain, same]], plain, "adam", 5, 1, 1, None, "")
+    about = {"parameters": 1, "flop": 1, "mixer": None}
+    records = [
+        {"heat": 0, "variant": vars(variant), "rates": [rate] * 5, **about}
+        for variant, rate in ((plain, 10.0), (same, 8.0))
+    ]
+    rows = step.rows_of(job, records, ceilings.Ceilings([1e9], {}, "cpu"))
+    path = tmp_path / "step_h200_2026-12-01.json"
+    block = load("blocks").BLOCKS["deterministic"]
+    share = "as fast as without: 0.80 (0.80-0.80) with cnn in NHWC"
+    for gpu, said in ((None, "is not measured yet"), ("NVIDIA H200", share)):
+        record = training() | {"rows": rows}
+        record["machine"] = record["machine"] | {"gpu": gpu}
+        path.write_text(json.dumps(record))
+        (text,) = block([load("stored").read(path)], str)
+        assert said in text
+
+
 # -------------------------------------------------------------------------------------------------------------- claims
 
 _NUMBER = (

@@ -150,7 +150,7 @@ def test_variants_and_their_heats(benchmark: Any) -> None:
         "timm:convmixer-16-1-k3-p8, eager, NCHW",
     ]  # fmt: skip
     assert heats[1][-1].name == "timm:convmixer-16-1-k3-p8, compile, NHWC, layout kept"
-    assert step.Options().filled(gpu=True).modes == ("eager", "compile", "max-autotune")
+    assert step.Options().filled(gpu=True).modes == ("eager", "deterministic", "compile", "max-autotune")
     for model in (*step.MODELS, *step.CPU_MODELS, *step.TINY_MODELS):
         benchmark("networks").check(model)
 
@@ -161,7 +161,7 @@ def test_variants_are_not_one_to_the_compiler(benchmark: Any, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", lambda network, options: asked.append(options) or network)
     network = nn.Flatten()
     for mode in variants.MODES:
-        for choice in (True, False) if mode != "eager" else (None,):
+        for choice in (True, False) if variants.MODES[mode] is not None else (None,):
             assert variants.compiled(network, variants.Variant("cnn", mode, "NCHW", choice)) is network
     assert [options.pop("layout_optimization") for options in asked] == [True, False] * 3
     cudagraphs, autotuned = (
@@ -185,6 +185,19 @@ def test_a_compiled_variant_must_have_been_compiled(benchmark: Any, monkeypatch:
     monkeypatch.setattr(torch, "compile", lambda network, options: network)
     with pytest.raises(RuntimeError, match="nothing was compiled"):
         variants.Running(compiled, job, run)
+
+
+def test_a_deterministic_variant_computes_as_training_does_and_the_others_do_not(benchmark: Any) -> None:
+    variants = benchmark("variants")
+    modes = ("eager", variants.DETERMINISTIC)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        for mode in (*modes, *modes):
+            with variants.numerics(variants.Variant("cnn", mode, "NCHW"), CPU):
+                assert torch.are_deterministic_algorithms_enabled() == (mode == variants.DETERMINISTIC)
+            assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def test_a_variant_that_fails_is_said_and_the_others_go_on(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,7 @@ def test_real_tensors_take_the_same_blocks_in_the_same_order(name: str) -> None:
     assert fake.sizes == real.sizes
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says it once a process
 @pytest.mark.parametrize("name", SMALL)
 def test_the_cpu_allocator_has_given_out_as_much(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An independent witness: what PyTorch's allocator was asked for in the same step, the scratch of kernels included,

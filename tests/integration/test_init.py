@@ -92,7 +92,10 @@ sys.exit(train.main())
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        ("ValueError('no such instruction')", r"fastddr: torch.compile cannot compile convmixer here: .*no such instruction; leave"),
+        (
+            "ValueError('no such instruction')",
+            "torch.compile cannot compile convmixer here: .*no such instruction; leave",
+        ),
         ("torch.OutOfMemoryError('full')", "fastddr: the memory of cpu is too small"),
     ],
 )

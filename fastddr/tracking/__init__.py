@@ -114,8 +114,9 @@ class Tracker:
         self._copy({name: value for name, value in numbers.items() if value is not None}, head)
 
     def _copy(self, known: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-        values = {**known, "epoch": head["epoch"]}
-        self._each(lambda copy: copy.log(values, head["step"], head["time"]))
+        # A line that somebody else wrote may have its step alone.
+        values = {**known, "epoch": head["epoch"]} if "epoch" in head else known
+        self._each(lambda copy: copy.log(values, int(head["step"]), head.get("time", time.time())))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Show a picture file under a name in the trackers; the run folder has it already."""

@@ -354,6 +354,18 @@ def test_a_part_that_cannot_be_read_is_said_and_ends_wandb(tmp_path: Path) -> No
     assert [line["step"] for line in lines(run)] == [1, 2]
 
 
+def test_a_line_that_has_no_more_than_a_step_is_no_obstacle(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "train/loss": 0.5}\n')
+    tracker = start(run, said, wandb=True, tensorboard=True, resume_step=2)
+    tracker.finish()
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline")
+    assert [row["step"] for path in offline_files(run) for row in history(path)] == [2]
+    assert [event.step for event in events(run).Scalars("train/loss")] == [2]
+
+
 def test_a_replay_that_fails_ends_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, said = tmp_path / "run", list[str]()
     tracker = start(run, tensorboard=True)

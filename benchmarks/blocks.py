@@ -222,8 +222,9 @@ def deterministic(results: Sequence[Result], link: Link) -> list[str]:
     for result in machines.of(results, "step"):
         layouts = {row["name"]: f"{row['model']} in {row['layout']}" for row in result.measured
                    if row.get("mode") == "deterministic"}  # fmt: skip
-        shares = [f"{figure(row)} with {layouts[row['of']]}" for row in result.measured
-                  if row.get("to") == "eager" and row["of"] in layouts]  # fmt: skip
+        ratios = [row for row in result.measured if row.get("to") == "eager" and row["of"] in layouts]
+        shares = [f"{figure(row)} with {layouts[row['of']]} ({said(row, ('precision', 'image_size', 'batch_size'))})"
+                  for row in ratios]  # fmt: skip
         if result.gpu and shares:
             texts.append(f"O{on(result)[1:]} a step with `--deterministic` trains so many times as fast as without: "
                          f"{words(shares)}; {source(result, link)}")  # fmt: skip

@@ -8,7 +8,8 @@ Every part trains for real, in processes of its own, and a row is what came of i
 
     kills      kill -9 at random moments after the first checkpoint, every other one while a checkpoint is written;
                the next start must resume, and end with the weights, moments and averages of an undisturbed run, and
-               with its steps in metrics.jsonl, W&B (offline) and TensorBoard
+               with its steps in metrics.jsonl, W&B (offline) and TensorBoard. W&B writes every 15 s, so it is what W&B
+               lost that these short runs show; what it has twice is shown by a test
     stops      SIGTERM: seconds until the checkpoint stands
     saves      how long training stands still for a checkpoint, and how long writing it takes
     disk       a disk that is full from the n-th call of a save on, for every n: is the checkpoint before whole?

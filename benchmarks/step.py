@@ -12,7 +12,8 @@ without Inductor's layout optimization ("layout kept" is without). Models of the
 warmed up and then take turns of a fixed number of steps, and the first model of the list, eager in NCHW, takes part
 each time: ratios are taken round by round against it (`× reference`), of compiled and of deterministic to eager, and of
 ours to timm's. `variants` says how; the step is `fastddr.step.training_step`, and precision, TF32 and cuDNN are set up
-by `fastddr.runtime`.
+by `fastddr.runtime`. Where "deterministic" is among the modes, cuBLAS has the workspace that it needs for that in all
+of them, which on Hopper is PyTorch's own.
 
 How to read it: the median is images a second. FLOP are counted by `flops`. `of matmul` and `of
 copy` are shares of the ceilings that were measured just before, the latter only for ConvMixers, whose bytes a formula

@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 _REASON, _WAITED = "fastddr/ended/", "fastddr/waited/"
 #: Seconds for which a rank waits for that, and for the others to answer a call.
 _PATIENCE = 3.0
-#: A group over the CPU for calls alone, once `expect` was called.
+#: A group over the CPU for calls, and for waits that may be long, once `expect` was called.
 _roll_call: Any = None
 #: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
@@ -118,24 +118,24 @@ def expect(minutes: float) -> timedelta:
     timeout = timedelta(minutes=minutes)
     if world() == 1:
         return timeout
-    _roll_call = dist.new_group(backend="gloo")
+    _roll_call = dist.new_group(backend="gloo", timeout=PATIENT)
+    # PyTorch 2.11 has it under its former name.
+    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     # NCCL ends a process whose wait was too long, so the wait over the CPU in each step must be the shorter one.
-    _wait_for(timeout + (timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)))
+    spare = timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)
+    set_timeout(timeout + spare)
     return timeout
 
 
-def be_patient() -> None:
-    """From now on ranks wait for each other as long as before `expect`."""
-    if world() > 1:
-        _wait_for(PATIENT)
+def wait() -> None:
+    """Wait for the other ranks, one of which may be long at work of its own: it writes a report, or trackers upload.
 
-
-def _wait_for(timeout: timedelta) -> None:
+    Over the CPU, where a rank that ends is noticed at once. After `expect`, and called by all ranks.
+    """
     import torch.distributed as dist
 
-    # PyTorch 2.11 has it under its former name.
-    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    set_timeout(timeout)
+    if world() > 1:
+        dist.barrier(_roll_call)
 
 
 def tell(reason: str) -> None:

@@ -139,10 +139,11 @@ def _update(accelerator: Accelerator, optimizer: Optimizer, bad: Tensor) -> None
         optimizer.step()  # the accelerator leaves it out
     elif scaler is not None:
         one = torch.ones((), device=bad.device)
-        before = scaler.scale(one)
+        before = scaler.scale(one), scaler._growth_tracker.clone()  # which has no public way that would not wait
         optimizer.step()  # the scaler leaves out what is not finite, and halves its scale
         # A loss that is not finite says nothing of the scale; one bad photograph an epoch would bring it to zero.
-        scaler.update(torch.where(bad, before, scaler.scale(one)))
+        scaler.update(torch.where(bad, before[0], scaler.scale(one)))
+        scaler._growth_tracker.copy_(torch.where(bad, before[1], scaler._growth_tracker))
     elif all(group.get("fused") for group in inner.param_groups):
         # What the scaler does: the fused kernels read the flag on the device.
         inner.found_inf = bad.float()

@@ -137,21 +137,18 @@ class Trainer:
             self.progress = going_on
         self.watch = Watch(self.runtime.device, self.progress.overflowed)
         self._began = True
-        self.tracker = Tracker.start(
-            self.accelerator,
-            self.run.path,
-            asdict(self.config) | {"fingerprint": fingerprint, "code": code_state(), "versions": versions()},
-            options=config.tracking,
+        about = asdict(self.config) | {"fingerprint": fingerprint, "code": code_state(), "versions": versions()}
+        # The others wait for it, as long as it takes: W&B may take its time.
+        self.tracker = runtime.on_main(lambda: Tracker.start(
+            self.accelerator, self.run.path, about, options=config.tracking,
             resume_step=None if going_on is None else going_on.step,
             validated=self.progress.step == self.progress.epoch * self.steps_per_epoch,
             say=lambda line: self.console.print(f"  {line}"),
-        )
+        )) or Tracker.silent()  # fmt: skip
         self.saver = Saver(
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
             wandb_id=self.tracker.wandb_id, before=self.tracker.sync,
         )  # fmt: skip
-        # Only now: W&B may take its time.
-        self.accelerator.wait_for_everyone()
         timeout = ranks.expect(config.rank_timeout_minutes)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
@@ -219,9 +216,8 @@ class Trainer:
         self.stopping.followed()
         assert self.tracker is not None
         # Before any rank ends: the launcher ends the others then, and trackers may take their time.
-        ranks.be_patient()
         self.tracker.finish()
-        self.accelerator.wait_for_everyone()
+        ranks.wait()
         self.console.print(
             f"stopped at step {self.progress.step} ({reason}), and saved; the same command with --run-dir "
             f"{self.run.path} goes on",
@@ -388,7 +384,6 @@ class Trainer:
                 results[split] = self._score(loader, weights)
                 loader.close()
         assert self.tracker is not None
-        ranks.be_patient()
         if self.runtime.is_main:
             self.console.print("writing the report …")
             write_final(
@@ -401,7 +396,7 @@ class Trainer:
         if self.runtime.is_main:
             told, boards = (self.tracker.view_command, self.tracker.sync_command), self.config.tracking.tensorboard
             reporting.summary(self.run.path, wandb_commands=told, tensorboard=boards, console=self.console)
-        self.accelerator.wait_for_everyone()
+        ranks.wait()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

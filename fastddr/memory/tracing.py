@@ -84,7 +84,9 @@ class StandIn(Accelerator):
         # Not Accelerator's: it would choose device and precision for the whole process.
         self._every, self._micro = accumulation, 0
         # In float16 the scaler looks after bad gradients; what it keeps is a few numbers.
-        self.scaler = SimpleNamespace(scale=lambda loss: loss, update=lambda scale: None) if scaler else None
+        tracker = torch.zeros((), dtype=torch.int32)
+        stand_in = SimpleNamespace(scale=lambda loss: loss, update=lambda scale: None, _growth_tracker=tracker)
+        self.scaler = stand_in if scaler else None
 
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:

@@ -61,6 +61,11 @@ class Tracker:
         self.wandb_id: str | None = None
 
     @classmethod
+    def silent(cls) -> Tracker:
+        """One that does nothing, for all ranks but the main one."""
+        return cls(None, [], lambda line: None)
+
+    @classmethod
     def start(
         cls,
         accelerator: Ranks,
@@ -80,7 +85,7 @@ class Tracker:
         line a tracker. Raises OSError when the run folder cannot be written, and UserError where a line is not ours.
         """
         if not accelerator.is_main_process:
-            return cls(None, [], say)
+            return cls.silent()
         run_dir = Path(run_dir).absolute()
         path = run_dir / METRICS
         truncate_to(path, -1 if resume_step is None else resume_step, validated)
@@ -94,7 +99,7 @@ class Tracker:
                 from fastddr.tracking.boards import TensorBoard
 
                 tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
-        # Each takes what it lacks: a killed process may have lost some of it, or there was another tracker then.
+        # Each takes what it lacks: a killed process may have lost some of it, or there was no such tracker yet.
         for line in read(path):
             known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
             tracker._copy(known, line)
@@ -155,11 +160,13 @@ class Tracker:
     def sync(self) -> None:
         """Bring what was logged to the disk itself: a checkpoint must not be later than the figures before it.
 
-        May be called in another thread than all else.
+        May be called in another thread than all else; a tracker that cannot do it will say so when it next logs.
         """
         if self._lines is not None:
             os.fsync(self._lines.fileno())
-        self._each(lambda copy: copy.sync())
+        for copy in list(self._copies):
+            with contextlib.suppress(*copy.errors):
+                copy.sync()
 
     def _start_wandb(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         try:
@@ -171,9 +178,9 @@ class Tracker:
             said = copy.start()
             if said is None:
                 return
-            self._copies.append(copy)
             self.sync_command, self.url, self.wandb_id = copy.sync_command, copy.url, copy.id
             self.view_command = copy.view_command
+            self._copies.append(copy)
             self._say(said)
 
     def _each(self, do: Callable[[Copy], None]) -> None:
@@ -196,7 +203,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a `metrics.jsonl`; none where there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def truncate_to(path: Path, step: int, validated: bool = True) -> int:
@@ -214,7 +222,7 @@ def truncate_to(path: Path, step: int, validated: bool = True) -> int:
         try:
             record = json.loads(line)
             at = int(record["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not a line of figures; mend or remove it.") from error

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -93,6 +94,16 @@ class WandbRun:
 
     def start(self) -> str | None:
         """Begin the run; the line to say, or None where WANDB_MODE switches W&B off."""
+        try:
+            return self._start()
+        except self.errors:
+            self._give_back()
+            if self._run is not None:
+                with suppress(*self.errors):
+                    self._run.finish(exit_code=1)
+            raise
+
+    def _start(self) -> str | None:
         mode, why = os.environ.get("WANDB_MODE", "").lower(), "WANDB_MODE"
         if mode == "disabled":
             return None
@@ -114,9 +125,13 @@ class WandbRun:
             self._wandb.teardown()
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
-        self._next = _next_of(earlier, folder / "next.txt") if self._run.offline else self._run.starting_step
-        if not self._run.offline:
-            _put_aside(earlier)
+        if self._run.offline:
+            self._next = max(_next_of(earlier), self._known())
+        else:
+            self._next = self._run.starting_step
+            # Those that were not uploaded: the run gets all their rows again.
+            _put_aside([part for part in earlier if not part.with_name(f"{part.name}.synced").exists()])
+        self._keep()
         self._run.define_metric("*", step_metric="step")
         for metric, summary in SUMMARIES.items():
             self._run.define_metric(metric, step_metric="step", summary=summary)
@@ -151,7 +166,7 @@ class WandbRun:
 
     def log(self, values: Mapping[str, float], step: int, when: float) -> None:
         kind = next((name.partition("/")[0] for name in values if "/" in name), None)
-        if kind is None:
+        if kind not in _TURNS:  # in a line of metrics.jsonl that somebody else wrote
             return
         for name in SUMMARIES.keys() & values.keys():
             self._seen.setdefault(name, []).append(values[name])
@@ -222,8 +237,7 @@ class WandbRun:
         """Nothing: what W&B lost is logged again by whoever goes on."""
 
     def finish(self, failed: bool) -> None:
-        if self._own_data_dir:
-            os.environ.pop("WANDB_DATA_DIR", None)
+        self._give_back()
         try:
             for name, values in self._seen.items():
                 how = SUMMARIES[name]
@@ -231,8 +245,22 @@ class WandbRun:
                 self._run.summary.update({name: {how: value}})
         finally:
             self._run.finish(exit_code=int(failed))
-        # Parts that were uploaded may be deleted (`wandb clean`).
-        (self._run_dir / "wandb" / "next.txt").write_text(f"{self._next}\n", encoding="utf-8")
+        self._keep()
+
+    def _keep(self) -> None:
+        """Keep how far this run is at W&B: parts that were uploaded may be deleted (`wandb clean`)."""
+        _write(self._run_dir / "wandb" / "next.txt", f"{self._run.id} {self._next}")
+
+    def _known(self) -> int:
+        """What was kept of this run; 0 without it."""
+        file = self._run_dir / "wandb" / "next.txt"
+        words = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
+        return int(words[1]) if len(words) == 2 and words[0] == self._run.id and words[1].isdecimal() else 0
+
+    def _give_back(self) -> None:
+        """The environment, as it was."""
+        if self._own_data_dir:
+            os.environ.pop("WANDB_DATA_DIR", None)
 
     def _logged_in(self) -> bool:
         try:
@@ -263,18 +291,20 @@ class WandbRun:
 
 
 def _parts(folder: Path, run_id: str) -> list[Path]:
-    """The files of earlier processes of a run, online and offline ones, the newest first."""
+    """The files of earlier processes of a run, online and offline ones, the newest first by the time in their names."""
     found = [path for kind in ("run", "offline-run") for path in folder.glob(f"{kind}-*/run-{run_id}.wandb")]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"), reverse=True)
 
 
-def _next_of(parts: Sequence[Path], known: Path) -> int:
-    """One more than W&B's own step of the last row in the parts of a run, the newest of them first, or as a file says.
+def _next_of(parts: Sequence[Path]) -> int:
+    """One more than W&B's own step of the last row in the parts of a run, the newest of them first; 0 without any.
+
+    Of several with rows two are read: the clock may have been set back. Parts without a row are put aside.
 
     Raises:
         RuntimeError: a part cannot be read.
     """
-    found = int(known.read_text(encoding="utf-8")) if known.is_file() else 0
+    found: list[int] = []
     for part in parts:
         # A program of W&B's with a documented output, for the format of the file is none of ours. It asks no network.
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
@@ -282,19 +312,32 @@ def _next_of(parts: Sequence[Path], known: Path) -> int:
         read = subprocess.run(command, capture_output=True, text=True, timeout=_READ_TIMEOUT, env=offline)
         if read.returncode:
             why = (read.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise RuntimeError(f"{short(part)} cannot be read, move its folder away ({why})")
+            place = short(part.parent.parent)
+            raise RuntimeError(f"{short(part)} cannot be read ({why}); move {place} away to begin anew at W&B.")
         records = (json.loads(line) for line in reversed(read.stdout.splitlines()))
         own = next((record["history"]["step"].get("num", 0) for record in records if record["type"] == "history"), None)
-        if own is not None:
-            return max(found, int(own) + 1)
-    return found
+        if own is None:
+            # `wandb sync` stumbles over a part that was killed before W&B wrote anything.
+            _put_aside([part])
+            continue
+        found.append(int(own) + 1)
+        if len(found) == 2:
+            break
+    return max(found, default=0)
 
 
 def _put_aside(parts: Sequence[Path]) -> None:
-    """Offline parts that were not uploaded, under another name: online, the run has got all their rows again."""
+    """Offline parts get another name, under which `wandb sync` is not told to look for them."""
     for part in parts:
-        if part.parent.name.startswith("offline-") and not part.with_name(f"{part.name}.synced").exists():
+        if part.parent.name.startswith("offline-"):
             part.parent.rename(part.parent.with_name(f"replaced-{part.parent.name}"))
+
+
+def _write(file: Path, line: str) -> None:
+    """Beside and renamed: an empty file would be taken for what it is not at every later start."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(f"{line}\n", encoding="utf-8")
+    os.replace(beside, file)
 
 
 def _run_id(path: Path) -> str:
@@ -302,8 +345,5 @@ def _run_id(path: Path) -> str:
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     if not known:
         known = secrets.token_hex(4)
-        # Beside and renamed: an empty file would be an id that W&B refuses at every later start.
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(known + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        _write(path, known)
     return known

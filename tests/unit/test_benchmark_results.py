@@ -335,7 +335,7 @@ def test_what_deterministic_algorithms_cost_is_told_of_gpus(load: Callable[[str]
     rows = step.rows_of(job, records, ceilings.Ceilings([1e9], {}, "cpu"))
     path = tmp_path / "step_h200_2026-12-01.json"
     block = load("blocks").BLOCKS["deterministic"]
-    share = "as fast as without: 0.80 (0.80-0.80) with cnn in NHWC"
+    share = "as fast as without: 0.80 (0.80-0.80) with cnn in NHWC (bf16 precision, 32 px, batches of 4)"
     for gpu, said in ((None, "is not measured yet"), ("NVIDIA H200", share)):
         record = training() | {"rows": rows}
         record["machine"] = record["machine"] | {"gpu": gpu}

@@ -226,8 +226,10 @@ print(json.dumps(codes))
 """,
     # A fork that ends as a whole interpreter does, letting go of everything.
     "finalised": """
+import warnings
 loader = build()
 list(loader.epoch(0))
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of a fork beside threads
 child = os.fork()
 if child == 0:
     sys.exit(0)

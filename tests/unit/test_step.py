@@ -143,7 +143,9 @@ def test_a_step_that_the_scaler_leaves_out_is_told_apart_from_a_bad_one(
     other.accelerator.state._mixed_precision = "fp16"
     torch.testing.assert_close(one, two, rtol=0.05, atol=1e-3)  # without the scale, but of half numbers
     assert (step(batch(2, float("nan"))), step.overflowed, step.spoilt) == (True, False, [True])
-    assert step.accelerator.scaler.get_scale() == 1024, "a bad photograph says nothing of the scale"
+    scaler = step.accelerator.scaler
+    assert scaler.get_scale() == 1024, "a bad photograph says nothing of the scale"
+    assert scaler.state_dict()["_growth_tracker"] == 1, "nor does it keep the scale from growing again"
     assert (step(batch(3)), step.overflowed) == (False, False), "and training goes on"
 
 

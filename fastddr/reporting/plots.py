@@ -223,13 +223,20 @@ def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, colour: str, label
     """A curve; one with many points an epoch is drawn faint, with its mean by epoch over it."""
     if not len(epochs):
         return
-    whole = np.ceil(epochs)
-    marks = np.unique(whole)
+    marks = np.unique(np.ceil(epochs))
     if len(epochs) > 2 * len(marks) and len(marks) > 1:
         axes.plot(epochs, values, color=colour, alpha=0.25, linewidth=0.8)
-        epochs, values = marks, np.array([values[whole == mark].mean() for mark in marks])
+        epochs, values = _by_epoch(epochs, values)
     marker = "o" if len(epochs) <= 25 else None
     axes.plot(epochs, values, color=colour, label=label, marker=marker, markersize=3.5)
+
+
+def _by_epoch(epochs: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The epochs, and the mean of each: a line counts by the steps since the one before, fewer at a save or a stop."""
+    whole = np.ceil(epochs)
+    steps = np.diff(epochs, prepend=0.0) + 1e-9  # two lines may be of one step
+    marks = np.unique(whole)
+    return marks, np.array([np.average(values[whole == mark], weights=steps[whole == mark]) for mark in marks])
 
 
 def _points(logged: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -171,6 +171,14 @@ def test_a_picture_opens_has_its_size_and_is_not_blank(run: Path, name: str, siz
     assert min(half.mean() for half in halves) > 0.005  # every panel has something in it
 
 
+def test_a_line_of_few_steps_counts_little_in_the_mean_of_its_epoch() -> None:
+    """A checkpoint after 0.9 of the first epoch, and a stop after 0.2 of the second."""
+    epochs, values = np.array([0.5, 0.9, 1.0, 1.2, 2.0]), np.array([1.0, 2.0, 9.0, 4.0, 1.0])
+    marks, means = plots._by_epoch(epochs, values)
+    assert marks.tolist() == [1, 2]
+    assert means == pytest.approx([0.5 * 1 + 0.4 * 2 + 0.1 * 9, 0.2 * 4 + 0.8 * 1])
+
+
 def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four grades apart before three, and the confident before the doubtful."""
     seen: list[str] = []

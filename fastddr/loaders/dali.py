@@ -257,11 +257,18 @@ def _decoded(task: Task) -> Any:
     """The part of each photograph that its image needs, read and decoded."""
     from nvidia.dali import fn, types
 
-    encoded = fn.io.file.read(_external("path", "UINT8", 1))
+    encoded = _read(_external("path", "UINT8", 1))
     region = {"start": _external("start", "INT32", 1), "shape": _external("shape", "INT32", 1), "axis_names": "WH"}
     if by_region(task):
         return fn.decoders.image_slice(encoded, output_type=types.RGB, **region, **_decoding(task))
     return fn.slice(fn.decoders.image(encoded, output_type=types.RGB, **_decoding(task)), **region)
+
+
+def _read(path: Any) -> Any:
+    """The bytes of a file. Not mapped: photographs are small, and to map and unmap each costs more than to copy it."""
+    from nvidia.dali import fn
+
+    return fn.io.file.read(path, dont_use_mmap=True)
 
 
 def by_region(task: Task) -> bool:
@@ -398,7 +405,7 @@ class Canvases:
                 ndim=[1, 1][: 1 + scaled],
             )
             canvas = fn.decoders.image(
-                fn.io.file.read(path),
+                _read(path),
                 output_type=types.RGB,
                 **_decoding(task),
             )

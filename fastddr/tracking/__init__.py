@@ -77,7 +77,7 @@ class Tracker:
         validated: bool = True,
         say: Say,
     ) -> Tracker:
-        """Open the run's records; call it on all ranks.
+        """Open the run's records: on the main rank, as on any other there is nothing to open (`silent`).
 
         `resume_step` is the step of the checkpoint that training goes on from: later lines of `metrics.jsonl`
         are cut off, to be written again. None begins anew and leaves no line. Where that step ends an epoch that

@@ -55,7 +55,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             calls += 1
             return "a test" if calls == call else None
 
-        trainer.stopping.ask = ask  # type: ignore[method-assign]
+        trainer.stopping.ask = ask  # type: ignore[method-assign]  # a stop at a call of its own
         trainer.fit()
         assert trainer.stopped == "a test"
     assert status(run) == {"state": "preempted", "step": step, "reason": "a test"}
@@ -86,7 +86,7 @@ def test_means_stand_for_each_step_once_where_a_run_goes_on_within_them(tiny: Pa
             calls += 1
             return "a test" if how == "stopped" and calls == 2 else ask()
 
-        trainer.stopping.ask = asked  # type: ignore[method-assign]
+        trainer.stopping.ask = asked  # type: ignore[method-assign]  # likewise
         trainer.fit()
     if how == "stopped":
         train(tiny, run, *every)

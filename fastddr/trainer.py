@@ -140,7 +140,7 @@ class Trainer:
         about = asdict(self.config) | {"fingerprint": fingerprint, "code": code_state(), "versions": versions()}
         # The others wait for it, as long as it takes: W&B may take its time.
         self.tracker = runtime.on_main(lambda: Tracker.start(
-            self.accelerator, self.run.path, about, options=config.tracking,
+            self.run.path, about, options=config.tracking,
             resume_step=None if going_on is None else going_on.step,
             validated=self.progress.step == self.progress.epoch * self.steps_per_epoch,
             say=lambda line: self.console.print(f"  {line}"),

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from PIL import Image
 
 from fastddr.config import TrackingConfig
 from fastddr.tracking import Answers, Mistake, Tracker
-
-MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +27,13 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def start(run: Path, said: list[str] | None = None, accelerator: Any = MAIN, **options: Any) -> Tracker:
+def start(run: Path, said: list[str] | None = None, **options: Any) -> Tracker:
     run.mkdir(parents=True, exist_ok=True)
     resume_step = options.pop("resume_step", None)
     asked = {"project": "fastddr-tests", "wandb": False, "tensorboard": False, "log_code": False, **options}
     say = said.append if said is not None else lambda line: None
     return Tracker.start(
-        accelerator, run, {"model": {"name": "cnn"}, "seed": 1}, say=say, options=TrackingConfig(**asked),
+        run, {"model": {"name": "cnn"}, "seed": 1}, say=say, options=TrackingConfig(**asked),
         resume_step=resume_step,
     )  # fmt: skip
 

@@ -6,8 +6,8 @@ tracker and never the run, while a line that cannot be written to `metrics.jsonl
 The trackers are driven directly, not through `Accelerator.init_trackers`, for three reasons. Its W&B tracker
 hands our step to W&B as the run's own, and cannot tell after a kill which of our rows W&B has (`wandb_run`);
 it starts all trackers in one call, so one that fails takes the others and the run along; and its TensorBoard
-tracker writes the config as hyper-parameters, which must be flat. From Accelerate comes which rank is the
-main process: only that one writes, all others hold a tracker that does nothing.
+tracker writes the config as hyper-parameters, which must be flat. Only the main process writes, all others
+hold a tracker that does nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, TextIO
 
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError
@@ -35,14 +35,6 @@ _HEAD = ("step", "epoch", "time")
 
 Number = float | int | None
 Say = Callable[[str], None]
-
-
-@runtime_checkable
-class Ranks(Protocol):
-    """What is asked of an `accelerate.Accelerator`."""
-
-    @property
-    def is_main_process(self) -> bool: ...
 
 
 class Tracker:
@@ -68,7 +60,6 @@ class Tracker:
     @classmethod
     def start(
         cls,
-        accelerator: Ranks,
         run_dir: Path,
         config: Mapping[str, Any],
         *,
@@ -77,15 +68,13 @@ class Tracker:
         validated: bool = True,
         say: Say,
     ) -> Tracker:
-        """Open the run's records: on the main rank, as on any other there is nothing to open (`silent`).
+        """Open the run's records. For the main rank alone: the others are `silent`.
 
         `resume_step` is the step of the checkpoint that training goes on from: later lines of `metrics.jsonl`
         are cut off, to be written again. None begins anew and leaves no line. Where that step ends an epoch that
         was not `validated` yet, its validation comes again and goes too. `config` may be nested. `say` gets at most one
         line a tracker. Raises OSError when the run folder cannot be written, and UserError where a line is not ours.
         """
-        if not accelerator.is_main_process:
-            return cls.silent()
         run_dir = Path(run_dir).absolute()
         path = run_dir / METRICS
         truncate_to(path, -1 if resume_step is None else resume_step, validated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,13 @@ def short(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
+
+
+def write_line(file: Path, line: str) -> None:
+    """Beside and renamed: an empty file would be taken for what it is not at every later start."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(f"{line}\n", encoding="utf-8")
+    os.replace(beside, file)
 
 
 def thumbnail(file: Path) -> Image.Image:

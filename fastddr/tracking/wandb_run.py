@@ -18,7 +18,7 @@ import numpy as np
 
 import fastddr
 from fastddr.config import TrackingConfig
-from fastddr.tracking.copies import Answers, first_line, short, thumbnail
+from fastddr.tracking.copies import Answers, first_line, short, thumbnail, write_line
 
 #: Seconds for W&B to come online before the run goes on offline, and to upload its rest at the end.
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 120
@@ -249,7 +249,7 @@ class WandbRun:
 
     def _keep(self) -> None:
         """Keep how far this run is at W&B: parts that were uploaded may be deleted (`wandb clean`)."""
-        _write(self._run_dir / "wandb" / "next.txt", f"{self._run.id} {self._next}")
+        write_line(self._run_dir / "wandb" / "next.txt", f"{self._run.id} {self._next}")
 
     def _known(self) -> int:
         """What was kept of this run; 0 without it."""
@@ -333,17 +333,10 @@ def _put_aside(parts: Sequence[Path]) -> None:
             part.parent.rename(part.parent.with_name(f"replaced-{part.parent.name}"))
 
 
-def _write(file: Path, line: str) -> None:
-    """Beside and renamed: an empty file would be taken for what it is not at every later start."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(f"{line}\n", encoding="utf-8")
-    os.replace(beside, file)
-
-
 def _run_id(path: Path) -> str:
     """The id kept in a file, or a new one, kept there. From the system's randomness: no seed moves."""
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     if not known:
         known = secrets.token_hex(4)
-        _write(path, known)
+        write_line(path, known)
     return known

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests_support import ROOT
-from trackers import MAIN, events, history, inspect, lines, offline_files, start
 from trackers import alone as alone  # a fixture of all these tests
+from trackers import events, history, inspect, lines, offline_files, start
 
 from fastddr.config import TrackingConfig
 from fastddr.tracking import Tracker, wandb_run
@@ -64,14 +64,11 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from fastddr.config import TrackingConfig
 from fastddr.tracking import Tracker
 
 options = TrackingConfig(project="fastddr-tests", wandb=True, tensorboard=True, log_code=False)
-tracker = Tracker.start(
-    SimpleNamespace(is_main_process=True), Path(sys.argv[1]), {}, options=options, resume_step=None, say=print
-)
+tracker = Tracker.start(Path(sys.argv[1]), {}, options=options, resume_step=None, say=print)
 for step in range(1, 9):
     tracker.log({"train/loss": step / 10, "train/images_per_second": step}, step=step, epoch=step / 4)
     if step % 4 == 0:
@@ -125,6 +122,32 @@ def test_no_step_is_doubled_or_missing_in_a_tracker_after_a_kill(tmp_path: Path,
     ]
 
 
+def test_tensorboard_that_failed_has_no_gap_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two lives: in the second it fails before the step where the first ended, and the checkpoint is later."""
+    from fastddr.tracking.boards import TensorBoard
+
+    run = tmp_path / "run"
+    write = TensorBoard.log
+
+    def failing(at: int) -> Any:
+        def log(board: TensorBoard, values: Any, step: int, when: float) -> None:
+            if step >= at:
+                raise OSError("no room")
+            write(board, values, step, when)
+
+        return log
+
+    for fails_at, first, last, resume in ((99, 1, 6, None), (4, 3, 8, 2), (99, 9, 10, 8)):
+        monkeypatch.setattr(TensorBoard, "log", failing(fails_at))
+        tracker = start(run, tensorboard=True, resume_step=resume)
+        for step in range(first, last + 1):
+            tracker.log({"train/loss": float(step)}, step=step, epoch=0)
+        tracker.sync()  # of a checkpoint at the last step
+        tracker.finish()
+    found = [(event.step, event.value) for event in events(run).Scalars("train/loss")]
+    assert found == [(step, float(step)) for step in range(1, 11)]
+
+
 def test_no_validation_is_doubled_that_comes_again(tmp_path: Path) -> None:
     """The checkpoint was taken when the epoch had ended, before its validation was saved."""
     run = tmp_path / "run"
@@ -132,7 +155,7 @@ def test_no_validation_is_doubled_that_comes_again(tmp_path: Path) -> None:
         run.mkdir(exist_ok=True)
         options = TrackingConfig(project="fastddr-tests", wandb=True, tensorboard=True, log_code=False)
         resume = {"resume_step": None} if not attempt else {"resume_step": 2, "validated": False}
-        tracker = Tracker.start(MAIN, run, {}, options=options, say=lambda line: None, **resume)
+        tracker = Tracker.start(run, {}, options=options, say=lambda line: None, **resume)
         if not attempt:
             tracker.log({"train/loss": 1.0}, step=2, epoch=1)
         tracker.log({"valid/qwk": 0.5}, step=2, epoch=1)

@@ -20,7 +20,7 @@ from peers import PEERS
 
 from fastddr import loaders
 from fastddr.errors import UserError
-from fastddr.loaders import Task, dali
+from fastddr.loaders import Task, dali_decoder
 
 #: Names of fastddr's own loaders that can be measured.
 OURS = ("dali", "resident", "torchvision", "replay")
@@ -78,7 +78,7 @@ class Spec:
         """Why it cannot be measured here; None if it can."""
         if self.name in PEERS:
             return PEERS[self.name].missing(task)
-        if self.name == "dali" and not dali.installed():
+        if self.name == "dali" and not dali_decoder.installed():
             return "NVIDIA DALI is not installed; see the README"
         return None
 

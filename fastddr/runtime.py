@@ -145,7 +145,11 @@ def keep_memory() -> None:
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     ranks.die_with_parent()
-    return PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
+    state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
+    if state.device.type == "cuda":
+        # Accelerate does not where it was told the card of a single process; events and Triton are of the current one.
+        torch.cuda.set_device(state.device)
+    return state
 
 
 def from_main(do: Callable[[], T]) -> T:

@@ -87,7 +87,7 @@ class Trainer:
                 self.finished = True
                 return
             self._resuming = True
-        config, self.predicted_gib, planned = settle(config, state.device, state.num_processes)
+        config, self.predicted_gib, taken, planned = settle(config, state.device, state.num_processes)
         self.runtime = runtime.start(config)
         self.accelerator = self.runtime.accelerator
         if resumed and config.precision not in ("auto", self.runtime.precision):
@@ -100,7 +100,9 @@ class Trainer:
         self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
 
         self.manifest = source.open_data(config, self.console)
-        self.loaders = RunLoaders(config, self.manifest, self.runtime, lambda line: self.console.print(f"  {line}"))
+        self.loaders = RunLoaders(
+            config, self.manifest, self.runtime, lambda line: self.console.print(f"  {line}"), taken
+        )
         # What auto became is stored, and used again by a resume.
         chosen: dict[str, Any] = {
             "run_dir": str(where),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Before anything of fastddr is imported: every jaxtyping annotation of the package is checked in every test.
 install_import_hook("fastddr", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 os.environ["WANDB_MODE"] = "offline"
-# A shell starts what it puts in the background (`pytest &` in a script) deaf to Ctrl-C, and so would be each program that
-# a test starts to stop it by one.
+# A shell starts what it puts in the background (`pytest &` in a script) deaf to Ctrl-C, and so would be what a test
+# starts to stop it by one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A slow machine is no failure.

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from fastddr import loaders
-from fastddr.loaders import dali
+from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Requests
 
-needs_dali = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed (Linux only)")
+needs_dali = pytest.mark.skipif(not dali_decoder.installed(), reason="NVIDIA DALI is not installed (Linux only)")
 #: The loaders that make pixels. All of them must agree with `reference`.
 REAL: list[Any] = [pytest.param("dali", marks=needs_dali), "resident", "torchvision"]
 

@@ -33,7 +33,9 @@ def triton_lacks() -> str | None:
         return "Triton, which comes with PyTorch for CUDA on Linux"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler for Triton (gcc or clang)"
-    if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+    # As Triton looks for it: Debian's own scheme names a folder below /usr/local.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not os.path.isfile(os.path.join(sysconfig.get_paths(scheme)["include"], "Python.h")):
         return "the header files of Python for Triton (python3-dev)"
     return None
 
@@ -136,10 +138,11 @@ def _warp_triton(
     count = len(offset)
     images = torch.empty(count, image_size, image_size, 3, dtype=dtype, device=pixels.device)
     blocks = -(-image_size * image_size // _BLOCK)
-    # The photographs of a batch lie on the second axis of the grid, which CUDA limits to 65,535.
-    _kernel()[(blocks, count)](
-        pixels, offset, size.contiguous(), inverse.contiguous(), colour.contiguous(), images, image_size, BLOCK=_BLOCK
-    )
+    arguments = (pixels, offset, size.contiguous(), inverse.contiguous(), colour.contiguous(), images, image_size)
+    # Triton takes the current card, wherever its arguments lie.
+    with torch.cuda.device_of(pixels):
+        # The photographs of a batch lie on the second axis of the grid, which CUDA limits to 65,535.
+        _kernel()[(blocks, count)](*arguments, BLOCK=_BLOCK)
     return images
 
 

@@ -1,4 +1,4 @@
-"""Whole canvases without DALI: Pillow in threads. With it: `dali.Canvases`."""
+"""Whole canvases without DALI: Pillow in threads. With it: `dali_decoder.Canvases`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from torch import Tensor
 
 from fastddr import sampling
 from fastddr.data.photograph import upright
-from fastddr.loaders import dali
+from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Task, name_unreadable, undecodable
 
 
-def decoder() -> str:
-    """What decodes here, with its version: canvases of another decoder may differ in the last level."""
-    if dali.installed():
-        return f"dali {dali.version()}"
-    return f"pillow {PIL.__version__}"
+def decoder(task: Task) -> str:
+    """What decodes here, with its version: canvases of another decoder may differ in the last levels."""
+    return dali_decoder.named(task) if dali_decoder.installed() else f"pillow {PIL.__version__}"
 
 
-def build(task: Task, together: int) -> dali.Canvases | PillowCanvases:
+def build(task: Task, together: int) -> dali_decoder.Canvases | PillowCanvases:
     """The decoder of this machine. `together`: how many photographs are decoded at once."""
-    return dali.Canvases(task, together) if dali.installed() else PillowCanvases(task, together)
+    return dali_decoder.Canvases(task, together) if dali_decoder.installed() else PillowCanvases(task, together)
 
 
 class PillowCanvases:

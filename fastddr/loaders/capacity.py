@@ -18,6 +18,8 @@ Where = Literal["vram", "ram", "mmap"]
 
 #: Share of what is free that may be taken. The model needs most of a GPU; page cache and others the rest of RAM.
 SHARES: dict[Where, float] = {"vram": 0.25, "ram": 0.5, "mmap": 0.5}
+#: Share of a GPU's free memory that stays free, where it is known what training takes of the rest.
+_SPARE = 0.03
 
 
 class Free(NamedTuple):
@@ -28,20 +30,24 @@ class Free(NamedTuple):
     """This rank's part of the machine's, or of the container's."""
     mmap: int
     """For a file that all ranks of the machine share: what both its RAM and the cache folder's disk have."""
+    taken: int = 0
+    """Of `vram`: what the training itself will take, as far as that is known."""
 
     def allowed(self, where: Where, budget: int | None) -> int:
         """How many bytes may be taken there."""
         share = int(SHARES[where] * getattr(self, where))
+        if where == "vram":
+            share = max(0, min(share, int((1 - _SPARE) * self.vram) - self.taken))
         return share if budget is None else min(budget, share)
 
 
-def measure(device: torch.device, local_ranks: int) -> Free:
-    """What is free now, on this machine with so many ranks on it."""
+def measure(device: torch.device, local_ranks: int, taken: int = 0) -> Free:
+    """What is free now, on this machine with so many ranks on it; `taken` is what training will take of the card."""
     ram = free_ram()
     disk = shutil.disk_usage(_existing(folder())).free
     vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     # A file larger than the page cache would be read from the disk in every epoch: slower than decoding on many.
-    return Free(vram=vram, ram=ram // local_ranks, mmap=min(ram, disk))
+    return Free(vram=vram, ram=ram // local_ranks, mmap=min(ram, disk), taken=taken)
 
 
 def least(found: Sequence[Free]) -> Free:

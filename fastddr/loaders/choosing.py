@@ -8,7 +8,7 @@ from typing import get_args
 
 from fastddr.errors import UserError
 from fastddr.kernels.warp import triton_lacks
-from fastddr.loaders import dali, stores
+from fastddr.loaders import dali_decoder, stores
 from fastddr.loaders.base import StoreName, Task
 from fastddr.loaders.capacity import Free, Where, decoding_ms
 
@@ -63,7 +63,7 @@ def streaming() -> tuple[str, str]:
     Raises:
         UserError: two builds of DALI are installed over each other.
     """
-    if dali.installed():
+    if dali_decoder.installed():
         return "dali", "NVIDIA DALI is installed"
     return "torchvision", "NVIDIA DALI, which would be faster, is not installed (Linux only)"
 

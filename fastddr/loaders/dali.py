@@ -1,4 +1,4 @@
-"""NVIDIA DALI: files read, decoded, warped and normalised in C++ or on the GPU. The only room that imports it.
+"""NVIDIA DALI: files read, decoded, warped and normalised in C++ or on the GPU.
 
 Python hands over a batch's paths and maps and receives a finished batch. The graph is one chain, and the policy, never
 a photograph, says which links it has:
@@ -14,44 +14,19 @@ a photograph, says which links it has:
 from __future__ import annotations
 
 import atexit
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Generator
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from fastddr import sampling
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever, name_unreadable, undecodable
-from fastddr.meters import is_out_of_memory
-
-
-def installed() -> bool:
-    """Whether DALI can be imported.
-
-    Raises:
-        UserError: two builds are installed over each other.
-    """
-    builds = _builds()
-    if len(builds) > 1:
-        raise UserError(
-            f"{' and '.join(builds)} are both installed and overwrite each other's files in nvidia/dali; "
-            f"run `pip uninstall -y {' '.join(builds)}`, then install the one for your CUDA."
-        )
-    return bool(builds)
-
-
-@cache
-def _builds() -> tuple[str, ...]:
-    """Names of the builds of DALI that are installed; to read what all distributions are called takes a while."""
-    names = {str(distribution.metadata["Name"]) for distribution in importlib.metadata.distributions()}
-    return tuple(sorted(name for name in names if name.replace("_", "-").startswith("nvidia-dali-cuda")))
+from fastddr.loaders import dali_decoder
+from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever
 
 
 class DaliLoader(Loader):
@@ -61,12 +36,12 @@ class DaliLoader(Loader):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        if not installed():
+        if not dali_decoder.installed():
             raise UserError(
                 "--loader dali: NVIDIA DALI is not installed; `pip install nvidia-dali-cuda130` (Linux only), or "
                 "choose --loader torchvision."
             )
-        self._paths = _paths(task)
+        self._paths = dali_decoder.paths_of(task)
         self._pipeline: Any = None
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
@@ -120,21 +95,21 @@ class DaliLoader(Loader):
         try:
             (output,) = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:
-            # The pipeline cannot go on after an error, and its message does not always name the file.
+            # The pipeline cannot go on after an error.
             self._pipeline = None
-            if is_out_of_memory(error):
+            found = dali_decoder.explained(error, [self.task.files[id_] for id_ in requests.id[k]], self.task)
+            if found is error:
                 raise
-            bad = name_unreadable([self.task.files[id_] for id_ in requests.id[k]])
-            if bad is None:
-                raise
-            raise undecodable(bad) from error
+            raise found from error
         # DALI's dynamic executor hands the buffer over for good: it is freed with the tensor, never reused.
         return torch.from_dlpack(output.as_tensor())
 
     def close(self) -> None:
         """Frees the pipeline, its threads and its buffers."""
         super().close()
-        self._pipeline = None
+        if self._pipeline is not None:
+            self._pipeline = None
+            dali_decoder.give_back(self.task)
 
     def abandon(self) -> None:
         """As `Loader.abandon`: nothing is received from the pipeline any more, and it is never ended."""
@@ -168,15 +143,6 @@ def _depth(task: Task) -> int:
     is there where one was slow to read (not measured yet).
     """
     return task.prefetch or (3 if task.device.type == "cuda" else 2)
-
-
-def _paths(task: Task) -> UInt8[np.ndarray, "n length"]:
-    """The absolute path of each file as bytes, all of one length by slashes in front, which change nothing."""
-    here = os.fsencode(os.getcwd())
-    paths = [os.path.join(here, os.fsencode(file)) for file in task.files]
-    length = max(map(len, paths), default=0)
-    joined = b"".join(path.rjust(length, b"/") for path in paths)
-    return np.frombuffer(joined, dtype=np.uint8).reshape(len(paths), length)
 
 
 def _inputs(task: Task, requests: Requests, k: int) -> dict[str, np.ndarray]:
@@ -232,11 +198,10 @@ def _build(task: Task, source: Callable[[Task], Any] | None = None) -> Any:
     # As the interpreter ends DALI ends its pipelines. After its import, and so called before that: the loaders.
     atexit.unregister(close_all)
     atexit.register(close_all)
-    gpu = task.device.type == "cuda"
     pipeline = Pipeline(
         batch_size=task.micro_batch_size,
         num_threads=max(1, task.threads),
-        device_id=(task.device.index or 0) if gpu else None,
+        device_id=dali_decoder.device_id(task),
         prefetch_queue_depth=_depth(task),
         exec_dynamic=True,
         seed=0,  # nothing in the graph is random
@@ -257,35 +222,12 @@ def _decoded(task: Task) -> Any:
     """The part of each photograph that its image needs, read and decoded."""
     from nvidia.dali import fn, types
 
-    encoded = _read(_external("path", "UINT8", 1))
+    encoded = dali_decoder.read(_external("path", "UINT8", 1))
+    settings = dali_decoder.decoding(task)
     region = {"start": _external("start", "INT32", 1), "shape": _external("shape", "INT32", 1), "axis_names": "WH"}
-    if by_region(task):
-        return fn.decoders.image_slice(encoded, output_type=types.RGB, **region, **_decoding(task))
-    return fn.slice(fn.decoders.image(encoded, output_type=types.RGB, **_decoding(task)), **region)
-
-
-def _read(path: Any) -> Any:
-    """The bytes of a file. Not mapped: photographs are small, and to map and unmap each costs more than to copy it."""
-    from nvidia.dali import fn
-
-    return fn.io.file.read(path, dont_use_mmap=True)
-
-
-def by_region(task: Task) -> bool:
-    """Whether only the part of a photograph is decoded that its image needs; else all of it, and the part is cut out.
-
-    On a GPU nvImageCodec 0.9 may crash at a region, without a word (its issue 55), and 0.8 did not.
-    """
-    if task.regions != "auto":
-        return task.regions == "always"
-    return task.device.type != "cuda" or not any(version.startswith("0.9.") for version in _codecs())
-
-
-@cache
-def _codecs() -> tuple[str, ...]:
-    """Versions of nvImageCodec that are installed."""
-    found = [d for d in importlib.metadata.distributions() if str(d.metadata["Name"]).startswith("nvidia-nvimgcodec")]
-    return tuple(distribution.version for distribution in found)
+    if dali_decoder.by_region(task):
+        return fn.decoders.image_slice(encoded, output_type=types.RGB, **region, **settings)
+    return fn.slice(fn.decoders.image(encoded, output_type=types.RGB, **settings), **region)
 
 
 def given_pixels(task: Task) -> Any:
@@ -330,21 +272,6 @@ def _graph(task: Task, pixels: Any, *, upright: bool) -> Any:
     return fn.coord_transform(pixels, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
 
 
-def _decoding(task: Task) -> dict[str, Any]:
-    """Where and how photographs are decoded."""
-    if task.device.type != "cuda":
-        return {"device": "cpu"}
-    return {
-        "device": "mixed",
-        # libjpeg smooths the upsampled chroma; without this the GPU would give other pixels. nvJPEG before 13.2 cannot
-        # do it at the edge of a region; nvImageCodec then decodes regions on the host: slower, with the same pixels.
-        "jpeg_fancy_upsampling": True,
-        # All that the JPEG engines of the card can take, or nothing, and not DALI's 65 % of a batch: which photographs
-        # the engines get would depend on their places in the batch, and so might their last levels.
-        "hw_decoder_load": 1.0 if task.jpeg_engines else 0.0,
-    }
-
-
 def _warp(pixels: Any, back: Any, task: Task) -> Any:
     """The box of a canvas through its map, bilinear, blending into black outside; in float32, so not rounded again."""
     from nvidia.dali import fn, types
@@ -357,78 +284,3 @@ def _warp(pixels: Any, back: Any, task: Task) -> Any:
     pixels = fn.cast(pixels, dtype=types.FLOAT)
     settings |= {"border_mode": "constant", "fill_value": [0.0, 0.0, 0.0], "pixel_origin": "corner"}
     return fn.experimental.warp_perspective(pixels, matrix=back, **settings)
-
-
-class Canvases:
-    """Whole canvases of photographs as uint8, for a store; decoded ahead, in the order asked for."""
-
-    def __init__(self, task: Task, together: int) -> None:
-        """`together`: how many photographs are decoded at once."""
-        self._task = task
-        self._together = together
-        self._paths = _paths(task)
-        self._width, self._height = sampling.canvas_size(task.widths, task.heights, task.canvas)
-
-    def walk(self, ids: Int[np.ndarray, " n"]) -> Generator[list[tuple[int, Tensor]], None, None]:
-        """Yields (id, canvas (height, width, 3)) of some photographs at a time, on the device.
-
-        Raises:
-            UserError: a photograph that cannot be decoded, by name.
-        """
-        from nvidia.dali import Pipeline, fn, types
-
-        task, gpu = self._task, self._task.device.type == "cuda"
-        chunks = [ids[start : start + self._together] for start in range(0, len(ids), self._together)]
-
-        # DALI warns of an input that its graph does not use.
-        scaled = not task.canvas_is_source
-
-        def inputs() -> Any:
-            for chunk in chunks:
-                size = np.stack([self._height[chunk], self._width[chunk]], axis=1).astype(np.float32)
-                paths = self._paths[chunk]
-                yield (paths, size) if scaled else (paths,)
-
-        pipeline = Pipeline(
-            batch_size=self._together,
-            num_threads=max(1, task.threads),
-            device_id=(task.device.index or 0) if gpu else None,
-            prefetch_queue_depth=2,
-            exec_dynamic=True,
-            seed=0,  # nothing in the graph is random
-        )
-        with pipeline:
-            path, *size = fn.external_source(
-                source=inputs(),
-                num_outputs=1 + scaled,
-                dtype=[types.UINT8, types.FLOAT][: 1 + scaled],
-                ndim=[1, 1][: 1 + scaled],
-            )
-            canvas = fn.decoders.image(
-                _read(path),
-                output_type=types.RGB,
-                **_decoding(task),
-            )
-            if scaled:
-                canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
-            pipeline.set_outputs(canvas)
-        for number, chunk in enumerate(chunks):
-            try:
-                (output,) = pipeline.run(torch.cuda.current_stream(task.device) if gpu else None)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                # It may be of those after this one, which are already on their way.
-                near = np.concatenate(chunks[number : number + 3])
-                bad = name_unreadable([task.files[id_] for id_ in near])
-                if bad is None:
-                    raise
-                raise undecodable(bad) from error
-            yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
-
-
-def version() -> str:
-    """Version of the DALI that is installed."""
-    from nvidia.dali import __version__
-
-    return str(__version__)

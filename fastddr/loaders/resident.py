@@ -12,6 +12,7 @@ and colours them; without DALI PyTorch does.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.kernels import warp as kernels
-from fastddr.loaders import canvases, dali, stores
+from fastddr.loaders import canvases, dali_decoder, stores
 from fastddr.loaders.base import Loader, Requests, Task, sent
 from fastddr.loaders.capacity import measure
 from fastddr.loaders.choosing import choose
@@ -52,15 +53,19 @@ class ResidentLoader(Loader):
         if lacks is not None:
             raise UserError(f"--loader resident lacks {lacks}; install that, or take --loader dali.")
         self._say = say or (lambda line: None)
-        self._store = stores.build(task, canvases.decoder())
+        self._store = stores.build(task, canvases.decoder(task))
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
         # On a CPU DALI finishes batches in its own threads. PyTorch's would wait for each other after each photograph,
         # which is slow where anything else uses the cores.
         self._finisher: Finisher | None = None
-        if task.device.type == "cpu" and dali.installed():
+        if task.device.type == "cpu" and dali_decoder.installed():
             self._finisher = Finisher(self.task, self._store.get)
         # By type: on several ranks Accelerate calls the CPU cpu:0.
-        self._ring = Ring(task.device) if task.device.type != self._store.device.type else None
+        host = task.device.type != self._store.device.type
+        self._ring = Ring(task.device) if host else None
+        # What the card has decoded for the host's memory is waited for. On a stream of its own, that the host waits for
+        # nothing else: not for all the training that is queued.
+        self._decoding = torch.cuda.Stream(task.device) if host else None
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         filled = self._filled(requests, start)
@@ -128,10 +133,11 @@ class ResidentLoader(Loader):
     def _fill(self, decoded: Generator[list[tuple[int, Tensor]], None, None], chunks: int | None = None) -> int:
         """Put what comes next, or all of it, into the store; how many photographs that were."""
         count = 0
-        for made in islice(decoded, chunks):
-            for id_, canvas in made:
-                self._store.put(id_, canvas)
-            count += len(made)
+        with nullcontext() if self._decoding is None else torch.cuda.stream(self._decoding):
+            for made in islice(decoded, chunks):
+                for id_, canvas in made:
+                    self._store.put(id_, canvas)
+                count += len(made)
         return count
 
     @property

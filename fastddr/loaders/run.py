@@ -14,7 +14,7 @@ from fastddr.config import Config
 from fastddr.config.augment import MAX_SHRINK
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
-from fastddr.loaders import build
+from fastddr.loaders import build, dali_decoder
 from fastddr.loaders.base import Loader, Task
 from fastddr.loaders.capacity import least, measure
 from fastddr.loaders.choosing import choose, streaming
@@ -27,18 +27,25 @@ class RunLoaders:
     `train` and `valid` are read in every epoch and opened at once; `once` opens one for a single reading.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, runtime: Runtime, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, manifest: Manifest, runtime: Runtime, say: Callable[[str], None], taken: int = 0
+    ) -> None:
         """Choose the loader and where it keeps photographs, the same on all ranks.
+
+        `taken`: bytes of the card that training itself will take, as far as that is known.
 
         Raises:
             UserError: what was asked for has no room, or the batch is larger than the training split.
         """
         self._config, self._manifest, self._runtime, self._say = config, manifest, runtime, say
         tasks = self._task("train", train=True), self._task("valid")
-        free = least(ranks.gather([measure(runtime.device, ranks.local_world())]))
+        free = least(ranks.gather([measure(runtime.device, ranks.local_world(), taken)]))
         self.choice = choose(config.loader, tasks, config.epochs, free)
         kept = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
         say(f"loader {self.choice.loader}{kept}: {self.choice.reason}")
+        large = dali_decoder.too_large(tasks[0], free.vram - taken) if self.choice.loader == "dali" else None
+        if large is not None:
+            say(large)
         smaller = config.canvas / config.image_size
         if config.evaluation.field == "full" and smaller > MAX_SHRINK:
             say(

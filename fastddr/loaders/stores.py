@@ -311,10 +311,14 @@ def _root(task: Task) -> str:
 
 
 def _stem(task: Task) -> str:
-    """How the names of all files of this data set and canvas begin, whatever became of the photographs."""
+    """How the names of all files of this data set and canvas begin, whatever became of the photographs.
+
+    A GPU and a CPU decode otherwise: each has a file, so that none makes the other's anew.
+    """
     root = _root(task)
     place_hash = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    return f"{os.path.basename(root) or 'photographs'}-{place_hash}-{task.canvas}"
+    kind = "gpu" if task.device.type == "cuda" else ""
+    return f"{os.path.basename(root) or 'photographs'}-{place_hash}-{task.canvas}{kind}"
 
 
 def _key(task: Task, decoder: str) -> str:

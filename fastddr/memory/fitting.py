@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,14 +75,25 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def settle(config: Config, device: torch.device, world: int) -> tuple[Config, float | None, list[str]]:
-    """A run's configuration with its micro batch, the predicted peak in GiB, and what to say. A CPU's stays as it is.
+class Settled(NamedTuple):
+    """A run's configuration with its micro batch, and what is predicted of it."""
+
+    config: Config
+    own: float | None = None
+    """GiB at the peak of PyTorch's own memory; None where nothing is predicted."""
+    taken: int = 0
+    """Bytes of the card that the run will take, without a store of photographs."""
+    said: Sequence[str] = ()
+
+
+def settle(config: Config, device: torch.device, world: int) -> Settled:
+    """Choose the micro batch of a run on a GPU, where it is `auto`. A CPU's configuration stays as it is.
 
     Raises:
         UserError: not even the smallest micro batch fits, or the global batch cannot be divided.
     """
     if device.type != "cuda":
-        return config, None, []
+        return Settled(config)
     given = config
     # The real step computes as training will.
     numerics(config.deterministic, cpu=False)
@@ -101,10 +112,13 @@ def settle(config: Config, device: torch.device, world: int) -> tuple[Config, fl
             _free()
             torch.cuda.reset_peak_memory_stats(device)
         if config.batch_size % world or int(config.micro_batch_size) * world > config.batch_size:
-            return replace(config, precision=given.precision), None, said
-        found = predict(Case(config, int(config.micro_batch_size), world), allowance)
+            return Settled(replace(config, precision=given.precision), said=said)
+        without = replace(config, loading=replace(config.loading, store="none"))
+        found = predict(Case(without, int(config.micro_batch_size), world), allowance)
     except Inexact as problem:
-        return replace(config, precision=given.precision), None, [*said, f"memory is not predicted: {problem}"]
-    own = (found.total - found.kinds["context"] - found.kinds["loader"]) / GIB
+        said.append(f"memory is not predicted: {problem}")
+        return Settled(replace(config, precision=given.precision), said=said)
+    taken = found.total - found.kinds["context"]
+    own = (taken - found.kinds["loader"]) / GIB
     said.append(f"memory: {own:.2f} GiB predicted for PyTorch, most of it {found.binding}; {allowance.source}")
-    return replace(config, precision=given.precision), own, said
+    return Settled(replace(config, precision=given.precision), own, taken, said)

@@ -281,12 +281,19 @@ def needed(tape: Tape, batch: int) -> int:
 
 
 def loader_bytes(config: Config, micro: int, allowance: Allowance, photographs: int = PHOTOGRAPHS) -> int:
-    """What the loader keeps on the card: batches on their way, the decoder, and its store if that is in VRAM."""
+    """What the loader keeps on the card: batches on their way, the decoder, and its store if that is in VRAM.
+
+    Photographs are of the canvas: larger ones, which are not prepared, take more while they are decoded.
+    """
     ahead = (config.loading.prefetch or _AHEAD - 1) + 1
-    image = 3 * config.image_size**2 * DTYPES[config.precision].itemsize
-    store = photographs * 3 * config.canvas**2 if config.loading.store == "vram" else 0
+    # DALI gives float32, and decodes a batch while it warps the one before it.
+    dali = config.loader in ("auto", "dali")
+    image = 3 * config.image_size**2 * (4 if dali else DTYPES[config.precision].itemsize)
+    canvas = 3 * config.canvas**2
     decoder = 0 if config.loader in ("torchvision", "replay") else allowance.decoder
-    return ahead * rounded(micro * image) + store + decoder
+    decoded = 2 * micro * canvas if dali else 0
+    store = photographs * canvas if config.loading.store == "vram" else 0
+    return ahead * rounded(micro * image) + decoder + decoded + store
 
 
 def fits(case: Case, limit: int, allowance: Allowance) -> bool:

@@ -77,7 +77,7 @@ def test_two_ranks_train_and_report_like_one(run: Path, tiny: Path) -> None:
     with (run / "report" / "predictions.csv").open(newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file)]
     assert paths == [found.path[i] for split in manifest.SPLITS for i in found.ids(split)]
-    store = stores.Mapped(task(found, store="mmap"), canvases.decoder())
+    store = stores.Mapped(task(found, store="mmap"), canvases.decoder(task(found)))
     wanted = np.concatenate([found.ids(split) for split in manifest.SPLITS])
     assert not store.missing(wanted).any(), "each rank filled its part of the same file"
     assert len(store.damaged(wanted)) == 0

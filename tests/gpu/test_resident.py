@@ -98,6 +98,25 @@ def test_slots_are_not_written_over_while_they_are_read(store: Any, wanted: Task
     loader.close()
 
 
+@pytest.mark.parametrize("store", ["ram", "mmap"])
+def test_a_host_that_keeps_what_is_decoded_does_not_wait_for_training(store: Any, wanted: Task) -> None:
+    """In the first epoch, where each photograph that the card has decoded is copied to the host."""
+    wanted = replace(wanted, store=store, ids=wanted.ids[:24], batch_size=8)
+    batches(replace(wanted, canvas=wanted.canvas - 2), epochs=1)  # compiles, and loads libraries
+    loader = loaders.build("resident", wanted)
+    training = torch.cuda.Event()
+    for number, batch in enumerate(loader.epoch(0)):
+        assert batch.image.device.type == "cuda"
+        if number == 0:
+            # Some seconds of training, behind which the other batches are decoded.
+            torch.cuda._sleep(10**10)
+            training.record()
+        else:
+            assert not training.query(), "the host has waited for the training"
+    torch.cuda.synchronize()
+    loader.close()
+
+
 def test_memory_stays_flat_and_is_given_back(wanted: Task) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -18,7 +18,7 @@ import torch
 from fastddr import loaders
 from fastddr.config import AugmentConfig
 from fastddr.errors import UserError
-from fastddr.loaders import dali
+from fastddr.loaders import dali_decoder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -53,7 +53,7 @@ def task(**changes: Any) -> loaders.Task:
 
 @pytest.mark.slow
 def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
-    ours = ["dali", "resident:ram"] if dali.installed() else ["torchvision:workers=0"]
+    ours = ["dali", "resident:ram"] if dali_decoder.installed() else ["torchvision:workers=0"]
     done = subprocess.run(
         [
             *(sys.executable, "-B", str(BENCHMARKS / "loader.py")),
@@ -92,7 +92,7 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
     shares = [row for row in rows if row["kind"] == "profile" and row["name"].startswith(ours[0].replace(":", ", "))]
     assert {row["name"].partition(": ")[2] for row in shares} >= {"read", "decode", "Python"}
     assert all(0 <= row["median"] <= 100 for row in shares)
-    if dali.installed():
+    if dali_decoder.installed():
         assert "target: dali / torch-pil ≥ 3.00:" in done.stdout
         assert by_name["resident store alone, uint8"]["median"] > 0
         assert by_name["DALI, reading and decoding alone"]["median"] > by_name["dali"]["median"] / 2

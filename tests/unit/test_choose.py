@@ -12,7 +12,7 @@ from tests_support import task
 
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import capacity, choose, dali
+from fastddr.loaders import capacity, choose, dali_decoder, stores
 from fastddr.loaders.base import Task
 from fastddr.loaders.capacity import Free
 
@@ -23,7 +23,7 @@ PLENTY = Free(vram=100 * NEED, ram=100 * NEED, mmap=100 * NEED)
 
 @pytest.fixture(autouse=True)
 def _with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "installed", lambda: True)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     monkeypatch.setattr("fastddr.loaders.choosing.triton_lacks", lambda: None)
 
 
@@ -95,7 +95,7 @@ def test_without_dali_and_without_triton(tasks: list[Task], monkeypatch: pytest.
     chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
     assert chosen.loader == "dali"
     assert "a C compiler" in chosen.reason
-    monkeypatch.setattr(dali, "installed", lambda: False)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
     assert chosen.loader == "torchvision"
     assert "not installed" in chosen.reason
@@ -113,6 +113,15 @@ def test_other_loaders_are_taken_at_their_word(tasks: list[Task]) -> None:
 
 def test_all_ranks_go_by_the_least() -> None:
     assert capacity.least([Free(3, 20, 9), Free(5, 10, 30)]) == Free(3, 10, 9)
+
+
+def test_what_training_takes_of_a_card_is_no_room_for_photographs(tasks: list[Task]) -> None:
+    need = sum(stores.place(task).total for task in tasks)
+    free = Free(vram=8 * need, ram=8 * need, mmap=0)
+    assert choose("auto", on_gpu(tasks), 10, free).store == "vram"
+    assert choose("auto", on_gpu(tasks), 10, free._replace(taken=6 * need)).store == "vram"
+    assert choose("auto", on_gpu(tasks), 10, free._replace(taken=7 * need)).store == "ram", "some stays free"
+    assert free._replace(taken=9 * need).allowed("vram", None) == 0
 
 
 def test_ranks_of_a_machine_share_its_memory_but_not_its_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from fastddr import loaders, sampling
 from fastddr.config import AugmentConfig
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import dali
+from fastddr.loaders import dali, dali_decoder
+from fastddr.meters import is_out_of_memory
 
 ALL = [*REAL, "replay"]
 #: No augmentation, the report's, and one that turns, scales and colours.
@@ -136,8 +137,8 @@ def test_regions_are_cut_from_whole_photographs_with_the_same_bits(
     for found in (mixed, odd):
         wanted = task(found, batch_size=7, augment=POLICIES[policy])
         regions = batches("dali", wanted)
-        assert dali.by_region(wanted)
-        assert not dali.by_region(replace(wanted, regions="never"))
+        assert dali_decoder.by_region(wanted)
+        assert not dali_decoder.by_region(replace(wanted, regions="never"))
         whole = batches("dali", replace(wanted, regions="never"))
         assert len(whole) == len(regions)
         assert all(torch.equal(one.image, other.image) for one, other in zip(whole, regions, strict=True))
@@ -148,19 +149,66 @@ def test_a_gpu_decodes_regions_only_where_its_codec_bears_them(
 ) -> None:
     wanted = task(odd, batch_size=7)
     on_card = replace(wanted, device=torch.device("cuda", 0))
-    for versions, regions in ((("0.9.0.20",), False), (("0.8.0.22",), True), (("0.10.0",), True), ((), True)):
-        monkeypatch.setattr(dali, "_codecs", lambda versions=versions: versions)
-        assert dali.by_region(on_card) == regions
-        assert dali.by_region(replace(on_card, regions="always"))
-        assert dali.by_region(wanted)
-    assert dali._decoding(on_card)["hw_decoder_load"] == 0, "the engines only where they are asked for"
-    assert dali._decoding(replace(on_card, jpeg_engines=True))["hw_decoder_load"] == 1
+    known = {"0.7.0": True, "0.8.0.22": True, "0.9.0.20": False, "0.10.0": False, "1.0.0": False}
+    for versions, regions in [((version,), bears) for version, bears in known.items()] + [((), True)]:
+        monkeypatch.setattr(dali_decoder, "codecs", lambda versions=versions: versions)
+        assert dali_decoder.by_region(on_card) == regions
+        assert dali_decoder.by_region(replace(on_card, regions="always"))
+        assert dali_decoder.by_region(wanted)
+    assert dali_decoder.decoding(on_card)["hw_decoder_load"] == 0, "the engines only where they are asked for"
+    assert dali_decoder.decoding(replace(on_card, jpeg_engines=True))["hw_decoder_load"] == 1
+
+
+def test_scratch_of_the_decoder_does_not_grow_with_the_threads(odd: manifest.Manifest) -> None:
+    """As far as DALI takes it beforehand: each thread's, and one more."""
+    for threads in (1, 7, 16, 64, 200):
+        given = dali_decoder.decoding(replace(task(odd, threads=threads), device=torch.device("cuda", 0)))
+        assert 0 < given["device_memory_padding"] <= 16 * 2**20
+        assert (threads + 1) * given["device_memory_padding"] <= dali_decoder.SCRATCH
+        assert 2 * (threads + 1) * given["host_memory_padding"] <= dali_decoder.SCRATCH
+    assert "device_memory_padding" not in dali_decoder.decoding(task(odd))
+
+
+def test_photographs_that_are_decoded_whole_and_may_not_fit_are_told(
+    odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dali_decoder, "codecs", lambda: ("0.9.0",))
+    side = np.full(len(odd.files()), 3456)
+    wanted = replace(task(odd, batch_size=16), widths=side, heights=side, device=torch.device("cuda", 0))
+    said = dali_decoder.too_large(wanted, 2**30)
+    assert said is not None
+    assert "about 1.1 GiB" in said
+    assert "1.0 GiB may be left" in said
+    assert "fastddr prepare" in said
+    assert "0.0 GiB may be left" in (dali_decoder.too_large(wanted, -(2**30)) or "")
+    assert dali_decoder.too_large(wanted, 2 * 2**30) is None
+    assert dali_decoder.too_large(replace(wanted, regions="always"), 2**30) is None
+    assert dali_decoder.too_large(replace(wanted, device=torch.device("cpu")), 2**30) is None
+
+
+def test_a_decoder_without_memory_is_told_from_a_bad_photograph(
+    odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It says of both only that it failed."""
+    failed, free = RuntimeError("Failed to decode sample #3"), [2**34]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 2**35))
+    wanted = task(odd)
+    on_card = replace(wanted, device=torch.device("cuda", 0))
+    whole, broken = list(odd.files())[:2], tmp_path / "broken.jpg"
+    broken.write_bytes(b"no photograph")
+    assert dali_decoder.explained(failed, whole, on_card) is failed
+    free[0] = 2**20
+    assert is_out_of_memory(dali_decoder.explained(failed, whole, on_card))
+    assert dali_decoder.explained(failed, whole, wanted) is failed, "a CPU has its own words for it"
+    found = dali_decoder.explained(failed, [*whole, str(broken)], on_card)
+    assert isinstance(found, UserError)
+    assert "broken.jpg" in str(found)
 
 
 @needs_dali
 def test_the_version_of_the_codec_is_found() -> None:
-    assert len(dali._codecs()) == 1
-    assert dali._codecs()[0].count(".") >= 2
+    assert len(dali_decoder.codecs()) == 1
+    assert dali_decoder.codecs()[0].count(".") >= 2
 
 
 @pytest.mark.parametrize("image_size", [64, 80])
@@ -410,10 +458,10 @@ def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
             self.metadata = {"Name": name}
 
     both = [Distribution("nvidia-dali-cuda130"), Distribution("nvidia_dali_cuda120"), Distribution("numpy")]
-    monkeypatch.setattr(dali.importlib.metadata, "distributions", lambda: both)
-    monkeypatch.setattr(dali, "_builds", dali._builds.__wrapped__)
+    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: both)
+    monkeypatch.setattr(dali_decoder, "_builds", dali_decoder._builds.__wrapped__)
     with pytest.raises(UserError, match="pip uninstall"):
-        dali.installed()
+        dali_decoder.installed()
 
 
 # ------------------------------------------------------------------------------------------ odd photographs
@@ -443,7 +491,7 @@ def test_a_card_without_memory_is_no_bad_photograph(found: manifest.Manifest, mo
 
     loader = loaders.build("dali", task(found))
     loader._pipeline = Full()  # type: ignore[attr-defined]
-    monkeypatch.setattr(dali, "name_unreadable", lambda files: pytest.fail("looked for a bad photograph"))
+    monkeypatch.setattr(dali_decoder, "name_unreadable", lambda files: pytest.fail("looked for a bad photograph"))
     with pytest.raises(RuntimeError, match="CUDA allocation failed"):
         loader._receive(loader.task.requests(0), 0)  # type: ignore[attr-defined]
     loader.close()

@@ -228,7 +228,32 @@ def test_the_real_step_trains_on_the_cpu_and_leaves_the_seed_alone() -> None:
 
 def test_a_cpu_run_stays_as_it_is() -> None:
     given_ = config()
-    assert fitting.settle(given_, torch.device("cpu"), 1) == (given_, None, [])
+    assert fitting.settle(given_, torch.device("cpu"), 1) == fitting.Settled(given_, None, 0, ())
+
+
+def test_what_a_run_takes_is_known_before_photographs_are_kept_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X 9")
+    monkeypatch.setattr(fitting, "numerics", lambda deterministic, cpu: None)
+    card = torch.device("cuda", 0)
+    kept = {"store": "vram"}
+    found = fitting.settle(config(micro_batch_size=12, loader="resident", loading=kept), card, 1)
+    whole = predict(Case(config(loader="resident"), 12), DECLARED)
+    assert found.taken == whole.total - whole.kinds["context"]
+    assert found.own == pytest.approx((found.taken - whole.kinds["loader"]) / GIB)
+    assert found.config.loading.store == "vram"
+
+
+def test_batches_on_their_way_are_float32_by_dali_and_of_the_training_by_others() -> None:
+    """And while DALI warps one batch it decodes the next."""
+    asked = config(precision="bf16")
+    image, canvas = 24 * 3 * 64 * 64, 24 * 3 * 64 * 64
+    sizes = {
+        name: predicting.loader_bytes(replace(asked, loader=name), 24, NOTHING)  # type: ignore[arg-type]
+        for name in ("dali", "auto", "resident", "torchvision")
+    }
+    assert sizes["dali"] == sizes["auto"] == 4 * predicting.rounded(4 * image) + 2 * canvas
+    assert sizes["resident"] == sizes["torchvision"] == 4 * predicting.rounded(2 * image)
 
 
 # ------------------------------------------------------------------------------------------------- allowances and cache

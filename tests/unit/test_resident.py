@@ -19,14 +19,14 @@ from fastddr.config import AugmentConfig
 from fastddr.config.sections import POLICIES
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import canvases, dali
+from fastddr.loaders import canvases, dali_decoder
 from fastddr.loaders.base import Batch, Task
 from fastddr.loaders.resident import ResidentLoader
 
 STD = 255 * torch.tensor(AugmentConfig().std).view(1, 3, 1, 1)
 TURNING = AugmentConfig(rotate=180, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
 STORES = ["ram", "mmap", "none"]
-needs_dali = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed (Linux only)")
+needs_dali = pytest.mark.skipif(not dali_decoder.installed(), reason="NVIDIA DALI is not installed (Linux only)")
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +253,7 @@ def test_scaling_leaves_alone_what_need_not_be_scaled(shapes: manifest.Manifest)
     wanted = task(shapes, "test", batch_size=7, threads=1)
     ids = wanted.ids[np.minimum(wanted.widths[wanted.ids], wanted.heights[wanted.ids]) == 80]
     assert 0 < len(ids) < len(wanted.ids)
-    scaled = dict(pair for made in dali.Canvases(wanted, 4).walk(wanted.ids) for pair in made)
+    scaled = dict(pair for made in dali_decoder.Canvases(wanted, 4).walk(wanted.ids) for pair in made)
     for id_ in ids.tolist():
         with Image.open(wanted.files[id_]) as image:
             assert np.array_equal(scaled[id_].numpy(), np.asarray(image))
@@ -263,9 +263,9 @@ def test_pillow_fills_a_store_where_dali_is_not_installed(
     shapes: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = task(shapes, batch_size=7, augment=AugmentConfig())
-    with_dali = list(resident(wanted).epoch(0)) if dali.installed() else None
-    monkeypatch.setattr(dali, "installed", lambda: False)
-    assert canvases.decoder().startswith("pillow")
+    with_dali = list(resident(wanted).epoch(0)) if dali_decoder.installed() else None
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
+    assert canvases.decoder(wanted).startswith("pillow")
     loader, threads = resident(wanted), threading.active_count()
     plain = loaders.build("torchvision", replace(wanted, threads=0))
     for one, other in zip(loader.epoch(0), plain.epoch(0), strict=True):
@@ -284,7 +284,7 @@ def test_pytorch_makes_the_batches_of_dali(
     """Decoded bit-equal, since these photographs are their own canvas; then warped and coloured by another library."""
     wanted = task(found, augment=augment)
     expected = list(resident(wanted).epoch(0))
-    monkeypatch.setattr(dali, "installed", lambda: False)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     loader = resident(wanted)
     assert loader._finisher is None
     for one, other in zip(loader.epoch(0), expected, strict=True):
@@ -297,7 +297,7 @@ def test_pytorch_makes_the_batches_of_dali(
 def test_pillow_ends_its_threads_when_it_is_left_early(
     found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(dali, "installed", lambda: False)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     threads = threading.active_count()
     loader = resident(task(found, threads=2))
     next(iter(loader.epoch(0)))

@@ -12,7 +12,7 @@ from tests_support import settings
 from fastddr.config import Config
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import dali
+from fastddr.loaders import dali_decoder
 from fastddr.loaders import run as run_module
 from fastddr.loaders.capacity import Free
 from fastddr.loaders.run import RunLoaders
@@ -64,7 +64,7 @@ def test_which_loaders_a_run_has(flags: list[str], expected: list[tuple[str, str
 
 def test_replay_never_scores_a_split(tiny: Path, tmp_path: Path) -> None:
     loaders = opened(settings(tiny, tmp_path / "run", "--loader", "replay"), tiny, [])
-    streaming = "dali" if dali.installed() else "torchvision"
+    streaming = "dali" if dali_decoder.installed() else "torchvision"
     assert [name for name, _ in names(loaders)] == ["replay", streaming, streaming]
     loaders.close()
 
@@ -79,7 +79,7 @@ def test_training_and_validation_share_the_budget(tiny: Path, tmp_path: Path) ->
 
 
 def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "measure", lambda device, ranks: Free(0, 10**9, 10**9))
+    monkeypatch.setattr(run_module, "measure", lambda device, ranks, taken: Free(0, 10**9, 10**9))
     monkeypatch.setattr(run_module.ranks, "gather", lambda items: [*items, Free(0, 1000, 1000)])
     loaders = opened(settings(tiny, tmp_path / "run"), tiny, [])
     assert loaders.choice.loader in ("dali", "torchvision")

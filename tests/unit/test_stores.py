@@ -17,7 +17,7 @@ from tests_support import ROOT, task
 
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import stores
+from fastddr.loaders import canvases, dali_decoder, stores
 from fastddr.loaders.base import Task
 
 
@@ -175,6 +175,22 @@ def test_changed_photographs_another_decoder_and_another_canvas_have_another_fil
     assert opened(moved, "test 2").path != newer.path
     first.put(3, canvas(3))
     assert torch.equal(first.get(3), canvas(3)), "who has an old file open goes on with it"
+
+
+def test_what_a_gpu_decodes_is_not_taken_for_what_a_cpu_does(wanted: Task) -> None:
+    """Nor one of its decoders for the other; and neither removes the other's file."""
+    on_card = replace(wanted, device=torch.device("cuda", 0))
+    tasks = (wanted, on_card, replace(on_card, jpeg_engines=True))
+    assert len({canvases.decoder(one) for one in tasks}) == (3 if dali_decoder.installed() else 1)
+    here, there = (opened(one, canvases.decoder(one)) for one in (wanted, on_card))
+    assert here.path != there.path
+    assert here.path.exists()
+    here.put(int(wanted.ids[0]), canvas(0))
+    here.close()
+    there.close()
+    again = opened(wanted, canvases.decoder(wanted))
+    assert not again.missing(wanted.ids[:1]).any()
+    again.close()
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_photograph_missing(

@@ -133,6 +133,17 @@ def test_tritons_kernel_computes_what_the_reference_does() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with PyTorch for CUDA)")
+def test_headers_are_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's own scheme names a folder that need not be there."""
+    known = kernels.sysconfig.get_paths("posix_prefix")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(kernels.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(
+        kernels.sysconfig, "get_paths", lambda scheme="": known if scheme == "posix_prefix" else {"include": "/nowhere"}
+    )
+    assert kernels.triton_lacks() is None
+
+
 def test_what_triton_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/clang" if name == "clang" else None)

@@ -1,0 +1,242 @@
+"""DALI's decoder: where photographs are decoded, how much of each, and whole canvases for a store."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Generator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from fastddr import sampling
+from fastddr.errors import UserError
+from fastddr.loaders.base import Task, name_unreadable, undecodable
+from fastddr.meters import is_out_of_memory
+
+#: Bytes of a card that the threads of one pipeline have for decoding, before a photograph needs more.
+SCRATCH = 128 * 2**20
+#: Below so many free bytes of a card a failure to decode is one of memory.
+_SCARCE = 256 * 2**20
+#: Bytes of the photographs that are decoded at once for a store, about; and how many these are at least.
+_AT_ONCE, _FEWEST = 256 * 2**20, 4
+
+
+def installed() -> bool:
+    """Whether DALI can be imported.
+
+    Raises:
+        UserError: two builds are installed over each other.
+    """
+    builds = _builds()
+    if len(builds) > 1:
+        raise UserError(
+            f"{' and '.join(builds)} are both installed and overwrite each other's files in nvidia/dali; "
+            f"run `pip uninstall -y {' '.join(builds)}`, then install the one for your CUDA."
+        )
+    return bool(builds)
+
+
+@cache
+def _builds() -> tuple[str, ...]:
+    """Names of the builds of DALI that are installed; to read what all distributions are called takes a while."""
+    names = {str(distribution.metadata["Name"]) for distribution in importlib.metadata.distributions()}
+    return tuple(sorted(name for name in names if name.replace("_", "-").startswith("nvidia-dali-cuda")))
+
+
+def version() -> str:
+    """Version of the DALI that is installed."""
+    from nvidia.dali import __version__
+
+    return str(__version__)
+
+
+def paths_of(task: Task) -> UInt8[np.ndarray, "n length"]:
+    """The absolute path of each file as bytes, all of one length by slashes in front, which change nothing."""
+    here = os.fsencode(os.getcwd())
+    paths = [os.path.join(here, os.fsencode(file)) for file in task.files]
+    length = max(map(len, paths), default=0)
+    joined = b"".join(path.rjust(length, b"/") for path in paths)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(paths), length)
+
+
+def read(path: Any) -> Any:
+    """The bytes of a file. Not mapped: photographs are small, and to map and unmap each costs more than to copy it."""
+    from nvidia.dali import fn
+
+    return fn.io.file.read(path, dont_use_mmap=True)
+
+
+def by_region(task: Task) -> bool:
+    """Whether only the part of a photograph is decoded that its image needs; else all of it, and the part is cut out.
+
+    On a GPU nvImageCodec 0.9 may crash at a region, without a word (its issue 55), and 0.8 did not; of later ones it is
+    not known.
+    """
+    if task.regions != "auto":
+        return task.regions == "always"
+    return task.device.type != "cuda" or all(_numbers(version) < (0, 9) for version in codecs())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def codecs() -> tuple[str, ...]:
+    """Versions of nvImageCodec that are installed."""
+    return _versions("nvidia-nvimgcodec")
+
+
+@cache
+def _versions(name: str) -> tuple[str, ...]:
+    """Of the packages whose names begin so."""
+    found = importlib.metadata.distributions()
+    return tuple(sorted(package.version for package in found if str(package.metadata["Name"]).startswith(name)))
+
+
+def device_id(task: Task) -> int | None:
+    """DALI's number of the task's GPU, None for the CPU."""
+    if task.device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if task.device.index is None else task.device.index
+
+
+def decoding(task: Task) -> dict[str, Any]:
+    """Where and how photographs are decoded."""
+    if task.device.type != "cuda":
+        return {"device": "cpu"}
+    return {
+        "device": "mixed",
+        # libjpeg smooths the upsampled chroma; without this the GPU would give other pixels. nvJPEG before 13.2 cannot
+        # do it at the edge of a region; nvImageCodec then decodes regions on the host: slower, with the same pixels.
+        "jpeg_fancy_upsampling": True,
+        # All that the JPEG engines of the card can take, or nothing, and not DALI's 65 % of a batch: which photographs
+        # the engines get would depend on their places in the batch, and so might their last levels.
+        "hw_decoder_load": 1.0 if task.jpeg_engines else 0.0,
+        # Each thread has such scratch from the beginning, and on the host two pieces; by DALI's default (16 and 8 MiB)
+        # many threads would take more than `memory` allows for. It grows where a photograph needs more.
+        "device_memory_padding": min(16 * 2**20, SCRATCH // (max(1, task.threads) + 1)),
+        "host_memory_padding": min(8 * 2**20, SCRATCH // (max(1, task.threads) + 1) // 2),
+    }
+
+
+def named(task: Task) -> str:
+    """What decodes this task's photographs, with all that may change a level of them."""
+    parts = ["dali", version(), "nvimgcodec", *codecs()]
+    if task.device.type == "cuda":
+        parts += ["on JPEG engines" if task.jpeg_engines else "on CUDA", "nvjpeg", *_versions("nvidia-nvjpeg")]
+    return " ".join(parts)
+
+
+def explained(error: RuntimeError, files: Sequence[str], task: Task) -> Exception:
+    """What to raise for an error of a pipeline that read these files: its own messages do not always name the file."""
+    if is_out_of_memory(error):
+        return error
+    bad = name_unreadable(files)
+    if bad is not None:
+        return undecodable(bad)
+    # A decoder that gets no memory says only that it failed.
+    if task.device.type == "cuda" and torch.cuda.mem_get_info(task.device)[0] < _SCARCE:
+        return torch.OutOfMemoryError(f"CUDA out of memory, in DALI: {error}")
+    return error
+
+
+def too_large(task: Task, room: int) -> str | None:
+    """What to tell the user where photographs that are decoded whole may not fit into `room` bytes of the card."""
+    if task.device.type != "cuda" or by_region(task):
+        return None
+    # A batch is decoded while the one before it is warped.
+    whole = 2 * task.micro_batch_size * 3 * int(np.mean(task.widths[task.ids] * task.heights[task.ids]))
+    if whole <= room:
+        return None
+    return (
+        f"note: photographs of this size are decoded whole, which takes about {whole / 2**30:.1f} GiB of the card at "
+        f"once, where {max(0, room) / 2**30:.1f} GiB may be left; `fastddr prepare` makes them small"
+    )
+
+
+def give_back(task: Task) -> None:
+    """After the end of a pipeline on a GPU: DALI's pool would keep what its largest photographs took from the model."""
+    if task.device.type == "cuda":
+        from nvidia.dali import backend
+
+        backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # of its C part, which has no stub
+
+
+class Canvases:
+    """Whole canvases of photographs as uint8, for a store; decoded ahead, in the order asked for."""
+
+    def __init__(self, task: Task, together: int) -> None:
+        """`together`: how many photographs are decoded at once, if they are not very large."""
+        self._task = task
+        if task.device.type == "cuda":
+            # Photographs as cameras make them would take gigabytes of a card.
+            most = int(_AT_ONCE / (3 * np.mean(task.widths[task.ids] * task.heights[task.ids])))
+            together = min(together, max(_FEWEST, most))
+        self._together = together
+        self._paths = paths_of(task)
+        self._width, self._height = sampling.canvas_size(task.widths, task.heights, task.canvas)
+
+    def walk(self, ids: Int[np.ndarray, " n"]) -> Generator[list[tuple[int, Tensor]], None, None]:
+        """Yields (id, canvas (height, width, 3)) of some photographs at a time, on the device.
+
+        Raises:
+            UserError: a photograph that cannot be decoded, by name.
+        """
+        from nvidia.dali import Pipeline, fn, types
+
+        task, gpu = self._task, self._task.device.type == "cuda"
+        chunks = [ids[start : start + self._together] for start in range(0, len(ids), self._together)]
+
+        # DALI warns of an input that its graph does not use.
+        scaled = not task.canvas_is_source
+
+        def inputs() -> Any:
+            for chunk in chunks:
+                size = np.stack([self._height[chunk], self._width[chunk]], axis=1).astype(np.float32)
+                paths = self._paths[chunk]
+                yield (paths, size) if scaled else (paths,)
+
+        pipeline = Pipeline(
+            batch_size=self._together,
+            num_threads=max(1, task.threads),
+            device_id=device_id(task),
+            prefetch_queue_depth=2,
+            exec_dynamic=True,
+            seed=0,  # nothing in the graph is random
+        )
+        with pipeline:
+            path, *size = fn.external_source(
+                source=inputs(),
+                num_outputs=1 + scaled,
+                dtype=[types.UINT8, types.FLOAT][: 1 + scaled],
+                ndim=[1, 1][: 1 + scaled],
+            )
+            canvas = fn.decoders.image(
+                read(path),
+                output_type=types.RGB,
+                **decoding(task),
+            )
+            if scaled:
+                canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
+            pipeline.set_outputs(canvas)
+        try:
+            for number, chunk in enumerate(chunks):
+                try:
+                    (output,) = pipeline.run(torch.cuda.current_stream(task.device) if gpu else None)
+                except RuntimeError as error:
+                    # It may be of those after this one, which are already on their way.
+                    near = np.concatenate(chunks[number : number + 3])
+                    found = explained(error, [task.files[id_] for id_ in near], task)
+                    if found is error:
+                        raise
+                    raise found from error
+                yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
+                del output
+        finally:
+            del pipeline
+            give_back(task)

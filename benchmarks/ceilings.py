@@ -183,14 +183,13 @@ def decoding(files: Sequence[str], cores: int, rounds: int, seconds: float) -> l
     return [cores * rate for rate in limits.decoded(limits.spaced(files, 64), seconds, rounds)]
 
 
-def _decoding_rows(options: Options, cores: int, console: Console) -> list[dict[str, Any]]:
+def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[dict[str, Any]]:
     # Not at the top: `step` and `operations` import this file and need no photographs.
     import sources
 
     from fastddr.data import manifest
 
     photographs = 60 if options.tiny else options.photographs
-    rows = []
     for name, root in sources.roots(options.data, options.encodings, photographs, 512, console):
         files = manifest.read(root).files()
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
@@ -198,8 +197,7 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> list[dict[
             continue
         rates = decoding(files, cores, options.rounds, 0.05 if options.tiny else 0.5)
         about = {"name": f"decode, {name}, one core × {cores}", "kind": "ceiling", "photographs": name}
-        rows.append(about | harness.spread(rates) | {"unit": "images/s"})
-    return rows
+        yield about | harness.spread(rates) | {"unit": "images/s"}
 
 
 def main(options: Options) -> None:
@@ -212,12 +210,12 @@ def main(options: Options) -> None:
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
     numbers = options.numbers or default_numbers(device)
-    found = measure(device, numbers, options.rounds, threads, console.print, tiny=options.tiny)
-    rows = found.rows()
-    if options.decode:
-        rows += _decoding_rows(options, threads, console)
-    harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
-    console.print(f"written to {harness.write('ceilings', rows, options.out, wandb=options.wandb)}")
+    rows: list[dict[str, Any]] = []
+    with harness.writing("ceilings", rows, options.out, wandb=options.wandb):
+        rows += measure(device, numbers, options.rounds, threads, console.print, tiny=options.tiny).rows()
+        if options.decode:
+            rows.extend(_decoding_rows(options, threads, console))
+        harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import harness
 import numpy as np
 import tyro
 from rich.console import Console
+
+from fastddr.errors import UserError
 
 #: More than this anywhere is no rounding: a wrong window, wrong chroma or wrong colours.
 MOST_LEVELS = 16.0
@@ -41,7 +43,10 @@ class Options:
     """Epochs that are timed, at least 5."""
     compared: int = 64
     """Photographs that are compared with Pillow."""
-    limit: float = 120.0
+    batches: int | None = None
+    """Batches of an epoch, the set repeated; by default 32 on a GPU, whose queue would otherwise be most of it, and 16
+    on a CPU."""
+    limit: float = 60.0
     """Seconds that one trial may take."""
     out: Path | None = None
     """The JSON; by default results/decode_HARDWARE_DATE.json."""
@@ -53,7 +58,7 @@ class Options:
 REGIONS, ENGINES = "the region alone", "JPEG engines"
 
 
-def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared: int) -> dict[str, Any]:
+def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared: int, batches: int) -> dict[str, Any]:
     """Differences and images a second of windows of `side` pixels; in a process of its own.
 
     `way`: as training does it, or `REGIONS` or `ENGINES`.
@@ -70,10 +75,14 @@ def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared
     from fastddr.ranks import available_cores
 
     found = manifest.read(root)
+    # Each repetition is a photograph of its own.
+    ids = np.resize(found.ids("train"), batches * batch_size)
+    files = found.files()
     task = loaders.Task(
-        files=found.files(), grades=found.grade, widths=found.width, heights=found.height, ids=found.ids("train"),
-        train=True, image_size=side, canvas=int(found.width.min()), augment=POLICIES["none"], seed=0,
-        batch_size=batch_size, threads=available_cores(), regions="always" if way == REGIONS else "auto",
+        files=[files[id_] for id_ in ids], grades=found.grade[ids], widths=found.width[ids], heights=found.height[ids],
+        ids=np.arange(len(ids)), train=True, image_size=side, canvas=int(found.width.min()), seed=0,
+        augment=POLICIES["none"], batch_size=batch_size, threads=available_cores(),
+        regions="always" if way == REGIONS else "auto",
         jpeg_engines=way == ENGINES,
         device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
     )  # fmt: skip
@@ -112,49 +121,71 @@ def main(options: Options) -> None:
     import sources
     import torch
 
+    from fastddr.loaders import dali_decoder
+
     console = Console(soft_wrap=True)
     harness.begin()
     kinds = sources.roots(None, tuple(sources.NAMES), options.photographs, 512, console)
     rows: list[dict[str, Any]] = []
-    ways = ("", REGIONS, ENGINES) if torch.cuda.is_available() else ("",)
-    for (photographs, root), side, way in itertools.product(kinds, (256, 512), ways):
-        name = ", ".join(filter(None, ("window" if side == 256 else "whole", photographs, way)))
-        about = {"name": name, "photographs": photographs, "image_size": side, "batch_size": options.batch_size}
-        about |= {"kind": "not trained with"} if way else {}
-        given = [str(root), side, way, options.batch_size, max(options.rounds, 5), options.compared]
-        command = [sys.executable, __file__, "--child", json.dumps(given)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
-        except subprocess.TimeoutExpired:
-            rows.append(about | {"failed": f"no answer within {options.limit:.0f} s"})
-            continue
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            rows.append(about | {"failed": f"exit code {done.returncode}: {last}"})
-            continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        rates = found.pop("rates")
-        found = {f"{key}_levels" if key != "compared" else key: value for key, value in found.items()}
-        rows.append(about | harness.spread(rates) | {"unit": "images/s"} | found)
-        if found["largest_levels"] > MOST_LEVELS and not way:
-            console.print(f"{name}: differs from Pillow by {found['largest_levels']:.0f} levels of 255; do not train "
-                          "on it, and see the diagnosis in docs/benchmarks.md.")  # fmt: skip
-    shown = [
-        {key: f"{value:.3g}" if key.endswith("_levels") else value for key, value in row.items()}
-        for row in rows if "failed" not in row
-    ]  # fmt: skip
-    if shown:
-        harness.show("The dali loader against Pillow", shown, ["largest_levels", "mean_levels"])
-    for row in rows:
-        if "failed" in row:
-            console.print(f"{row['name']}: {row['failed']}", highlight=False, markup=False)
-    console.print(f"written to {harness.write('decode', rows, options.out, wandb=options.wandb)}")
+    gpu = torch.cuda.is_available()
+    ways = ("", REGIONS, ENGINES) if gpu else ("",)
+    if not dali_decoder.installed():
+        ways = ()
+        rows.append({"name": "DALI's decoder", "kind": "absent", "failed": "NVIDIA DALI is not installed"})
+        report(rows[-1])
+    with harness.writing("decode", rows, options.out, wandb=options.wandb):
+        # First the way that training takes.
+        for way, (photographs, root), side in itertools.product(ways, kinds, (256, 512)):
+            about, given = described(photographs, side, way, options), [str(root), side, way, options.batch_size]
+            given += [max(options.rounds, 5), options.compared, options.batches or (32 if gpu else 16)]
+            rows.append(about | in_process(given, options.limit))
+            report(rows[-1])
+        shown = [
+            {key: f"{value:.3g}" if key.endswith("_levels") else value for key, value in row.items()}
+            for row in rows if "failed" not in row
+        ]  # fmt: skip
+        if shown:
+            harness.show("The dali loader against Pillow", shown, ["largest_levels", "mean_levels"])
+
+
+def described(photographs: str, side: int, way: str, options: Options) -> dict[str, Any]:
+    """What a row says of its trial."""
+    name = ", ".join(filter(None, ("window" if side == 256 else "whole", photographs, way)))
+    about = {"name": name, "photographs": photographs, "image_size": side, "batch_size": options.batch_size}
+    return about | ({"kind": "not trained with"} if way else {})
+
+
+def in_process(given: Sequence[Any], limit: float) -> dict[str, Any]:
+    """A trial in a process of its own, as what its row says; `failed` with the reason where it did not go through."""
+    command = [sys.executable, __file__, "--child", json.dumps(given)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no answer within {limit:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"failed": f"exit code {done.returncode}: {last}"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    rates = found.pop("rates")
+    found = {f"{key}_levels" if key != "compared" else key: value for key, value in found.items()}
+    return harness.spread(rates) | {"unit": "images/s"} | found
+
+
+def report(row: Mapping[str, Any]) -> None:
+    """Say what is wrong with a trial."""
+    if "failed" in row:
+        harness.say(f"{row['name']}: {row['failed']}")
+    elif row["largest_levels"] > MOST_LEVELS and "kind" not in row:
+        harness.say(f"{row['name']}: differs from Pillow by {row['largest_levels']:.0f} levels of 255; do not train "
+                    "on it, and see the diagnosis in docs/benchmarks.md.")  # fmt: skip
 
 
 if __name__ == "__main__":
-    # As Ctrl-C: a trial must not outlive this.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if sys.argv[1:2] == ["--child"]:
+        harness.end_with_parent()
         print(json.dumps(trial(*json.loads(sys.argv[2]))))
-    else:
+        sys.exit(0)
+    try:
         main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"decode.py: {mistake}") from None

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
     runs.finish(undisturbed, *arguments)
     wanted, lines = state(undisturbed), steps_logged(undisturbed)
     trackers = {"W&B": steps_of_wandb, "TensorBoard": steps_of_tensorboard}
+    if find_spec("wandb") is None:
+        harness.say("  W&B is left out: it is not installed")
+        del trackers["W&B"]
     for name, read in trackers.items():
         if read(undisturbed) != lines:
             raise RuntimeError(f"{name} of the undisturbed run has other steps than its metrics.jsonl")
@@ -334,13 +338,15 @@ def main(options: Options) -> None:
     harness.begin()
     rows: list[dict[str, Any]] = []
     # A disk of ours that could not be unmounted must not hide what went wrong.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        harness.writing("faults", rows, options.out, wandb=options.wandb),
+    ):
         runs = Runs(options.data, options.ranks, Path(scratch))
         for part in options.only:
             harness.say(part)
             rows += do[part](options, runs)
-    harness.show("What is lost when something goes wrong", rows, ("p95", "ranks", "mib"))
-    print(harness.write("faults", rows, options.out, wandb=options.wandb))
+        harness.show("What is lost when something goes wrong", rows, ("p95", "ranks", "mib"))
 
 
 if __name__ == "__main__":

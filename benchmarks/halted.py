@@ -6,15 +6,14 @@ within one run.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -30,15 +29,14 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
     os.setpgid(0, 0)
     # A store that is kept between runs would be found full by the next benchmark.
     os.environ["FASTDDR_CACHE"] = folder
-    if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: a halted process would outlive a killed parent for ever.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    harness.end_with_parent()  # a halted process would outlive it for ever
     # Ctrl-C is for the parent, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         made = make(*arguments)
-    except (UserError, ImportError) as error:
-        pipe.send(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+    # Whatever it is: the others' figures must not be lost with it.
+    except Exception as error:  # noqa: BLE001
+        pipe.send(_told(error))
         return
     pipe.send(None)
     try:
@@ -46,11 +44,20 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
             name, given = question
             try:
                 pipe.send(getattr(made, name)(*given))
-            except UserError as error:
-                pipe.send(error)
+            except Exception as error:  # noqa: BLE001  # as above
+                pipe.send(_told(error))
     except EOFError:
         return
     made.close()
+
+
+def _told(error: Exception) -> UserError:
+    """An error as one that can be sent to another process, and be said there."""
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error, ImportError):  # what is not installed is no fault
+        traceback.print_exc()
+    return UserError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 class Halted:
@@ -74,9 +81,7 @@ class Halted:
         other.close()
         ready = False
         try:
-            problem = self._receive()
-            if problem is not None:
-                raise UserError(problem)
+            self._receive()
             ready = True
         finally:
             if not ready:

@@ -8,13 +8,16 @@ interval of the median over n rounds.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from stored import RESULTS, hardware_name
 
+from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
 _PACKAGES = (
@@ -54,16 +58,33 @@ def say(line: str | None) -> None:
 
 
 def interleaved(
-    trials: Mapping[str, Callable[[], float]], rounds: int, on_round: Callable[[int], None] | None = None
+    trials: Mapping[str, Callable[[], float]],
+    rounds: int,
+    on_round: Callable[[int], None] | None = None,
+    on_failure: Callable[[str, str], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Each trial once a round, round after round, so that a slow minute of the machine falls on all of them."""
+    """Each trial once a round, round after round, so that a slow minute of the machine falls on all of them.
+
+    With `on_failure` one that fails is left out from there on, and its name and the reason are handed over.
+    """
     found: dict[str, list[float]] = {name: [] for name in trials}
     for number in range(rounds):
-        for name, trial in trials.items():
-            found[name].append(trial())
+        for name in list(found):
+            try:
+                found[name].append(trials[name]())
+            except (UserError, RuntimeError) as problem:
+                if on_failure is None:
+                    raise
+                del found[name]
+                on_failure(name, sentence(problem))
         if on_round is not None:
             on_round(number + 1)
     return found
+
+
+def sentence(problem: BaseException) -> str:
+    """What an error says, in one line and without its full stop."""
+    return " ".join(str(problem).split()).rstrip(".") or type(problem).__name__
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -159,6 +180,36 @@ def versions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def end_with_parent() -> None:
+    """For a process that a benchmark starts: where that one is killed, this must not go on and keep the card. Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def writing(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
+    wandb: bool = False,
+) -> Generator[None, None, None]:  # fmt: skip
+    """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
+
+    SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Where there is no row, nothing is written.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        # Asked to stop again: it is about to.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if rows:
+            say(f"written to {write(benchmark, rows, out, part=part, wandb=wandb)}")
+        signal.signal(signal.SIGTERM, before)
+
+
 def write(
     benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
     wandb: bool = False,
@@ -186,7 +237,10 @@ def write(
         "rows": list(rows),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    # Beside and renamed: who reads it meanwhile, or after a kill, finds a whole one.
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, out)
     if wandb:
         # Here, because each loader's process imports this file.
         import tracked

@@ -66,9 +66,9 @@ def race(
                 continue
             try:
                 curve = train(spec, case, seed, max(kappas))
-            except UserError as problem:
+            except (UserError, RuntimeError) as problem:
                 # The figures of the others must not be lost with it.
-                sentence = " ".join(str(problem).split()).rstrip(".")
+                sentence = harness.sentence(problem)
                 say(f"{spec.label} is left out: {sentence}.")
                 absent.append({"name": spec.label, "kind": "qwk", **about, "recipe": spec.label, "failed": sentence})
                 del curves[spec.label]

@@ -137,15 +137,26 @@ class Panel:
     def begin(self, specs: Sequence[Spec]) -> None:
         """Start the loaders; what cannot run here is left out, and said why."""
         for spec in specs:
-            try:
-                trial = Trial(spec, self.task)
-            except UserError as problem:
-                self._say(f"{spec.label} is left out: {str(problem).rstrip('.')}.")
+            lacks = spec.missing(self.task)
+            if lacks is not None:
+                self._say(f"{spec.label} is left out: {lacks.rstrip('.')}.")
                 continue
-            self.trials[spec.label] = trial
             began = time.perf_counter()
-            trial.warm()
+            try:
+                self.trials[spec.label] = Trial(spec, self.task)
+                self.trials[spec.label].warm()
+            except (UserError, RuntimeError) as problem:
+                self._leave_out(spec.label, harness.sentence(problem))
+                continue
             self._say(f"  {spec.label} has warmed up in {time.perf_counter() - began:.0f} s")
+
+    def _leave_out(self, label: str, why: str) -> None:
+        """One that cannot run must not take the figures of the others along."""
+        self._say(f"{label} is left out: {why}.")
+        self.rows.append({"name": label, "kind": "failed", **self.about, "failed": why})
+        trial = self.trials.pop(label, None)
+        if trial is not None:
+            trial.close()
 
     @staticmethod
     def _kind(name: str) -> str:
@@ -167,7 +178,10 @@ class Panel:
                 turns[STORE_ALONE] = lambda: store.ask("raw", self.options.seconds).rate
                 self.kinds[STORE_ALONE] = "store"
         self.speeds = harness.interleaved(
-            turns, self.options.rounds, lambda k: self._say(f"  round {k} of {self.options.rounds}")
+            turns,
+            self.options.rounds,
+            lambda k: self._say(f"  round {k} of {self.options.rounds}"),
+            self._leave_out,
         )
         for label, values in self.speeds.items():
             row = {"name": label, "kind": self.kinds[label], **self.about, **harness.spread(values)}
@@ -319,10 +333,22 @@ def main(options: Options) -> None:
             console.print(f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}")
             found = measure(Panel(task, about, options, console), specs)
             if policy == options.policies[0]:
+                # What was measured must outlive a step that fails.
+                options.out = harness.write("loader", rows + found, options.out)
                 for spec in waiters:
-                    found.append(about | waiting.share(spec, task, options.step_model, options.steps))
+                    lacks = spec.missing(task)
+                    name = f"data wait, {spec.label}"
+                    try:
+                        if lacks is None:
+                            found.append(about | waiting.share(spec, task, options.step_model, options.steps))
+                    except (UserError, RuntimeError) as problem:
+                        lacks = harness.sentence(problem)
+                        found.append({"name": name, "kind": "failed", **about, "failed": lacks})
+                    if lacks is not None:
+                        console.print(f"{name} is left out: {lacks.rstrip('.')}.", highlight=False, markup=False)
             rows += found
-            report(found, console)
+            if found:
+                report(found, console)
             # Should the next panel never end.
             options.out = harness.write("loader", rows, options.out)
     where = harness.write("loader", rows, options.out, wandb=options.wandb)

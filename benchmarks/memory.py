@@ -303,7 +303,19 @@ def main(options: Options) -> None:
     if options.cards and not gpu:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
     harness.begin()
-    rows = [row(trial, gpu=gpu) for trial in trials(options, gpu=gpu)]
+    rows: list[dict[str, Any]] = []
+    with harness.writing("memory", rows, options.out, wandb=options.wandb):
+        _measure(options, rows, gpu=gpu)
+    shown = [each for each in rows if "failed" not in each]
+    harness.show(f"Peak memory, {harness.hardware_name(harness.machine())}", shown, ("predicted_gib", "error"))
+    for each in rows:
+        if "failed" in each:
+            harness.say(f"{each['name']} failed: {each['failed']}")
+
+
+def _measure(options: Options, rows: list[dict[str, Any]], *, gpu: bool) -> None:
+    for trial in trials(options, gpu=gpu):
+        rows.append(row(trial, gpu=gpu))
     allowance = allowances.load(torch.cuda.get_device_name(0) if gpu else None)
     for size, model, precision in product(
         options.cards, options.models or MODELS, options.precisions or ("fp32", "bf16")
@@ -313,16 +325,11 @@ def main(options: Options) -> None:
         if "depth" in model or options.models:  # the case of the report, and what is asked for
             rows.append(largest(Trial(model, 0, CROP_BATCH, precision, False, limit_gib=size), "crop", allowance))
     rows += errors(rows)
-    shown = [each for each in rows if "failed" not in each]
-    harness.show(f"Peak memory, {harness.hardware_name(harness.machine())}", shown, ("predicted_gib", "error"))
-    for each in rows:
-        if "failed" in each:
-            harness.say(f"{each['name']} failed: {each['failed']}")
-    harness.say(f"written to {harness.write('memory', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--trial"]:
+        harness.end_with_parent()
         print(json.dumps(measured(Trial(**json.loads(sys.argv[2])))))
         sys.exit(0)
     try:

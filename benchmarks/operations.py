@@ -21,8 +21,6 @@ Inputs are several tensors in turn, twice as large together as the last cache, s
 from __future__ import annotations
 
 import math
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -362,7 +360,7 @@ def main(options: Options) -> None:
     ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
-    try:
+    with harness.writing("operations", rows, options.out, wandb=options.wandb):
         for precision, shape in product(dtypes, shapes):
             found = race(shape, precision, options, ceilings, Clock(device), say)
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])
@@ -371,14 +369,9 @@ def main(options: Options) -> None:
                 torch.cuda.empty_cache()
         for line in sentences(rows):
             say(line)
-    finally:
-        # Also where it is stopped: the tables that were done.
-        say(f"written to {harness.write('operations', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":
-    # As Ctrl-C; a suite stops its parts in this way.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(tyro.cli(Options))
     except UserError as mistake:

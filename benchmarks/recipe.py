@@ -49,6 +49,7 @@ class Recipe(ABC):
         self.case, self.config = case, case.config
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.free = self._free()
+        self.tuned = False
         self.workers = int(options.get("workers", available_cores()))
 
     @classmethod
@@ -78,7 +79,12 @@ class Recipe(ABC):
         images, waited = self._train()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return Epoch(images, time.perf_counter() - began, waited)
+        took = time.perf_counter() - began
+        if self.device.type == "cuda" and not self.tuned:
+            # In the first epoch cuDNN tries algorithms with all the memory that it gets.
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.tuned = True
+        return Epoch(images, took, waited)
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0

@@ -63,7 +63,8 @@ class Fastddr(Recipe):
         assert self.trainer.loaders is not None
         choice = self.trainer.loaders.choice
         kept = {"store": choice.store} if choice.loader == "resident" else {}
-        return {"loader": choice.loader, **kept, "runs_in": self.trainer.runtime.precision}
+        chosen = {"runs_in": self.trainer.runtime.precision, "micro_batch_size": self.trainer.runtime.micro_batch_size}
+        return {"loader": choice.loader, **kept, **chosen}
 
     def _train(self) -> tuple[int, float]:
         with contextlib.redirect_stdout(self.silence):

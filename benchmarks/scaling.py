@@ -168,9 +168,11 @@ def main(options: Options) -> None:
         wanted, out = job(options), options.out
         assert set(KINDS) == {kind for kind, _ in job_trials(wanted)}
         harness.begin()
-        worked = rows(wanted, measured(wanted))
-        harness.show("Scaling", worked, ("batch_size",))
-    harness.say(f"written to {harness.write('scaling', worked, out, wandb=options.wandb)}")
+        worked = []
+    with harness.writing("scaling", worked, out, wandb=options.wandb):
+        if not options.paper:
+            worked += rows(wanted, measured(wanted))
+            harness.show("Scaling", worked, ("batch_size",))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,8 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
 def kernel(loader: Any, seconds: float) -> list[float]:
     """Images a second of the kernel that makes a batch from a store on the GPU, and nothing else.
 
-    The same batch again and again, from arguments that are on the GPU already. Measured by the GPU's clock.
+    Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already. Measured by the
+    GPU's clock.
     """
     from fastddr.loaders import resident
 
@@ -273,17 +274,17 @@ def kernel(loader: Any, seconds: float) -> list[float]:
         return whole(*arguments)
 
     with patch.object(resident.kernels, "warp", noted):
-        for _ in itertools.islice(loader.epoch(0), 2):
+        for _ in itertools.islice(loader.epoch(0), 24):
             pass
     rates = []
-    batch, times = loader.task.micro_batch_size, 20
+    batch, times = loader.task.micro_batch_size, max(24, len(calls))
     for _ in range(ROUNDS + 1):
         images, milliseconds = 0, 0.0
         while milliseconds < 1000 * seconds:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(times):
-                whole(*calls[0])
+            for number in range(times):
+                whole(*calls[number % len(calls)])
             end.record()
             end.synchronize()
             images += times * batch

@@ -16,9 +16,7 @@ never keeps the model waiting comes to 1.0 of it.
 from __future__ import annotations
 
 import itertools
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -106,16 +104,18 @@ class Contender(Halted):
         self.vram: dict[str, int] = {}
         super().__init__(spec.label, make, spec, case)
 
-    def warm(self) -> None:
+    def warm(self) -> Epoch:
         """One epoch, in which memory is looked at; on a GPU a second one, to see how busy it is."""
         with self.watched():
-            self.first = self.ask("epoch")
-        # Now, while no other is beside it.
-        self.vram = self.ask("vram")
+            first: Epoch = self.ask("epoch")
+        self.first = first
         if torch.cuda.is_available():
             with _Utilisation() as seen:
                 self.ask("epoch")
             self.gpu_use = seen.mean
+        # Now, while no other is beside it.
+        self.vram = self.ask("vram")
+        return first
 
     def __call__(self) -> float:
         """Images a second in one epoch."""
@@ -148,7 +148,8 @@ class _Utilisation:
         self.mean: float | None = None
 
     def __enter__(self) -> _Utilisation:
-        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "-i", "0"]
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # its numbers are not those of CUDA_VISIBLE_DEVICES
+        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "-i", uuid]
         try:
             self._process: subprocess.Popen[str] | None = subprocess.Popen(
                 ["nvidia-smi", *query], stdout=subprocess.PIPE, text=True
@@ -214,26 +215,28 @@ def race(
     """Rows of one case: recipes, then ratios and targets. No recipe is begun after `until` (`time.monotonic`)."""
     contenders: dict[str, Contender] = {}
     rows: list[dict[str, Any]] = []
+
+    def leave_out(label: str, why: str) -> None:
+        # One that cannot run must not take the figures of the others along.
+        say(f"{label} is left out: {why}.")
+        kind = next(spec.kind for spec in specs if spec.label == label)
+        rows.append({"name": label, "kind": kind, **about, "failed": why})
+        contender = contenders.pop(label, None)
+        if contender is not None:
+            contender.close()
+
     try:
         for spec in specs:
-            contender, began = None, time.monotonic()
             try:
-                if until is not None and began > until and len(contenders) > 1:
+                if until is not None and time.monotonic() > until and len(contenders) > 1:
                     raise UserError("the time was up before its turn came")
-                contender = Contender(spec, case)
-                contender.warm()
+                contenders[spec.label] = Contender(spec, case)
+                first = contenders[spec.label].warm()
             except (UserError, RuntimeError) as problem:
-                # One that cannot run must not take the figures of the others along.
-                if contender is not None:
-                    contender.close()
-                sentence = " ".join(str(problem).split()).rstrip(".")
-                say(f"{spec.label} is left out: {sentence}.")
-                rows.append({"name": spec.label, "kind": spec.kind, **about, "failed": sentence})
+                leave_out(spec.label, harness.sentence(problem))
                 continue
-            contenders[spec.label] = contender
-            assert contender.first is not None
-            say(f"  {spec.label} has warmed up: {contender.first.images} images in {contender.first.seconds:.1f} s")
-        speeds = harness.interleaved(contenders, rounds, lambda k: say(f"  round {k} of {rounds}"))
+            say(f"  {spec.label} has warmed up: {first.images} images in {first.seconds:.1f} s")
+        speeds = harness.interleaved(dict(contenders), rounds, lambda k: say(f"  round {k} of {rounds}"), leave_out)
         for label, contender in contenders.items():
             row = {"name": label, "kind": contender.spec.kind, **about, **harness.spread(speeds[label])}
             rows.append(row | {"unit": "images/s"} | contender.row())
@@ -279,7 +282,10 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     until = None if options.seconds is None else time.monotonic() + options.seconds
     # Beside the photographs, where they can be linked to, if that place can be written.
-    with tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder,
+        harness.writing("train", rows, options.out, part=part, wandb=options.wandb),
+    ):
         root = Path(folder) / "photographs"
         images = class_folders(source, root, length)
         found = manifest.read(source)
@@ -298,12 +304,9 @@ def main(options: Options) -> None:
                     options.out = harness.write("train", rows + done, options.out, part=part)
                 kappas.show(done, say)
             rows += done
-    say(f"written to {harness.write('train', rows, options.out, part=part, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":
-    # As Ctrl-C: the halted recipes must be ended.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(tyro.cli(Options))
     except UserError as mistake:

@@ -10,11 +10,9 @@ process that dies loses one heat.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -325,9 +323,7 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: where the benchmark is killed, this process must not go on and keep the card.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    harness.end_with_parent()
     try:
         main(Path(sys.argv[1]))
     except UserError as mistake:

@@ -53,6 +53,8 @@ class Runs:
         ]  # fmt: skip
         command = [*launcher, *script] if ranks > 1 else [sys.executable, *script]
         environment = self._environment | {_MARK: run.name}
+        if 0 < torch.cuda.device_count() < ranks:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two ranks on one card: on the CPU, by gloo
         with (self.scratch / f"{run.name}.txt").open("a") as said:
             return subprocess.Popen(command, env=environment, stdout=said, stderr=said, text=True)
 

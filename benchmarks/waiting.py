@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from fastddr import loaders, losses, models, optimizers
 from fastddr.data import cache
 from fastddr.loaders import Task
 from fastddr.meters import Waited
+from fastddr.runtime import numerics
 from fastddr.step import Tally, training_step
 
 #: The ConvMixer (width, depth, kernel, patch) for which there is an aim, on a GPU.
@@ -44,6 +46,8 @@ def _share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int)
     decodes, has passed.
     """
     gpu = task.device.type == "cuda"
+    numerics(False, cpu=not gpu)
+    task = replace(task, dtype=torch.bfloat16 if gpu else torch.float32)
     # A GPU's cards without bf16 are not what this is measured on.
     accelerator = Accelerator(mixed_precision="bf16" if gpu else "no", cpu=not gpu)
     dim, depth, kernel, patch_size = model

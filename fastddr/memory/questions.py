@@ -17,6 +17,7 @@ from fastddr.config import MODELS, Config
 from fastddr.errors import UserError
 from fastddr.memory import allowances, cards, planning
 from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
+from fastddr.memory.second import apart
 from fastddr.memory.tape import KINDS
 
 #: Sides of images in the table, where none is asked for.
@@ -68,7 +69,7 @@ def run(asked: Asked, flags: list[str]) -> int:
         raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME.")
     if vram <= 0 or asked.gpus < 1:
         raise UserError(f"--vram {vram:g} --gpus {asked.gpus}: both must be above 0.")
-    allowance = allowances.load(_here())
+    allowance = allowances.load(apart(_here))
     limit = usable(vram, allowance)
     if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
         config = configured(flags, asked.depth)

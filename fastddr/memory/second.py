@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Question = tuple[Hashable, ...]
 #: At most so many questions are handed over.
 _MOST = 64
@@ -103,6 +104,30 @@ class Second:
         self._process = process
         other.close()
         return True
+
+
+def apart(answer: Callable[[], T]) -> T:
+    """An answer from a process that ends with it: what is begun for it, such as CUDA, would keep this one from forking.
+
+    Where there can be no other process it is given here.
+    """
+    if not possible():
+        return answer()
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(send, answer))
+    process.start()
+    send.close()
+    try:
+        found: T = receive.recv()
+    except EOFError:  # it has ended
+        found = answer()
+    process.join()
+    return found
+
+
+def _send(pipe: Connection, answer: Callable[[], Any]) -> None:
+    pipe.send(answer())
 
 
 def possible() -> bool:

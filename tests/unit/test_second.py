@@ -209,3 +209,28 @@ def test_the_plan_is_the_same_with_one_core_and_with_two(question: str, tmp_path
     (one, processes), (two, both) = found
     assert one == two
     assert (processes, both) == (1, 2)
+
+
+@needs_two_cores
+def test_what_would_keep_this_process_from_forking_is_asked_in_another() -> None:
+    """As CUDA, where the name of the card is asked for."""
+    here, apart, late, broken = told(
+        """
+        from fastddr.memory.second import apart
+        def answered():
+            Second.late = True
+            return os.getpid()
+        found = [os.getpid(), apart(answered), Second.late]
+        def breaks():
+            if os.getpid() != found[0]:
+                os._exit(1)
+            return "here"
+        found.append(apart(breaks))
+        Second.late = True
+        assert apart(os.getpid) == found[0]
+        print(json.dumps(found))
+        """
+    )
+    assert here != apart
+    assert not late
+    assert broken == "here"

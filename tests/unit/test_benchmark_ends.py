@@ -1,0 +1,285 @@
+"""Benchmarks that are stopped, and of which a part fails or dies: the figures of the rest are kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tests_support import environment, task
+
+from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.loaders import dali_decoder
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of `benchmarks` by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return module
+
+
+def script(tmp_path: Path, code: str) -> list[str]:
+    file = tmp_path / "script.py"
+    file.write_text(f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n{code}")
+    return [sys.executable, str(file)]
+
+
+#: Measures a row, and then ends in the way that it is told.
+ENDING = """
+import time
+from pathlib import Path
+import harness
+rows, (out, how) = [], sys.argv[1:]
+with harness.writing("x", rows, Path(out)):
+    if how != "at once":
+        rows.append({"name": "a", "kind": "x", **harness.spread([1.0] * 5), "unit": "s"})
+    print("measured", flush=True)
+    if how == "stopped":
+        time.sleep(60)
+    if how != "done":
+        raise RuntimeError("it broke")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "rows"),
+    [("done", 0, 1), ("fails", 1, 1), ("stopped", 128 + signal.SIGTERM, 1), ("at once", 1, 0)],
+)
+def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows: int, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    command = [*script(tmp_path, ENDING), str(out), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = ""
+        while "measured" not in said:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            said += line
+        if how == "stopped":
+            process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert ("it broke" in error) == (how in ("fails", "at once"))
+    assert [path.name for path in tmp_path.iterdir() if "json" in path.name] == ["r.json"] * rows
+    if rows:
+        assert len(json.loads(out.read_text())["rows"]) == rows
+
+
+def test_a_trial_that_fails_is_left_out_of_the_rounds(load: Any) -> None:
+    harness = load("harness")
+    turns = iter(range(100))
+
+    def breaks() -> float:
+        if next(turns) == 2:
+            raise RuntimeError("no\n  memory.")
+        return 1.0
+
+    told: list[tuple[str, str]] = []
+    trials = {"one": lambda: 1.0, "breaks": breaks, "other": lambda: 2.0}
+    found = harness.interleaved(trials, 5, on_failure=lambda name, why: told.append((name, why)))
+    assert found == {"one": [1.0] * 5, "other": [2.0] * 5}
+    assert told == [("breaks", "no memory")]
+    turns = iter(range(100))
+    with pytest.raises(RuntimeError):
+        harness.interleaved(trials, 5)
+
+
+#: Asks an object in a process of its own for what goes well, for what fails, and for what ends its process.
+HALTING = """
+import os
+from halted import Halted
+from fastddr.errors import UserError
+
+class Thing:
+    def fine(self, number): return number + 1
+    def wrong(self): raise ValueError("a wrong\\n value")
+    def die(self): os._exit(7)
+    def close(self): pass
+
+def broken():
+    raise OSError("no such card")
+
+def attempt(do):
+    try:
+        return str(do())
+    except (UserError, RuntimeError) as problem:
+        return f"{type(problem).__name__}: {problem}"
+
+if __name__ == "__main__":
+    thing = Halted("thing", Thing)
+    print(attempt(lambda: thing.ask("fine", 1)))
+    print(attempt(lambda: thing.ask("wrong")))
+    print(attempt(lambda: thing.ask("fine", 2)))
+    print(attempt(lambda: thing.ask("die")))
+    thing.close()
+    print(attempt(lambda: Halted("broken", broken)))
+"""
+
+
+def test_what_fails_in_a_halted_process_is_told_and_not_the_end(tmp_path: Path) -> None:
+    around = environment() | {"FASTDDR_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(script(tmp_path, HALTING), capture_output=True, text=True, timeout=200, env=around)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "2",
+        "UserError: ValueError: a wrong value",
+        "3",
+        "RuntimeError: the process of thing has died (7)",
+        "UserError: OSError: no such card",
+    ]
+    assert "Traceback" in done.stderr, "where it happened is there for whoever looks for it"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+class Turns:
+    """A loader or a training loop that takes turns, and fails where it is told to."""
+
+    def __init__(self, spec: Any, wanted: Any = None, fails_at: int | None = None) -> None:
+        self.spec, self.task, self.fails_at = spec, wanted, fails_at
+        self.turns, self.closed = 0, False
+        self.memory, self.warmth = (0, 0), SimpleNamespace(vram=None, first_epoch=None)
+        self.first = SimpleNamespace(images=8, seconds=1.0)
+
+    def __call__(self, seconds: float = 0) -> float:
+        self.turns += 1
+        if self.turns == self.fails_at:
+            raise RuntimeError("its process has died (-11)")
+        return 100.0
+
+    def warm(self) -> Any:
+        if self.fails_at == 0:
+            raise RuntimeError("its process has died (-11)")
+        return self.first
+
+    def row(self) -> dict[str, Any]:
+        return {}
+
+    def cpu_shares(self, cores: int) -> tuple[float, float]:
+        return 0.1, 0.0
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_a_loader_that_dies_does_not_take_the_others_along(
+    fails_at: int, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, trials = load("loader"), load("trials")
+    made: dict[str, Turns] = {}
+
+    def trial(spec: Any, wanted: Any) -> Turns:
+        made[spec.name] = Turns(spec, wanted, fails_at if spec.name == "replay" else None)
+        return made[spec.name]
+
+    monkeypatch.setattr(loader, "Trial", trial)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
+    about = {"photographs": "tiny", "policy": "report"}
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    panel.begin([trials.Spec("torchvision"), trials.Spec("replay"), trials.Spec("dali")])
+    panel.race()
+    assert {row["name"]: row["kind"] for row in panel.rows} == {"torchvision": "fastddr", "replay": "failed"}
+    assert made["replay"].closed
+    assert not made["torchvision"].closed
+    failed = next(row for row in panel.rows if row["kind"] == "failed")
+    assert failed["failed"] == "its process has died (-11)"
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_a_training_loop_that_dies_does_not_take_the_others_along(
+    fails_at: int, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, recipes = load("train"), load("recipes")
+    specs = [recipes.Spec.parse(text) for text in ("fastddr", "report", "timm")]
+    made: dict[str, Turns] = {}
+
+    def contender(spec: Any, case: Any) -> Turns:
+        made[spec.name] = Turns(spec, fails_at=fails_at if spec.name == "report" else None)
+        return made[spec.name]
+
+    monkeypatch.setattr(train, "Contender", contender)
+    said: list[str] = []
+    about = {"model": "m", "precision": "fp32", "image_size": 32, "batch_size": 8, "device": "cpu"}
+    rows = train.race(specs, None, about, 5, None, said.append)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["report"]["failed"] == "its process has died (-11)"
+    assert by_name["fastddr"]["n"] == by_name["timm"]["n"] == 5
+    assert all(runner.closed for runner in made.values())
+    assert "report is left out: its process has died (-11)." in said
+
+
+def test_without_dali_there_is_no_decoder_to_compare(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = load("decode")
+    monkeypatch.setattr(load("sources"), "roots", lambda *_: [("tiny", tmp_path)])
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
+    monkeypatch.setattr(decode, "in_process", lambda *_: pytest.fail("a process was begun for it"))
+    decode.main(decode.Options(out=tmp_path / "r.json"))
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["failed"] == "NVIDIA DALI is not installed"
+    found = load("stored").read(tmp_path / "r.json")
+    assert not [sentence for sentence in load("diagnosis").tell({"decode": found}, []) if "decoder" in sentence]
+
+
+def test_a_decoder_that_hangs_is_a_row(load: Any) -> None:
+    assert load("decode").in_process(["none", 32, "", 8, 5, 8, 2], 0.01) == {"failed": "no answer within 0 s"}
+    assert "none" in load("decode").in_process(["none", 32, "", 8, 5, 8, 2], 60)["failed"]
+
+
+@pytest.mark.parametrize(("cards", "seen"), [(0, "7"), (1, ""), (2, "7")])
+def test_two_ranks_that_have_one_card_train_on_the_cpu(
+    cards: int, seen: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL takes no card twice."""
+    victims = load("victims")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(victims.subprocess, "Popen", lambda command, env, **_: given.append(env))
+    runs = victims.Runs("photographs", 1, tmp_path)
+    runs.start(tmp_path / "run", ranks=2)
+    runs.start(tmp_path / "run", ranks=1)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == [seen, "7"]
+
+
+def test_a_loop_that_breaks_has_a_row_in_the_race_to_a_kappa(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kappas, recipes = load("kappas"), load("recipes")
+
+    def trained(spec: Any, case: Any, seed: int, highest: float) -> Any:
+        if spec.name == "report":
+            raise RuntimeError("its process has died (-9)")
+        return kappas.Curve(qwk=[0.6], seconds=[2.0])
+
+    monkeypatch.setattr(kappas, "train", trained)
+    specs = [recipes.Spec.parse(text) for text in ("fastddr", "report")]
+    case = SimpleNamespace(config=SimpleNamespace(epochs=3))
+    *_, rows = kappas.race(specs, case, {}, [0.5], [0, 1, 2, 3, 4], lambda line: None)
+    assert {row["name"]: row.get("failed") for row in rows} == {
+        "fastddr: to kappa 0.5": None,
+        "report": "its process has died (-9)",
+    }
+
+
+def test_errors_are_one_line(load: Any) -> None:
+    harness = load("harness")
+    assert harness.sentence(UserError("no\n room.")) == "no room"
+    assert harness.sentence(AssertionError()) == "AssertionError"
+    assert os.linesep not in harness.sentence(RuntimeError("a\nb"))

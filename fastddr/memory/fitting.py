@@ -31,6 +31,8 @@ def one_step(config: Config, micro: int, world: int, device: torch.device) -> No
         network = models.build(
             config.model, num_classes=config.outputs, image_size=config.image_size, **config.model_settings
         ).to(device)
+    if not config.memory.channels_last:
+        models.levers.keep_contiguous(network)
     ema = optimizers.make_ema(network, 0.999) if case.steps.average else None
     training = Training(network, case.steps, micro, ema=ema)
     for number in range(2):

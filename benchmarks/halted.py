@@ -60,6 +60,17 @@ def _told(error: Exception) -> UserError:
     return UserError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
+def own_cache() -> str:
+    """A new folder in the user's cache, for whoever keeps photographs there. Those of killed benchmarks are removed."""
+    parent = cache.folder()
+    parent.mkdir(parents=True, exist_ok=True)
+    for folder in parent.glob("benchmark-*"):
+        owner = folder.name.split("-")[1]
+        if not (owner.isdigit() and harness.is_alive(int(owner))):
+            shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"benchmark-{os.getpid()}-", dir=parent)
+
+
 class Halted:
     """What `make(*arguments)` gives, an object with a method `close`, in a process that is halted between questions.
 
@@ -74,8 +85,7 @@ class Halted:
         # A fresh interpreter: a forked one would have this one's threads and CUDA context by halves.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        cache.folder().mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.mkdtemp(prefix="benchmark-", dir=cache.folder())
+        self._folder = own_cache()
         self._process = context.Process(target=_serve, args=(other, make, arguments, self._folder), name=label)
         self._process.start()
         other.close()

@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,24 @@ def versions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number, of whatever user."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass
+class Written:
+    """Where `writing` has written to, once its block has ended."""
+
+    path: Path | None = None
+
+
 def end_with_parent() -> None:
     """For a process that a benchmark starts: where that one is killed, this must not go on and keep the card. Linux."""
     if sys.platform == "linux":
@@ -190,7 +209,7 @@ def end_with_parent() -> None:
 def writing(
     benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
     wandb: bool = False,
-) -> Generator[None, None, None]:  # fmt: skip
+) -> Generator[Written, None, None]:  # fmt: skip
     """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
 
     SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Where there is no row, nothing is written.
@@ -199,14 +218,16 @@ def writing(
     def stop(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
+    written = Written()
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield written
     finally:
         # Asked to stop again: it is about to.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rows:
-            say(f"written to {write(benchmark, rows, out, part=part, wandb=wandb)}")
+            written.path = write(benchmark, rows, out, part=part, wandb=wandb)
+            say(f"written to {written.path}")
         signal.signal(signal.SIGTERM, before)
 
 

@@ -16,8 +16,7 @@ set of a few batches would show how loaders begin and end an epoch, and not how 
 
 from __future__ import annotations
 
-import signal
-import sys
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -223,8 +222,7 @@ class Panel:
                 return
 
     def profile(self) -> None:
-        """What stops each of fastddr's loaders, and the physical limits."""
-        self._limits()
+        """What stops each of fastddr's loaders."""
         for label, trial in self.trials.items():
             if not self.options.profile or trial.spec.name in PEERS:
                 continue
@@ -240,7 +238,8 @@ class Panel:
             if found.decode_only and label == "dali":
                 self._limit("DALI, reading and decoding alone", found.decode_only)
 
-    def _limits(self) -> None:
+    def limits(self) -> None:
+        """What the hardware allows."""
         cores, rounds = self.task.threads, self.options.rounds
         seconds = min(self.options.seconds / 6, 0.5)
         files = limits.spaced(self.task.files, 64)
@@ -270,16 +269,34 @@ class Panel:
         self.trials = {}
 
 
-def measure(panel: Panel, specs: Sequence[Spec]) -> list[dict[str, Any]]:
+def measure(panel: Panel, specs: Sequence[Spec]) -> None:
     """One panel from its beginning to its end."""
     try:
         panel.begin(specs)
         panel.race()
-        panel.profile()
+        panel.limits()
         panel.compare()
+        panel.profile()
     finally:
         panel.close()
-    return panel.rows
+
+
+def waits(panel: Panel, specs: Sequence[Spec]) -> None:
+    """How long a training step waits for each of these loaders."""
+    import waiting
+
+    task, options = panel.task, panel.options
+    for spec in specs:
+        lacks = spec.missing(task)
+        name = f"data wait, {spec.label}"
+        try:
+            if lacks is None:
+                panel.rows.append(panel.about | waiting.share(spec, task, options.step_model, options.steps))
+        except (UserError, RuntimeError) as problem:
+            lacks = harness.sentence(problem)
+            panel.rows.append({"name": name, "kind": "failed", **panel.about, "failed": lacks})
+        if lacks is not None:
+            harness.say(f"{name} is left out: {lacks.rstrip('.')}.")
 
 
 def report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -301,7 +318,6 @@ def main(options: Options) -> None:
     # Not at the top, because each loader's process imports this file: what it does not need would be in its memory.
     import plot
     import stored
-    import waiting
 
     console = Console(soft_wrap=True)
     if options.rounds < 5:
@@ -316,8 +332,8 @@ def main(options: Options) -> None:
     harness.begin()
     rows: list[dict[str, Any]] = []
     kinds = sources.roots(options.data, options.encodings, options.photographs, options.size, console)
-    for photographs, root in kinds:
-        for policy in options.policies:
+    with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:
+        for (photographs, root), policy in itertools.product(kinds, options.policies):
             task, kilobytes = make_task(root, policy, options)
             about = {
                 "photographs": photographs,
@@ -331,34 +347,22 @@ def main(options: Options) -> None:
                 "device": task.device.type,
             }
             console.print(f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}")
-            found = measure(Panel(task, about, options, console), specs)
-            if policy == options.policies[0]:
-                # What was measured must outlive a step that fails.
-                options.out = harness.write("loader", rows + found, options.out)
-                for spec in waiters:
-                    lacks = spec.missing(task)
-                    name = f"data wait, {spec.label}"
-                    try:
-                        if lacks is None:
-                            found.append(about | waiting.share(spec, task, options.step_model, options.steps))
-                    except (UserError, RuntimeError) as problem:
-                        lacks = harness.sentence(problem)
-                        found.append({"name": name, "kind": "failed", **about, "failed": lacks})
-                    if lacks is not None:
-                        console.print(f"{name} is left out: {lacks.rstrip('.')}.", highlight=False, markup=False)
-            rows += found
-            if found:
-                report(found, console)
+            panel = Panel(task, about, options, console)
+            try:
+                measure(panel, specs)
+                if policy == options.policies[0]:
+                    waits(panel, waiters)
+            finally:
+                rows += panel.rows
+            if panel.rows:
+                report(panel.rows, console)
             # Should the next panel never end.
             options.out = harness.write("loader", rows, options.out)
-    where = harness.write("loader", rows, options.out, wandb=options.wandb)
-    picture = plot.beside(stored.read(where))
-    console.print(f"written to {where} and {picture.name}")
+    if written.path is not None:
+        console.print(f"drawn: {plot.beside(stored.read(written.path)).name}")
 
 
 if __name__ == "__main__":
-    # As Ctrl-C: the halted loaders must be ended.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(tyro.cli(Options))
     except UserError as mistake:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,10 @@ from unittest.mock import patch
 import harness
 import torch
 from accelerate import Accelerator
+from halted import own_cache
 from trials import Spec
 
 from fastddr import loaders, losses, models, optimizers
-from fastddr.data import cache
 from fastddr.loaders import Task
 from fastddr.meters import Waited
 from fastddr.runtime import numerics
@@ -31,12 +31,12 @@ _PARTS = 10
 
 def share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int) -> dict[str, Any]:
     """As `_share`, with a cache of its own: a store that is kept between runs would be found full the next time."""
-    cache.folder().mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix="benchmark-", dir=cache.folder()) as folder,
-        patch.dict(os.environ, FASTDDR_CACHE=folder),
-    ):
-        return _share(spec, task, model, steps)
+    folder = own_cache()
+    try:
+        with patch.dict(os.environ, FASTDDR_CACHE=folder):
+            return _share(spec, task, model, steps)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int) -> dict[str, Any]:

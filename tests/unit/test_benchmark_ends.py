@@ -148,6 +148,19 @@ def test_what_fails_in_a_halted_process_is_told_and_not_the_end(tmp_path: Path) 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_folders_of_killed_benchmarks_are_removed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    mine = Path(load("halted").own_cache())
+    for name in (f"benchmark-{ended.pid}-abc", "benchmark-older", "synthetic", f"benchmark-{os.getppid()}-abc"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    again = Path(load("halted").own_cache())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [mine.name, again.name, "synthetic", f"benchmark-{os.getppid()}-abc"]
+    )
+
+
 class Turns:
     """A loader or a training loop that takes turns, and fails where it is told to."""
 

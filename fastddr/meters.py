@@ -20,9 +20,10 @@ import fastddr
 from fastddr.errors import UserError
 
 T = TypeVar("T")
+_NO_ENGINE = "unable to find an engine"
 #: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
 _OUT_OF_MEMORY = (
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine", "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", _NO_ENGINE, "CUDA out of memory",
     "CUDA error: out of memory", "CUDA allocation failed", "DefaultCPUAllocator: can't allocate memory",
 )  # fmt: skip
 
@@ -172,7 +173,9 @@ def enough_memory(sentence: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(sentence()) from error
+        # cuDNN's word for it may also mean that it cannot do a step at all.
+        said = f" PyTorch said: {str(error).strip().splitlines()[0]}" if _NO_ENGINE in str(error) else ""
+        raise UserError(f"{sentence()}{said}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -232,6 +232,15 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+def leave() -> None:
+    """Leave the other processes, where this one has joined them; the last that it does with them."""
+    from accelerate import PartialState
+
+    if PartialState._shared_state:
+        # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
+        PartialState().destroy_process_group()
+
+
 def join() -> None:
     """Join the other processes over the CPU, unless this one has joined them already. Waits for all of them."""
     if world() > 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,13 +78,14 @@ def share_gradients(accumulation: int) -> DDP:
     return DDP(gradient_as_bucket_view=True, static_graph=accumulation == 1)
 
 
-def choose_precision(asked: str, launched: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+def choose_precision(asked: str, launched: str, capability: tuple[int, int] | None, card: str = "") -> tuple[str, str]:
     """The precision, and the reason for it.
 
     Args:
         asked: the `precision` of the configuration.
         launched: what `accelerate launch` was told (`ACCELERATE_MIXED_PRECISION`), "no" or "" if nothing.
         capability: compute capability of the card, None on a CPU.
+        card: its name.
 
     Raises:
         UserError: a precision that nothing here can train in.
@@ -99,13 +101,37 @@ def choose_precision(asked: str, launched: str, capability: tuple[int, int] | No
         chosen, reason = asked, "--precision asked for it"
     elif capability is None:
         chosen, reason = "fp32", "no GPU; on a CPU half precision is slower than float32"
+    elif "GTX 16" in card:
+        # PyTorch's issues 58123 and 77955: convolutions in half precision give NaN there, and are no faster.
+        chosen, reason = "fp32", f"half precision gives wrong numbers on cards of this series ({card})"
     elif capability >= (8, 0):
         chosen, reason = "bf16", f"the card has it (compute capability {capability[0]}.{capability[1]})"
     else:
         chosen, reason = "fp16", f"the card has no fast bf16 (compute capability {capability[0]}.{capability[1]})"
     if chosen == "fp16" and capability is None:
         raise UserError("precision fp16 needs a GPU; on a CPU use --precision fp32 or bf16.")
+    if chosen == "bf16" and capability is not None and capability < (8, 0):
+        reason += "; this card only emulates it, which is slow"
     return chosen, reason
+
+
+def check_card(capability: tuple[int, int], card: str, built_for: Sequence[str]) -> None:
+    """Raise `UserError` for a card that is older than all that PyTorch was built for.
+
+    Args:
+        capability: compute capability of the card.
+        card: its name.
+        built_for: as `torch.cuda.get_arch_list` has it, `sm_75` and so on.
+    """
+    known = [int(name.removeprefix("sm_")) for name in built_for if name.removeprefix("sm_").isdecimal()]
+    major, minor = capability
+    if known and 10 * major + minor < min(known):
+        least = divmod(min(known), 10)
+        raise UserError(
+            f"{card} (compute capability {major}.{minor}) is older than what this PyTorch is built for "
+            f'({least[0]}.{least[1]} and later); install a PyTorch for CUDA 12 (see "DALI" in the README), or train on '
+            "the CPU with ACCELERATE_USE_CPU=true."
+        )
 
 
 def divide_batch(global_batch: int, micro: int | str, world: int) -> tuple[int, int]:
@@ -146,8 +172,9 @@ def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     ranks.die_with_parent()
     state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
-    if state.device.type == "cuda":
-        # Accelerate does not where it was told the card of a single process; events and Triton are of the current one.
+    # Where Accelerate was told the card of a single process, it leaves the current one as it is, and events and Triton
+    # are of that one. A device without an index is the current one.
+    if state.device.type == "cuda" and state.device.index is not None:
         torch.cuda.set_device(state.device)
     return state
 
@@ -195,6 +222,19 @@ def numerics(deterministic: bool, cpu: bool) -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def _why_device(cpu: bool) -> str:
+    if not cpu:
+        return "a GPU is there"
+    if torch.cuda.is_available():
+        return "asked for"
+    if torch.version.cuda is not None and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        return (
+            f"PyTorch sees no GPU, though NVIDIA's driver is there; it may be too old for CUDA {torch.version.cuda} "
+            "(`nvidia-smi` says which it can do)"
+        )
+    return "PyTorch sees no GPU"
+
+
 def start(config: Config) -> Runtime:
     """Choose device, precision and threads, and seed. Once a process: Accelerate's choices are for good.
 
@@ -203,13 +243,13 @@ def start(config: Config) -> Runtime:
     """
     state = join()
     cpu = on_cpu()
-    decisions = [
-        f"device {'cpu' if cpu else 'cuda'}: "
-        + ("PyTorch sees no GPU" if not torch.cuda.is_available() else "asked for" if cpu else "a GPU is there")
-    ]
-    capability = None if cpu else torch.cuda.get_device_capability(state.device)
+    decisions = [f"device {'cpu' if cpu else 'cuda'}: {_why_device(cpu)}"]
+    capability, card = None, ""
+    if not cpu:
+        capability, card = torch.cuda.get_device_capability(state.device), torch.cuda.get_device_name(state.device)
+        check_card(capability, card, torch.cuda.get_arch_list())
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    precision, reason = choose_precision(config.precision, launched, capability)
+    precision, reason = choose_precision(config.precision, launched, capability, card)
     tf32 = ", products in TF32" if precision == "fp32" and not cpu else ""
     decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)

@@ -13,7 +13,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 : "${NODES:?how many machines}" "${NODE:?which of them this is, from 0}" "${HOST:?address of the first one}"
-ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
+gpus() {
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+  else
+    nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+  fi
+}
+ranks=${RANKS:-$(gpus)}
 if ((ranks == 0)); then
   echo "multi_node.sh: there is no GPU here; say RANKS=2 for two processes on the CPU." >&2
   exit 2

@@ -33,6 +33,8 @@ _STRENGTH = 0.6
 _COLOURS = "inferno"
 #: Pixels that the side of a window has in an overlay, at least.
 _LEAST = 224
+#: Images whose maps are made at once.
+_TOGETHER = 8
 
 
 def check() -> None:
@@ -121,18 +123,20 @@ def write(
     model: nn.Module,
     loader: Loader,
     augment: AugmentConfig,
+    grades: Int[Tensor, " n"],
     files: Callable[[int], Path],
-    titles: Callable[[int, int, float], str],
+    titles: Callable[[int], str],
     on_batch: Callable[[int], object],
 ) -> None:
-    """An overlay of each photograph that falls to this rank, of the grade that the model gives it.
+    """An overlay of each photograph that falls to this rank, of the grade that it has been given.
 
     Args:
         model: bare, in evaluation mode.
         loader: of the photographs, one window each.
         augment: the normalisation of its images.
+        grades: of each id.
         files: where the overlay of an id goes; its extension says the format.
-        titles: the line below it, from id, grade and probability.
+        titles: the line below it.
         on_batch: hears how many photographs are done.
 
     Raises:
@@ -142,12 +146,12 @@ def write(
     for batch in loader.epoch():
         image = batch.image.float()
         layer = layer or last_map(model, image[:1])
-        with torch.no_grad():
-            probability, grade = model(image).float().softmax(1).max(1)
-        maps = heat(model, layer, image, grade).cpu().numpy()
+        grade = grades[batch.id.cpu()].to(image.device)
+        # Some at a time: gradients of a batch of scoring take more memory than training may have had.
+        parts = zip(image.split(_TOGETHER), grade.split(_TOGETHER), strict=True)
+        maps = torch.cat([heat(model, layer, some, its).cpu() for some, its in parts]).numpy()
         seen = pixels(image, augment)
         for k, (id_, valid) in enumerate(zip(batch.id.tolist(), batch.valid.tolist(), strict=True)):
             if valid:
-                title = titles(id_, int(grade[k]), float(probability[k]))
-                overlay(seen[k], maps[k], title).save(files(id_))
+                overlay(seen[k], maps[k], titles(id_)).save(files(id_))
         on_batch(int(batch.valid.sum()))

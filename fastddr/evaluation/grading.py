@@ -66,6 +66,7 @@ class Graded(nn.Module):
     def __init__(self, model: nn.Module, grading: Grading) -> None:
         super().__init__()
         self.model, self.grading = model, grading
+        self.training = model.training  # who scores sets it back to what it was
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b C"]:
         """Images to logits (`Grading.logits`)."""

@@ -40,6 +40,7 @@ class Averaged(nn.Module):
         """`views` are not `none`, which would be the model itself."""
         super().__init__()
         self.model, self._views = model, _VIEWS[views]
+        self.training = model.training  # who scores sets it back to what it was
 
     def forward(self, image: Float[Tensor, "b c s s"]) -> Float[Tensor, "b C"]:
         """Square images to logits whose softmax is the mean of the views' softmax."""

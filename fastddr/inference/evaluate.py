@@ -132,9 +132,10 @@ def main(asked: Evaluate) -> int:
     """Run the verb; its exit code."""
 
     def work() -> int:
-        with ranks.watched():
+        with ranks.watched(), restore.enough_memory(asked):
             evaluate(asked)
             ranks.join()
+        ranks.leave()
         return 0
 
     return answered(work)

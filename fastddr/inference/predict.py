@@ -82,8 +82,8 @@ def predict(asked: Predict) -> Answer:
     answer = Answer(tuple(listed), _logits(asked, config, restored, began, usable, console) if usable else None)
     if began.is_main:
         _write(asked, answer, config.num_classes)
-    if asked.explain is not None and usable:
-        _explain(asked.explain, config, restored, began, usable, console)
+    if asked.explain is not None and answer.logits is not None:
+        _explain(asked.explain, config, restored, began, usable, answer.logits, console)
     if began.is_main:
         _sum_up(asked, answer, restored, console)
     return answer
@@ -144,9 +144,17 @@ def _logits(
 
 
 def _explain(
-    folder: Path, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
+    folder: Path,
+    config: Config,
+    restored: Restored,
+    began: Runtime,
+    usable: Sequence[Photo],
+    logits: Float[Tensor, "n C"],
+    console: Console,
 ) -> None:
-    """An overlay of each photograph, under the model without test-time augmentation: the window is what it shows."""
+    """An overlay of each photograph, of the grade in the table. Under the model without test-time augmentation: the
+    window is what it shows.
+    """
     listed = photos.as_manifest(usable)
     files = overlays(folder, usable)
     runtime.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -158,12 +166,15 @@ def _explain(
         done += more
         bar.update(done * began.world)
 
-    def title(id_: int, grade: int, probability: float) -> str:
-        return f"{grade} {_NAMES[grade]}, probability {probability:.2f}; right: what speaks for it"
+    probabilities, grades = logits.double().softmax(1).max(1)
+
+    def title(id_: int) -> str:
+        grade = int(grades[id_])
+        return f"{grade} {_NAMES[grade]}, probability {probabilities[id_]:.2f}; right: what speaks for it"
 
     try:
         with EpochBar(console, "explaining", len(usable)) as bar:
-            explain.write(restored.model, loader, config.augment, files.__getitem__, title, count)
+            explain.write(restored.model, loader, config.augment, grades, files.__getitem__, title, count)
     finally:
         loader.close()
     began.accelerator.wait_for_everyone()
@@ -226,9 +237,10 @@ def main(asked: Predict) -> int:
     """Run the verb; its exit code."""
 
     def work() -> int:
-        with ranks.watched():
+        with ranks.watched(), restore.enough_memory(asked):
             answer = predict(asked)
             ranks.join()
+        ranks.leave()
         # The launcher ends all ranks when one ends with an error; rank 0 alone tells.
         return EXIT_SOME_BAD if answer.bad and ranks.rank() == 0 else 0
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastddr import checkpoints, models, ranks, runtime
+from fastddr import checkpoints, meters, models, ranks, runtime
 from fastddr.config import Config, from_mapping, read_yaml
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
@@ -86,8 +87,26 @@ def settings(asked: Scoring) -> Config:
             tta=asked.tta or config.evaluation.tta,
             batch_size=None,
         ),
-        precision=asked.precision or ("fp32" if runtime.on_cpu() else config.precision),
+        precision=asked.precision or _precision(config),
     )
+
+
+def _precision(config: Config) -> Any:
+    """As the run was trained; but float32 on a CPU, and float16 on a card that would only emulate bfloat16."""
+    if runtime.on_cpu():
+        return "fp32"
+    emulated = config.precision == "bf16" and torch.cuda.get_device_capability() < (8, 0)
+    return "fp16" if emulated else config.precision
+
+
+def enough_memory(asked: Scoring) -> AbstractContextManager[None]:
+    """Within it a device whose memory is too small is a `UserError` with the way out."""
+
+    def sentence() -> str:
+        held = settings(asked).micro_batch_size
+        return f"the memory here is too small for {held} photographs at once; give a smaller --batch-size than {held}."
+
+    return meters.enough_memory(sentence)
 
 
 def restore(

@@ -42,8 +42,8 @@ def choose(asked: str, tasks: Sequence[Task], epochs: int, free: Free) -> Choice
     if asked == "resident":
         if store is None:
             raise UserError(
-                f"--loader resident: {fits}; take --loader {stream}, or --loading.store none (the same pixels, "
-                "decoded in every epoch)."
+                f"--loader resident: {fits}; take --loading.store none (the same pixels, decoded in every epoch), or "
+                f"for a new run --loader {stream}."
             )
         return Choice("resident", store, f"--loader asked for it; {fits}")
     if epochs == 1:

@@ -17,7 +17,7 @@ from fastddr.memory.planning import choose_micro_batch
 from fastddr.memory.predicting import GIB, Case, predict
 from fastddr.memory.tracing import Inexact, Training
 from fastddr.meters import is_out_of_memory
-from fastddr.runtime import choose_precision, numerics
+from fastddr.runtime import check_card, choose_precision, numerics
 
 
 def one_step(config: Config, micro: int, world: int, device: torch.device) -> None:
@@ -63,7 +63,8 @@ def checked(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            said.append(f"micro batch {micro}: a real step ran out of memory, although {reason}")
+            why = str(error).strip().partition("\n")[0]
+            said.append(f"micro batch {micro}: a real step ran out of memory ({why}), although {reason}")
             below = micro
         else:
             return micro, [*said, f"micro batch {micro}: {reason}; a real step went through"]
@@ -100,10 +101,12 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     # The real step computes as training will.
     numerics(config.deterministic, cpu=False)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    precision, _ = choose_precision(given.precision, launched, torch.cuda.get_device_capability(device))
+    name = torch.cuda.get_device_name(device)
+    check_card(torch.cuda.get_device_capability(device), name, torch.cuda.get_arch_list())
+    precision, _ = choose_precision(given.precision, launched, torch.cuda.get_device_capability(device), name)
     chosen: Any = precision
     config = replace(config, precision=chosen)
-    allowance = allowances.load(torch.cuda.get_device_name(device))
+    allowance = allowances.load(name)
     said: list[str] = []
     try:
         if config.micro_batch_size == "auto":

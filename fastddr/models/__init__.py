@@ -64,6 +64,11 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
     return model.to(memory_format=torch.channels_last)
 
 
+def _synchronised(model: nn.Module) -> nn.Module:
+    found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return found
+
+
 def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
     """The model of a configuration, on the CPU, with what `config.memory` says of it; `say` hears what to know of it.
 
@@ -78,7 +83,7 @@ def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
         )
     if config.sync_batchnorm and ranks.world() > 1:
         # Before anything hooks itself to the norms: they are replaced.
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = zoo.synchronised(model) if config.model.startswith(zoo.PREFIX) else _synchronised(model)
     if config.memory.checkpointing:
         levers.recompute_blocks(model, config.model)
         say("  memory.checkpointing: each block is computed again in the backward pass, and keeps only its input")

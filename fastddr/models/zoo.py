@@ -80,6 +80,16 @@ def pretrained(model: str, image_size: int) -> dict[str, Tensor]:
     return network.state_dict()
 
 
+def synchronised(network: nn.Module) -> nn.Module:
+    """The network with BatchNorm's statistics over all ranks. PyTorch's own converter would lose the activations that
+    some of timm's norms have in them.
+    """
+    from timm.layers import convert_sync_batchnorm
+
+    found: nn.Module = convert_sync_batchnorm(network)
+    return found
+
+
 def head(network: nn.Module) -> tuple[str, ...]:
     """Names of the classifiers of a model of timm's, as they stand before its tensors' names."""
     found: Any = getattr(network, "pretrained_cfg", {}).get("classifier") or ()

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tests_support import launch, train
 from torch import nn
 
 from fastddr.__main__ import main
+from fastddr.evaluation.grading import Graded, Grading
 from fastddr.evaluation.views import Averaged
+from fastddr.inference import restore
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,43 @@ def test_probabilities_are_averaged_over_the_views(run: Path) -> None:
     assert "dihedral" in folder.name
     assert any(abs(float(row["p0"]) - float(plain[row["path"]]["p0"])) > 1e-4 for row in rows)
     assert all(sum(float(row[f"p{grade}"]) for grade in range(5)) == pytest.approx(1) for row in rows)
+
+
+def test_what_is_put_around_a_model_has_its_mode() -> None:
+    """Scoring sets it back to that: a heat map that is made next must not be of the statistics of its batch."""
+    model = nn.Linear(2, 1)
+    for training in (False, True):
+        model.train(training)
+        around = (Averaged(model, "dihedral"), Graded(model, Grading()), Averaged(Graded(model, Grading()), "flips"))
+        assert all(module.training == training for outer in around for module in outer.modules())
+
+
+def test_a_card_that_is_too_small_is_one_sentence(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("fastddr.inference.evaluate.score", full)
+    monkeypatch.setattr("fastddr.inference.predict.score", full)
+    photographs = str(tiny / "DR_grading" / "test")
+    for verb in (["evaluate", str(run)], ["predict", str(run), photographs, "--out", str(tmp_path / "g.csv")]):
+        assert main([*verb, "--batch-size", "6"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("fastddr: the memory here is too small for 6 photographs at once; give a smaller")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "cpu", "precision"), [((7, 5), False, "fp16"), ((8, 6), False, "bf16"), (None, True, "fp32")]
+)
+def test_a_run_in_bf16_is_scored_in_what_the_card_can(
+    capability: Any, cpu: bool, precision: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore.runtime, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = replace(restore.stored(run), precision="bf16")
+    assert restore._precision(config) == precision
 
 
 @pytest.mark.parametrize("views", ["flips", "dihedral"])

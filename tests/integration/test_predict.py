@@ -7,17 +7,19 @@ import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tests_support import ROOT, launch, train
+from torch import nn
 
 from fastddr.__main__ import main
 from fastddr.data import prepare
 from fastddr.errors import UserError
+from fastddr.evaluation import explain
 from fastddr.inference import flags, restore
 
 
@@ -178,6 +180,38 @@ def test_a_heat_map_for_each_photograph(run: Path, tiny: Path, tmp_path: Path) -
     side = (sheet.shape[1] - 4) // 2
     plain, heat = sheet[:side, :side], sheet[:side, side + 4 :]
     assert np.abs(plain - heat).max() > 30, "the one on the right is under its map"
+
+
+def test_heat_maps_are_of_the_grades_in_the_table(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was averaged for them; and they are made in evaluation mode, some at a time."""
+    pytest.importorskip("captum")
+    known: dict[str, list[Any]] = {"grades": [], "titles": []}
+    heat, overlay = explain.heat, explain.overlay
+
+    def noted(model: nn.Module, layer: Any, image: torch.Tensor, grade: torch.Tensor) -> torch.Tensor:
+        assert not any(module.training for module in model.modules())
+        assert len(image) <= 3
+        known["grades"] += grade.tolist()
+        return heat(model, layer, image, grade)
+
+    def titled(photograph: Any, heat_map: Any, title: str) -> Image.Image:
+        known["titles"].append(title)
+        return overlay(photograph, heat_map, title)
+
+    monkeypatch.setattr(explain, "heat", noted)
+    monkeypatch.setattr(explain, "overlay", titled)
+    monkeypatch.setattr(explain, "_TOGETHER", 3)
+    photographs = raw(tiny, tmp_path)
+    asked = ["--out", str(tmp_path / "g.csv"), "--tta", "dihedral", "--explain", str(tmp_path / "heat")]
+    assert main(["predict", str(run), str(photographs), *asked, "--batch-size", "8"]) == 0
+    rows = table(tmp_path / "g.csv")
+    assert known["grades"][: len(rows)] == [int(row["grade"]) for row in rows]
+    assert known["titles"] == [
+        f"{row['grade']} {row['name']}, probability {float(row['confidence']):.2f}; right: what speaks for it"
+        for row in rows
+    ]
 
 
 def test_without_captum_it_is_one_sentence(

@@ -172,6 +172,14 @@ def test_a_command_a_machine(machine: Machine, node: str) -> None:
     assert trainer == ["--run-dir", "runs/x"]
 
 
+def test_a_machine_has_as_many_ranks_as_it_may_see_gpus(machine: Machine) -> None:
+    machine.gpus(8)
+    given = {"NODES": "2", "NODE": "0", "HOST": "10.0.0.1"}
+    for more, ranks in (({"CUDA_VISIBLE_DEVICES": "4,5,6"}, "6"), ({"RANKS": "2"}, "4")):
+        assert machine.run("multi_node.sh", **given, **more).returncode == 0
+        assert value(split(machine.calls("accelerate")[-1])[0], "--num_processes") == ranks
+
+
 @pytest.mark.parametrize("missing", ["NODES", "NODE", "HOST"])
 def test_a_machine_that_lacks_its_number_is_told(machine: Machine, missing: str) -> None:
     machine.gpus(8)
@@ -295,6 +303,30 @@ def test_what_ended_without_a_warning_is_left(machine: Machine, tmp_path: Path, 
     assert process.returncode == code, said
     assert not job.requeued
     assert f"the run is {state or 'not begun'}" in said
+
+
+def test_a_job_that_did_not_go_on_is_a_failure(machine: Machine, tmp_path: Path) -> None:
+    """What the run says of itself is then of an earlier job."""
+    job = Slurm(machine, tmp_path, 1)
+    job.trains("preempted")
+    first = job.start()
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    job.machine.stub("accelerate", "echo broken >&2\nexit 1\n")
+    process = job.start()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "it has not gone on" in said
+    assert not job.requeued
+
+
+def test_what_activates_an_environment_may_read_what_is_not_set(machine: Machine, tmp_path: Path) -> None:
+    job = Slurm(machine, tmp_path, 1)
+    job.trains("done")
+    job.machine.environment["SETUP"] = 'OLD="$NEVER_SET"; MINE=1'
+    process = job.start()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
 
 
 def test_slurm_is_asked_to_warn_the_script_alone() -> None:

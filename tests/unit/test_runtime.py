@@ -7,15 +7,17 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 from tests_support import settings
 from torch.nn.parallel import DistributedDataParallel
 
-from fastddr import ranks
+from fastddr import ranks, runtime
 from fastddr.errors import UserError
 from fastddr.ranks import cores
-from fastddr.runtime import choose_precision, divide_batch, share_gradients, start
+from fastddr.runtime import check_card, choose_precision, divide_batch, share_gradients, start
 
 
 @pytest.mark.parametrize(
@@ -31,12 +33,63 @@ from fastddr.runtime import choose_precision, divide_batch, share_gradients, sta
         ("auto", "fp16", (9, 0), "fp16"),
         ("fp32", "bf16", (9, 0), "bf16"),
         ("bf16", "no", None, "bf16"),
+        ("bf16", "no", (7, 5), "bf16"),
     ],
 )
 def test_precision(asked: str, launched: str, capability: tuple[int, int] | None, chosen: str) -> None:
     got, reason = choose_precision(asked, launched, capability)
     assert got == chosen
     assert reason
+    assert ("emulates" in reason) == (chosen == "bf16" and capability == (7, 5))
+
+
+def test_half_precision_is_not_chosen_for_cards_that_get_it_wrong() -> None:
+    assert choose_precision("auto", "no", (7, 5), "NVIDIA GeForce GTX 1650")[0] == "fp32"
+    assert choose_precision("fp16", "no", (7, 5), "NVIDIA GeForce GTX 1650")[0] == "fp16", "asked for is asked for"
+    assert choose_precision("auto", "no", (7, 5), "Tesla T4")[0] == "fp16"
+
+
+def test_a_card_that_pytorch_is_not_built_for_is_one_sentence() -> None:
+    built_for = ["sm_75", "sm_80", "sm_90", "compute_120"]
+    for capability in ((7, 5), (8, 9), (9, 0), (12, 0)):
+        check_card(capability, "X", built_for)
+    check_card((6, 1), "X", [])
+    with pytest.raises(UserError, match=r"^NVIDIA TITAN V .*7\.0.* is older than .*7\.5 and later.*CUDA 12"):
+        check_card((7, 0), "NVIDIA TITAN V", built_for)
+
+
+@pytest.mark.parametrize(("index", "current"), [(None, []), (0, [0]), (3, [3])])
+def test_the_card_of_a_process_is_the_current_one(
+    index: int | None, current: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate gives a single process a device without an index, which PyTorch refuses to make the current one."""
+    taken: list[int | None] = []
+
+    def set_device(device: torch.device) -> None:
+        assert device.index is not None
+        taken.append(device.index)
+
+    device = torch.device("cuda") if index is None else torch.device("cuda", index)
+
+    class State(PartialState):
+        def __init__(self, **_: object) -> None:
+            self.device = device
+
+    monkeypatch.setattr(runtime, "PartialState", State)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    assert runtime.join().device == device
+    assert taken == current
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_a_driver_that_is_too_old_is_no_machine_without_a_gpu(driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/nvidia-smi" if driver else None)
+    assert ("may be too old for CUDA 13.0" in runtime._why_device(True)) == driver
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runtime._why_device(True) == "PyTorch sees no GPU"
 
 
 @pytest.mark.parametrize(("asked", "launched"), [("fp16", "no"), ("auto", "fp16"), ("auto", "fp8")])

@@ -135,6 +135,17 @@ def test_a_model_of_timms_takes_this_size_and_gives_these_classes(name: str, siz
         assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last), key
 
 
+def test_statistics_over_all_ranks_leave_a_norm_its_activation(timm: ModuleType) -> None:
+    """Some of timm's norms have one in them, which PyTorch's own converter loses without a word."""
+    torch.manual_seed(0)
+    model = stir(models.build("timm:efficientnet_b0", num_classes=5, image_size=64)).eval()
+    image = torch.randn(2, 3, 64, 64)
+    expected = model(image)
+    shared = zoo.synchronised(model)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in shared.modules()) > 40
+    torch.testing.assert_close(shared.eval()(image), expected)
+
+
 def test_building_one_changes_no_statistic_and_depends_on_the_seed_alone(timm: ModuleType) -> None:
     def state(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)

@@ -81,6 +81,7 @@ def settings(asked: Scoring) -> Config:
         batch_size=int(held) * ranks.world(),
         micro_batch_size=int(held),
         sync_batchnorm=False,  # scoring takes the stored statistics, on a CPU too
+        memory=replace(config.memory, checkpointing=False),  # there is no backward pass
         evaluation=replace(
             config.evaluation,
             field=asked.window or config.evaluation.field,

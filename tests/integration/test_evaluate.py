@@ -18,7 +18,7 @@ from torch import nn
 from fastddr.__main__ import main
 from fastddr.evaluation.grading import Graded, Grading
 from fastddr.evaluation.views import Averaged
-from fastddr.inference import restore
+from fastddr.inference import flags, restore
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,14 @@ def test_a_run_in_bf16_is_scored_in_what_the_card_can(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     config = replace(restore.stored(run), precision="bf16")
     assert restore._precision(config) == precision
+
+
+def test_scoring_computes_nothing_twice(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may have: for its backward passes."""
+    config = restore.stored(run)
+    sparing = replace(config, memory=replace(config.memory, checkpointing=True))
+    monkeypatch.setattr(restore, "stored", lambda _: sparing)
+    assert not restore.settings(flags.Evaluate(run)).memory.checkpointing
 
 
 @pytest.mark.parametrize("views", ["flips", "dihedral"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests_support import ROOT, launch, task
+import torch
+from tests_support import ROOT, launch, task, weights
 
 from fastddr.data import manifest
 from fastddr.loaders import canvases, stores
@@ -67,6 +69,19 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+def test_two_ranks_that_compile_end_near_those_that_do_not(run: Path, tiny: Path, tmp_path: Path) -> None:
+    done = launch(
+        2, ROOT / "fastddr" / "train.py", "--data", str(tiny), "--run-dir", "run", *SMALL, "--compile", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    eager, compiled = weights(run), weights(tmp_path / "run")
+    assert eager.keys() == compiled.keys()
+    for name, weight in eager.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ within one run.
 
 from __future__ import annotations
 
+import glob
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import tempfile
@@ -64,11 +66,13 @@ def own_cache() -> str:
     """A new folder in the user's cache, for whoever keeps photographs there. Those of killed benchmarks are removed."""
     parent = cache.folder()
     parent.mkdir(parents=True, exist_ok=True)
-    for folder in parent.glob("benchmark-*"):
+    # Machines may share the folder, and only this one's processes are known here.
+    host = platform.node() or "here"
+    for folder in parent.glob(f"benchmark-*-{glob.escape(host)}-*"):
         owner = folder.name.split("-")[1]
-        if not (owner.isdigit() and harness.is_alive(int(owner))):
+        if owner.isdigit() and not harness.is_alive(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"benchmark-{os.getpid()}-", dir=parent)
+    return tempfile.mkdtemp(prefix=f"benchmark-{os.getpid()}-{host}-", dir=parent)
 
 
 class Halted:
@@ -115,7 +119,10 @@ class Halted:
     def ask(self, question: str, *arguments: object) -> Any:
         """Let it go on, and answer by its method of this name; then halt it."""
         self._signal(signal.SIGCONT)
-        self._pipe.send((question, arguments))
+        try:
+            self._pipe.send((question, arguments))
+        except OSError:  # it was ended, or is closed
+            raise RuntimeError(f"the process of {self.label} is not there any more") from None
         answer = self._receive()
         self._signal(signal.SIGSTOP)
         return answer

@@ -192,11 +192,17 @@ def is_alive(process: int) -> bool:
     return True
 
 
-@dataclass
+@dataclass(frozen=True)
 class Written:
-    """Where `writing` has written to, once its block has ended."""
+    """Where `writing` writes to, and what."""
 
-    path: Path | None = None
+    path: Path
+    benchmark: str
+    rows: Sequence[Mapping[str, Any]]
+
+    def save(self, *, wandb: bool = False) -> None:
+        """Write what there is now: what is yet to come may never end."""
+        write(self.benchmark, self.rows, self.path, wandb=wandb)
 
 
 def end_with_parent() -> None:
@@ -218,7 +224,7 @@ def writing(
     def stop(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    written = Written()
+    written = Written(out or _place(benchmark, part), benchmark, rows)
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield written
@@ -226,7 +232,7 @@ def writing(
         # Asked to stop again: it is about to.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rows:
-            written.path = write(benchmark, rows, out, part=part, wandb=wandb)
+            written.save(wandb=wandb)
             say(f"written to {written.path}")
         signal.signal(signal.SIGTERM, before)
 
@@ -243,9 +249,7 @@ def write(
     hardware = machine()
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
-    if out is None:
-        name = f"{benchmark}-{part}" if part else benchmark
-        out = RESULTS / f"{name}_{'-'.join(hardware_name(hardware).lower().split())}_{now:%Y-%m-%d}.json"
+    out = out or _place(benchmark, part)
     script = Path(sys.argv[0])
     record = {
         "benchmark": benchmark,
@@ -268,6 +272,11 @@ def write(
 
         tracked.keep(record, out, say=say)
     return out
+
+
+def _place(benchmark: str, part: str | None) -> Path:
+    hardware, name = hardware_name(machine()), f"{benchmark}-{part}" if part else benchmark
+    return RESULTS / f"{name}_{'-'.join(hardware.lower().split())}_{datetime.now(UTC):%Y-%m-%d}.json"
 
 
 def _public(arguments: Sequence[str]) -> list[str]:

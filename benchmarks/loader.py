@@ -153,6 +153,7 @@ class Panel:
         """One that cannot run must not take the figures of the others along."""
         self._say(f"{label} is left out: {why}.")
         self.rows.append({"name": label, "kind": "failed", **self.about, "failed": why})
+        self.kinds.pop(label, None)
         trial = self.trials.pop(label, None)
         if trial is not None:
             trial.close()
@@ -356,9 +357,8 @@ def main(options: Options) -> None:
                 rows += panel.rows
             if panel.rows:
                 report(panel.rows, console)
-            # Should the next panel never end.
-            options.out = harness.write("loader", rows, options.out)
-    if written.path is not None:
+            written.save()  # should the next panel never end
+    if rows:
         console.print(f"drawn: {plot.beside(stored.read(written.path)).name}")
 
 

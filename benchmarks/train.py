@@ -239,7 +239,11 @@ def race(
         speeds = harness.interleaved(dict(contenders), rounds, lambda k: say(f"  round {k} of {rounds}"), leave_out)
         for label, contender in contenders.items():
             row = {"name": label, "kind": contender.spec.kind, **about, **harness.spread(speeds[label])}
-            rows.append(row | {"unit": "images/s"} | contender.row())
+            try:
+                rows.append(row | {"unit": "images/s"} | contender.row())
+            except (UserError, RuntimeError) as problem:  # its speed is known
+                say(f"{label}: {harness.sentence(problem)}.")
+                rows.append(row | {"unit": "images/s"})
     finally:
         for contender in contenders.values():
             contender.close()
@@ -284,7 +288,7 @@ def main(options: Options) -> None:
     # Beside the photographs, where they can be linked to, if that place can be written.
     with (
         tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder,
-        harness.writing("train", rows, options.out, part=part, wandb=options.wandb),
+        harness.writing("train", rows, options.out, part=part, wandb=options.wandb) as written,
     ):
         root = Path(folder) / "photographs"
         images = class_folders(source, root, length)
@@ -297,13 +301,15 @@ def main(options: Options) -> None:
                 f"{about['precision']}: epochs of {images} photographs")  # fmt: skip
             if not options.target_qwk:
                 done = race(specs, case, about, options.rounds, until, say)
+                rows += done
                 report(done, say)
             else:
+                before = len(rows)
                 for done in kappas.race(specs, case, about, options.target_qwk, options.seeds, say):
                     # A training for each seed takes long: what there is must outlive an end before the last.
-                    options.out = harness.write("train", rows + done, options.out, part=part)
-                kappas.show(done, say)
-            rows += done
+                    rows[before:] = done
+                    written.save()
+                kappas.show(rows[before:], say)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import fastddr
 from fastddr.errors import UserError
 
 T = TypeVar("T")
+#: What a failure to decode begins with where there is little memory left.
+IN_DALI = "CUDA out of memory, in DALI"
 _NO_ENGINE = "unable to find an engine"
 #: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
 _OUT_OF_MEMORY = (
@@ -173,8 +175,9 @@ def enough_memory(sentence: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # cuDNN's word for it may also mean that it cannot do a step at all.
-        said = f" PyTorch said: {str(error).strip().splitlines()[0]}" if _NO_ENGINE in str(error) else ""
+        # cuDNN's word for it may also mean that it cannot do a step at all, and DALI's that it cannot decode a file.
+        unsure = any(words in str(error) for words in (_NO_ENGINE, IN_DALI))
+        said = f" What was said: {str(error).strip().splitlines()[0]}" if unsure else ""
         raise UserError(f"{sentence()}{said}") from error
 
 

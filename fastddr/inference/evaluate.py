@@ -69,6 +69,7 @@ def evaluate(asked: Evaluate) -> Path | None:
         result = score(began.accelerator, restored.averaged, loader, paths=found.path, weights=weights)
     finally:
         loader.close()
+    restore.check_finite(result, began.precision)
     if not began.is_main:
         return None
     return _write(asked, config, run, found, began, result, restored, console)

@@ -140,6 +140,7 @@ def _logits(
             )  # fmt: skip
     finally:
         loader.close()
+    restore.check_finite(result, began.precision)
     return result.logits
 
 

@@ -18,6 +18,7 @@ from fastddr import checkpoints, meters, models, ranks, runtime
 from fastddr.config import Config, from_mapping, read_yaml
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
+from fastddr.evaluation.metrics import SplitResult
 from fastddr.inference.flags import Scoring, Weights
 from fastddr.runs import RunFolder
 
@@ -93,11 +94,24 @@ def settings(asked: Scoring) -> Config:
 
 
 def _precision(config: Config) -> Any:
-    """As the run was trained; but float32 on a CPU, and float16 on a card that would only emulate bfloat16."""
+    """As the run was trained; but float32 on a CPU, and on a card that only emulates bfloat16 or gets halves wrong."""
     if runtime.on_cpu():
         return "fp32"
-    emulated = config.precision == "bf16" and torch.cuda.get_device_capability() < (8, 0)
-    return "fp16" if emulated else config.precision
+    best, _ = runtime.choose_precision("auto", "", torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    # A run in float16 may be scored so on any card that can; one in bfloat16 may be too large in float16.
+    cannot = best == "fp32" or (config.precision == "bf16" and best != "bf16")
+    return "fp32" if cannot and config.precision in ("bf16", "fp16") else config.precision
+
+
+def check_finite(result: SplitResult, precision: str) -> None:
+    """Raise `UserError` where the model's output is not finite: the largest of such logits is no grade."""
+    bad = ~result.logits.isfinite().all(1)
+    if bad.any():
+        first = result.paths[int(bad.nonzero()[0])]
+        raise UserError(
+            f"the model's output is not finite for {int(bad.sum())} of {len(bad)} photographs in {precision}, {first} "
+            "the first; give --precision fp32, or other --weights."
+        )
 
 
 def enough_memory(asked: Scoring) -> AbstractContextManager[None]:

@@ -52,7 +52,8 @@ def measure(device: torch.device, local_ranks: int, taken: int = 0) -> Free:
 
 def least(found: Sequence[Free]) -> Free:
     """What every rank has, so that all of them choose the same."""
-    return Free(*(min(values) for values in zip(*found, strict=True)))
+    most = max(free.taken for free in found)
+    return Free(*(min(values) for values in zip(*found, strict=True)))._replace(taken=most)
 
 
 def free_ram() -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders.base import Task, name_unreadable, undecodable
-from fastddr.meters import is_out_of_memory
+from fastddr.meters import IN_DALI, is_out_of_memory
 
 #: Bytes of a card that the threads of one pipeline have for decoding, before a photograph needs more.
 SCRATCH = 128 * 2**20
@@ -141,7 +141,7 @@ def explained(error: RuntimeError, files: Sequence[str], task: Task) -> Exceptio
         return undecodable(bad)
     # A decoder that gets no memory says only that it failed.
     if task.device.type == "cuda" and torch.cuda.mem_get_info(task.device)[0] < _SCARCE:
-        return torch.OutOfMemoryError(f"CUDA out of memory, in DALI: {error}")
+        return torch.OutOfMemoryError(f"{IN_DALI}: {' '.join(str(error).split())}")
     return error
 
 
@@ -149,9 +149,11 @@ def too_large(task: Task, room: int) -> str | None:
     """What to tell the user where photographs that are decoded whole may not fit into `room` bytes of the card."""
     if task.device.type != "cuda" or by_region(task):
         return None
-    # A batch is decoded while the one before it is warped.
-    whole = 2 * task.micro_batch_size * 3 * int(np.mean(task.widths[task.ids] * task.heights[task.ids]))
-    if whole <= room:
+    # A batch is decoded while the one before it is warped. What photographs of the canvas take is no room here.
+    pixels = int(np.mean(task.widths[task.ids] * task.heights[task.ids]))
+    at_once = 2 * task.micro_batch_size * 3
+    whole = at_once * pixels
+    if whole - at_once * task.canvas**2 <= room:
         return None
     return (
         f"note: photographs of this size are decoded whole, which takes about {whole / 2**30:.1f} GiB of the card at "
@@ -236,7 +238,7 @@ class Canvases:
                         raise
                     raise found from error
                 yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
-                del output
         finally:
+            output = None
             del pipeline
             give_back(task)

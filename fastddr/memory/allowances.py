@@ -73,7 +73,7 @@ def store(card: str, allowance: Allowance) -> Path:
 def calibrate() -> tuple[Allowance, Path]:
     """Measure the allowance of this machine's first GPU, keep it, and return where. Nobody else may use the card.
 
-    Three small models take two real steps each. What PyTorch's allocator held beyond their tapes are workspaces; what
+    Three small models take three real steps each. What PyTorch's allocator held beyond their tapes are workspaces; what
     the driver says is used beyond what the allocator reserved is the context, with whatever else is on the card.
 
     Raises:

@@ -114,9 +114,12 @@ def apart(answer: Callable[[], T]) -> T:
     if not possible():
         return answer()
     context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(send, answer))
-    process.start()
+    try:
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_send, args=(send, answer))
+        process.start()
+    except OSError:  # no memory, or no further process
+        return answer()
     send.close()
     try:
         found: T = receive.recv()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -107,15 +108,51 @@ def test_a_card_that_is_too_small_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("capability", "cpu", "precision"), [((7, 5), False, "fp16"), ((8, 6), False, "bf16"), (None, True, "fp32")]
+    ("trained", "capability", "card", "precision"),
+    [
+        ("bf16", (8, 6), "A40", "bf16"),
+        ("bf16", (7, 5), "Tesla T4", "fp32"),
+        ("fp16", (7, 5), "Tesla T4", "fp16"),
+        ("fp16", (8, 6), "A40", "fp16"),
+        ("fp16", (7, 5), "GTX 1660", "fp32"),
+        ("fp32", (8, 6), "A40", "fp32"),
+        ("bf16", None, "", "fp32"),
+    ],
 )
-def test_a_run_in_bf16_is_scored_in_what_the_card_can(
-    capability: Any, cpu: bool, precision: str, run: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_is_scored_in_what_the_card_can(
+    trained: Any, capability: Any, card: str, precision: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restore.runtime, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(restore.runtime, "on_cpu", lambda: capability is None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    config = replace(restore.stored(run), precision="bf16")
-    assert restore._precision(config) == precision
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    assert restore._precision(replace(restore.stored(run), precision=trained)) == precision
+
+
+def test_an_output_that_is_not_finite_is_no_grade(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest of such logits would be grade 0."""
+    for verb in ("evaluate", "predict"):
+        module = importlib.import_module(f"fastddr.inference.{verb}")
+        score = module.score
+
+        def spoilt(*arguments: Any, score: Any = score, **more: Any) -> Any:
+            found = score(*arguments, **more)
+            logits = found.logits.clone()
+            logits[2:4] = float("nan")
+            return replace(found, logits=logits)
+
+        monkeypatch.setattr(module, "score", spoilt)
+    table = tmp_path / "g.csv"
+    for asked in (
+        ["evaluate", str(run)],
+        ["predict", str(run), str(tiny / "DR_grading" / "test"), "--out", str(table)],
+    ):
+        assert main(asked) == 2
+        error = capsys.readouterr().err
+        assert "the model's output is not finite for 2 of 1" in error
+        assert "in fp32" in error
+    assert not table.exists()
 
 
 def test_scoring_computes_nothing_twice(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -47,7 +48,8 @@ import time
 from pathlib import Path
 import harness
 rows, (out, how) = [], sys.argv[1:]
-with harness.writing("x", rows, Path(out)):
+with harness.writing("x", rows, Path(out)) as written:
+    assert written.path == Path(out)
     if how != "at once":
         rows.append({"name": "a", "kind": "x", **harness.spread([1.0] * 5), "unit": "s"})
     print("measured", flush=True)
@@ -129,6 +131,7 @@ if __name__ == "__main__":
     print(attempt(lambda: thing.ask("fine", 2)))
     print(attempt(lambda: thing.ask("die")))
     thing.close()
+    print(attempt(lambda: thing.ask("fine", 3)))
     print(attempt(lambda: Halted("broken", broken)))
 """
 
@@ -142,6 +145,7 @@ def test_what_fails_in_a_halted_process_is_told_and_not_the_end(tmp_path: Path) 
         "UserError: ValueError: a wrong value",
         "3",
         "RuntimeError: the process of thing has died (7)",
+        "RuntimeError: the process of thing is not there any more",
         "UserError: OSError: no such card",
     ]
     assert "Traceback" in done.stderr, "where it happened is there for whoever looks for it"
@@ -152,13 +156,13 @@ def test_folders_of_killed_benchmarks_are_removed(load: Any, tmp_path: Path, mon
     monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
+    here = platform.node()
     mine = Path(load("halted").own_cache())
-    for name in (f"benchmark-{ended.pid}-abc", "benchmark-older", "synthetic", f"benchmark-{os.getppid()}-abc"):
+    left = ["synthetic", f"benchmark-{os.getppid()}-{here}-abc", f"benchmark-{ended.pid}-elsewhere-abc"]
+    for name in (f"benchmark-{ended.pid}-{here}-abc", *left):
         (tmp_path / name / "inside").mkdir(parents=True)
     again = Path(load("halted").own_cache())
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [mine.name, again.name, "synthetic", f"benchmark-{os.getppid()}-abc"]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, again.name, *left])
 
 
 class Turns:
@@ -191,26 +195,33 @@ class Turns:
         self.closed = True
 
 
+@pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl", "peer")])
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_loader_that_dies_does_not_take_the_others_along(
-    fails_at: int, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    fails_at: int, dying: str, kind: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, trials = load("loader"), load("trials")
     made: dict[str, Turns] = {}
 
     def trial(spec: Any, wanted: Any) -> Turns:
-        made[spec.name] = Turns(spec, wanted, fails_at if spec.name == "replay" else None)
+        made[spec.name] = Turns(spec, wanted, fails_at if spec.name == dying else None)
         return made[spec.name]
 
+    assert loader.Panel._kind(dying) == kind
     monkeypatch.setattr(loader, "Trial", trial)
-    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
+    for peer in ("torch-pil", "spdl"):
+        monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task: None)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     about = {"photographs": "tiny", "policy": "report"}
     panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
-    panel.begin([trials.Spec("torchvision"), trials.Spec("replay"), trials.Spec("dali")])
+    panel.begin([trials.Spec(name) for name in ("dali", "torch-pil", dying, "torchvision-gpu")])
     panel.race()
-    assert {row["name"]: row["kind"] for row in panel.rows} == {"torchvision": "fastddr", "replay": "failed"}
-    assert made["replay"].closed
-    assert not made["torchvision"].closed
+    panel.compare()
+    found = {row["name"]: row["kind"] for row in panel.rows if row["kind"] not in ("ratio", "target")}
+    assert found == {"dali": "fastddr", "torch-pil": "peer", dying: "failed"}
+    assert [row["name"] for row in panel.rows if row["kind"] == "ratio"] == ["dali / torch-pil, the best peer"]
+    assert made[dying].closed
+    assert not made["dali"].closed
     failed = next(row for row in panel.rows if row["kind"] == "failed")
     assert failed["failed"] == "its process has died (-11)"
 

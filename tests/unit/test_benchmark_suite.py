@@ -77,6 +77,7 @@ def test_outcomes_do_not_part_what_belongs_together(load: Any) -> None:
     assert compare.identity(a) == compare.identity(b)
     assert compare.identity(a) != compare.identity(a | {"model": "ResNet"})
     assert compare.identity(a) != compare.identity(a | {"batch_size": 64})
+    assert compare.identity(a) == compare.identity(a | {"micro_batch_size": 8}), "what `auto` found room for"
 
 
 # ----------------------------------------------------------------------------------------------------------- diagnosis

@@ -66,7 +66,8 @@ def test_a_budget_is_the_most_that_is_taken(tasks: list[Task]) -> None:
     assert choose("auto", exact, 10, Free(0, 2 * NEED - 2, 2 * NEED - 2)).loader == "dali"
     less = [replace(one, budget=NEED - 1) for one in tasks]
     assert choose("auto", less, 10, PLENTY).loader == "dali"
-    with pytest.raises(UserError, match=r"more than is allowed \(ram .*GiB, mmap .*GiB\); take --loader dali"):
+    words = r"are more than is allowed \(ram .*GiB, mmap .*GiB\); take --loading.store none .* new run --loader dali"
+    with pytest.raises(UserError, match=words):
         choose("resident", less, 10, PLENTY)
 
 
@@ -112,7 +113,7 @@ def test_other_loaders_are_taken_at_their_word(tasks: list[Task]) -> None:
 
 
 def test_all_ranks_go_by_the_least() -> None:
-    assert capacity.least([Free(3, 20, 9), Free(5, 10, 30)]) == Free(3, 10, 9)
+    assert capacity.least([Free(3, 20, 9, 1), Free(5, 10, 30, 2)]) == Free(3, 10, 9, 2)
 
 
 def test_what_training_takes_of_a_card_is_no_room_for_photographs(tasks: list[Task]) -> None:

@@ -21,6 +21,7 @@ from fastddr.memory import allowances, cards, fitting, planning, predicting, que
 from fastddr.memory.allowances import DECLARED, GIB, MIB, Allowance
 from fastddr.memory.planning import choose_micro_batch, largest, line, ways
 from fastddr.memory.predicting import Case, fits, needed, predict, tape_of
+from fastddr.meters import enough_memory
 
 #: Nothing but the step itself.
 NOTHING = Allowance(context=0, workspaces=0, decoder=0, share=0.0, source="none")
@@ -209,6 +210,20 @@ def test_a_real_step_that_runs_out_of_memory_takes_the_next_smaller_divisor() ->
     assert len(said) == 3
     assert said[0].startswith("micro batch 24: a real step ran out of memory")
     assert said[-1].endswith("a real step went through")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", False),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("CUDA out of memory, in DALI: Failed to decode sample #3", True),
+    ],
+)
+def test_what_may_be_no_lack_of_memory_is_said(said: str, told: bool) -> None:
+    with pytest.raises(UserError) as caught, enough_memory(lambda: "too small."):
+        raise RuntimeError(said)
+    assert str(caught.value) == ("too small." + f" What was said: {said}" * told)
 
 
 def test_a_real_step_that_fails_otherwise_is_an_error() -> None:

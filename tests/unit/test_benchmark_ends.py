@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,17 +22,6 @@ from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def module(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return module
 
 
 def script(tmp_path: Path, code: str) -> list[str]:

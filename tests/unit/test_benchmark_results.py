@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,17 +16,6 @@ from fastddr.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def found(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return found
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,6 @@ from fastddr.data.grades import DDR
 from fastddr.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
 
 
 def run_of(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +17,6 @@ from fastddr.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MACHINE = {"cpu": "some", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64", "gpu": None}
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def module(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return module
 
 
 def row(name: str, median: float, unit: str = "images/s", spread: float = 0.05, **settings: Any) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,17 +22,6 @@ ROWS = [
 ]  # fmt: skip
 ROWS.append({"name": "dali / timm", "kind": "ratio", "median": 2.5, "low": 2.0, "high": 3.0, "n": 5, "unit": "×"})
 ROWS.append({"name": "timm", "kind": "peer", "failed": "out of memory"})
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def found(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return found
 
 
 @pytest.fixture

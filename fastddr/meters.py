@@ -26,7 +26,8 @@ _NO_ENGINE = "unable to find an engine"
 #: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
 _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", _NO_ENGINE, "CUDA out of memory",
-    "CUDA error: out of memory", "CUDA allocation failed", "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory", "Cuda failure 2 'out of memory'", "CUDA allocation failed",
+    "DefaultCPUAllocator: can't allocate memory",
 )  # fmt: skip
 
 

@@ -11,11 +11,12 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -35,6 +36,11 @@ _roll_call: Any = None
 #: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 _TIMED_OUT = "Timed out"
+#: What NCCL's errors say where another rank is why; all others are of this machine.
+_NCCL_LOST = (
+    "ncclRemoteError", "remote process", "closed by remote peer", "closed by peer", "reset by peer", "aborted",
+    "retrieving ncclUniqueId", "Broken pipe", _TIMED_OUT,
+)  # fmt: skip
 
 
 class RankLost(Exception):
@@ -159,12 +165,30 @@ def _note(kind: str, text: str) -> None:
 def watched() -> Iterator[None]:
     """Turn the error of a collective that another rank left or never entered into `RankLost`, in the main part of a
     job. Every other error passes."""
+    import torch.distributed as dist
+
     try:
         yield
+    except dist.DistBackendError as error:
+        if not any(words in str(error) for words in _NCCL_LOST):
+            raise RankLost(f"NCCL does not work here: {_last_line(error)}; NCCL_DEBUG=INFO says more.") from error
+        raise RankLost(_why(error)) from error
     except RuntimeError as error:
-        if world() == 1 or not _of_ranks(error):
+        # Before the ranks have met there is nothing to ask.
+        if world() == 1 or not _of_ranks(error) or not _met():
             raise
         raise RankLost(_why(error)) from error
+
+
+def _met() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__
 
 
 def _of_ranks(error: RuntimeError) -> bool:
@@ -186,7 +210,10 @@ def _why(error: RuntimeError) -> str:
         if any(other != rank() and _noted(_WAITED, other) is not None for other in range(world())):
             return _too_late()
         time.sleep(0.1)
-    return "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed."
+    return (
+        "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed "
+        f"(what was seen of it here: {_last_line(error)})."
+    )
 
 
 def _noted(kind: str, other: int) -> str | None:
@@ -208,9 +235,11 @@ def _too_late() -> str:
 
 
 def _silent() -> str:
-    """Which ranks do not answer a call now; only rank 0 can tell."""
+    """Which ranks do not answer a call now; only rank 0 can tell, and none before `expect`."""
     import torch.distributed as dist
 
+    if _roll_call is None:
+        return "another rank"
     found: list[str] = []
 
     def call() -> None:
@@ -247,8 +276,39 @@ def join() -> None:
         from accelerate import PartialState
 
         joined_before = bool(PartialState._shared_state)
-        state = PartialState(cpu=True)
+        name_network()
+        state = PartialState(cpu=True, timeout=PATIENT)
         if not joined_before:
             # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
             atexit.register(state.destroy_process_group)
-        state.wait_for_everyone()
+        meet()
+
+
+def meet() -> None:
+    """Wait until all ranks are here; they have joined each other before."""
+    import torch
+    import torch.distributed as dist
+
+    # Accelerate's names a GPU also where the ranks meet over the CPU, and there may be fewer GPUs than ranks.
+    if world() > 1:
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+
+
+def name_network() -> None:
+    """On several machines: let gloo take the network on which the first one is reached, unless the user named one.
+
+    By itself it takes the address of the machine's name, which on many systems is 127.0.1.1. To be called before ranks
+    meet.
+    """
+    if world() == local_world() or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    import psutil
+
+    # Nothing is sent; the system says from which address it would be.
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ.get("MASTER_ADDR", ""), 9))
+        here = probe.getsockname()[0]
+        names = (name for name, found in psutil.net_if_addrs().items() if any(one.address == here for one in found))
+        if (name := next(names, None)) is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name

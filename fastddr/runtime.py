@@ -115,6 +115,12 @@ def choose_precision(asked: str, launched: str, capability: tuple[int, int] | No
     return chosen, reason
 
 
+def agree_on_precision(asked: str, launched: str, capability: tuple[int, int] | None, card: str) -> tuple[str, str]:
+    """As `choose_precision`, the same on all ranks, whose cards may differ: what the weakest can. Called by all."""
+    found = ranks.gather([choose_precision(asked, launched, capability, card)])
+    return min(found, key=lambda choice: ("fp32", "fp16", "bf16").index(choice[0]))
+
+
 def check_card(capability: tuple[int, int], card: str, built_for: Sequence[str]) -> None:
     """Raise `UserError` for a card that is older than all that PyTorch was built for.
 
@@ -171,6 +177,13 @@ def keep_memory() -> None:
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     ranks.die_with_parent()
+    cards = 0 if on_cpu() else torch.cuda.device_count()
+    if 0 < cards < ranks.local_world():
+        raise UserError(
+            f"{ranks.local_world()} processes on a machine with {cards} GPU(s): each needs one of its own; start as "
+            "many as there are GPUs, or train on the CPU with ACCELERATE_USE_CPU=true."
+        )
+    ranks.name_network()
     state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
     # Where Accelerate was told the card of a single process, it leaves the current one as it is, and events and Triton
     # are of that one. A device without an index is the current one.
@@ -249,7 +262,7 @@ def start(config: Config) -> Runtime:
         capability, card = torch.cuda.get_device_capability(state.device), torch.cuda.get_device_name(state.device)
         check_card(capability, card, torch.cuda.get_arch_list())
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    precision, reason = choose_precision(config.precision, launched, capability, card)
+    precision, reason = agree_on_precision(config.precision, launched, capability, card)
     tf32 = ", products in TF32" if precision == "fp32" and not cpu else ""
     decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)

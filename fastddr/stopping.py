@@ -139,6 +139,13 @@ class Stopping:
         self.wanted |= bool(save)
         return (reason or "another rank was asked to stop") if stop else None
 
+    def arrived(self) -> None:
+        """Wait until the ranks have said what they were asked last. To be called before a wait for a GPU: there a rank
+        that is lost could not be told.
+        """
+        if self._pending is not None:
+            self._pending[1].wait()
+
     def follow(self, reason: str | None) -> None:
         """Follow what `ask` said.
 

@@ -5,6 +5,7 @@ This file is `__main__` under `accelerate launch`, so it defines no class and ho
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
         return EXIT_USER_ERROR
     except RankLost as error:
         sys.stderr.write(f"fastddr: {error}\n")
+        sys.stderr.flush()
+        import torch
+
+        if torch.cuda.is_initialized():
+            # To end in order would be to wait for the card, and that waits for the rank that is lost.
+            sys.stdout.flush()
+            os._exit(1)
         return 1
     return 0 if stopped is None else EXIT_STOPPED
 

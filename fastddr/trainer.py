@@ -82,7 +82,7 @@ class Trainer:
             self._lock = runtime.on_main(lambda: runs.hold(where))
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
-            if self.run.status().get("state") == "done":
+            if runtime.from_main(lambda: run.status().get("state")) == "done":
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return
@@ -259,6 +259,7 @@ class Trainer:
                 due = self.saver.due(progress.step, self.stopping.wanted, last=last)
                 # Also where the run may go on from: no step is missing from the means, and none is twice in them.
                 if last or due or reason is not None or progress.step % config.tracking.log_every_steps == 0:
+                    self.stopping.arrived()
                     self._answer(self.watch.settle())
                     self._log_window(window, tally, batches.waited, lr)
                 bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
@@ -374,7 +375,7 @@ class Trainer:
         results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step}){tta}")}
         assert self.saver is not None
         self.saver.flush()
-        self.accelerator.wait_for_everyone()
+        ranks.meet()
         best = saving.best(self.run, progress, self.console.print)
         checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
         progress.grading = best.state["progress"].get("grading")
@@ -437,7 +438,8 @@ class Trainer:
                 stack.callback(runtime.join().destroy_process_group)
             if self.tracker is not None:
                 stack.callback(self.tracker.finish, failed=failed)
-            if self.loaders is not None:
+            # On a GPU what is left behind a collective that never ends cannot be freed.
+            if self.loaders is not None and not (failed and self.runtime.world > 1 and torch.cuda.is_initialized()):
                 stack.callback(self.loaders.close)
             if self.saver is not None:
                 stack.callback(self.saver.close)

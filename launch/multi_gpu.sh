@@ -8,8 +8,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 gpus() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
   else
     nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
   fi
@@ -23,5 +23,7 @@ if ((ranks == 1)); then
   # Without a launcher, which as the first process of a container would keep SIGTERM to itself.
   exec python "$root/fastddr/train.py" "$@"
 fi
+# Seconds that the ranks have to save and to end trackers when this is asked to stop.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec accelerate launch --multi_gpu --num_machines 1 --num_processes "$ranks" --mixed_precision no \
   --dynamo_backend no --main_process_port "${PORT:-0}" "$root/fastddr/train.py" "$@"

@@ -14,8 +14,8 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 : "${NODES:?how many machines}" "${NODE:?which of them this is, from 0}" "${HOST:?address of the first one}"
 gpus() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
   else
     nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
   fi
@@ -25,6 +25,8 @@ if ((ranks == 0)); then
   echo "multi_node.sh: there is no GPU here; say RANKS=2 for two processes on the CPU." >&2
   exit 2
 fi
+# Seconds that the ranks have to save and to end trackers when this is asked to stop.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec accelerate launch --multi_gpu --same_network --rdzv_backend static --num_machines "$NODES" \
   --num_processes $((NODES * ranks)) --machine_rank "$NODE" --main_process_ip "$HOST" \
   --main_process_port "${PORT:-29500}" --mixed_precision no --dynamo_backend no "$root/fastddr/train.py" "$@"

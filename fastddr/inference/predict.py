@@ -178,7 +178,7 @@ def _explain(
             explain.write(restored.model, loader, config.augment, grades, files.__getitem__, title, count)
     finally:
         loader.close()
-    began.accelerator.wait_for_everyone()
+    ranks.meet()
     console.print(f"heat maps: {folder}")
 
 

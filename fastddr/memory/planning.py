@@ -252,6 +252,11 @@ def choose_micro_batch(
 
     refused = ""
     least = 2 if Case(config, part, world).steps.mixed else 1
+    if part < least:
+        raise UserError(
+            f"augment.mixup and augment.cutmix mix the photographs that a rank holds, and batch_size "
+            f"{config.batch_size} on {world} ranks is one a rank; raise --batch-size, or set both to 0."
+        )
     for micro in divisors(part):
         if micro < least or (below is not None and micro >= below):
             continue

@@ -144,6 +144,14 @@ def test_one_gpu_needs_no_launcher(machine: Machine, gpus: int, environment: dic
 
 
 @pytest.mark.parametrize("script", ["multi_gpu.sh", "multi_node.sh"])
+def test_hidden_gpus_are_none(machine: Machine, script: str) -> None:
+    machine.gpus(8)
+    done = machine.run(script, NODES="2", NODE="0", HOST="10.0.0.1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "there is no GPU here" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["multi_gpu.sh", "multi_node.sh"])
 @pytest.mark.parametrize("driver", [True, False])
 def test_without_a_gpu_it_says_what_to_do(machine: Machine, script: str, driver: bool) -> None:
     if driver:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,6 +168,7 @@ def test_a_rank_that_is_cut_off_does_not_wait_for_ever(monkeypatch: pytest.Monke
     over, returned = threading.Event(), list[bool]()
     monkeypatch.setattr("torch.distributed.monitored_barrier", lambda *_, **__: returned.append(over.wait(30)))
     monkeypatch.setattr(ranks, "_PATIENCE", 0.05)
+    monkeypatch.setattr(ranks, "_roll_call", object())
     assert ranks._silent() == "another rank"
     assert not returned
     over.set()
@@ -175,7 +179,81 @@ def test_the_silent_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Ranks 2, 3 failed to pass monitoredBarrier in 3000 ms")
 
     monkeypatch.setattr("torch.distributed.monitored_barrier", call)
+    assert ranks._silent() == "another rank", "before `expect` there is no group to call over"
+    monkeypatch.setattr(ranks, "_roll_call", object())
     assert ranks._silent() == "rank 2, 3"
+
+
+def test_an_error_before_the_ranks_have_met_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(dist.DistNetworkError, match="Timed out"), ranks.watched():
+        raise dist.DistNetworkError("Timed out after 600 s waiting for clients")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("NCCL error in: x.cpp\nncclInvalidUsage: no.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0.",
+         r"^NCCL does not work here: Duplicate GPU detected : rank 1 and rank 0; NCCL_DEBUG=INFO"),
+        ("NCCL error in: x.cpp\nncclRemoteError: A call failed.\nLast error:\nsocketProgress: Connection closed",
+         r"^another rank ended without a word.*socketProgress: Connection closed\)"),
+    ],
+)  # fmt: skip
+def test_own_errors_of_nccl_are_no_lost_rank(said: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_store", _Store)
+    monkeypatch.setattr(ranks, "_PATIENCE", 0.2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ranks.RankLost, match=expected), ranks.watched():
+        raise dist.DistBackendError(said)
+
+
+def test_all_ranks_compute_in_what_the_weakest_card_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 scales its loss, and its gradients would be averaged with those of others that do not."""
+    for others, chosen in (
+        ([("fp16", "its card")], "fp16"),
+        ([("fp32", "no"), ("fp16", "its card")], "fp32"),
+        ([], "bf16"),
+    ):
+        monkeypatch.setattr(ranks, "gather", lambda mine, others=others: [*mine, *others])
+        assert runtime.agree_on_precision("auto", "", (9, 0), "H100")[0] == chosen
+
+
+@pytest.mark.parametrize(
+    ("cards", "local", "refused"), [(1, "2", True), (2, "2", False), (0, "2", False), (8, "1", False)]
+)
+def test_no_two_ranks_on_one_card(cards: int, local: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class State(PartialState):
+        def __init__(self, **_: object) -> None:
+            self.device = torch.device("cpu")
+
+    monkeypatch.setattr(runtime, "PartialState", State)
+    monkeypatch.setattr(runtime, "on_cpu", lambda: cards == 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setenv("WORLD_SIZE", local)
+    if not refused:
+        runtime.join()
+        return
+    with pytest.raises(UserError, match=r"^2 processes on a machine with 1 GPU\(s\): each needs one of its own"):
+        runtime.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback's name is Linux's")
+@pytest.mark.parametrize(
+    ("address", "given", "local", "named"),
+    [("127.0.0.1", None, "2", "lo"), ("127.0.0.1", "eth7", "2", "eth7"), ("127.0.0.1", None, "4", None),
+     ("no-such-host.invalid", None, "2", None)],
+)  # fmt: skip
+def test_gloo_takes_the_network_on_which_the_first_machine_is(
+    address: str, given: str | None, local: str, named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
+    if given is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for name, value in (("MASTER_ADDR", address), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", local)):
+        monkeypatch.setenv(name, value)
+    ranks.name_network()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == named
 
 
 class _Store:
@@ -210,6 +288,7 @@ def test_the_reason_of_a_broken_job(
     store = _Store(**told)
     monkeypatch.setattr(ranks, "_store", lambda: store)
     monkeypatch.setattr(ranks, "_silent", lambda: "rank 2")
+    monkeypatch.setattr(ranks, "_met", lambda: True)
     monkeypatch.setattr(ranks, "_PATIENCE", 0.2)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ranks.RankLost, match=f"^{expected}"), ranks.watched():

@@ -263,7 +263,7 @@ def start(config: Config) -> Runtime:
         check_card(capability, card, torch.cuda.get_arch_list())
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, reason = agree_on_precision(config.precision, launched, capability, card)
-    tf32 = ", products in TF32" if precision == "fp32" and not cpu else ""
+    tf32 = ", products in TF32" if precision == "fp32" and capability is not None and capability >= (8, 0) else ""
     decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)
     decisions.append(

@@ -8,8 +8,8 @@
 # HOST      address of the first one   PORT   a free port there, 29500 by default
 # RANKS     processes a machine; by default its GPUs
 #
-# Run folder and data lie under one path on all machines. What the machines connect by, where there are several
-# networks: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, both to be set.
+# Run folder and data lie under one path on all machines. Where there are several networks: NCCL_SOCKET_IFNAME, and
+# GLOO_SOCKET_IFNAME if it is not the one on which HOST is reached.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 : "${NODES:?how many machines}" "${NODE:?which of them this is, from 0}" "${HOST:?address of the first one}"

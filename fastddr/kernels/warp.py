@@ -40,6 +40,24 @@ def triton_lacks() -> str | None:
     return None
 
 
+@cache
+def fails(device: torch.device) -> str | None:
+    """Why the kernel does not run on this GPU, which is tried once; None if it does."""
+    try:
+        warp(
+            torch.zeros(3, dtype=torch.uint8, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.ones(1, 2, dtype=torch.int32, device=device),
+            torch.zeros(1, 2, 3, device=device),
+            torch.zeros(1, 3, 4, device=device),
+            image_size=1,
+        )
+    # Triton looks for a driver and a compiler, and runs both; whatever goes wrong there, photographs can be streamed.
+    except Exception as error:  # noqa: BLE001
+        return f"Triton cannot run here ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    return None
+
+
 def warp(
     pixels: UInt8[Tensor, " n"],
     offset: Int[Tensor, " b"],

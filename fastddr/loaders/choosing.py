@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from fastddr.errors import UserError
-from fastddr.kernels.warp import triton_lacks
+from fastddr.kernels.warp import fails, triton_lacks
 from fastddr.loaders import dali_decoder, stores
 from fastddr.loaders.base import StoreName, Task
 from fastddr.loaders.capacity import Free, Where, decoding_ms
@@ -53,6 +53,9 @@ def choose(asked: str, tasks: Sequence[Task], epochs: int, free: Free) -> Choice
         return Choice(stream, "none", f"resident needs on a GPU what is not installed: {lacks}; {installed}")
     if store is None:
         return Choice(stream, "none", f"{fits}; {installed}")
+    wrong = fails(tasks[0].device) if tasks[0].device.type == "cuda" else None
+    if wrong is not None:
+        return Choice(stream, "none", f"{wrong}; {installed}")
     cost = decoding_ms(tasks[0])
     return Choice("resident", store, f"{fits}; decoding costs {cost:.1f} ms a photograph, once instead of every epoch")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -27,6 +28,9 @@ from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever
+
+#: Batches whose use may still be queued on a GPU when the next one is asked for.
+_QUEUED = 2
 
 
 class DaliLoader(Loader):
@@ -49,6 +53,7 @@ class DaliLoader(Loader):
         sent = received = 0
         # Whether it is known what the pipeline holds: Ctrl-C may come in the midst of a call to it.
         known = False
+        used: deque[torch.cuda.Event] = deque()
         try:
             while received < wanted:
                 if self._pipeline is None:
@@ -67,6 +72,7 @@ class DaliLoader(Loader):
                 received += 1
                 known = True
                 yield image
+                self._hold_back(used)
                 known = False
             known = True
         finally:
@@ -80,6 +86,19 @@ class DaliLoader(Loader):
                 except RuntimeError:
                     # Nobody wants this batch, so nobody need hear of it; the pipeline is built anew when needed.
                     self._pipeline = None
+
+    def _hold_back(self, used: deque[torch.cuda.Event]) -> None:
+        """On a GPU: let the host run ahead by so many batches alone.
+
+        DALI frees what PyTorch has dropped once the card has done all that was queued by then: the more is queued, the
+        more dead batches lie on the card.
+        """
+        if self.task.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.task.device))
+            used.append(event)
+            if len(used) > _QUEUED:
+                used.popleft().synchronize()
 
     def _build(self) -> Any:
         return _build(self.task)
@@ -101,7 +120,7 @@ class DaliLoader(Loader):
             if found is error:
                 raise
             raise found from error
-        # DALI's dynamic executor hands the buffer over for good: it is freed with the tensor, never reused.
+        # DALI's dynamic executor hands the buffer over for good: it is freed some time after the tensor, never reused.
         return torch.from_dlpack(output.as_tensor())
 
     def close(self) -> None:

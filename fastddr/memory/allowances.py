@@ -83,14 +83,17 @@ def calibrate() -> tuple[Allowance, Path]:
 
     if not torch.cuda.is_available():
         raise UserError("--calibrate measures a GPU, and PyTorch sees none here; without it declared allowances count.")
-    from fastddr import models
+    from fastddr import models, runtime
     from fastddr.memory.tracing import Steps, Training, trace
 
     device = torch.device("cuda", 0)
-    torch.backends.cudnn.benchmark = True
+    capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    runtime.check_card(capability, card, torch.cuda.get_arch_list())
+    half, _ = runtime.choose_precision("auto", "", capability, card)
+    runtime.numerics(False, cpu=False)
     beyond = context = 0
     for name in models.names():
-        for precision in ("fp32", "bf16"):
+        for precision in dict.fromkeys(("fp32", half)):
             steps = Steps(256, precision=precision)
 
             def make(name: str = name) -> torch.nn.Module:
@@ -110,6 +113,5 @@ def calibrate() -> tuple[Allowance, Path]:
             free, total = torch.cuda.mem_get_info(device)
             context = max(context, total - free - torch.cuda.memory_reserved(device))
             del training
-    name = torch.cuda.get_device_name(device)
-    found = Allowance(context, max(beyond, 0), DECLARED.decoder, DECLARED.share, f"calibrated on {name}")
-    return found, store(name, found)
+    found = Allowance(context, max(beyond, 0), DECLARED.decoder, DECLARED.share, f"calibrated on {card}")
+    return found, store(card, found)

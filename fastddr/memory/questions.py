@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -70,6 +71,11 @@ def run(asked: Asked, flags: list[str]) -> int:
     if vram <= 0 or asked.gpus < 1:
         raise UserError(f"--vram {vram:g} --gpus {asked.gpus}: both must be above 0.")
     allowance = allowances.load(apart(_here))
+    import torch
+
+    if not torch.cuda.is_initialized():
+        # Every step of an optimizer would ask for the card, also that of a trace, and so take some of its memory.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     limit = usable(vram, allowance)
     if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
         config = configured(flags, asked.depth)

@@ -67,7 +67,7 @@ def machines() -> Iterator[tuple[str, str]]:
 def job(machines: tuple[str, str], cwd: Path, name: str, *arguments: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`launch/multi_node.sh` on both, as launch/README.md has it; what machine N says goes into the file `NAME-N`."""
     processes = []
-    many = environment() | {"NODES": "2", "HOST": ADDRESSES[0], "RANKS": "2", "GLOO_SOCKET_IFNAME": "cable"}
+    many = environment() | {"NODES": "2", "HOST": ADDRESSES[0], "RANKS": "2"}
     many["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{many['PATH']}"
     for number, machine in enumerate(machines):
         command = ["ip", "netns", "exec", machine, str(ROOT / "launch" / "multi_node.sh"), *arguments]

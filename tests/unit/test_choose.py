@@ -25,6 +25,7 @@ PLENTY = Free(vram=100 * NEED, ram=100 * NEED, mmap=100 * NEED)
 def _with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     monkeypatch.setattr("fastddr.loaders.choosing.triton_lacks", lambda: None)
+    monkeypatch.setattr("fastddr.loaders.choosing.fails", lambda device: None)
 
 
 @pytest.fixture
@@ -101,6 +102,14 @@ def test_without_dali_and_without_triton(tasks: list[Task], monkeypatch: pytest.
     assert chosen.loader == "torchvision"
     assert "not installed" in chosen.reason
     assert choose("auto", tasks, 10, PLENTY).loader == "resident", "a CPU needs neither"
+
+
+def test_a_kernel_that_does_not_run_is_no_end(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastddr.loaders.choosing.fails", lambda device: "Triton cannot run here (no libcuda.so)")
+    chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
+    assert (chosen.loader, chosen.store) == ("dali", "none")
+    assert "no libcuda.so" in chosen.reason
+    assert choose("auto", tasks, 10, PLENTY).loader == "resident", "a CPU does not need it"
 
 
 def test_other_loaders_are_taken_at_their_word(tasks: list[Task]) -> None:

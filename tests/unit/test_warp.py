@@ -144,6 +144,17 @@ def test_headers_are_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatc
     assert kernels.triton_lacks() is None
 
 
+def test_a_kernel_is_tried_on_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    try_ = kernels.fails.__wrapped__
+    assert try_(torch.device("cpu")) is None, "there it is the reference"
+
+    def no_driver(*_: object) -> None:
+        raise AssertionError("libcuda.so\n cannot found!")
+
+    monkeypatch.setattr(kernels, "warp_reference", no_driver)
+    assert try_(torch.device("cpu")) == "Triton cannot run here (libcuda.so cannot found!)"
+
+
 def test_what_triton_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/clang" if name == "clang" else None)

@@ -309,6 +309,8 @@ def name_network() -> None:
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ.get("MASTER_ADDR", ""), 9))
         here = probe.getsockname()[0]
+        if here.startswith("127."):
+            return  # the first machine may call itself so, where the others cannot reach it
         names = (name for name, found in psutil.net_if_addrs().items() if any(one.address == here for one in found))
         if (name := next(names, None)) is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -29,7 +29,7 @@ from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever
 
-#: Batches whose use may still be queued on a GPU when the next one is asked for.
+#: Steps whose use of their batches may still be queued on a GPU when the next one is asked for.
 _QUEUED = 2
 
 
@@ -97,7 +97,9 @@ class DaliLoader(Loader):
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.task.device))
             used.append(event)
-            if len(used) > _QUEUED:
+            # In steps, of which training itself lets no more be queued: within one it would wait here, and take that
+            # for waiting for data.
+            if len(used) > _QUEUED * self.task.accumulation:
                 used.popleft().synchronize()
 
     def _build(self) -> Any:

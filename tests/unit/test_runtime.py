@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,15 +238,34 @@ def test_no_two_ranks_on_one_card(cards: int, local: str, refused: bool, monkeyp
         runtime.join()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the loopback's name is Linux's")
 @pytest.mark.parametrize(
     ("address", "given", "local", "named"),
-    [("127.0.0.1", None, "2", "lo"), ("127.0.0.1", "eth7", "2", "eth7"), ("127.0.0.1", None, "4", None),
+    [("HERE", None, "2", "net7"), ("HERE", "eth7", "2", "eth7"), ("HERE", None, "4", None),
+     ("127.0.0.1", None, "2", None),
      ("no-such-host.invalid", None, "2", None)],
 )  # fmt: skip
 def test_gloo_takes_the_network_on_which_the_first_machine_is(
     address: str, given: str | None, local: str, named: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Probe:
+        """From whose address a machine is reached: by one of the networks, or by itself."""
+
+        def __enter__(self) -> Probe:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def connect(self, place: tuple[str, int]) -> None:
+            if place[0].endswith("invalid"):
+                raise OSError("unknown")
+            self.to = place[0]
+
+        def getsockname(self) -> tuple[str, int]:
+            return ("10.0.0.3" if self.to == "HERE" else self.to, 1)
+
+    networks = {"lo": [SimpleNamespace(address="127.0.0.1")], "net7": [SimpleNamespace(address="10.0.0.3")]}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: networks)
+    monkeypatch.setattr(ranks.socket, "socket", lambda *_: Probe())
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
     if given is None:
         monkeypatch.delenv("GLOO_SOCKET_IFNAME")

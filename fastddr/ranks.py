@@ -171,7 +171,9 @@ def watched() -> Iterator[None]:
         yield
     except dist.DistBackendError as error:
         if not any(words in str(error) for words in _NCCL_LOST):
-            raise RankLost(f"NCCL does not work here: {_last_line(error)}; NCCL_DEBUG=INFO says more.") from error
+            said = f"NCCL does not work here: {_last_line(error)}; NCCL_DEBUG=INFO says more."
+            tell(said)  # to the others it looks as if this rank were lost
+            raise RankLost(said) from error
         raise RankLost(_why(error)) from error
     except RuntimeError as error:
         # Before the ranks have met there is nothing to ask.

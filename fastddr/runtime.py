@@ -140,6 +140,13 @@ def check_card(capability: tuple[int, int], card: str, built_for: Sequence[str])
         )
 
 
+def card_of(device: torch.device) -> tuple[tuple[int, int], str]:
+    """The compute capability of a card and its name; `UserError` where PyTorch is not built for it (`check_card`)."""
+    capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    check_card(capability, card, torch.cuda.get_arch_list())
+    return capability, card
+
+
 def divide_batch(global_batch: int, micro: int | str, world: int) -> tuple[int, int]:
     """(photographs a rank holds at once, how many such make a step) for a global batch.
 
@@ -257,10 +264,7 @@ def start(config: Config) -> Runtime:
     state = join()
     cpu = on_cpu()
     decisions = [f"device {'cpu' if cpu else 'cuda'}: {_why_device(cpu)}"]
-    capability, card = None, ""
-    if not cpu:
-        capability, card = torch.cuda.get_device_capability(state.device), torch.cuda.get_device_name(state.device)
-        check_card(capability, card, torch.cuda.get_arch_list())
+    capability, card = (None, "") if cpu else card_of(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     precision, reason = agree_on_precision(config.precision, launched, capability, card)
     tf32 = ", products in TF32" if precision == "fp32" and capability is not None and capability >= (8, 0) else ""

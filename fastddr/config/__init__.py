@@ -84,7 +84,7 @@ class Config:
     lr: float = 1e-3
     """Peak learning rate."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 where the card has it, else fp16, fp32 on a CPU."""
+    """`auto`: bf16 where the card has it, else fp16; fp32 on a CPU and on a GTX 16."""
     loader: Literal["auto", "dali", "resident", "torchvision", "replay"] = "auto"
     """`resident` decodes once and keeps; `dali` and `torchvision` decode in every epoch. `auto`: resident where the
     photographs fit, else dali, else torchvision. `replay` repeats one batch: a benchmark's ceiling."""

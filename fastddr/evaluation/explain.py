@@ -33,7 +33,7 @@ _STRENGTH = 0.6
 _COLOURS = "inferno"
 #: Pixels that the side of a window has in an overlay, at least.
 _LEAST = 224
-#: Images whose maps are made at once.
+#: Images whose maps are made at once; few, and not tuned.
 _TOGETHER = 8
 
 

@@ -29,7 +29,7 @@ from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever
 
-#: Steps whose use of their batches may still be queued on a GPU when the next one is asked for.
+#: Steps whose use of their batches may still be queued on a GPU when the next one is asked for; not measured.
 _QUEUED = 2
 
 

@@ -18,6 +18,8 @@ from fastddr.errors import UserError
 from fastddr.loaders.base import Task, name_unreadable, undecodable
 from fastddr.meters import IN_DALI, is_out_of_memory
 
+# The numbers of this file that are of a card's memory are not measured on one.
+
 #: Bytes of a card that the threads of one pipeline have for decoding, before a photograph needs more.
 SCRATCH = 128 * 2**20
 #: Below so many free bytes of a card a failure to decode is one of memory.
@@ -239,6 +241,6 @@ class Canvases:
                     raise found from error
                 yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
         finally:
-            output = None
+            output = None  # whose memory could else not be given back
             del pipeline
             give_back(task)

@@ -77,7 +77,7 @@ def calibrate() -> tuple[Allowance, Path]:
     the driver says is used beyond what the allocator reserved is the context, with whatever else is on the card.
 
     Raises:
-        UserError: there is no GPU.
+        UserError: there is no GPU, or one that PyTorch is not built for.
     """
     import torch
 
@@ -87,8 +87,7 @@ def calibrate() -> tuple[Allowance, Path]:
     from fastddr.memory.tracing import Steps, Training, trace
 
     device = torch.device("cuda", 0)
-    capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    runtime.check_card(capability, card, torch.cuda.get_arch_list())
+    capability, card = runtime.card_of(device)
     half, _ = runtime.choose_precision("auto", "", capability, card)
     runtime.numerics(False, cpu=False)
     beyond = context = 0

@@ -17,7 +17,7 @@ from fastddr.memory.planning import choose_micro_batch
 from fastddr.memory.predicting import GIB, Case, predict
 from fastddr.memory.tracing import Inexact, Training
 from fastddr.meters import is_out_of_memory
-from fastddr.runtime import agree_on_precision, check_card, numerics
+from fastddr.runtime import agree_on_precision, card_of, numerics
 
 
 def one_step(config: Config, micro: int, world: int, device: torch.device) -> None:
@@ -101,12 +101,11 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     # The real step computes as training will.
     numerics(config.deterministic, cpu=False)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    name = torch.cuda.get_device_name(device)
-    check_card(torch.cuda.get_device_capability(device), name, torch.cuda.get_arch_list())
-    precision, _ = agree_on_precision(given.precision, launched, torch.cuda.get_device_capability(device), name)
+    capability, card = card_of(device)
+    precision, _ = agree_on_precision(given.precision, launched, capability, card)
     chosen: Any = precision
     config = replace(config, precision=chosen)
-    allowance = allowances.load(name)
+    allowance = allowances.load(card)
     said: list[str] = []
     try:
         if config.micro_batch_size == "auto":

@@ -200,11 +200,14 @@ def test_an_error_before_the_ranks_have_met_passes(monkeypatch: pytest.MonkeyPat
     ],
 )  # fmt: skip
 def test_own_errors_of_nccl_are_no_lost_rank(said: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(ranks, "tell", told.append)
     monkeypatch.setattr(ranks, "_store", _Store)
     monkeypatch.setattr(ranks, "_PATIENCE", 0.2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ranks.RankLost, match=expected), ranks.watched():
+    with pytest.raises(ranks.RankLost, match=expected) as caught, ranks.watched():
         raise dist.DistBackendError(said)
+    assert told == ([str(caught.value)] if "NCCL" in expected else []), "the others are told what is of this rank"
 
 
 def test_all_ranks_compute_in_what_the_weakest_card_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def _code() -> str:
     package = Path(__file__).parents[1]
     files = [package / "step.py", package / "losses.py", package / "optimizers.py", package / "loaders" / "base.py"]
     files += sorted((package / "models").glob("*.py")) + [
-        package / "memory" / f"{n}.py" for n in ("tape", "recording", "tracing")
+        package / "memory" / f"{n}.py" for n in ("tape", "recording", "autocast", "tracing")
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

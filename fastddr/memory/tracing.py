@@ -4,9 +4,9 @@
 dispatch mode sees each operation and notes each storage that is new; a weak reference tells when it goes. That is what
 the allocator of a GPU would be asked for, in its order, but for what a kernel takes for itself (`allowances`).
 
-The tensors are on the CPU, under the CPU's autocast: a build of PyTorch without CUDA can neither move a module to a
-CUDA device that is not there nor run the autograd engine on it. The optimizer is the fused one of a GPU, so the flag of
-a bad step stays a tensor and nothing asks for a value.
+The tensors are on the CPU, under the CPU's autocast with the rules of a GPU's (`autocast`): a build of PyTorch without
+CUDA can neither move a module to a CUDA device that is not there nor run the autograd engine on it. The optimizer is
+the fused one of a GPU, so the flag of a bad step stays a tensor and nothing asks for a value.
 
 Why not `torch.distributed._tools.mem_tracker.MemTracker`: it gives snapshots and no order of events, so neither the
 allocator can be replayed nor another batch size answered. Tests hold this recorder against it.
@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastddr import losses, optimizers
 from fastddr.loaders.base import Batch
+from fastddr.memory.autocast import AsOnGPU
 from fastddr.memory.recording import Cost, Recorder
 from fastddr.memory.tape import Tape
 from fastddr.models import levers
@@ -283,6 +284,8 @@ def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool =
             if ema is not None:
                 _hollow(ema)
         stack.enter_context(recorder)
+        # Around the whole step, since checkpointing computes a block again in the backward pass.
+        stack.enter_context(AsOnGPU())
         training = Training(network, steps, batch, recorder, ema)
         training.begin()
         begins = len(recorder.events)

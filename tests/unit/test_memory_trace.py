@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from fastddr import models
-from fastddr.memory import tracing
+from fastddr.memory import autocast, tracing
 from fastddr.memory.allocator import Allocator, replay
 from fastddr.memory.tape import Tape, rounded
 from fastddr.memory.tracing import Steps, Training, trace
@@ -86,6 +88,52 @@ def test_autocast_keeps_a_half_copy_of_each_weight() -> None:
     assert sorted(copies) == sorted([3840 // 2, 20 // 2])
     images = [size for size, kind in zip(tape.sizes(4), tape.kinds, strict=True) if kind == "images"]
     assert max(images) == 4 * 192 * 2
+
+
+class Normed(nn.Module):
+    """Attention without a fused kernel between two norms; where it is explicit, it says what a GPU's autocast does."""
+
+    def __init__(self, explicit: bool, recomputed: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 16, 2, stride=2), nn.Linear(16, 5)
+        self.group, self.layer, self.values = nn.GroupNorm(4, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.explicit, self.recomputed = explicit, recomputed
+
+    def single(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if self.explicit else tensor
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        tokens = self.values(self.layer(self.single(self.values(tokens))))
+        scores = tokens @ tokens.mT
+        return (scores.softmax(-1, dtype=torch.float32) if self.explicit else scores.softmax(-1)) @ tokens
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.group(self.single(self.embed(image))).flatten(2).transpose(1, 2)
+        attended = checkpoint(self.attend, tokens, use_reentrant=False) if self.recomputed else self.attend(tokens)
+        logits: Tensor = self.head(attended.mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_half_precision_is_that_of_a_gpu(recomputed: bool) -> None:
+    """On a GPU autocast computes norms and softmax in float32, as if the model said so; a CPU's does not."""
+    by_rule, by_hand = (
+        trace(lambda explicit=explicit: Normed(explicit, recomputed), Steps(SIZE, precision="bf16"))  # type: ignore[misc]
+        for explicit in (False, True)
+    )
+    assert by_rule.peak(64) == by_hand.peak(64)
+
+
+def test_the_list_of_a_gpus_autocast_is_pytorchs() -> None:
+    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+    found = {}
+    for macro in ("AT_FORALL_FP32", "AT_FORALL_FP32_SET_OPT_DTYPE"):
+        lines = re.search(rf"#define {macro}\(_\)((?:.*\\\n)*.*\n)", header.read_text())
+        assert lines is not None
+        names = re.findall(r"_\((\w+)", lines[1])
+        found[macro] = {name.lstrip("_").removeprefix("linalg_") for name in names if "upsample" not in name}
+    assert found["AT_FORALL_FP32"] - autocast.FLOAT32 - {"nll_loss2d"} == set()
+    assert found["AT_FORALL_FP32_SET_OPT_DTYPE"] == autocast.INTO_FLOAT32 - {"norm"}
 
 
 def test_accumulation_keeps_gradients_while_the_next_micro_batch_is_there() -> None:

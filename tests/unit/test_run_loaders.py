@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 from fastddr.loaders import run as run_module
 from fastddr.loaders.capacity import Free
+from fastddr.loaders.choosing import Choice
 from fastddr.loaders.run import RunLoaders
 from fastddr.runtime import Runtime
 
@@ -80,7 +82,12 @@ def test_training_and_validation_share_the_budget(tiny: Path, tmp_path: Path) ->
 
 def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "measure", lambda device, ranks, taken: Free(0, 10**9, 10**9))
-    monkeypatch.setattr(run_module.ranks, "gather", lambda items: [*items, Free(0, 1000, 1000)])
+    # The other rank has little memory, and finds what this one finds with so little.
+    monkeypatch.setattr(
+        run_module.ranks,
+        "gather",
+        lambda items: [*items, Free(0, 1000, 1000) if isinstance(items[0], Free) else items[0]],
+    )
     loaders = opened(settings(tiny, tmp_path / "run"), tiny, [])
     assert loaders.choice.loader in ("dali", "torchvision")
     loaders.close()
@@ -103,3 +110,25 @@ def test_it_is_said_where_evaluation_shows_things_much_smaller(tiny: Path, tmp_p
         said: list[str] = []
         opened(settings(tiny, tmp_path / field, "--canvas", "96", "--evaluation.field", field), tiny, said).close()
         assert ["1.5 times smaller" in line for line in said if "than in training" in line] == times
+
+
+@pytest.mark.parametrize("lacks", ["DALI", "Triton", "nothing"])
+def test_all_ranks_load_as_the_least_of_them_can(
+    lacks: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks on several machines: another one lacks what this one has."""
+    other = {"DALI": "torchvision", "Triton": "dali", "nothing": "resident"}[lacks]
+
+    def gather(items: list[Any]) -> list[Any]:
+        if isinstance(items[0], Choice):
+            store = "ram" if other == "resident" else "none"
+            return [*items, Choice(other, store, f"the other machine lacks {lacks}")]
+        return items * 2
+
+    monkeypatch.setattr("fastddr.ranks.gather", gather)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
+    said: list[str] = []
+    loaders = opened(settings(tiny, tmp_path / "run", "--loader", "auto", "--epochs", "3"), tiny, said)
+    assert loaders.choice.loader == other
+    assert loaders.train.name == other
+    assert (f"lacks {lacks}" in said[0]) == (lacks != "nothing")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def build(
     """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum.
 
     Parameters of one dimension, which are the biases and the norms' scales and shifts, are not decayed, with
-    any of the three: pulling them to zero does not simplify the function. Frozen parameters are left out.
+    any of the three: pulling them to zero does not simplify the function. Nor are those that the model itself names in
+    `no_weight_decay()`, as timm's transformers do of their positions. Frozen parameters are left out.
     `momentum` is SGD's alone, `betas` Adam's and AdamW's; SGD with momentum 0 is plain SGD. Build it after
     the model is on its device: on CUDA the step is one fused kernel, elsewhere only with `fused`. Raises UserError
     for a value out of its range.
@@ -45,12 +46,16 @@ def build(
     pair = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _demand(pair, name, "betas", betas, "two numbers of 0 or more and less than 1")
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    spared = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [parameter for _, parameter in named]
+    decayed = [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared]
+    kept = [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared]
     if not trained:
         raise UserError(f"optimizer {name!r} has no weight to train: unfreeze some.")
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     # None leaves the choice of the loop to torch.

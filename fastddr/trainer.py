@@ -23,7 +23,7 @@ from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
-from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.evaluation.metrics import SplitResult, deciding, figures
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
 from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
@@ -350,8 +350,7 @@ class Trainer:
             raise
         # All ranks hold all logits; the figures, and the packages that they need, are rank 0's work.
         values = runtime.from_main(lambda: figures(found.logits, found.grades))
-        qwk = values["qwk"] if values["qwk"] is not None else values["accuracy"]
-        best = progress.keep_if_best(qwk, values["loss"])
+        best = progress.keep_if_best(deciding(values), values["loss"])
         assert self.tracker is not None
         self.tracker.log(grading.logged(values, progress.grading), step=progress.step, epoch=progress.epoch)
         assert self.saver is not None
@@ -381,7 +380,7 @@ class Trainer:
         progress.grading = best.state["progress"].get("grading")
         weights = f"best (step {progress.best_step}, epoch {progress.best_epoch}){tta}"
         for split in manifest.SPLITS:
-            if self.manifest.has(split):
+            if self.manifest.has(split) and (split != "test" or self.config.evaluation.test):
                 assert self.loaders is not None
                 loader = self.valid_loader if split == "valid" else self.loaders.once(split)
                 results[split] = self._score(loader, weights)

@@ -201,6 +201,9 @@ class EvaluationConfig:
     tta: Views = "none"
     """Test-time augmentation at the end of the run: its report has the mean over 4 (`flips`) or 8 views (`dihedral`)
     of each photograph. Validation after an epoch has one view."""
+    test: bool = True
+    """Score test once, at the end of the run. Without it the run's report has train and valid alone, as in a search for
+    settings; `fastddr evaluate` scores test of the run that was chosen."""
 
 
 @dataclass(frozen=True)

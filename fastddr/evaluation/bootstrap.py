@@ -1,9 +1,14 @@
-"""How sure a figure is: percentile-bootstrap intervals over the photographs, and of the difference of two models.
+"""How sure a figure is: 95 % intervals over the photographs, and of the difference of two models.
 
-Photographs are drawn again, with replacement and within each grade, so the mix of grades stays as it is (stratified;
-Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 13). They count as independent; two eyes of one
-patient are not, so the truth is a little wider. An interval speaks of the photographs, not of the training seed, and is
-[1, 1] where a rate is 1: a percentile bootstrap cannot see what did not happen.
+A share of photographs (accuracy, the recall of a grade, sensitivity, specificity) has Wilson's score interval (Wilson,
+"Probable inference, the law of succession, and statistical inference", 1927): of few photographs, and near 0 and 1, a
+bootstrap is far too narrow, and [1, 1] where a share is 1 (Brown, Cai and DasGupta, "Interval estimation for a binomial
+proportion", 2001). All other figures have a percentile bootstrap, which draws the photographs again, with replacement.
+They count as independent; two eyes of one patient are not, so the truth is a little wider. An interval speaks of the
+photographs, not of the training seed.
+
+The calibration error has none: binning adds noise to it that only ever makes it larger, and a sample drawn again adds
+it a second time, so that the figure may lie outside of its own interval.
 
 A sample is a row of counts, how often each photograph was drawn, and each figure is computed from a block of such rows
 at once. Two models of the same photographs are compared on the same samples (paired), so what is hard for both cancels.
@@ -20,8 +25,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastddr.data.grades import ICDR
 from fastddr.evaluation import ranking
-from fastddr.evaluation.metrics import BINS, MEANS, one_against_rest, rates, worse_than
+from fastddr.evaluation.metrics import MEANS, one_against_rest, rates, worse_than
 
 #: Bootstrap samples behind an interval of up to `FEW` photographs; for more they fall, down to `LEAST`, with the work.
 SAMPLES, FEW, LEAST = 2000, 10_000, 400
@@ -39,8 +45,15 @@ def intervals(
 
     None where the figure itself is undefined. `samples` says how many samples there were.
     """
-    drawn = _drawn([logits], grades, seed)[0]
-    return {**_interval_of(point, drawn), "samples": samples(len(grades))}
+    found = _interval_of(point, _drawn([logits], grades, seed)[0])
+    truth = np.asarray(point["confusion_matrix"]).sum(1)
+    found["accuracy"] = share(point["accuracy"], int(truth.sum()))
+    found["recall"] = [share(value, n) for value, n in zip(point["recall"], truth.tolist(), strict=True)]
+    for name, values in point["endpoints"].items():
+        least = ranking.ENDPOINTS[name]
+        for key, of in (("sensitivity", truth[least : len(ICDR)]), ("specificity", truth[:least])):
+            found["endpoints"][name][key] = share(values[key], int(of.sum()))
+    return {**found, "referable": found["endpoints"].get("referable"), "samples": samples(len(grades))}
 
 
 def differences(
@@ -61,6 +74,17 @@ def interval(values: Float[np.ndarray, " b"]) -> list[float] | None:
     return [float(low), float(high)]
 
 
+def share(value: float | None, n: int) -> list[float] | None:
+    """Wilson's `[low, high]` of a share of `n` photographs; None where it is undefined."""
+    # Half a second of imports, as torchmetrics in `metrics`.
+    from scipy.stats import binomtest
+
+    if value is None:
+        return None
+    low, high = binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson")
+    return [float(low), float(high)]
+
+
 def samples(n: int) -> int:
     """How many samples of n photographs are drawn."""
     return int(np.clip(SAMPLES * FEW // max(n, 1), LEAST, SAMPLES))
@@ -71,25 +95,20 @@ def _drawn(models: Sequence[Tensor], grades: Tensor, seed: int) -> list[Sampled]
     truth = grades.detach().cpu().long()
     weighed = [_Weighed(logits.detach().cpu().double(), truth) for logits in models]
     blocks: list[list[Sampled]] = [[] for _ in models]
-    for counts in _counts(truth.numpy(), samples(len(truth)), seed):
+    for counts in _counts(len(truth), samples(len(truth)), seed):
         for model, found in zip(weighed, blocks, strict=True):
             found.append(model.figures(counts))
     return [_joined(found, np.concatenate) for found in blocks]
 
 
-def _counts(grades: Int[np.ndarray, " n"], total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:
-    """How often each photograph is in each sample, a block of samples at a time."""
+def _counts(n: int, total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:
+    """How often each of n photographs is in each sample, a block of samples at a time."""
     rng = np.random.Generator(np.random.Philox(seed))
-    strata = [np.flatnonzero(grades == grade) for grade in np.unique(grades)]
-    rows = max(1, _BLOCK // max(len(grades), 1))
+    rows = max(1, _BLOCK // max(n, 1))
     for start in range(0, total, rows):
         here = min(rows, total - start)
-        counts = np.zeros((here, len(grades)), dtype=np.float32)
-        for stratum in strata:
-            size = len(stratum)
-            picked = rng.integers(0, size, (here, size)) + size * np.arange(here)[:, None]
-            counts[:, stratum] = np.bincount(picked.ravel(), minlength=here * size).reshape(here, size)
-        yield counts
+        picked = rng.integers(0, max(n, 1), (here, n)) + n * np.arange(here)[:, None]
+        yield np.bincount(picked.ravel(), minlength=here * n).reshape(here, n).astype(np.float32)
 
 
 class _Weighed:
@@ -100,18 +119,15 @@ class _Weighed:
         truth, predicted = grades.numpy(), logits.argmax(1).numpy()
         logs = logits.log_softmax(1)
         probabilities = logs.exp()
-        confidence = probabilities.max(1).values.numpy() if len(truth) else np.zeros(0)
         self._loss = -logs[np.arange(len(truth)), truth].numpy()
         self._cells = _members(truth * classes + predicted, classes * classes)
-        bins = _members(np.minimum((confidence * BINS).astype(int), BINS - 1), BINS)
-        self._gap = bins * (confidence - (truth == predicted))[:, None]
         self._grades = [ranking.Ranked(*one_against_rest(probabilities, grades, grade)) for grade in range(classes)]
         self._endpoints = {
             name: ranking.Ranked(*worse_than(probabilities, grades, name))
             for name, least in ranking.ENDPOINTS.items()
             if classes > least
         }
-        self._graded = truth < 5
+        self._graded = truth < len(ICDR)
 
     def figures(self, counts: Float[np.ndarray, "b n"]) -> Sampled:
         """Each figure of each sample, (b,); NaN where undefined."""
@@ -134,7 +150,6 @@ class _Weighed:
             **{key: _mean_of(np.stack([values[key] for values in one_by_one])) for key in ("auc", "average_precision")},
             "referable": endpoints.get("referable"),
             "endpoints": endpoints,
-            "ece": np.abs(counts @ self._gap).sum(1) / n,
         }
 
 

@@ -17,7 +17,7 @@ C: grades that the model tells apart    n: photographs    b: matrices
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,15 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
         "ece": sure["ece"],
         **({"without_ungradable": found["without_ungradable"]} if "without_ungradable" in found else {}),
     }
+
+
+def deciding(values: Mapping[str, Any]) -> float:
+    """Of figures, the one by which an epoch is the best: kappa; where it is undefined, accuracy.
+
+    With ungradable as a class it is macro F1: kappa is of what is graded, and a model could raise it by grading less.
+    """
+    score: float | None = values["qwk" if len(values["recall"]) <= len(ICDR) else "macro_f1"]
+    return float(values["accuracy"]) if score is None else score
 
 
 def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, float | None]:

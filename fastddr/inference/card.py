@@ -40,9 +40,11 @@ def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | None, abou
         lines = [["", *map(tables.title, found)], *([label, *cells] for label, cells in tables.rows(found))]
         parts += ["## Figures", _table(lines)]
         parts += [
-            "In brackets: 95 % bootstrap intervals over the photographs, as the run's report has them"
+            "In brackets: 95 % intervals over the photographs, as the run's report has them"
             + ("" if about["window"] == about["reported"] else f", which graded by the window `{about['reported']}`")
+            + _averaged(found, restored)
             + ". They hold for the split named; the splits of a data set differ in kind."
+            + (f" {tables.FLATTERED}" if about["grading"] is not None else "")
         ]
     else:
         parts += ["## Figures", "The run's report (report/metrics.json) has none of these weights on valid or test."]
@@ -94,6 +96,12 @@ def _input(deployed: Deployed, recipe: Recipe | None, about: Mapping[str, Any]) 
     return "\n".join(lines)
 
 
+def _averaged(found: Mapping[str, Any], restored: Restored) -> str:
+    """What is to be said where the run's report has the mean over several views."""
+    views = {values["weights"].removeprefix(restored.weights).strip(", ") for values in found.values()} - {""}
+    return f"; the run took each photograph's {views.pop()} views, and this file sees one" if views else ""
+
+
 def _data(restored: Restored) -> list[str]:
     """What it was trained on: split sizes by grade, from the run's manifest."""
     try:
@@ -133,7 +141,8 @@ def _metrics(restored: Restored) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{file}: this is not JSON; make the run's report again.") from None
     splits = ("valid", "valid_last", "test")
-    return {name: found[name] for name in splits if found.get(name, {}).get("weights") == restored.weights}
+    # After the weights may stand how many views of a photograph the run took the mean of.
+    return {name: found[name] for name in splits if found.get(name, {}).get("weights", "").startswith(restored.weights)}
 
 
 def _table(lines: list[list[str]]) -> str:

@@ -125,17 +125,20 @@ def table(compared: Sequence[Compared]) -> list[list[str]]:
         cells = []
         for _, keys, per_cent in COLUMNS:
             first, here = tables.at(compared[0].found, keys), tables.at(one.found, keys)
-            interval = None if first is None or here is None else bootstrap.interval(tables.at(one.differences, keys))
-            cells.append(_signed(None if interval is None else here - first, interval, per_cent))
+            drawn = tables.at(one.differences, keys)
+            interval = None if first is None or here is None or drawn is None else bootstrap.interval(drawn)
+            cells.append(_signed(None if first is None or here is None else here - first, interval, per_cent))
         body.append([f"{one.name} − {compared[0].name}", *cells])
     return body
 
 
 def _signed(value: float | None, interval: Sequence[float] | None, per_cent: bool) -> str:
     """ "+1.2 (+0.3 to +2.1) *", in points of per cent or plain; the star where 0 lies outside."""
-    if value is None or interval is None:
+    if value is None:
         return "–"
     scale, digits = (100, 1) if per_cent else (1, 3)
+    if interval is None:
+        return f"{value * scale:+.{digits}f}"
     low, high = (bound * scale for bound in interval)
     star = " *" if low > 0 or high < 0 else ""
     return f"{value * scale:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){star}"
@@ -144,9 +147,13 @@ def _signed(value: float | None, interval: Sequence[float] | None, per_cent: boo
 def legend(compared: Sequence[Compared], split: str) -> str:
     """What the table needs to be understood."""
     return (
-        f"{compared[0].found['n']:,} photographs of {split}. In brackets 95 % intervals, by a bootstrap over the "
-        "photographs; differences are paired, and * marks those whose interval leaves out 0. With several comparisons "
-        f"some stars are chance, and none speaks of another training seed. {tables.DISCLAIMER}"
+        f"{compared[0].found['n']:,} photographs of {split}; "
+        + "; ".join(f"{one.name}: {one.weights}" for one in compared)
+        + ". In brackets 95 % intervals over the photographs, those of differences by a paired bootstrap; * marks "
+        "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
+        "another training seed. "
+        + ("On valid a regression has the advantage that its thresholds are fitted there. " if split == "valid" else "")
+        + tables.DISCLAIMER
     )
 
 

@@ -22,7 +22,7 @@ from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import restore
 from fastddr.inference.flags import Evaluate
 from fastddr.loaders.run import scoring
-from fastddr.reporting import again
+from fastddr.reporting import again, tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder, claim
 from fastddr.runtime import Runtime
@@ -111,12 +111,25 @@ def _write(
         config, found, began, restored.parameters, [], began_at=run.began_at(),
         grading=grading.unwrap(restored.model)[1],
     )  # fmt: skip
+    notes = [*found.notes, *_seen(asked, found, config.loss.name == "mse")]
     reporting.write(
-        place, {asked.split: result}, about, found.notes, root=found.root, left_out=found.left_out, folder=place,
-        temperature=_temperature(run, asked, config), title=f"{run.path.resolve().name}: {label}",
+        place, {asked.split: result}, about, notes, root=found.root,
+        left_out=found.left_out, folder=place, temperature=_temperature(run, asked, config),
+        fit=found.fingerprint == restored.fingerprint, title=f"{run.path.resolve().name}: {label}",
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
+
+
+def _seen(asked: Evaluate, found: Manifest, regression: bool) -> list[str]:
+    """Sentences about photographs that the run has seen, where its own are scored."""
+    notes = []
+    if asked.data is None and asked.split == "all":
+        trained, scored = (len(_ids(found, split)) for split in ("train", "all"))
+        notes.append(f"{trained:,} of these {scored:,} photographs were trained on, so the figures flatter.")
+    if asked.data is None and asked.split in ("valid", "all") and regression:
+        notes.append(tables.FLATTERED)
+    return notes
 
 
 def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | None:

@@ -229,8 +229,7 @@ def _build(task: Task, source: Callable[[Task], Any] | None = None) -> Any:
     )
     with pipeline:
         pipeline.set_outputs(_graph(task, (source or _decoded)(task), upright=source is None))
-    pipeline.build()
-    return pipeline
+    return dali_decoder.built(pipeline)
 
 
 def _external(name: str, dtype: str, ndim: int, **settings: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from functools import cache
 from typing import Any
@@ -163,6 +164,18 @@ def too_large(task: Task, room: int) -> str | None:
     )
 
 
+def built(pipeline: Any) -> Any:
+    """The pipeline, ready to run.
+
+    On a GPU DALI warns where NVIDIA's NPP or cuFFT is not installed, which PyPI's DALI does not bring and no operator
+    here needs, under the name of another package.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nvidia-dali-cuda120 is no longer shipped with CUDA runtime")
+        pipeline.build()
+    return pipeline
+
+
 def give_back(task: Task) -> None:
     """After the end of a pipeline on a GPU: DALI's pool would keep what its largest photographs took from the model."""
     if task.device.type == "cuda":
@@ -228,6 +241,7 @@ class Canvases:
             if scaled:
                 canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
             pipeline.set_outputs(canvas)
+        built(pipeline)
         try:
             for number, chunk in enumerate(chunks):
                 try:

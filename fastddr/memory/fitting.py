@@ -124,5 +124,7 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
         return Settled(replace(config, precision=given.precision), said=said)
     taken = found.total - found.kinds["context"]
     own = (taken - found.kinds["loader"]) / GIB
-    said.append(f"memory: {own:.2f} GiB predicted for PyTorch, most of it {found.binding}; {allowance.source}")
+    kinds = {kind: count for kind, count in found.kinds.items() if kind not in ("context", "loader")}
+    most = max(kinds, key=lambda kind: kinds[kind])
+    said.append(f"memory: {own:.2f} GiB predicted for PyTorch, most of it {most}; {allowance.source}")
     return Settled(replace(config, precision=given.precision), own, taken, said)

@@ -45,6 +45,7 @@ def write(
     left_out: Sequence[Problem] = (),
     folder: Path | None = None,
     temperature: float | None = None,
+    fit: bool = True,
     title: str | None = None,
     predicted: bool = True,
 ) -> Path:
@@ -54,16 +55,17 @@ def write(
     in its order, label and value, and a mapping as a value in one line; `notes` are sentences. Paths of
     photographs are taken below `root` where they are relative. The curves come from RUN/metrics.jsonl, if it
     is there. `left_out` are the photographs and labels that were not used. The temperature for calibrated
-    probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one. `title`
-    is by default the run's name. Predictions are written unless they are there already (`predicted` false). Raises
-    OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
+    probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one; with
+    `fit` false, for photographs that are not the run's, none is fitted. `title` is by default the run's name.
+    Predictions are written unless they are there already (`predicted` false). Raises OSError when a file cannot be
+    written; a photograph that cannot be opened is a grey tile.
     """
     # With them comes matplotlib, which a run has no use for until it ends.
     from fastddr.reporting import plots, ranked
 
     report = folder or Path(run_dir) / "report"
     report.mkdir(parents=True, exist_ok=True)
-    if "valid" in splits and len(splits["valid"].grades):
+    if fit and "valid" in splits and len(splits["valid"].grades):
         temperature = fitted(splits["valid"].logits, splits["valid"].grades)
     found = {}
     for name, split in splits.items():
@@ -88,6 +90,7 @@ def write(
         "weights": {name: split.weights for name, split in splits.items()},
         "root": None if root is None else str(Path(root).absolute()),
         "temperature": temperature,
+        "fit": fit,
     }
     _put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
     _put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())

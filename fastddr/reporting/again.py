@@ -94,5 +94,5 @@ def write(place: Path, root: Path | None = None) -> Path:
     run = folder.parent if folder.name == "report" else folder
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
-        temperature=about.get("temperature"), title=about["run"], predicted=False,
+        temperature=about.get("temperature"), fit=about.get("fit", True), title=about["run"], predicted=False,
     )  # fmt: skip

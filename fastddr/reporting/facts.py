@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fastddr.config import Config
+from fastddr.config.sections import POLICIES, AugmentConfig, LossConfig
 from fastddr.data.manifest import Manifest
 from fastddr.meters import MEMORY, code_state, device_name, versions
 from fastddr.runtime import Runtime
@@ -57,7 +59,13 @@ def facts(
             "optimizer": config.optimizer.name,
             "lr": config.lr,
             "schedule": config.optimizer.schedule,
+            "warm-up": config.optimizer.warmup_ratio,
+            "weight decay": config.optimizer.weight_decay,
+            "clipped at": config.optimizer.clip_norm,
+            "EMA": config.optimizer.ema_decay,
         },
+        "Loss": {"name": config.loss.name, **_other(config.loss, LossConfig(config.loss.name))},
+        "Augmentation": {"policy": config.augment.policy, **_other(config.augment, POLICIES[config.augment.policy])},
         "Seed": config.seed,
         "Device": f"{device_name(runtime.device)}, {runtime.world} rank(s), {runtime.threads} threads each",
         "Precision": config.precision,
@@ -78,3 +86,9 @@ def facts(
         if peaks := values(key):
             shown[label] = f"{max(peaks):.2f} GiB"
     return shown | {"Versions": versions(), "Code": code_state() or "not a checkout of git"}
+
+
+def _other(settings: LossConfig | AugmentConfig, usual: LossConfig | AugmentConfig) -> dict[str, Any]:
+    """The settings that are not as usual."""
+    common = asdict(usual)
+    return {key.replace("_", " "): value for key, value in asdict(settings).items() if value != common[key]}

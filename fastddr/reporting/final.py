@@ -47,7 +47,8 @@ def write_final(
         config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=progress.grading,
         skipped=progress.skipped, overflowed=progress.overflowed,
     )  # fmt: skip
-    text = reporting.write(run.path, ordered, about, manifest.notes, root=manifest.root, left_out=manifest.left_out)
+    notes = [*manifest.notes, *([] if progress.grading is None else [tables.FLATTERED])]
+    text = reporting.write(run.path, ordered, about, notes, root=manifest.root, left_out=manifest.left_out)
     for picture in sorted(text.parent.glob("*.png")):
         # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
         if picture.stem != "worst":

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 
+from fastddr.data.grades import ICDR
 from fastddr.data.problems import one_line
 from fastddr.evaluation import metrics
 from fastddr.reporting.tables import Figures, cell, names, title
@@ -122,12 +123,13 @@ def reliability(
 def mistakes(split: metrics.SplitResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows that were graded wrongly, the worst first; what was predicted of each row, and its probability.
 
-    Farthest from the truth first, and among those the most confident.
+    Farthest from the truth first, and among those the most confident. "Ungradable" is no grade, and nearest to all.
     """
     probabilities = split.logits.detach().cpu().double().softmax(1).numpy()
     predicted, grades = split.logits.argmax(1).numpy(), split.grades.numpy()
     confidence = probabilities.max(1, initial=0)
     distance = np.abs(predicted.astype(int) - grades.astype(int))
+    distance[(distance > 0) & (np.maximum(predicted, grades) >= len(ICDR))] = 1
     wrong = np.flatnonzero(distance)
     return wrong[np.lexsort((-confidence[wrong], -distance[wrong]))], predicted, confidence
 

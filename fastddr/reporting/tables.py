@@ -10,6 +10,8 @@ from fastddr.data.problems import Problem, one_line
 from fastddr.evaluation.ranking import ENDPOINTS
 
 DISCLAIMER = "Research use only; not a medical device."
+#: A note where the photographs include those that a regression's thresholds were fitted to.
+FLATTERED = "The thresholds between the grades were fitted on valid, so the figures of valid flatter a little."
 #: So many of the photographs that were left out stand in report.md; all in left_out.csv.
 LISTED = 100
 
@@ -105,8 +107,10 @@ def markdown(
     parts = [f"# {_text(name)}", f"**{DISCLAIMER}**", "## Figures"]
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
     parts.append(
-        "In brackets: 95 % percentile-bootstrap intervals over the photographs, drawn again within each "
-        "grade; they leave out the chance of another training seed. Means over grades leave out grades "
+        "In brackets: 95 % intervals over the photographs, Wilson's for accuracy, recall, sensitivity and specificity, "
+        "else by a percentile bootstrap. Photographs count as independent, so with several of one patient the truth is "
+        "wider; the chance of another training seed is left out. The calibration error has no interval, and is larger "
+        "of few photographs. Means over grades leave out grades "
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "
         "kind: compare models on one split, never one model across splits."
     )
@@ -118,8 +122,8 @@ def markdown(
     if temperatures:
         told = "; ".join(f"{value} for {weights}" for weights, value in temperatures.items())
         parts.append(
-            f"Temperature, fitted on valid: {told}. The calibrated probabilities are the softmax of the logits over "
-            "it; no other figure here uses them."
+            f"Temperature, fitted on the run's valid: {told}. The calibrated probabilities are the softmax of the "
+            "logits over it; no other figure here uses them."
         )
     if notes:
         parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]
@@ -172,10 +176,13 @@ def _endpoints(found: Mapping[str, Figures]) -> str:
     body = []
     for name, least in ENDPOINTS.items():
         for label, key, per_cent in ENDPOINT_RATES:
-            cells = [
-                cell(at(values, ("endpoints", name, key)), at(values["ci"], ("endpoints", name, key)), per_cent)
-                for values in found.values()
-            ]
+            cells = []
+            for values in found.values():
+                place = ("endpoints", name, key)
+                text = cell(at(values, place), at(values["ci"], place), per_cent)
+                truth = [sum(row) for row in values["confusion_matrix"]]
+                of = {"sensitivity": truth[least : len(ICDR)], "specificity": truth[:least]}.get(key)
+                cells.append(text if of is None or text == "–" else f"{text} of {sum(of):,}")
             body.append([f"{ENDPOINT_NAMES[name]} (grade ≥ {least}): {label}", *cells])
     return table(["", *(title(split) for split in found)], body)
 

@@ -66,12 +66,16 @@ def test_every_scoring_of_test_is_noted(run: Path) -> None:
 
 
 def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -> None:
-    figures, rows, _ = evaluated(run, "--split", "all", "--batch-size", "5")
+    figures, rows, folder = evaluated(run, "--split", "all", "--batch-size", "5")
     assert figures["all"]["n"] == len(rows) == 27 + 11 + 13
+    assert "27 of these 51 photographs were trained on" in (folder / "report.md").read_text()
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     photographs = sorted((other / "DR_grading" / "test").glob("*.jpg"))
     photographs[0].write_bytes(photographs[1].read_bytes())
-    assert main(["evaluate", str(run), "--data", str(other)]) == 0
+    own = json.loads((run / "report" / "metrics.json").read_text())["valid"]["calibrated"]["temperature"]
+    figures, _, folder = evaluated(run, "--data", str(other), "--split", "valid")
+    assert figures["valid"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
+    assert "were trained on" not in (folder / "report.md").read_text()
 
 
 def test_probabilities_are_averaged_over_the_views(run: Path) -> None:

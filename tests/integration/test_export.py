@@ -25,7 +25,8 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def regression(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tiny, tmp_path_factory.mktemp("runs") / "regression", *QUICK, "--loss.name", "mse")
+    return train(tiny, tmp_path_factory.mktemp("runs") / "regression", *QUICK, "--loss.name", "mse",
+                 "--evaluation.tta", "flips", "--evaluation.no-test")  # fmt: skip
 
 
 def needs(format: str) -> None:
@@ -70,6 +71,19 @@ def test_a_regression_is_exported_with_its_thresholds(regression: Path, tmp_path
         best = load_file(regression / "checkpoints" / "best" / "model.safetensors")
         assert load_file(out / "model.safetensors").keys() == best.keys()
         assert "one value" in (out / "model_card.md").read_text()
+
+
+def test_the_card_says_how_the_figures_came_and_test_is_left_alone(regression: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(regression), "--format", "safetensors", "--out", str(out)]) == 0
+    card = (out / "model_card.md").read_text()
+    figures = json.loads((regression / "report" / "metrics.json").read_text())
+    assert set(figures) == {"train", "valid", "valid_last"}
+    assert f"{figures['valid']['qwk']:.3f} (" in card
+    assert "flips averaged views, and this file sees one" in card
+    assert "thresholds between the grades were fitted on valid" in card
+    assert "thresholds between the grades were fitted on valid" in (regression / "report" / "report.md").read_text()
+    assert not (regression / "test_scorings.jsonl").exists()
 
 
 def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torchmetrics.functional import classification as tm
 
-from fastddr.evaluation.metrics import SplitResult, figures, figures_from_confusion, reliability
+from fastddr.evaluation.metrics import SplitResult, deciding, figures, figures_from_confusion, reliability
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -149,6 +149,18 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
         if value is not None:
             # torchmetrics has the calibration error in single precision.
             assert value == pytest.approx(other[name], abs=2e-6 if name == ".ece" else 1e-9), name
+
+
+def test_the_best_epoch_cannot_be_had_by_calling_all_ungradable() -> None:
+    """Kappa is of what is graded: it rises as mistakes are called ungradable."""
+    honest = np.pad(np.full((5, 5), 5) + np.diag([20] * 5), (0, 1))
+    refusing = np.zeros((6, 6), int)
+    refusing[np.arange(5), np.arange(5)], refusing[:5, 5] = 5, 40
+    one, other = (figures_from_confusion(matrix) for matrix in (honest, refusing))
+    assert other["qwk"] == 1 > one["qwk"]
+    assert deciding(one) > deciding(other)
+    assert deciding({"qwk": 0.5, "recall": [0.0] * 5, "accuracy": 0.1, "macro_f1": 0.2}) == 0.5
+    assert deciding({"qwk": None, "recall": [0.0] * 5, "accuracy": 0.1, "macro_f1": 0.2}) == 0.1
 
 
 def test_the_reports_matrix_gives_the_reports_figures() -> None:

@@ -39,6 +39,23 @@ def test_norms_and_biases_are_not_decayed(name: str) -> None:
     assert moved == {"0.weight", "3.weight"}
 
 
+def test_what_a_model_names_is_not_decayed() -> None:
+    """As timm's transformers name their positions, which have more than one dimension."""
+
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed, self.weight = nn.Parameter(torch.ones(1, 4, 2)), nn.Parameter(torch.ones(2, 2))
+
+        def no_weight_decay(self) -> set[str]:
+            return {"pos_embed"}
+
+    model = Positioned()
+    step(model, optimizers.build(model, "adamw", lr=0.1, weight_decay=0.5), 0.0)
+    assert torch.equal(model.pos_embed, torch.ones(1, 4, 2))
+    assert not torch.equal(model.weight, torch.ones(2, 2))
+
+
 def test_every_parameter_is_in_one_group_and_frozen_ones_in_none() -> None:
     model = tiny()
     model[0].requires_grad_(False)

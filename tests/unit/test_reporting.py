@@ -106,7 +106,7 @@ def test_metrics_json_is_json_and_the_figures(run: Path) -> None:
     order = SPLITS["test"].ids.argsort()
     assert test == figures(SPLITS["test"].logits[order], SPLITS["test"].grades[order])
     assert test["confusion_matrix"] == TEST.tolist()
-    assert set(ci) == set(test) - {"n", "confusion_matrix"} | {"samples"}
+    assert set(ci) == set(test) - {"n", "confusion_matrix", "ece"} | {"samples"}
     assert ci["recall"][3] is test["recall"][3] is None
     assert ci["accuracy"][0] < test["accuracy"] < ci["accuracy"][1]
 
@@ -188,6 +188,9 @@ def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) ->
     result = SplitResult(logits, grades, torch.arange(5), list("abcde"), "best")
     plots.worst("test", result)
     assert seen == ["c", "b", "a", "e"]  # d is right
+    six = torch.tensor([[0, 0, 0, 0, 0, 9.0], [5, 0, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0]])
+    order, *_ = plots.mistakes(SplitResult(six, torch.tensor([0, 2, 5]), torch.arange(3), list("abc"), "best"))
+    assert order.tolist() == [1, 0, 2], "ungradable is no grade that lies far from others"
 
 
 def test_a_matrix_is_drawn_with_the_truth_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +279,26 @@ def test_an_ungradable_class_is_counted_with_and_without(tmp_path: Path) -> None
     assert tables.cell(np.trace(matrix) / matrix.sum()) in lines["Accuracy"]
     assert tables.cell(np.trace(TEST) / TEST.sum()) in lines["Accuracy without ungradable"]
     assert "of 12" in lines["5 Ungradable"]
+
+
+def test_few_photographs_have_wide_intervals_and_endpoints_say_of_how_many(tmp_path: Path) -> None:
+    matrix = np.diag([30, 10, 30, 4, 6])
+    text = reporting.write(tmp_path, {"test": split(matrix)}, {}).read_text()
+    assert "| 3 Severe NPDR | 100.0 % (51.0–100.0) of 4 |" in text
+    assert "Referable (grade ≥ 2): sensitivity | 100.0 % (91.2–100.0) of 40 |" in text
+    assert "Referable (grade ≥ 2): specificity | 100.0 % (91.2–100.0) of 40 |" in text
+
+
+def test_other_photographs_have_the_temperature_of_the_runs_valid(tmp_path: Path) -> None:
+    """Nothing is fitted on them, nor when their report is made again."""
+    reporting.write(tmp_path, {"valid": SPLITS["test"]}, {}, folder=tmp_path, temperature=1.25, fit=False)
+
+    def temperature() -> float:
+        return float(json.loads((tmp_path / "metrics.json").read_text())["valid"]["calibrated"]["temperature"])
+
+    assert temperature() == 1.25
+    again.write(tmp_path)
+    assert temperature() == 1.25
 
 
 def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:

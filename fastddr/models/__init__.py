@@ -13,6 +13,7 @@ from fastddr import ranks
 from fastddr.config import Config
 from fastddr.errors import UserError, nearest
 from fastddr.models import levers, zoo
+from fastddr.models.heads import single
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
@@ -41,7 +42,8 @@ def names() -> list[str]:
 
 
 def build(name: str, *, num_classes: int, image_size: int, **settings: object) -> nn.Module:
-    """A new model: images (b, 3, h, w) to logits (b, num_classes), in float32 and channels_last, on the CPU.
+    """A new model: images (b, 3, h, w) to logits (b, num_classes), in float32 and channels_last, on the CPU. The head
+    stays in float32 under autocast.
 
     `image_size` is the side in pixels of the square images that it will be trained on. The weights depend on
     nothing but torch's global CPU generator, which the caller seeds. `timm:NAME` is a model of timm's. Raises UserError
@@ -51,7 +53,8 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
         if settings:
             raise UserError(f"model {name!r} has no settings here, but {', '.join(settings)} was given.")
         whole(name, num_classes=num_classes, image_size=image_size)
-        return zoo.build(name, num_classes, image_size).to(memory_format=torch.channels_last)
+        theirs = zoo.build(name, num_classes, image_size)
+        return single(theirs, weights.heads(theirs)).to(memory_format=torch.channels_last)
     if name not in _BUILDERS:
         raise UserError(f"there is no model {name!r}: {nearest(name, names())}")
     builder = _BUILDERS[name]
@@ -61,7 +64,7 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
             raise UserError(f"model {name!r} has no setting {key!r}: {nearest(key, known)}")
     whole(name, num_classes=num_classes, image_size=image_size)
     model = builder(num_classes=num_classes, image_size=image_size, **settings)
-    return model.to(memory_format=torch.channels_last)
+    return single(model, weights.heads(model)).to(memory_format=torch.channels_last)
 
 
 def _synchronised(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -196,6 +197,20 @@ def test_bf16_autocast_runs_without_a_warning(name: str) -> None:
         warnings.simplefilter("error")
         logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 5)
+    assert logits.dtype == torch.float32, "in bfloat16 the two largest may be equal"
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_head_in_float32_is_no_other_head(name: str) -> None:
+    model = small(name).eval()
+    image = torch.randn(2, 3, 32, 32)
+    [head] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    found, copied = model(image), copy.deepcopy(model)
+    head.__class__ = nn.Linear
+    assert torch.equal(found, model(image))
+    with torch.no_grad():
+        head.bias.add_(1)
+    assert torch.equal(found, copied(image)), "a copy has a head of its own"
 
 
 # --- ConvMixer: the paper's equations, once more, in NumPy

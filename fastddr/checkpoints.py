@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 from torch.optim import Optimizer
@@ -181,8 +181,21 @@ def point(folder: Path, checkpoint: Path, best: bool) -> None:
         temporary = folder / f".{name}.{os.getpid()}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(checkpoint.name)
+        _unfollow(folder / name)
         os.replace(temporary, folder / name)
     _sync(folder)
+
+
+def _unfollow(link: Path) -> None:
+    """Make room for a link where a folder is: a run was copied with its links followed (`scp -r`, `cp -L`)."""
+    if link.is_symlink() or not link.is_dir():
+        return
+    own = link / "manifest.json"
+    twins = [path / "manifest.json" for path in standing(link.parent)]
+    if own.is_file() and any(twin.is_file() and twin.read_bytes() == own.read_bytes() for twin in twins):
+        shutil.rmtree(link)
+    else:
+        os.rename(link, link.with_name(f"{link.name}-copied"))
 
 
 def load(path: Path) -> Checkpoint:
@@ -200,9 +213,10 @@ def load(path: Path) -> Checkpoint:
             )
     state = _json(path / "state.json")
     try:
-        model = load_file(path / "model.safetensors")
-        ema = load_file(path / "ema.safetensors") if "ema.safetensors" in sums else None
-        moments = load_file(path / "optimizer.safetensors")
+        # As bytes: safetensors opens no file whose name is not UTF-8.
+        model = deserialize((path / "model.safetensors").read_bytes())
+        ema = deserialize((path / "ema.safetensors").read_bytes()) if "ema.safetensors" in sums else None
+        moments = deserialize((path / "optimizer.safetensors").read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the tensors of this checkpoint cannot be read ({error}).") from None
     rest = state.pop("optimizer")
@@ -320,7 +334,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # Some file systems of a network or of FUSE cannot sync a folder; what is in it is synced already.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY, errno.EBADF):
             raise
     finally:
         os.close(descriptor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import re
 import signal
@@ -19,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from fastddr import control_groups
 
 T = TypeVar("T")
 
@@ -58,7 +61,7 @@ def die_with_parent() -> None:
 
 def world() -> int:
     """Processes that `accelerate launch` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def rank() -> int:
@@ -77,10 +80,10 @@ def local_world() -> int:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, by its affinity and by what a container allows of their time."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = control_groups.cpus()
+    return number if allowed is None else max(1, min(number, math.ceil(allowed)))
 
 
 def cores() -> int:

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,8 @@ AUTO = ("loader", "precision", "micro_batch_size", "threads")
 
 #: Seconds for which a start waits for another process to let go of the run.
 _PATIENCE = 10.0
+#: Seconds for which a rank waits until it sees what rank 0 has written: longer than NFS keeps what it knew of a folder.
+_SEEN_AFTER = 90.0
 
 State = Literal["running", "preempted", "failed", "done"]
 
@@ -196,11 +198,11 @@ def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
     return path, None
 
 
-def hold(path: Path, *, begins: bool = False) -> TextIO | None:
+def hold(path: Path, say: Callable[[str], None], *, begins: bool = False) -> TextIO | None:
     """Take the folder of a run for this process: until the stream that is returned is closed, or the process ends.
 
-    None where the file system knows no locks. Waits some seconds for a process that is about to end. `begins`: there is
-    no run in it yet.
+    None where the file system knows no locks, which `say` hears. Waits some seconds for a process that is about to end.
+    `begins`: there is no run in it yet.
 
     Raises:
         UserError: another process has it, or was faster; two would write over each other's figures, and delete each
@@ -215,6 +217,8 @@ def hold(path: Path, *, begins: bool = False) -> TextIO | None:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 stream.close()
+                _begins_here(path, begins)
+                say(f"  {path} is in a file system without locks ({error.strerror}): nothing keeps a second start out")
                 return None
             if time.monotonic() > ends:
                 stream.seek(0)
@@ -225,17 +229,60 @@ def hold(path: Path, *, begins: bool = False) -> TextIO | None:
                 ) from None
             time.sleep(0.2)
         else:
-            if begins and (path / "config.yaml").is_file():
+            try:
+                _begins_here(path, begins)
+            except UserError:
                 stream.close()
-                raise UserError(f"--run-dir {path}: another start has begun a run here; give the command again.")
+                raise
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {platform.node()}\n")
             stream.flush()
             return stream
 
 
+def _begins_here(path: Path, begins: bool) -> None:
+    if begins and (path / "config.yaml").is_file():
+        raise UserError(f"--run-dir {path}: another start has begun a run here; give the command again.")
+
+
 def claim(path: Path, named: bool) -> Path:
-    """Make the folder of a new run. One that the user did not name gets a number where another run was first."""
+    """Make the folder of a new run. One that the user did not name gets a number where another run was first.
+
+    Raises:
+        UserError: it has no place there; or its file system has no symbolic links, which `best` and `last` are.
+    """
+    found = _new(path, named)
+    link = found / f".link.{os.getpid()}"
+    try:
+        link.symlink_to("step")
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise UserError(
+            f"--run-dir {found}: there are no symbolic links in this file system (exFAT? SMB?), and checkpoints need "
+            "them; give a folder in another."
+        ) from None
+    link.unlink()
+    return found
+
+
+def seen(path: Path) -> None:
+    """Wait until this process sees the run that rank 0 has begun or found, as that of another machine may not yet.
+
+    Raises:
+        UserError: it does not, for a minute.
+    """
+    ends = time.monotonic() + _SEEN_AFTER
+    while not (path / "config.yaml").is_file():
+        if time.monotonic() > ends:
+            raise UserError(
+                f"--run-dir {path}: {platform.node()} does not see the run that rank 0 has there; give a folder that "
+                "all machines share."
+            )
+        time.sleep(0.2)
+
+
+def _new(path: Path, named: bool) -> Path:
     if named:
         path.mkdir(parents=True, exist_ok=True)
         return path

@@ -181,9 +181,19 @@ def keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+#: How many tasks SLURM and MPI say that they started.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
 def join() -> PartialState:
     """Join the other ranks, on the GPU or the CPU. Safe to call again."""
     ranks.die_with_parent()
+    tasks = max(int(os.environ.get(name) or 1) for name in _TASKS)
+    if tasks > 1 and not os.environ.get("WORLD_SIZE"):
+        raise UserError(
+            f"srun or mpirun started {tasks} tasks that know nothing of each other: start one on each machine, which "
+            "starts its ranks by itself (launch/slurm.sbatch, launch/multi_node.sh)."
+        )
     cards = 0 if on_cpu() else torch.cuda.device_count()
     if 0 < cards < ranks.local_world():
         raise UserError(
@@ -247,7 +257,8 @@ def _why_device(cpu: bool) -> str:
         return "a GPU is there"
     if torch.cuda.is_available():
         return "asked for"
-    if torch.version.cuda is not None and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    if torch.version.cuda is not None and shutil.which("nvidia-smi") and not hidden:
         return (
             f"PyTorch sees no GPU, though NVIDIA's driver is there; it may be too old for CUDA {torch.version.cuda} "
             "(`nvidia-smi` says which it can do)"

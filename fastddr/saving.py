@@ -22,7 +22,10 @@ from fastddr.runs import Progress, RunFolder
 #: What the system says where a place cannot be written to or is full.
 _CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-    errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EBUSY,
+    # Of file systems of a network, whose server is away or knows no such thing.
+    errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO, errno.EOPNOTSUPP, errno.ENOSYS,
+    errno.ENOLCK,
 )  # fmt: skip
 
 

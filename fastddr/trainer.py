@@ -79,8 +79,9 @@ class Trainer:
         resumed = stored is not None
         self.run = run = runs.RunFolder(where)
         if resumed:
-            self._lock = runtime.on_main(lambda: runs.hold(where))
+            self._lock = runtime.on_main(lambda: runs.hold(where, self.console.print))
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
+            runs.seen(where)
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
             if runtime.from_main(lambda: run.status().get("state")) == "done":
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
@@ -170,9 +171,10 @@ class Trainer:
         self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)))
         self.config = replace(self.config, run_dir=str(self.run.path))
         if not self._resuming:  # on all ranks alike
-            self._lock = runtime.on_main(lambda: runs.hold(self.run.path, begins=True))
+            self._lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
         if self.runtime.is_main:
             self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
+        runs.seen(self.run.path)
 
     def _too_small(self) -> str:
         micro, store = self.config.micro_batch_size, self.loaders.choice.store if self.loaders else "none"

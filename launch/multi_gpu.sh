@@ -9,7 +9,8 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 gpus() {
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    # CUDA takes them up to the first that is none; SLURM writes NoDevFiles where a job has no GPU.
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^-1$/,$d; /^NoDevFiles$/,$d' | grep -c . || true
   else
     nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
   fi

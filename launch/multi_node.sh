@@ -15,7 +15,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 : "${NODES:?how many machines}" "${NODE:?which of them this is, from 0}" "${HOST:?address of the first one}"
 gpus() {
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    # CUDA takes them up to the first that is none; SLURM writes NoDevFiles where a job has no GPU.
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^-1$/,$d; /^NoDevFiles$/,$d' | grep -c . || true
   else
     nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
   fi

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from platformdirs import user_cache_dir
 
+from fastddr.errors import UserError
+
 #: Of the records. Raise it with every change of what they say: older ones are then made anew.
 _VERSION = 1
 
@@ -49,7 +51,11 @@ class Record(NamedTuple):
 
 def folder() -> Path:
     """The folder of all caches: $FASTDDR_CACHE, else the user's."""
-    return Path(os.environ.get("FASTDDR_CACHE") or user_cache_dir("fastddr"))
+    chosen = os.environ.get("FASTDDR_CACHE")
+    try:
+        return Path(chosen).expanduser() if chosen else Path(user_cache_dir("fastddr"))
+    except RuntimeError:  # no HOME, and a user without an entry of their own, as in a container
+        raise UserError("there is no home folder for fastddr's cache; set FASTDDR_CACHE or HOME to a folder.") from None
 
 
 def _file(root: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastddr import control_groups
 from fastddr.data.cache import folder
 from fastddr.loaders.base import Task
 
@@ -72,30 +73,14 @@ def _available() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What the limits of this process's control groups leave, its own and those above it.
-
-    In a container the group's path may be one that only the host can see; the root is then the container's group.
-    """
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    left = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):  # version 1
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = base / path.lstrip("/")
-        for place in (group, *(parent for parent in group.parents if parent.is_relative_to(base))):
-            found = _left(place, *names)
-            if found is not None:
-                left.append(found)
-    return left
+def _in_groups(root: Path = control_groups.ROOT, own: Path = control_groups.OWN) -> list[int]:
+    """What the limits of this process's control groups leave, its own and those above it."""
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    found = (_left(group, *names[version]) for group, version in control_groups.groups("memory", root, own))
+    return [left for left in found if left is not None]
 
 
 def _left(group: Path, limit: str, used: str, dropped: str) -> int | None:

@@ -254,7 +254,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from fastddr import runs
-held = runs.hold(Path(sys.argv[1]))
+held = runs.hold(Path(sys.argv[1]), print)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -274,9 +274,9 @@ def test_two_processes_are_never_at_one_run(tiny: Path, tmp_path: Path, monkeypa
         assert status(run)["state"] == "preempted"
         # A start that finds no run yet, but one who is about to begin it.
         with pytest.raises(UserError, match="is at this run"):
-            runs.hold(run, begins=True)
+            runs.hold(run, print, begins=True)
         other.kill()
     train(tiny, run)
     assert status(run)["state"] == "done"
     with pytest.raises(UserError, match="another start has begun a run here"):
-        runs.hold(run, begins=True)
+        runs.hold(run, print, begins=True)

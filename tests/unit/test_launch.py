@@ -117,6 +117,7 @@ def test_one_process(machine: Machine) -> None:
     (8, {}, 8),
     (8, {"RANKS": "2"}, 2),
     (8, {"CUDA_VISIBLE_DEVICES": "0,3,5"}, 3),
+    (8, {"CUDA_VISIBLE_DEVICES": "0,3,-1,5"}, 2),
     (0, {"RANKS": "2"}, 2),
 ])  # fmt: skip
 def test_all_gpus_of_a_machine(machine: Machine, gpus: int, environment: dict[str, str], ranks: int) -> None:
@@ -144,9 +145,10 @@ def test_one_gpu_needs_no_launcher(machine: Machine, gpus: int, environment: dic
 
 
 @pytest.mark.parametrize("script", ["multi_gpu.sh", "multi_node.sh"])
-def test_hidden_gpus_are_none(machine: Machine, script: str) -> None:
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_none(machine: Machine, script: str, hidden: str) -> None:
     machine.gpus(8)
-    done = machine.run(script, NODES="2", NODE="0", HOST="10.0.0.1", CUDA_VISIBLE_DEVICES="")
+    done = machine.run(script, NODES="2", NODE="0", HOST="10.0.0.1", CUDA_VISIBLE_DEVICES=hidden)
     assert done.returncode == 2
     assert "there is no GPU here" in done.stderr
 

@@ -1,0 +1,154 @@
+"""What a machine, a container or a file system may lack: told in a sentence, or done without."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastddr import checkpoints, control_groups, ranks, runs, runtime, saving
+from fastddr.checkpoints import Snapshot
+from fastddr.data import cache
+from fastddr.errors import UserError, any_terminal
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/job\n", {"job/cpu.max": "250000 100000\n"}, 2.5),
+        ("0::/job/step\n", {"job/cpu.max": "300000 100000\n", "job/step/cpu.max": "max 100000\n"}, 3.0),
+        ("0::/job\n", {"job/cpu.max": "max 100000\n"}, None),
+        ("4:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "50000", "cpu/job/cpu.cfs_period_us": "100000"}, 0.5),
+        ("4:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, None),
+        # In a container the group's path is the host's, and its own is the root.
+        ("0::/docker/abc\n", {"cpu.max": "400000 100000\n"}, 4.0),
+        ("4:memory:/job\n", {}, None),
+    ],
+)
+def test_the_cores_that_a_container_allows(
+    own: str, files: dict[str, str], cores: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "self").write_text(own)
+    for name, content in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content)
+    assert control_groups.cpus(tmp_path / "groups", tmp_path / "self") == cores
+    assert control_groups.cpus(tmp_path / "groups", tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(("allowed", "cores"), [(None, 8), (2.5, 3), (0.5, 1), (64.0, 8)])
+def test_threads_are_no_more_than_the_cores_that_are_allowed(
+    allowed: float | None, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(control_groups, "cpus", lambda: allowed)
+    assert ranks.available_cores() == cores
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    any_terminal()
+    print("writing the report … 512×512", flush=True)
+    assert written.getvalue().decode("latin-1") == "writing the report ? 512×512\n"
+
+
+def test_a_cache_without_a_home_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(name: str) -> str:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("FASTDDR_CACHE", raising=False)
+    monkeypatch.setattr(cache, "user_cache_dir", nobody)
+    with pytest.raises(UserError, match="set FASTDDR_CACHE or HOME"):
+        cache.folder()
+    monkeypatch.setenv("FASTDDR_CACHE", "~/photographs")
+    assert cache.folder() == Path.home() / "photographs"
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_tasks_without_a_launcher_are_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "4")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="started 4 tasks that know nothing of each other"):
+        runtime.join()
+    monkeypatch.setenv(name, "1")
+    assert runtime.join().num_processes == 1
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_place_without_links_is_refused_before_anything_is_trained(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, target: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    assert list(runs.claim(tmp_path / "run", named=True).iterdir()) == []
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(UserError, match="no symbolic links"):
+        runs.claim(tmp_path / "run", named=True)
+
+
+def test_a_machine_that_does_not_see_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_SEEN_AFTER", 0.3)
+    with pytest.raises(UserError, match="a folder that all machines share"):
+        runs.seen(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    runs.seen(tmp_path)
+
+
+def test_a_place_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(stream: Any, flags: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs.fcntl, "lockf", lockf)
+    said: list[str] = []
+    assert runs.hold(tmp_path, said.append, begins=True) is None
+    assert "without locks" in said[0]
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="another start has begun a run here"):
+        runs.hold(tmp_path, said.append, begins=True)
+
+
+@pytest.mark.parametrize("code", [errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EIO, errno.EDQUOT])
+def test_errors_of_a_network_are_one_sentence(code: int) -> None:
+    assert saving.unusable(OSError(code, os.strerror(code)), Path("runs/a")) is not None
+
+
+def _written(folder: Path, step: int, *, best: bool) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    snapshot = Snapshot.take(
+        step=step, state={"progress": {"step": step}}, model=model.state_dict(), ema=None,
+        optimizer=optimizer.state_dict(),
+    )  # fmt: skip
+    checkpoints.write(folder, snapshot, best=best, keep=2)
+
+
+def test_a_run_whose_links_were_followed_goes_on(tmp_path: Path) -> None:
+    """`scp -r` and `cp -L` make folders of `last` and `best`."""
+    _written(tmp_path / "own", 3, best=True)
+    _written(tmp_path / "own", 6, best=False)
+    copied = Path(shutil.copytree(tmp_path / "own", tmp_path / "copied", symlinks=False))
+    assert not (copied / "best").is_symlink()
+    _written(copied, 9, best=True)
+    assert {path.name for path in copied.iterdir()} == {"step-00000006", "step-00000009", "last", "best"}
+    assert os.readlink(copied / "best") == os.readlink(copied / "last") == "step-00000009"
+    # What is no copy of a checkpoint beside it is kept.
+    (copied / "last").unlink()
+    shutil.copytree(tmp_path / "own" / "step-00000003", copied / "last")
+    checkpoints.point(copied, copied / "step-00000009", best=False)
+    assert checkpoints.load(copied / "last-copied").state["progress"]["step"] == 3
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has names in UTF-8 alone")
+def test_a_folder_whose_name_is_no_text_holds_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xe9tine")
+    _written(folder, 3, best=True)
+    assert checkpoints.load(folder / "best").state["progress"]["step"] == 3

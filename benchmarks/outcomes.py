@@ -39,9 +39,11 @@ def _ablated(results: Sequence[Result], link: Link) -> list[str]:
     for result in results:
         first = result.measured[0]
         of = "synthetic photographs" if first["data"] == "synthetic" else f"the data `{first['data']}`"
+        # Of five values or fewer the interval of the median is their whole range, and of few it holds less than 95 %.
+        known = "its 95 % interval" if first["n"] > 5 else "their range"
         texts.append(
             f"**{result.hardware}.** One change at a time on {of}: median of {first['n']} "
-            f"seeds with its 95 % interval, differences seed by seed. {accounts.caution(first['valid'])} "
+            f"seeds with {known}, differences seed by seed. {accounts.caution(first['valid'])} "
             f"{source(result, link)}"
         )
         texts += [accounts.changes(result.rows), machines.picture(result, result.path.with_suffix(".png"), link)]

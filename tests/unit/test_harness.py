@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -234,3 +235,12 @@ def test_without_wandb_the_json_is_there(
     assert said[0].startswith("W&B is off")
     assert why in said[0]
     assert "r.json" in said[0]
+
+
+@pytest.mark.parametrize(("n", "held"), [(3, 0.75), (5, 0.94), (7, 0.87)])
+def test_how_often_an_interval_of_few_rounds_holds_the_truth(n: int, held: float, harness: Any) -> None:
+    """What docs/benchmarks.md says of it."""
+    rng = np.random.default_rng(0)
+    intervals = [harness.spread(rng.normal(size=n)) for _ in range(300)]
+    inside = np.mean([found["low"] <= 0 <= found["high"] for found in intervals])
+    assert inside == pytest.approx(held, abs=0.05)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from reference import REAL
-from tests_support import SMALL, task, weights
+from tests_support import SMALL, environment, task, weights
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
@@ -73,7 +73,7 @@ def off(name: str, data: Path, canvas: int, policy: str, dtype: torch.dtype) -> 
     chosen = {field.name: getattr(POLICIES[policy], field.name) for field in fields(AugmentConfig)}
     given = [str(data), str(canvas), json.dumps(chosen), str(dtype).removeprefix("torch.")]
     arguments = [sys.executable, "-c", COMPARE, str(Path(__file__).parents[1]), name, *given]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=90, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     most, mean = map(float, done.stdout.split()[-2:])
     return most, mean
@@ -223,7 +223,7 @@ print(json.dumps(found))
 def test_memory_of_the_card_is_flat_and_given_back(name: str, tiny: Path) -> None:
     """Of the card as a whole: nobody else may use it meanwhile."""
     arguments = [sys.executable, "-c", MEMORY, str(Path(__file__).parents[1]), name, str(tiny)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=90, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["after 20 epochs"]["torch"] <= seen["before"]["torch"] + 1, seen
@@ -240,7 +240,7 @@ def test_a_run_on_the_card(precision: str, tiny: Path, tmp_path: Path) -> None:
         "--batch-size", "8", "--image-size", "64", "--canvas", "80", "--convmixer.dim", "32", "--convmixer.depth", "2",
         "--tracking.no-wandb", "--tracking.no-tensorboard", "--precision", precision,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -257,7 +257,7 @@ def test_deterministic_runs_end_with_the_same_weights(model: str, precision: str
             sys.executable, "-m", "fastddr", "train", "--data", str(tiny), "--run-dir", run, *SMALL,
             "--model", model, "--precision", precision, "--deterministic", *more,
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, env=environment())
         assert done.returncode in (0, EXIT_STOPPED), done.stderr[-2000:]
         return done.returncode
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from reference import DECODED, DECODED_MEAN
 from tests_support import task
 
 from fastddr import loaders
@@ -70,9 +72,10 @@ def test_every_store_gives_the_batches_of_a_cpu(store: Any, augment: AugmentConf
         assert one.image.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(one.id.cpu(), other.id)
         levels = ((one.image.cpu() - other.image) * STD).abs()
+        print(f"{store}: off by {levels.max():.2f} levels, {levels.mean():.3f} on average")
         # The GPU's decoder rounds otherwise: as in the test of `dali`, times what the colour map stretches.
-        assert levels.max() <= 3.01 * 1.2**4
-        assert levels.mean() <= 0.5 * 1.2**4
+        assert levels.max() <= DECODED * 1.2**4
+        assert levels.mean() <= DECODED_MEAN * 1.2**4
 
 
 def test_all_stores_give_the_same_bits(wanted: Task) -> None:
@@ -118,6 +121,7 @@ def test_a_host_that_keeps_what_is_decoded_does_not_wait_for_training(store: Any
 
 
 def test_memory_stays_flat_and_is_given_back(wanted: Task) -> None:
+    gc.collect()  # what tests before this one have left would be freed within it
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     loader = loaders.build("resident", replace(wanted, store="vram", dtype=torch.bfloat16))
@@ -132,5 +136,6 @@ def test_memory_stays_flat_and_is_given_back(wanted: Task) -> None:
     assert seen[0] - before >= 27 * 80 * 80 * 3
     loader.close()
     del loader
+    gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before

@@ -171,9 +171,11 @@ def test_a_photograph_does_not_depend_on_its_place_in_a_batch(name: str, canvas:
             assert torch.equal(image, expected[id_]), id_
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*REAL, "replay"])
-def test_batches_stay_as_they_were_and_come_again(name: str, tiny: Path) -> None:
-    wanted = replace(task(manifest.read(tiny)), device=CARD, dtype=torch.bfloat16)
+def test_batches_stay_as_they_were_and_come_again(name: str, dtype: torch.dtype, tiny: Path) -> None:
+    """In float32 and float16 a batch of `dali` is DALI's own buffer; in bfloat16 it is a copy."""
+    wanted = replace(task(manifest.read(tiny)), device=CARD, dtype=dtype)
     loader = loaders.build(name, wanted)
     kept = [(batch.image, batch.image.clone()) for batch in loader.epoch()]
     again = [batch.image for batch in loader.epoch()]
@@ -201,7 +203,7 @@ def test_the_host_never_waits_for_the_card(name: str, tiny: Path) -> None:
     loader.close()
 
 
-#: Memory of the card over 20 epochs, the odd ones left early, and after `close`: of PyTorch, and of all together.
+#: Memory of the card over so many epochs, the odd ones left early, and after `close`: of PyTorch, and of all together.
 MEMORY = """
 import gc, json, sys
 from dataclasses import fields, replace
@@ -232,8 +234,8 @@ def build():
 loader = build()
 walk(loader, 4)
 found = {"before": used()}
-walk(loader, 20)
-found["after 20 epochs"] = used()
+walk(loader, int(sys.argv[4]))
+found["after the walk"] = used()
 loader.close()
 del loader
 found["closed"] = used()
@@ -250,12 +252,15 @@ print(json.dumps(found))
 @pytest.mark.parametrize("name", REAL)
 def test_memory_of_the_card_is_flat_and_given_back(name: str, tiny: Path) -> None:
     """Of the card as a whole: nobody else may use it meanwhile."""
-    arguments = [sys.executable, "-c", MEMORY, str(Path(__file__).parents[1]), name, str(tiny)]
+    # Were every batch of `dali` (192 KiB) left behind, 200 epochs of four on average would be 150 MiB. PyTorch counts
+    # the others' batches itself, and to the byte.
+    epochs = 200 if name == "dali" else 20
+    arguments = [sys.executable, "-c", MEMORY, str(Path(__file__).parents[1]), name, str(tiny), str(epochs)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=90, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["after 20 epochs"]["torch"] <= seen["before"]["torch"] + 1, seen
-    assert seen["after 20 epochs"]["card"] <= seen["before"]["card"] + 32, seen
+    assert seen["after the walk"]["torch"] <= seen["before"]["torch"] + 1, seen
+    assert seen["after the walk"]["card"] <= seen["before"]["card"] + 32, seen
     assert seen["closed"]["torch"] <= 1, seen
     # DALI keeps its pool for the next pipeline.
     assert seen["after 5 loaders"]["card"] <= seen["closed"]["card"] + 32, seen

@@ -1,4 +1,4 @@
-"""What needs a card: the GPU decoder against PIL, half precision, and training on it."""
+"""Loaders on a card: the GPU decoder against PIL, half precision, buffers and memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ import pytest
 import torch
 from photographs import ODD
 from reference import DECODED, DECODED_MEAN, REAL, needs_dali
-from tests_support import SMALL, environment, task, weights
+from tests_support import environment, task
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
 from fastddr.data import manifest
-from fastddr.errors import EXIT_STOPPED
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)
@@ -264,39 +263,3 @@ def test_memory_of_the_card_is_flat_and_given_back(name: str, tiny: Path) -> Non
     assert seen["closed"]["torch"] <= 1, seen
     # DALI keeps its pool for the next pipeline.
     assert seen["after 5 loaders"]["card"] <= seen["closed"]["card"] + 32, seen
-
-
-@pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
-def test_a_run_on_the_card(precision: str, tiny: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "fastddr", "train", "--data", str(tiny), "--run-dir", "run", "--epochs", "2",
-        "--batch-size", "8", "--image-size", "64", "--canvas", "80", "--convmixer.dim", "32", "--convmixer.depth", "2",
-        "--tracking.no-wandb", "--tracking.no-tensorboard", "--precision", precision,
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, env=environment())
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert any(line.get("memory/peak_allocated_gib", 0) > 0 for line in logged)
-
-
-@pytest.mark.parametrize(("model", "precision"), [("convmixer", "auto"), ("resnet", "fp16"), ("cnn", "fp32")])
-def test_deterministic_runs_end_with_the_same_weights(model: str, precision: str, tiny: Path, tmp_path: Path) -> None:
-    """Bit for bit, also after a stop."""
-
-    def train(run: str, *more: str) -> int:
-        command = [
-            sys.executable, "-m", "fastddr", "train", "--data", str(tiny), "--run-dir", run, *SMALL,
-            "--convmixer.dim", "128", "--convmixer.depth", "4", "--model", model, "--precision", precision,
-            "--deterministic", *more,
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, env=environment())
-        assert done.returncode in (0, EXIT_STOPPED), done.stderr[-2000:]
-        return done.returncode
-
-    assert train("whole") == 0
-    assert train("stopped", "--max-hours", "1e-9") == EXIT_STOPPED
-    assert train("stopped") == 0
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []

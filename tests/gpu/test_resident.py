@@ -62,6 +62,20 @@ def test_the_kernel_computes_what_the_reference_does(size: int, dtype: torch.dty
     assert ((seen.float() - expected).abs() <= expected.abs() * rounding + 1e-3).float().mean() > 0.999
 
 
+def test_a_photograph_beyond_two_gibibytes_of_the_store() -> None:
+    """Where it begins is no 32-bit number."""
+    side, begin = 64, 2**31 + 4097
+    photograph = torch.randint(0, 256, (side * side * 3,), dtype=torch.uint8, device=CARD)
+    store = torch.zeros(begin + len(photograph), dtype=torch.uint8, device=CARD)
+    store[begin:] = photograph
+    size = torch.tensor([[side, side]], dtype=torch.int32, device=CARD)
+    back, colour = torch.eye(2, 3, device=CARD)[None] * 0.9, torch.eye(3, 4, device=CARD)[None]
+    far = kernels.warp(store, torch.tensor([begin], device=CARD), size, back, colour, 48)
+    near = kernels.warp(photograph, torch.tensor([0], device=CARD), size, back, colour, 48)
+    assert near.float().std() > 10
+    assert torch.equal(far, near)
+
+
 @pytest.mark.parametrize("store", ["vram", "ram", "mmap", "none"])
 @pytest.mark.parametrize("augment", [AugmentConfig(), TURNING], ids=["windows", "warps"])
 def test_every_store_gives_the_batches_of_a_cpu(store: Any, augment: AugmentConfig, wanted: Task) -> None:

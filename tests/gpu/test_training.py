@@ -98,9 +98,17 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("clip", ["none", "1"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "clip"),
+    [
+        ("fp32", "adam", "none"),
+        ("fp32", "sgd", "1"),
+        ("bf16", "adam", "1"),
+        ("bf16", "sgd", "none"),
+        ("fp16", "adam", "none"),
+        ("fp16", "sgd", "1"),
+    ],
+)
 def test_a_bad_step_changes_nothing_and_no_step_is_waited_for(precision: str, optimizer: str, clip: str) -> None:
     """Weights, moments, BatchNorm's statistics and averaged weights stay to the bit."""
     command = [sys.executable, "-c", STEPS, precision, optimizer, clip]

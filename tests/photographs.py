@@ -139,11 +139,11 @@ ODD: dict[str, dict[str, Any]] = {
 SHAPES = [(80, 80), (120, 80), (80, 131), (300, 211), (97, 401), (60, 50), (160, 160)]
 
 
-def mixed(root: Path) -> Path:
+def mixed(root: Path, shapes: Iterable[tuple[int, int]] = SHAPES) -> Path:
     """Photographs of many shapes, smooth so that a resampling can be compared, for an 80 px canvas."""
     rng = np.random.default_rng(5)
     for split in ("train", "valid", "test"):
-        for number, (width, height) in enumerate(SHAPES):
+        for number, (width, height) in enumerate(shapes):
             noise = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
             exif = Image.Exif()
             if number == 3:

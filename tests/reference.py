@@ -21,6 +21,11 @@ needs_dali = pytest.mark.skipif(not dali_decoder.installed(), reason="NVIDIA DAL
 #: The loaders that make pixels. All of them must agree with `reference`.
 REAL: list[Any] = [pytest.param("dali", marks=needs_dali), "resident", "torchvision"]
 
+#: Grey levels by which a card's JPEG decoder may be off libjpeg's: at worst, and on average. One that computed IDCT and
+#: colours in floats, without an error, would be off by 3 and 0.42, since libjpeg rounds in between. Twice the one is
+#: let pass, and half as much again of the other. Without fancy upsampling it would be 22. Not measured on a card yet.
+DECODED, DECODED_MEAN = 6.01, 0.6
+
 
 def canvas(file: str, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
     """The photograph upright and scaled, rounded to whole levels as loaders keep it."""

@@ -66,7 +66,8 @@ def launching(ranks: int, script: str | Path, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of processes that import fastddr from here."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "WANDB_MODE": "offline"}
 
 
 def printed(code: str) -> str:

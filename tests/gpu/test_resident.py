@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from reference import DECODED, DECODED_MEAN
 from tests_support import task
 
 from fastddr import loaders
@@ -60,6 +62,20 @@ def test_the_kernel_computes_what_the_reference_does(size: int, dtype: torch.dty
     assert ((seen.float() - expected).abs() <= expected.abs() * rounding + 1e-3).float().mean() > 0.999
 
 
+def test_a_photograph_beyond_two_gibibytes_of_the_store() -> None:
+    """Where it begins is no 32-bit number."""
+    side, begin = 64, 2**31 + 4097
+    photograph = torch.randint(0, 256, (side * side * 3,), dtype=torch.uint8, device=CARD)
+    store = torch.zeros(begin + len(photograph), dtype=torch.uint8, device=CARD)
+    store[begin:] = photograph
+    size = torch.tensor([[side, side]], dtype=torch.int32, device=CARD)
+    back, colour = torch.eye(2, 3, device=CARD)[None] * 0.9, torch.eye(3, 4, device=CARD)[None]
+    far = kernels.warp(store, torch.tensor([begin], device=CARD), size, back, colour, 48)
+    near = kernels.warp(photograph, torch.tensor([0], device=CARD), size, back, colour, 48)
+    assert near.float().std() > 10
+    assert torch.equal(far, near)
+
+
 @pytest.mark.parametrize("store", ["vram", "ram", "mmap", "none"])
 @pytest.mark.parametrize("augment", [AugmentConfig(), TURNING], ids=["windows", "warps"])
 def test_every_store_gives_the_batches_of_a_cpu(store: Any, augment: AugmentConfig, wanted: Task) -> None:
@@ -70,9 +86,10 @@ def test_every_store_gives_the_batches_of_a_cpu(store: Any, augment: AugmentConf
         assert one.image.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(one.id.cpu(), other.id)
         levels = ((one.image.cpu() - other.image) * STD).abs()
+        print(f"{store}: off by {levels.max():.2f} levels, {levels.mean():.3f} on average")
         # The GPU's decoder rounds otherwise: as in the test of `dali`, times what the colour map stretches.
-        assert levels.max() <= 3.01 * 1.2**4
-        assert levels.mean() <= 0.5 * 1.2**4
+        assert levels.max() <= DECODED * 1.2**4
+        assert levels.mean() <= DECODED_MEAN * 1.2**4
 
 
 def test_all_stores_give_the_same_bits(wanted: Task) -> None:
@@ -118,6 +135,7 @@ def test_a_host_that_keeps_what_is_decoded_does_not_wait_for_training(store: Any
 
 
 def test_memory_stays_flat_and_is_given_back(wanted: Task) -> None:
+    gc.collect()  # what tests before this one have left would be freed within it
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     loader = loaders.build("resident", replace(wanted, store="vram", dtype=torch.bfloat16))
@@ -132,5 +150,6 @@ def test_memory_stays_flat_and_is_given_back(wanted: Task) -> None:
     assert seen[0] - before >= 27 * 80 * 80 * 3
     loader.close()
     del loader
+    gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from fastddr.collector import no_collector
-from fastddr.errors import EXIT_USER_ERROR, any_terminal, nearest
+from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, any_terminal, nearest
 
 USAGE = """usage: fastddr VERB [options]
 
@@ -32,6 +32,14 @@ LATER = ("evaluate", "compare", "report", "predict", "export")
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; its exit code is the command's: 0, or 2 for a mistake of the user's."""
     any_terminal()
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("\nfastddr: interrupted; the same command begins again, or goes on.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _main(arguments: list[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import zip_longest
 
 from fastddr import ranks
-from fastddr.config import Config, check, flatten, load_preset, preset_names
+from fastddr.config import MODELS, Config, check, flatten, load_preset, preset_names
 from fastddr.config.sections import governed, sized
 from fastddr.errors import EXIT_USER_ERROR, UserError, nearest
 
@@ -46,7 +46,13 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
         if "known are" in hint:
             hint = "see --help."
         raise UserError(f"unknown argument {offender!r}; {hint}")
-    return check(config, "command line")
+    checked = check(config, "command line")
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        section = flag.removeprefix("--").partition(".")[0]
+        if "." in flag and section in MODELS and section != config.model and ranks.rank() == 0:
+            # No error: one command may hold settings for several models, and name another each time.
+            sys.stderr.write(f"fastddr: {flag} is not used: it is of {section}, and the model is {config.model}\n")
+    return checked
 
 
 def answered(work: Callable[[], int]) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 EXIT_USER_ERROR = 2
 #: Exit code of a training that was asked to stop, has saved, and can go on.
 EXIT_STOPPED = 3
+#: Exit code of every command after Ctrl-C where nothing waits for it: that of a shell.
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

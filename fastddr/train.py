@@ -13,7 +13,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py") -> int:
     """Parse, train, and return the exit code: 0; 1 = a rank is lost; 2 = a mistake of the user's; 3 = stopped."""
     from fastddr.collector import no_collector
-    from fastddr.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, any_terminal
+    from fastddr.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, any_terminal
     from fastddr.ranks import RankLost, die_with_parent
 
     # Before what takes seconds to import: a launcher that dies meanwhile would leave this process behind.
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
         # In one piece: ranks share the stream, and `print` writes the end of the line apart.
         sys.stderr.write(f"fastddr: {error}\n")
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfastddr: interrupted; a run that has begun goes on with the same command and --run-dir.\n")
+        return EXIT_INTERRUPTED
     except RankLost as error:
         sys.stderr.write(f"fastddr: {error}\n")
         sys.stderr.flush()

@@ -74,7 +74,8 @@ class Trainer:
     def _set_up(self) -> None:
         config, state = self.config, runtime.join()
         # Soft wrap: what a user may copy must not be broken into lines.
-        self.console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
+        quiet = not state.is_main_process
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
         where, stored = runtime.from_main(lambda: runs.locate(config, datetime.now()))
         resumed = stored is not None
         self.run = run = runs.RunFolder(where)

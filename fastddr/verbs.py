@@ -56,6 +56,7 @@ class Check:
         check_splitting(self.splitting, "command line")
         exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
         if self.fix_list and main:
+            problems.own_list(self.fix_list)
             self.fix_list.open("a").close()  # a place that cannot be written is told before the work, not after
         with EpochBar(console, "reading headers", quiet=not main) as bar:
             seen = survey.take(
@@ -75,7 +76,7 @@ class Check:
                 json.dump(checks.as_json(seen, listed), sys.stdout, indent=1)
                 print()
             else:
-                checks.show(seen, listed, Console(highlight=False), self.fix_list)
+                checks.show(seen, listed, Console(highlight=False, emoji=False), self.fix_list)
             sys.stdout.flush()
         # The launcher ends all ranks when one ends with an error: they wait, and leave the verdict to rank 0.
         ranks.join()

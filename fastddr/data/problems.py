@@ -116,6 +116,15 @@ def write_list(problems: Iterable[Problem]) -> str:
     return text.getvalue()
 
 
+def own_list(file: Path) -> None:
+    """Raise `UserError` where a file is there that `write_list` has not written, and that a list would replace."""
+    if file.is_file() and file.stat().st_size:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+            first = stream.readline().strip().replace('"', "")
+        if first != "path,kind,reason":
+            raise UserError(f"--fix-list {file}: this file holds something else; give a new name for the list.")
+
+
 def read_list(file: str | Path) -> frozenset[str]:
     """The paths of a list for `--exclude`: CSV with a column `path`, or just a path a line.
 
@@ -124,7 +133,12 @@ def read_list(file: str | Path) -> frozenset[str]:
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows = list(csv.reader(stream))
+            first = stream.readline()
+            stream.seek(0)
+            mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+            # A mark of a list that is just paths is part of them.
+            spelled = [cell.strip().strip('"') for cell in first.split(mark)]
+            rows = list(csv.reader(stream, delimiter=mark if "path" in spelled else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
     if rows and "path" in rows[0]:

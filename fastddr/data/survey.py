@@ -28,6 +28,7 @@ from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import NOTES, Problem, errors
+from fastddr.errors import UserError
 
 #: Called with (done, total) now and then.
 Progress = Callable[[int, int], None]
@@ -223,6 +224,11 @@ def take(
     if exclude:
         present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
         left_out = sorted(exclude & present)
+        if not left_out and not exclude & {entry.path for entry in listing.absent}:
+            raise UserError(
+                f"--exclude: none of its {len(exclude)} paths is a photograph of {listing.root}; they are relative to "
+                f"it, like {entries[0].path}."
+            )
     fence = None if follow_links else _Fence(listing.root, data)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(

@@ -52,6 +52,8 @@ def compare(asked: Compare) -> list[Compared]:
         raise UserError("fastddr compare: give at least two runs, like runs/A runs/B.")
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
+    if asked.out is not None and asked.out.is_file() and asked.out.read_bytes()[:1] not in (b"", b"|", b"{"):
+        raise UserError(f"--out {asked.out}: this file holds something else; give a new name.")
     splits = [_split(place, asked.split) for place in asked.runs]
     names = [_name(place) for place in asked.runs]
     rows = _rows(splits, names, asked.common)
@@ -174,7 +176,7 @@ def as_json(compared: Sequence[Compared], split: str) -> dict[str, Any]:
 
 def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str) -> None:
     """Print the table of `table`, turned, so that many figures fit into a narrow terminal: a column a run."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     shown.add_column("")
     for row in body[1:]:

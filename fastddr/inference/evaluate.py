@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from rich.console import Console
 from fastddr import ranks, reporting, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
-from fastddr.data import manifest, source
+from fastddr.data import manifest, masters, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
@@ -51,7 +53,7 @@ def evaluate(asked: Evaluate) -> Path | None:
         UserError: the run, its data or its weights cannot be used.
     """
     config, state = settings(asked), runtime.join()
-    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
+    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     began = runtime.start(config)
     console.print(f"  device {began.device.type}, precision {began.precision}, ranks: {began.world}")
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
@@ -62,6 +64,10 @@ def evaluate(asked: Evaluate) -> Path | None:
             f"{found.root}: these are not the photographs that {asked.run} was trained on (compare {run.manifest}); "
             "restore them, or name them with --data."
         )
+    runtime.on_main(lambda: _writable(run))
+    prepared = _prepared(asked, run, config, found)
+    for line in prepared:
+        console.print(f"  {line}")
     weights = restored.weights + views.told(config.evaluation.tta)
     weights += ", nine windows averaged" if config.evaluation.field == "multi" else ""
     loader = scoring(config, found, began, _ids(found, asked.split), lambda line: console.print(f"  {line}"))
@@ -72,7 +78,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     restore.check_finite(result, began.precision)
     if not began.is_main:
         return None
-    return _write(asked, config, run, found, began, result, restored, console)
+    return _write(asked, config, run, found, began, result, restored, prepared, console)
 
 
 def _ids(found: Manifest, split: str) -> np.ndarray:
@@ -94,6 +100,7 @@ def _write(
     began: Runtime,
     result: SplitResult,
     restored: restore.Restored,
+    prepared: Sequence[str],
     console: Console,
 ) -> Path:
     multi = ["multi"] if config.evaluation.field == "multi" else []
@@ -111,7 +118,7 @@ def _write(
         config, found, began, restored.parameters, [], began_at=run.began_at(),
         grading=grading.unwrap(restored.model)[1],
     )  # fmt: skip
-    notes = [*found.notes, *_seen(asked, found, config.loss.name == "mse")]
+    notes = [*found.notes, *prepared, *_seen(asked, found, config.loss.name == "mse")]
     reporting.write(
         place, {asked.split: result}, about, notes, root=found.root,
         left_out=found.left_out, folder=place, temperature=_temperature(run, asked, config),
@@ -119,6 +126,32 @@ def _write(
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
+
+
+def _writable(run: RunFolder) -> None:
+    """Raise `UserError` where an evaluation would have no place: before the work, which would be for nothing."""
+    place = run.path / "evaluations"
+    place.mkdir(exist_ok=True)
+    with TemporaryFile(dir=place):
+        pass
+
+
+def _prepared(asked: Evaluate, run: RunFolder, config: Config, found: Manifest) -> list[str]:
+    """The sentence about photographs that were prepared in another way than those that the run was trained on."""
+    if asked.data is None:
+        return []
+    try:
+        own = masters.of_run(run.manifest, restore.stored(run.path).data)
+    except UserError:  # an older run, whose data are gone: nobody knows
+        return []
+    here = masters.of_folder(found.root)
+    if own == here:
+        return []
+    said = [f"prepared ({recipe})" if recipe else "not prepared" for recipe in (here, own)]
+    return [
+        f"These photographs are {said[0]}, and those of the run were {said[1]}: the figures are of that difference too."
+        + (f" `fastddr prepare {asked.data} FOLDER` prepares them." if own and not here else "")
+    ]
 
 
 def _seen(asked: Evaluate, found: Manifest, regression: bool) -> list[str]:

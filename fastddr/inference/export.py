@@ -55,7 +55,7 @@ def export(asked: Export) -> Path:
         UserError: the run cannot be used, the format needs what is not installed or cannot hold this model, there are
             no photographs to check it on, or the file gives other answers.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     out = asked.out or asked.run / "exports" / asked.format
     config = _settings(asked)
     formats.check(asked.format)

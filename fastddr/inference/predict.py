@@ -11,7 +11,9 @@ import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -64,7 +66,7 @@ def predict(asked: Predict) -> Answer:
         UserError: the run, its weights or the place of the table cannot be used, or there are no photographs.
     """
     config, state = restore.settings(asked), runtime.join()
-    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, soft_wrap=True)
+    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     runtime.from_main(lambda: _free(asked, config.evaluation.field))
     found = runtime.from_main(lambda: photos.find(asked.photographs))
     began = runtime.start(config)
@@ -105,8 +107,16 @@ def _free(asked: Predict, window: str) -> None:
             raise UserError(f"--explain {asked.explain}: it is not an empty folder; give another, or --overwrite.")
     if asked.out.exists() and not asked.overwrite:
         raise UserError(f"--out {asked.out}: it is there already; give another name, or --overwrite.")
+    if asked.out.is_file() and not asked.out.read_bytes().startswith((b"path,grade,", b'"path","grade"')):
+        raise UserError(f"--out {asked.out}: this file is no table of grades, which alone --overwrite replaces.")
     if not asked.out.absolute().parent.is_dir():
         raise UserError(f"--out {asked.out}: its folder is not there; make it first.")
+    try:
+        # Before the work, which would be for nothing.
+        with TemporaryFile(dir=asked.out.absolute().parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {asked.out}: nothing can be written there ({error.strerror}); give a place.") from None
 
 
 def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
@@ -184,12 +194,15 @@ def _explain(
 
 def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
     """The file of each photograph's overlay: by its name, with a number where several bear it."""
-    taken: dict[str, int] = {}
+    taken: set[str] = set()
     found = []
     for photo in usable:
         stem = Path(photo.path).stem
-        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
-        found.append(folder / f"{stem}{'' if number == 1 else f'.{number}'}.png")
+        names = (f"{stem}{'' if number == 1 else f'.{number}'}.png" for number in count(1))
+        # A file system may take two names for one that differ in capitals alone.
+        name = next(name for name in names if name.lower() not in taken)
+        taken.add(name.lower())
+        found.append(folder / name)
     return found
 
 

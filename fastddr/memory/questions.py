@@ -144,7 +144,7 @@ def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: 
         )  # fmt: skip
         print()
         return 0
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     settings = ", ".join(f"{key} {value}" for key, value in config.model_settings.items())
     console.print(
         f"{config.model} ({settings}), {config.image_size} px, {config.precision}, {case.micro} photographs at once of "
@@ -223,7 +223,7 @@ def _table(
         table.add_row(
             line.model, f"{line.image_size} of {line.canvas}", str(line.largest), *cells, gib(line.total), rate
         )
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 130)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 130)
     console.print(table)
     if any(line.rate is None for line in found):
         console.print("images/s: the card's limits are not known; give --card NAME, or --tbps and --tflops.")

@@ -145,7 +145,7 @@ def summary(
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
     body = Group(table, Text(), *_weights(found), Text(), Text(tables.DISCLAIMER, style="dim"))
     panel = Panel(body, title=run_dir.resolve().name, title_align="left", expand=False, padding=(1, 2))
-    console = console or Console()
+    console = console or Console(emoji=False)
     console.print(panel)
     # Outside the frame and unbroken, so that they can be copied whole.
     console.print(next_lines, soft_wrap=True)

@@ -89,6 +89,9 @@ def delimiter(first_line: str) -> str:
 
 
 def _known(header: Sequence[str]) -> str | None:
+    if "p0" in header:
+        # What a model said, as `predict` and reports write it, is no truth.
+        return None
     return next((name for pair, name in _HEADERS.items() if set(pair) <= set(header)), None)
 
 

@@ -1,0 +1,111 @@
+"""Slips that would lose something, or change a figure without a word."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastddr import __main__ as command
+from fastddr import cli
+from fastddr.data import layouts, problems, survey
+from fastddr.data.photos import Photo
+from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from fastddr.inference import predict
+from fastddr.inference.flags import Predict
+
+
+def class_folders(tiny: Path, folder: Path) -> Path:
+    """The set in folders of classes."""
+    for split in ("train", "valid", "test"):
+        for line in (tiny / "DR_grading" / f"{split}.txt").read_text().splitlines():
+            name, grade = line.split()
+            place = folder / split / grade
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tiny / "DR_grading" / split / name, place)
+    return folder
+
+
+def test_a_table_of_predictions_is_no_truth(tiny: Path, tmp_path: Path) -> None:
+    """`fastddr predict RUN .` puts its table beside the class folders."""
+    data = class_folders(tiny, tmp_path / "data")
+    before = survey.take(str(data))
+    answer = predict.Answer(
+        tuple(Photo(path=entry.path) for entry in before.entries), torch.eye(5)[[2] * len(before.entries)]
+    )
+    with (data / "grades.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(predict.rows(answer, 5))
+    after = survey.take(str(data))
+    assert after.layout == before.layout
+    assert [(e.path, e.grade, e.split) for e in after.entries] == [(e.path, e.grade, e.split) for e in before.entries]
+    with pytest.raises(UserError, match="no label table"):
+        layouts.find(str(data / "grades.csv"))
+
+
+def test_a_list_of_errors_replaces_no_other_file(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,grade\na.jpg,1\n")
+    assert command.main(["check", str(tiny), "--fix-list", str(labels)]) == EXIT_USER_ERROR
+    assert "this file holds something else" in capsys.readouterr().err
+    assert labels.read_text() == "path,grade\na.jpg,1\n"
+    own = tmp_path / "bad.csv"
+    own.write_text(problems.write_list([]))
+    problems.own_list(own)
+
+
+@pytest.mark.parametrize("text", ["other.jpg\n", "path;kind\nother.jpg;truncated\n"])
+def test_a_list_that_matches_nothing_is_an_error(text: str, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(UserError, match="none of its 1 paths is a photograph of"):
+        survey.take(str(tiny), exclude=problems.read_list(tmp_path / "bad.csv"))
+
+
+def test_a_list_may_be_of_a_spreadsheet(tiny: Path, tmp_path: Path) -> None:
+    path = survey.take(str(tiny)).entries[0].path
+    (tmp_path / "bad.csv").write_text(f"kind;path\ntruncated;{path}\n")
+    assert problems.read_list(tmp_path / "bad.csv") == {path}
+
+
+def test_no_two_heat_maps_have_one_name() -> None:
+    photographs = [Photo(path=name) for name in ("a.jpg", "a.png", "a.2.jpg", "sub/A.jpg")]
+    assert len({path.name.lower() for path in predict.overlays(Path("maps"), photographs)}) == 4
+
+
+def test_settings_of_a_model_that_is_not_trained_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.parse(["--resnet.depth", "50"], "test")
+    assert "--resnet.depth is not used: it is of resnet, and the model is convmixer" in capsys.readouterr().err
+    cli.parse(["--model", "resnet", "--resnet.depth", "50"], "test")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photograph = tmp_path / "photograph.jpg"
+    photograph.write_bytes(b"\xff\xd8")
+    asked = Predict(run=tmp_path, photographs=(str(photograph),), out=photograph, overwrite=True)
+    with pytest.raises(UserError, match="this file is no table of grades"):
+        predict._free(asked, "center")
+    asked.out.write_text("path,grade,name\n")
+    predict._free(asked, "center")
+
+    def refuse(**place: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(predict, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"nothing can be written there \(Permission denied\)"):
+        predict._free(asked, "center")
+
+
+def test_ctrl_c_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastddr.verbs.main", interrupted)
+    assert command.main(["check", "somewhere"]) == EXIT_INTERRUPTED
+    assert "fastddr: interrupted" in capsys.readouterr().err

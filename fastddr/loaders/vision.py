@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -155,9 +157,20 @@ def _clean_processes() -> BaseContext:
     return context
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; the one in front ends the workers, which have nothing to say to it."""
+def _begin_worker(worker: int) -> None:
+    """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent.
+
+    PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 class VisionLoader(Loader):
@@ -177,7 +190,7 @@ class VisionLoader(Loader):
             prefetch_factor=task.prefetch if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
             collate_fn=_collate,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_begin_worker,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.
             generator=torch.Generator().manual_seed(0),

@@ -334,6 +334,17 @@ def test_ctrl_c_ends_everything(name: str, tiny: Path, tmp_path: Path) -> None:
 
 @PROC
 @pytest.mark.parametrize("name", REAL)
+def test_a_kill_leaves_no_process(name: str, tiny: Path, tmp_path: Path) -> None:
+    with Script("endless", name, tiny, tmp_path) as script:
+        assert script.process.stdout is not None
+        assert script.process.stdout.readline() == "running\n"
+        script.process.kill()
+        script.process.wait()
+        assert script.left(15) == []
+
+
+@PROC
+@pytest.mark.parametrize("name", REAL)
 def test_an_interpreter_ends_without_close(name: str, tiny: Path, tmp_path: Path) -> None:
     with Script("forgotten", name, tiny, tmp_path) as script:
         assert script.end(60) == (0, "left\n", "")

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from fastddr import sampling
-from fastddr.data.cache import folder
+from fastddr.data.cache import folder, share
 from fastddr.errors import UserError
 from fastddr.loaders.base import Task
 
@@ -260,7 +260,7 @@ class Mapped(Store):
             # Sums and states too: they are read through the map, and to read a hole of a full tmpfs is a SIGBUS.
             self._write(0, header.ljust(self._begin, b"\0"), handle)
             os.truncate(handle, self._size)
-            self._share(handle)
+            share(handle, self._like)
             os.fsync(handle)
             with suppress(FileExistsError):
                 self._name(temporary)
@@ -268,12 +268,6 @@ class Mapped(Store):
             os.close(handle)
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
-
-    def _share(self, handle: int) -> None:
-        """Give a file the rights of the photographs: who may not read those may not read what is made of them."""
-        same_group = os.fstat(handle).st_gid == self._like.st_gid
-        with suppress(OSError):  # not every file system has rights
-            os.fchmod(handle, 0o600 | self._like.st_mode & (0o066 if same_group else 0o006))
 
     def _name(self, temporary: str) -> None:
         """Give the file its name, which nobody else may have yet."""

@@ -58,6 +58,15 @@ def folder() -> Path:
         raise UserError("there is no home folder for fastddr's cache; set FASTDDR_CACHE or HOME to a folder.") from None
 
 
+def share(handle: int, like: os.stat_result) -> None:
+    """Give an open file the rights of the photographs it is made of: who may not read those may not read it."""
+    with suppress(OSError):  # who is not in that group cannot give the file to it
+        os.fchown(handle, -1, like.st_gid)
+    same_group = os.fstat(handle).st_gid == like.st_gid
+    with suppress(OSError):  # not every file system has rights
+        os.fchmod(handle, 0o600 | like.st_mode & (0o066 if same_group else 0o006))
+
+
 def _file(root: Path) -> Path:
     return folder() / "photographs" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
 

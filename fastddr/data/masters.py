@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -174,13 +176,17 @@ def _one(file: str, folder: str, recipe: Recipe) -> Made:
         content = crop.master(file, recipe.size, recipe.format, whole=False).content
     except BadPhotograph as bad:
         return Made(file, "", bad.kind, bad.reason)
-    part = f"{target}.{os.getpid()}{crop.PART}"
+    part = None
     try:
-        with open(part, "wb") as stream:
+        # A name that no other process has, of this machine or of another one with the same cache.
+        handle, part = tempfile.mkstemp(prefix=f"{key}.", suffix=crop.PART, dir=folder)
+        with open(handle, "wb") as stream:
             stream.write(content)
+            cache.share(handle, about)
         os.replace(part, target)
     except OSError as error:
-        if os.path.lexists(part):
-            os.unlink(part)
+        if part is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(part)
         raise crop.cannot_write(target, error) from None
     return Made(file, target)

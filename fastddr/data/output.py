@@ -8,13 +8,15 @@ part of a set and takes it for all of it: class folders need no labels.
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastddr.data import crop
 from fastddr.data.crop import Row
@@ -40,14 +42,17 @@ class Output:
         """What was written down, by output: several rows where a photograph was made more than once."""
         self.clean = False
         """Whether it is finished, and nothing of it has changed since."""
+        self._lock: TextIO | None = None
 
     # -------------------------------------------------------------------------------------- before the work
 
     def open(self, identity: Mapping[str, Any]) -> None:
         """Make it, or see that it is one of ours with the same settings, and read what is done.
 
+        It is then this process's alone, until `close`.
+
         Raises:
-            UserError: it is neither.
+            UserError: it is neither; or another process is at it.
         """
         try:
             there = self.facts()
@@ -59,7 +64,13 @@ class Output:
                     f"{self.out}: it is not empty and not made by `fastddr prepare`; give a new folder."
                 ) from None
             self.folder.mkdir(parents=True, exist_ok=True)
-            put(self.settings, _json(identity))
+            self._hold()
+            if not self.settings.is_file():
+                put(self.settings, _json(identity))
+                return
+            # Another process was faster, and has ended.
+            self.close()
+            self.open(identity)
             return
         except NotADirectoryError:
             raise UserError(f"{self.out}: this is a file; give a new folder.") from None
@@ -71,8 +82,30 @@ class Output:
                 f"{self.out}: it was prepared with {key} {there[key]}, not {identity[key]}; give another folder, or "
                 "remove this one."
             )
+        self._hold()
         self.known = self._rows()
         self.clean = not self.hidden.exists() and not self._journals()
+
+    def _hold(self) -> None:
+        """Take it for this process. Not where the file system knows no locks, or nothing may be written."""
+        try:
+            # It stays, empty: a second run changes nothing in OUT.
+            stream = self._lock = (self.folder / ".lock").open("a", encoding="utf-8")
+        except OSError:  # what must be written says it
+            return
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{self.out}: another `fastddr prepare` is at this folder; wait until it has ended, or give "
+                    "another folder."
+                ) from None
+
+    def close(self) -> None:
+        """Let others have it. Safe to call again."""
+        if self._lock is not None:
+            self._lock.close()
 
     def facts(self) -> dict[str, Any]:
         """Settings, label files, and how many photographs are on the sheets."""
@@ -105,6 +138,8 @@ class Output:
         self.remove_labels(keep=())
         for top in sorted({path.split("/")[0] for path in map(self.inner.__add__, self.known) if "/" in path}):
             if (self.out / top).exists():
+                if (self.hidden / top).exists():
+                    _move(self.hidden / top, self.out / top)
                 os.replace(self.out / top, self.hidden / top)
 
     # -------------------------------------------------------------------------------------- after the work
@@ -149,7 +184,7 @@ class Output:
                 os.rmdir(folder)
         if self.hidden.exists():
             for top in sorted(os.listdir(self.hidden)):
-                os.replace(self.hidden / top, self.out / top)
+                _move(self.hidden / top, self.out / top)
         for label, content in labels.items():
             (self.out / self.inner / label).parent.mkdir(parents=True, exist_ok=True)
             put(self.out / self.inner / label, content)
@@ -182,6 +217,16 @@ class Output:
             row = Row(path, source, int(source_bytes), int(size), int(left), int(top), int(side), *disc)
             found.setdefault(path, []).append(row)
         return found
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename; where both are folders, file by file. Of two runs at once, one may have left both behind."""
+    if source.is_dir() and target.is_dir():
+        for name in os.listdir(source):
+            _move(source / name, target / name)
+        os.rmdir(source)
+    else:
+        os.replace(source, target)
 
 
 def as_csv(rows: Iterable[Sequence[Any]], delimiter: str = ",") -> str:

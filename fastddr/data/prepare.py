@@ -7,6 +7,7 @@
     OUT/prepared/absent.csv        all that labels name and that was left out: it takes part where splits are drawn
     OUT/prepared/sheet-001.jpg     the discs that were hardest to find, to be looked at
     OUT/prepared/journal-0.jsonl   while it is unfinished: a line a finished photograph, for each rank
+    OUT/prepared/.lock             locked while a process is at it; empty
     OUT/.unfinished/...            while it is unfinished: the photographs, out of sight of every layout
 
 A run that was killed goes on where it was. What is in OUT at the end depends on the source and the settings alone: not
@@ -117,26 +118,29 @@ def run(
         UserError: the source or `out` cannot be used, or with `on_bad="raise"` something in the source.
     """
     main = _Main(data, Path(out), settings or Settings(), exclude, on_bad, follow_links, sheet)
-    place, jobs = _on_first(main.begin, out)
-    mine = ranks.share(jobs)
-    found: list[Result | str] = []
     try:
-        with _results(mine, place, workers) as results:
-            for result in results:
-                found.append(result)
-                if on_progress:
-                    on_progress(len(found), len(mine))
-    except UserError as error:  # the other ranks must not wait for this one
-        found.append(str(error))
-    except BrokenProcessPool:
-        found.append(
-            f"{out}: a process that made photographs was killed, as happens when memory runs out; run again: what is "
-            "done is not done again."
-        )
-    found = ranks.gather(found)
-    if said := next((one for one in found if isinstance(one, str)), None):
-        raise UserError(one_line(said))
-    return _on_first(lambda: main.end([one for one in found if isinstance(one, Result)]), out)
+        place, jobs = _on_first(main.begin, out)
+        mine = ranks.share(jobs)
+        found: list[Result | str] = []
+        try:
+            with _results(mine, place, workers) as results:
+                for result in results:
+                    found.append(result)
+                    if on_progress:
+                        on_progress(len(found), len(mine))
+        except UserError as error:  # the other ranks must not wait for this one
+            found.append(str(error))
+        except BrokenProcessPool:
+            found.append(
+                f"{out}: a process that made photographs was killed, as happens when memory runs out; run again: what "
+                "is done is not done again."
+            )
+        found = ranks.gather(found)
+        if said := next((one for one in found if isinstance(one, str)), None):
+            raise UserError(one_line(said))
+        return _on_first(lambda: main.end([one for one in found if isinstance(one, Result)]), out)
+    finally:
+        main.close()
 
 
 def _on_first(do: Callable[[], T], out: Path) -> T:
@@ -273,6 +277,11 @@ class _Main:
             sheets=tuple(pages),
             notes=tuple(self._differences(kept)),
         )
+
+    def close(self) -> None:
+        """Let others have OUT, where it was opened."""
+        if hasattr(self, "output"):
+            self.output.close()
 
     def _sources(self, faulty: Container[str]) -> dict[str, str]:
         """The source of each output, in the survey's order.

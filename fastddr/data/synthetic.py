@@ -20,12 +20,13 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
@@ -271,7 +272,8 @@ def generate(
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
     try:
-        part.chmod(0o777 & ~_umask())
+        # In a folder that passes its group on, so does this one.
+        part.chmod(0o777 & ~_umask() | part.stat().st_mode & stat.S_ISGID)
         for folder in folders(form, counts):
             (part / folder).mkdir(parents=True)
         jobs = [_Job(str(part / where), photo, seed, size, quality, progressive) for photo, where in placed.items()]
@@ -349,8 +351,9 @@ def ensure(
     if root.is_dir():
         return root
     for left in root.parent.glob(f".{root.name}.*.part"):
-        if time.time() - left.stat().st_mtime > _STALE:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has finished it meanwhile
+            if time.time() - left.stat().st_mtime > _STALE:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         return generate(root, counts=counts, size=size, seed=seed, on_progress=on_progress)
     except UserError:

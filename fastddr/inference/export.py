@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -75,7 +76,8 @@ def export(asked: Export) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        part.chmod(0o777 & ~_umask())
+        # In a folder that passes its group on, so does this one.
+        part.chmod(0o777 & ~_umask() | part.stat().st_mode & stat.S_ISGID)
         file = part / formats.FILES[asked.format]
         about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
         try:

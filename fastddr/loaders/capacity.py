@@ -30,7 +30,8 @@ class Free(NamedTuple):
     ram: int
     """This rank's part of the machine's, or of the container's."""
     mmap: int
-    """For a file that all ranks of the machine share: what both its RAM and the cache folder's disk have."""
+    """For a file that all ranks of the machine share: what both its RAM and the cache folder's disk have; 0 where that
+    folder cannot be written to."""
     taken: int = 0
     """Of `vram`: what the training itself will take, as far as that is known."""
 
@@ -45,7 +46,7 @@ class Free(NamedTuple):
 def measure(device: torch.device, local_ranks: int, taken: int = 0) -> Free:
     """What is free now, on this machine with so many ranks on it; `taken` is what training will take of the card."""
     ram = free_ram()
-    disk = shutil.disk_usage(_existing(folder())).free
+    disk = _free_disk(folder() / "resident")
     vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     # A file larger than the page cache would be read from the disk in every epoch: slower than decoding on many.
     return Free(vram=vram, ram=ram // local_ranks, mmap=min(ram, disk), taken=taken)
@@ -97,10 +98,15 @@ def _left(group: Path, limit: str, used: str, dropped: str) -> int | None:
     return max(0, int(most) - taken + cache)
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
+def _free_disk(path: Path) -> int:
+    """Bytes that are free for a folder that may not be there yet; 0 where it cannot be made or written to."""
+    try:
+        while not path.exists():
+            path = path.parent
+        writable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+        return shutil.disk_usage(path).free if writable else 0
+    except OSError:  # a folder on the way to it that may not be entered, for one
+        return 0
 
 
 def decoding_ms(task: Task, most: int = 8) -> float:

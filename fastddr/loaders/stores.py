@@ -26,13 +26,15 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from fastddr import sampling
-from fastddr.data.cache import folder
+from fastddr.data.cache import folder, share
 from fastddr.errors import UserError
 from fastddr.loaders.base import Task
 
 #: Of the file. Raise it whenever the form of the file, or what a canvas is, changes: older files are then not used.
 VERSION = 1
 _MAGIC = "fastddr store"
+#: What a file system without hard links says.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 #: Bytes of the header; a page, so that what follows is aligned.
 _HEADER = mmap.PAGESIZE
 
@@ -202,8 +204,9 @@ class Mapped(Store):
         self._states_at = _HEADER + 4 * count
         begin = -(-(self._states_at + count) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._begin, self._size = begin, begin + self.place.total
+        self._like = os.stat(task.files[0])
         try:
-            self._open(header)
+            self._open(header, key)
         except OSError as error:
             raise UserError(
                 f"{self.path}: the store of decoded photographs cannot be used ({error.strerror}); take another place "
@@ -211,15 +214,22 @@ class Mapped(Store):
             ) from None
         self._verified = np.zeros(count, dtype=bool)
 
-    def _open(self, header: dict[str, object]) -> None:
+    def _open(self, header: dict[str, object], key: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = json.dumps(header).encode().ljust(_HEADER)
+        # Of another user who does not share it: ours stands beside it.
+        own = self.path.with_name(f"{self.path.stem}-{os.getuid()}.store")
         # Other processes make and remove files meanwhile, so each try may find another one.
         for _ in range(10):
             try:
                 self._file = os.open(self.path, os.O_RDWR)
             except FileNotFoundError:
-                self._make(written)
+                self._make(written, key)
+                continue
+            except PermissionError:
+                if self.path == own:
+                    raise
+                self.path = own
                 continue
             if os.fstat(self._file).st_size == self._size and os.pread(self._file, _HEADER, 0) == written:
                 break
@@ -236,25 +246,39 @@ class Mapped(Store):
         self._states = view[self._states_at : self._states_at + len(self.place.offset)]
         self._pixels: Tensor | None = torch.from_numpy(view[self._begin :])
 
-    def _make(self, header: bytes) -> None:
+    def _make(self, header: bytes, key: str) -> None:
         """Make the file beside and link it to its name, unless another process was faster.
 
         Files of the same photographs as they were before a change are removed; who has one open keeps it.
         """
         for older in self.path.parent.glob(f"{glob.escape(self._stem)}-*.store"):
-            if older != self.path:
-                with suppress(FileNotFoundError):
+            if not older.name.startswith(f"{self._stem}-{key[:16]}"):
+                with suppress(FileNotFoundError, PermissionError):
                     older.unlink()
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
         try:
-            os.write(handle, header)
+            # Sums and states too: they are read through the map, and to read a hole of a full tmpfs is a SIGBUS.
+            self._write(0, header.ljust(self._begin, b"\0"), handle)
             os.truncate(handle, self._size)
+            share(handle, self._like)
             os.fsync(handle)
             with suppress(FileExistsError):
-                os.link(temporary, self.path)
+                self._name(temporary)
         finally:
             os.close(handle)
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def _name(self, temporary: str) -> None:
+        """Give the file its name, which nobody else may have yet."""
+        try:
+            os.link(temporary, self.path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A process that is faster in between loses its name, and goes on with the file that it has open.
+            if not self.path.exists():
+                os.rename(temporary, self.path)
 
     @property
     def pixels(self) -> UInt8[Tensor, " bytes"]:
@@ -286,10 +310,10 @@ class Mapped(Store):
             ) from None
         self._verified[id_] = True
 
-    def _write(self, where: int, data: bytes | memoryview) -> None:
+    def _write(self, where: int, data: bytes | memoryview, file: int | None = None) -> None:
         written = 0
         while written < len(data):
-            written += os.pwrite(self._file, data[written:], where + written)
+            written += os.pwrite(self._file if file is None else file, data[written:], where + written)
 
     def close(self) -> None:
         if self._map is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -15,10 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastddr import sampling
+from fastddr import ranks, sampling
 from fastddr.data.photograph import upright
 from fastddr.errors import UserError
 from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable, undecodable
+
+#: Batches ahead for each worker; also PyTorch's default.
+_AHEAD = 2
 
 
 class _Item(NamedTuple):
@@ -155,9 +160,44 @@ def _clean_processes() -> BaseContext:
     return context
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; the one in front ends the workers, which have nothing to say to it."""
+def _begin_worker(worker: int) -> None:
+    """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent.
+
+    PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def _refuse_small_shm(task: Task) -> None:
+    """Workers hand batches over in /dev/shm. Where that is full PyTorch loses the batch, and waits for it for ever.
+
+    Raises:
+        UserError: there is no room in it for the batches that are on their way at once.
+    """
+    try:
+        shm = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # another system, which hands them over otherwise
+        return
+    # Those that were asked for, and the two that the consumer holds: the one before and the next.
+    batches = min(task.threads * (task.prefetch or _AHEAD) + 2, task.steps * task.accumulation)
+    need = batches * task.micro_batch_size * 3 * task.image_size**2 * 4
+    # All processes of the machine share it, and start together.
+    free = shm.f_bavail * shm.f_frsize // ranks.local_world()
+    if need > free:
+        roomy = -(-2 * need * ranks.local_world() // 2**20)
+        raise UserError(
+            f"/dev/shm: {need / 2**20:.1f} MiB of batches are on their way through it at once with --loader "
+            f"torchvision, and {free / 2**20:.1f} MiB are free for this process; make it larger (docker: --shm-size "
+            f"{roomy}m or --ipc host), or lower --loading.threads or --loading.prefetch."
+        )
 
 
 class VisionLoader(Loader):
@@ -167,17 +207,18 @@ class VisionLoader(Loader):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
+        if task.threads > 0:
+            _refuse_small_shm(task)
         self._batches = _Batches()
         self._loader = DataLoader(
             _Photographs(task.image_size, task.only_crops),
             batch_sampler=self._batches,
             num_workers=task.threads,
             persistent_workers=task.threads > 0,
-            # For each worker; None: two.
-            prefetch_factor=task.prefetch if task.threads > 0 else None,
+            prefetch_factor=task.prefetch or _AHEAD if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
             collate_fn=_collate,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_begin_worker,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.
             generator=torch.Generator().manual_seed(0),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +58,7 @@ def load(card: str | None) -> Allowance:
         return DECLARED
     try:
         return Allowance(**json.loads(_file(card).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # of another user: no reason to train less
         return DECLARED
     except (OSError, ValueError, TypeError):
         raise UserError(f"{_file(card)} cannot be read; remove it, and run `fastddr plan --calibrate` again.") from None
@@ -66,7 +68,10 @@ def store(card: str, allowance: Allowance) -> Path:
     """Keep what was measured on a card, and return where."""
     path = _file(card)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(allowance), indent=1) + "\n", encoding="utf-8")
+    # Whoever reads it meanwhile finds the old one or the new one, and no half.
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    part.write_text(json.dumps(asdict(allowance), indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
     return path
 
 

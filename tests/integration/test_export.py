@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ def needs(format: str) -> None:
 def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, window: str) -> None:
     needs(format)
     out = tmp_path / "out"
+    tmp_path.chmod(0o2755)
     assert main(["export", str(run), "--format", format, "--out", str(out), "--window", window]) == 0
+    assert out.stat().st_mode & stat.S_ISGID, "a folder passes its group on"
     about = json.loads((out / "export.json").read_text())
     file = out / formats.FILES[format]  # type: ignore[index]
     assert sorted(path.name for path in out.iterdir()) == sorted(["export.json", "model_card.md", file.name])

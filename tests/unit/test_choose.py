@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,33 @@ def test_ranks_of_a_machine_share_its_memory_but_not_its_file(monkeypatch: pytes
     assert (one.ram, four.ram) == (8000, 2000)
     assert one.mmap == four.mmap == 8000
     assert one.vram == 0
+
+
+@pytest.mark.parametrize("how", ["locked", "read-only", "a file"])
+def test_a_cache_that_cannot_be_written_to_has_no_room(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` streams then. The system's answers are made up: to root all is open."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FASTDDR_CACHE", str(cache))
+    assert capacity.measure(torch.device("cpu"), 1).mmap > 0
+    exists, access = Path.exists, os.access
+
+    def locked(path: Path, **settings: bool) -> bool:
+        if cache in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path, **settings)
+
+    match how:
+        case "locked":
+            monkeypatch.setattr(Path, "exists", locked)
+        case "read-only":
+            cache.mkdir()
+            monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cache and access(path, mode))
+        case "a file":
+            cache.write_text("")
+            cache.chmod(0o777)
+    assert capacity.measure(torch.device("cpu"), 1).mmap == 0
 
 
 def test_free_memory_is_measured() -> None:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests_support import ROOT, same, task
 
 from fastddr import loaders
 from fastddr.data import manifest
+from fastddr.errors import UserError
 
 ALL = [*REAL, "replay"]
 PROC = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc (Linux only)")
@@ -330,6 +332,38 @@ def test_ctrl_c_ends_everything(name: str, tiny: Path, tmp_path: Path) -> None:
         assert code == -signal.SIGINT, err
         assert err.count("KeyboardInterrupt") == 1, "one traceback, and none of a worker"
         assert script.left() == []
+
+
+def test_a_shared_memory_too_small_for_the_batches_is_refused(
+    found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch would wait for ever. 2 workers with 2 batches each and 2 at the consumer: 6 of 4 images of 48 KiB."""
+    real = os.statvfs
+    free = 6 * 4 * 48 * 1024
+
+    def small(path: str) -> Any:
+        return SimpleNamespace(f_bavail=free // 1024, f_frsize=1024) if path == "/dev/shm" else real(path)
+
+    monkeypatch.setattr(os, "statvfs", small)
+    wanted = task(found, threads=2, prefetch=None)
+    loaders.build("torchvision", wanted).close()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"/dev/shm: 1.1 MiB .*0.6 MiB are free.*--shm-size 5m.*--loading.threads"):
+        loaders.build("torchvision", wanted)
+    loaders.build("torchvision", task(found, threads=1, prefetch=1)).close()
+    free = 0
+    loaders.build("torchvision", task(found, threads=0)).close()
+
+
+@PROC
+@pytest.mark.parametrize("name", REAL)
+def test_a_kill_leaves_no_process(name: str, tiny: Path, tmp_path: Path) -> None:
+    with Script("endless", name, tiny, tmp_path) as script:
+        assert script.process.stdout is not None
+        assert script.process.stdout.readline() == "running\n"
+        script.process.kill()
+        script.process.wait()
+        assert script.left(15) == []
 
 
 @PROC

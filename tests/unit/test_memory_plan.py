@@ -284,6 +284,17 @@ def test_allowances_of_a_card_are_kept_and_never_another_cards() -> None:
         allowances.load("NVIDIA X 1")
 
 
+def test_allowances_that_may_not_be_read_are_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = allowances.store("NVIDIA X 3", replace(NOTHING, context=5))
+    assert [file.name for file in path.parent.glob("*x-3*")] == [path.name], "nothing is left beside it"
+
+    def locked(self: Path, **_: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", locked)
+    assert allowances.load("NVIDIA X 3") == DECLARED
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_calibrating_without_a_gpu_is_one_sentence() -> None:
     with pytest.raises(UserError, match="--calibrate measures a GPU, and PyTorch sees none here"):

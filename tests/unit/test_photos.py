@@ -95,6 +95,30 @@ def test_masters_are_those_of_prepare_and_are_made_once(tmp_path: Path, monkeypa
     assert after[0].file != found[0].file, "a changed photograph is another one"
 
 
+def test_two_machines_may_make_a_master_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one cache, and processes of the same number."""
+    file, replace = str(folder / "b.jpg"), os.replace
+    other: list[masters.Made] = []
+
+    def meanwhile(*paths: str) -> None:
+        monkeypatch.undo()
+        other.extend(masters.make([file], RECIPE).values())
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    found = masters.make([file], RECIPE)
+    assert [*found.values()] == other
+    assert not [path for path in Path(other[0].master).parent.iterdir() if path.suffix not in (".jpg", ".png")]
+
+
+@pytest.mark.parametrize(("photograph", "expected"), [(0o600, 0o600), (0o644, 0o644), (0o440, 0o640)])
+def test_a_master_is_for_those_who_may_read_the_photograph(folder: Path, photograph: int, expected: int) -> None:
+    file = folder / "b.jpg"
+    file.chmod(photograph)
+    (made,) = masters.make([str(file)], RECIPE).values()
+    assert Path(made.master).stat().st_mode & 0o777 == expected
+
+
 def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
     prepare.run(str(official(tmp_path / "raw")), tmp_path / "out", prepare.Settings(size=48), sheet=2, workers=1)
     there = photos.find([str(tmp_path / "out")])

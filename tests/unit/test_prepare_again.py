@@ -6,6 +6,8 @@ import csv
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,47 @@ def test_a_second_run_decodes_and_writes_nothing(tmp_path: Path, monkeypatch: py
     assert second.sheets == first.sheets
     assert content(tmp_path / "out") == before
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == times
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("make", [official, folders])
+def test_what_two_runs_at_once_left_behind_is_put_together(tmp_path: Path, make: Any, missing: bool) -> None:
+    """Photographs in sight and out of sight in one folder's name, and perhaps one that is not there yet."""
+    data, out = make(tmp_path / "data"), tmp_path / "out"
+    run(data, out)
+    wanted = content(out)
+    one, other, *_ = sorted(path for path in out.rglob("*.jpg") if path.parent.parent != out)
+    hidden = out / ".unfinished" / one.relative_to(out)
+    hidden.parent.mkdir(parents=True)
+    one.rename(hidden)
+    if missing:
+        other.unlink()
+    assert run(data, out).done == missing
+    assert content(out) == wanted
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    data, out = official(tmp_path / "data"), tmp_path / "out"
+    run(data, out)
+    script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(out / "prepared" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another `fastddr prepare` is at this folder; wait until it has ended"):
+            run(data, out)
+        other.communicate()
+    assert run(data, out).skipped == 8
+
+
+def test_a_run_holds_its_folder_until_it_ends(tmp_path: Path) -> None:
+    data, out = official(tmp_path / "data"), tmp_path / "out"
+    script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", script, str(out / "prepared" / ".lock")]
+    codes = []
+    run(data, out, on_progress=lambda *_: codes.append(subprocess.run(command, capture_output=True).returncode))
+    assert codes == [1] * 8
+    assert subprocess.run(command).returncode == 0
 
 
 def test_what_was_checked_before_is_not_decoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

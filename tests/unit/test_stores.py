@@ -210,6 +210,55 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_photograph_missing(
     assert torch.equal(store.get(3), canvas(3))
 
 
+def test_what_is_read_before_it_is_filled_is_no_hole(wanted: Task) -> None:
+    """To read a hole of a full tmpfs through the map is a SIGBUS."""
+    store = opened(wanted)
+    with store.path.open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) >= store._begin
+    store.close()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_will_do(code: int, wanted: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refused)
+    store = opened(wanted)
+    store.put(3, canvas(3))
+    assert not opened(wanted).missing(np.array([3])).any()
+    assert [file.name for file in store.path.parent.iterdir()] == [store.path.name]
+
+
+@pytest.mark.parametrize(("photograph", "expected"), [(0o600, 0o600), (0o644, 0o644), (0o664, 0o664), (0o440, 0o640)])
+def test_a_file_is_for_those_who_may_read_the_photographs(
+    photograph: int, expected: int, wanted: Task, tmp_path: Path
+) -> None:
+    file = tmp_path / "first.jpg"
+    file.write_bytes(Path(wanted.files[0]).read_bytes())
+    file.chmod(photograph)
+    store = opened(replace(wanted, files=[str(file), *wanted.files[1:]]))
+    assert store.path.stat().st_mode & 0o777 == expected
+
+
+def test_the_file_of_another_user_stays_and_ours_stands_beside_it(
+    wanted: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, real = opened(wanted), os.open
+
+    def locked(path: Any, *arguments: Any, **settings: Any) -> int:
+        if path == theirs.path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "open", locked)
+    ours = opened(wanted)
+    assert ours.path != theirs.path
+    assert theirs.path.exists()
+    ours.put(3, canvas(3))
+    assert not opened(wanted).missing(np.array([3])).any()
+
+
 def test_a_cache_that_cannot_be_used_is_one_sentence(
     wanted: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

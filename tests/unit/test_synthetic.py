@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,23 @@ def test_ensure_clears_away_what_a_killed_process_left(tmp_path: Path, monkeypat
     os.utime(dead, (0, 0))
     ensure(TINY, 48, 0)
     assert (dead.exists(), alive.exists()) == (False, True)
+
+
+def test_ensure_does_not_mind_a_folder_that_is_finished_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path))
+    name = default_root(TINY, 48, 0).name
+    glob = Path.glob
+    gone = [tmp_path / f".{name}.gone.part"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*glob(self, pattern), *gone])
+    assert ensure(TINY, 48, 0).is_dir()
+
+
+def test_a_folder_passes_its_group_on(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2755)
+    root = generate(tmp_path / "root", counts=TINY, size=16, workers=1)
+    assert root.stat().st_mode & stat.S_ISGID
 
 
 def test_the_cache_folder_tells_everything_that_the_files_depend_on(

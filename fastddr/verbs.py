@@ -134,7 +134,7 @@ class Prepare:
                 print(f"note: {note}")
             if found.sheets:
                 print(f"look at {found.sheets[0]}: the retinas that were hardest to find come first")
-            print(f"train on them with: accelerate launch fastddr/train.py --data {shlex.quote(str(self.out))}")
+            print(f"train on them with: accelerate launch -m fastddr train --data {shlex.quote(str(self.out))}")
         return 0
 
 
@@ -183,7 +183,7 @@ class Synth:
                 on_progress=count,
             )
         out = shlex.quote(str(self.out))
-        print(f"{made:,} photographs in {out}; train on them with: accelerate launch fastddr/train.py --data {out}")
+        print(f"{made:,} photographs in {out}; train on them with: accelerate launch -m fastddr train --data {out}")
         return 0
 
 

@@ -46,6 +46,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         else:
             test = _cut(entries, config.test_share, config.seed, "test")
             notes.append(f"The set has no splits: {config.test_share:.0%} for test were drawn {what}.")
+            notes += _nearly_ddr(entries)
         rest = [entry for entry in entries if entry.path not in test]
         valid = _cut(rest, share, config.seed, "valid")
         notes.append(f"Of the rest, {share:.0%} for valid were drawn {what}.")
@@ -74,6 +75,19 @@ _DDR_ALL = tuple(sum(DDR[split][grade] for split in SPLITS) for grade in range(U
 def _by_grade(entries: Sequence[Entry]) -> tuple[int, ...]:
     counts = Counter(entry.grade for entry in entries)
     return tuple(counts[grade] for grade in range(UNGRADABLE))
+
+
+def _nearly_ddr(entries: Sequence[Entry]) -> list[str]:
+    """The sentence about a copy of DDR that is not whole, whose test split would be drawn by chance without a word."""
+    counts = _by_grade(entries)
+    apart = sum(abs(all_ - here) for all_, here in zip(_DDR_ALL, counts, strict=True))
+    if not 0 < apart <= sum(_DDR_ALL) / 100:
+        return []
+    return [
+        f"These are DDR's photographs but for {apart} (of grade 0-4 {'/'.join(map(str, counts))} instead of "
+        f"{'/'.join(map(str, _DDR_ALL))}): with just DDR's its official test split would be restored; scores on this "
+        "one compare with no other."
+    ]
 
 
 def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:

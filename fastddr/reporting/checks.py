@@ -57,6 +57,9 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         console.print(_problems(problems))
     console.print()
     bad = errors(problems)
+    if not bad and "train" not in seen.counts():
+        console.print("No errors: every photograph decodes. Training needs a split train, and there is none.")
+        return
     if not bad:
         console.print("No errors: every photograph decodes, and training takes them all.", style="green")
         return
@@ -69,7 +72,7 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
     else:
         listed = shlex.quote(str(fix_list))
         console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)
-        console.print(f"accelerate launch fastddr/train.py --data {data} --exclude {listed}", soft_wrap=True)
+        console.print(f"accelerate launch -m fastddr train --data {data} --exclude {listed}", soft_wrap=True)
 
 
 def _counts(seen: Survey) -> Table:

@@ -365,6 +365,11 @@ def test_the_official_test_split_is_restored_by_name() -> None:
 def test_a_copy_that_is_not_whole_is_split_by_chance_or_refused() -> None:
     found, notes = splits.assign(whole_ddr(spare=1), SplitConfig())
     assert any("30% for test were drawn" in note for note in notes)
+    assert any("DDR's photographs but for 1 (of grade 0-4 6265/" in note for note in notes), (
+        "the scores compare with none"
+    )
+    _, of_many = splits.assign(whole_ddr(spare=2000), SplitConfig())
+    assert not any("DDR's photographs" in note for note in of_many)
     assert {e.path for e in found if e.split == "test"} != {e.path for e in whole_ddr(1).entries[:3759]}
     with pytest.raises(UserError, match=r"cannot be restored: .*6266/630/4477/236/913, but are 6265/"):
         splits.assign(whole_ddr(spare=1), SplitConfig(test="official"))

@@ -62,9 +62,11 @@ def share(handle: int, like: os.stat_result) -> None:
     """Give an open file the rights of the photographs it is made of: who may not read those may not read it."""
     with suppress(OSError):  # who is not in that group cannot give the file to it
         os.fchown(handle, -1, like.st_gid)
-    same_group = os.fstat(handle).st_gid == like.st_gid
+    others = like.st_mode & 0o006
+    # Another group has no more right to it than anybody.
+    group = like.st_mode & 0o060 if os.fstat(handle).st_gid == like.st_gid else others << 3
     with suppress(OSError):  # not every file system has rights
-        os.fchmod(handle, 0o600 | like.st_mode & (0o066 if same_group else 0o006))
+        os.fchmod(handle, 0o600 | group | others)
 
 
 def _file(root: Path) -> Path:

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_dir
 
 import fastddr
 from fastddr.config import TrackingConfig
@@ -84,7 +85,8 @@ class WandbRun:
         self.errors = (Exception,)
         self._run_dir, self._config, self._options = run_dir, config, options
         self._run: Any = None
-        self._own_data_dir = False
+        #: Variables of the environment that this run has set.
+        self._own: list[str] = []
         #: W&B's own step of the first row that it has not got.
         self._next = 0
         #: What is shown with the final figures, in their row: a report that fails half-way must leave none of it.
@@ -109,9 +111,9 @@ class WandbRun:
             return None
         folder = self._run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
-        if "WANDB_DATA_DIR" not in os.environ:  # where artifacts are staged; by default outside the run folder
-            os.environ["WANDB_DATA_DIR"] = str(folder)
-            self._own_data_dir = True
+        self._put("WANDB_DATA_DIR", folder)  # where artifacts are staged; by default outside the run folder
+        if not _writable(Path(user_cache_dir("wandb"))):  # without its cache W&B makes no artifact
+            self._put("WANDB_CACHE_DIR", folder / "cache")
         self._wandb.setup(settings=self._wandb.Settings(silent=True))
         if not mode:
             mode, why = ("online", "") if self._logged_in() else ("offline", "not logged in")
@@ -257,10 +259,16 @@ class WandbRun:
         words = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
         return int(words[1]) if len(words) == 2 and words[0] == self._run.id and words[1].isdecimal() else 0
 
+    def _put(self, name: str, value: Path) -> None:
+        """Set a variable of the environment, unless the user has."""
+        if name not in os.environ:
+            os.environ[name] = str(value)
+            self._own.append(name)
+
     def _give_back(self) -> None:
         """The environment, as it was."""
-        if self._own_data_dir:
-            os.environ.pop("WANDB_DATA_DIR", None)
+        while self._own:
+            os.environ.pop(self._own.pop(), None)
 
     def _logged_in(self) -> bool:
         try:
@@ -288,6 +296,16 @@ class WandbRun:
                 finish_timeout=FINISH_TIMEOUT,
             ),
         )
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a folder, which may not be there yet, can be written to: not where the home folder is another's."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def _parts(folder: Path, run_id: str) -> list[Path]:

@@ -119,6 +119,21 @@ def test_a_master_is_for_those_who_may_read_the_photograph(folder: Path, photogr
     assert Path(made.master).stat().st_mode & 0o777 == expected
 
 
+@pytest.mark.parametrize(("photograph", "expected"), [(0o640, 0o600), (0o644, 0o644), (0o664, 0o644)])
+def test_another_group_than_the_photographs_gets_what_anybody_gets(
+    tmp_path: Path, photograph: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    with (tmp_path / "file").open("w") as stream:
+        own = os.fstat(stream.fileno())
+        # Mode and group are the first and the sixth of what stat says.
+        cache.share(stream.fileno(), os.stat_result((photograph, *own[1:5], own.st_gid + 1, *own[6:])))
+    assert (tmp_path / "file").stat().st_mode & 0o777 == expected
+
+
 def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
     prepare.run(str(official(tmp_path / "raw")), tmp_path / "out", prepare.Settings(size=48), sheet=2, workers=1)
     there = photos.find([str(tmp_path / "out")])

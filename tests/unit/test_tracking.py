@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,25 @@ def test_checkpoints_are_named_and_not_copied_unless_asked(tmp_path: Path) -> No
     assert staged < 100_000
     (file,) = offline_files(run)
     assert b"checkpoint-" in file.read_bytes()
+
+
+def test_wandb_without_a_home_that_can_be_written_to_keeps_its_artifacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.delenv("WANDB_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.csv").write_text("path\n")
+    said: list[str] = []
+    tracker = start(run, said, wandb=True)
+    tracker.log_manifest(run / "manifest.csv")
+    tracker.finish()
+    assert len(said) == 1, said
+    (file,) = offline_files(run)
+    assert b"manifest-" in file.read_bytes()
+    assert "WANDB_CACHE_DIR" not in os.environ
 
 
 def test_tensorboard_has_curves_and_mistakes(tmp_path: Path) -> None:

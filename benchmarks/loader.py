@@ -330,7 +330,7 @@ def main(options: Options) -> None:
     waiters = [Spec.parse(text) for text in options.step]
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
-    harness.begin()
+    harness.begin(options.out)
     rows: list[dict[str, Any]] = []
     kinds = sources.roots(options.data, options.encodings, options.photographs, options.size, console)
     with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:

@@ -38,19 +38,22 @@ import harness
 rows, (out, how) = [], sys.argv[1:]
 with harness.writing("x", rows, Path(out)) as written:
     assert written.path == Path(out)
-    if how != "at once":
+    if how == "nothing":
+        rows.append({"name": "a", "kind": "x", "failed": "why"})
+        written.save()
+    elif how != "at once":
         rows.append({"name": "a", "kind": "x", **harness.spread([1.0] * 5), "unit": "s"})
     print("measured", flush=True)
     if how == "stopped":
         time.sleep(60)
-    if how != "done":
+    if how not in ("done", "nothing"):
         raise RuntimeError("it broke")
 """
 
 
 @pytest.mark.parametrize(
     ("how", "code", "rows"),
-    [("done", 0, 1), ("fails", 1, 1), ("stopped", 128 + signal.SIGTERM, 1), ("at once", 1, 0)],
+    [("done", 0, 1), ("fails", 1, 1), ("stopped", 128 + signal.SIGTERM, 1), ("at once", 1, 0), ("nothing", 1, 0)],
 )
 def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows: int, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
@@ -64,12 +67,53 @@ def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows:
             said += line
         if how == "stopped":
             process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        after, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert ("it broke" in error) == (how in ("fails", "at once"))
+    assert (f"Nothing was measured, so no result is written to {out}." in after + error) == (rows == 0)
     assert [path.name for path in tmp_path.iterdir() if "json" in path.name] == ["r.json"] * rows
     if rows:
-        assert len(json.loads(out.read_text())["rows"]) == rows
+        record = json.loads(out.read_text())
+        assert len(record["rows"]) == rows
+        assert record["complete"] == (how == "done")
+
+
+def test_where_a_result_cannot_be_written_nothing_is_measured(load: Any, tmp_path: Path) -> None:
+    harness = load("harness")
+    (tmp_path / "file").touch()
+    for out, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "r.txt", r"ends in \.json"),
+        (tmp_path / "file" / "r.json", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=said), harness.writing("x", [], out):
+            pytest.fail("it was begun")
+        with pytest.raises(UserError, match=said):
+            harness.begin(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_where_no_run_is_asked_for_nothing_is_written(load: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    for name, nothing in (("quickstart", {"seeds": 0}), ("synth", {"rounds": 0}), ("data", {"rounds": 0})):
+        module = load(name)
+        with pytest.raises(UserError, match=r"^--\w+ 0: give it at least 1"):
+            module.main(module.Options(out=out, **nothing))
+    assert not out.exists()
+
+
+def test_a_rehearsal_is_not_published(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = load("harness")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    assert harness.place("step").parent == tmp_path / "results"
+    row = {"name": "a", "kind": "step", **harness.spread([1.0] * 5), "unit": "s"}
+    with harness.writing("memory", [row], None, tiny=True) as written:
+        pass
+    also = harness.write("step", [row], None, tiny=True)
+    for path in (written.path, also):
+        assert path.parent == Path("runs") / "benchmarks"
+        assert path.exists()
 
 
 def test_a_trial_that_fails_is_left_out_of_the_rounds(load: Any) -> None:

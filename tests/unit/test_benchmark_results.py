@@ -56,18 +56,25 @@ def test_a_result_has_its_form(path: Path) -> None:
 
 
 def test_the_newest_of_each_name_and_machine(load: Callable[[str], Any], tmp_path: Path) -> None:
-    def write(name: str, gpu: str | None, date: str) -> None:
+    def write(name: str, gpu: str | None, date: str, kind: str = "dali", **more: Any) -> None:
         machine = {"cpu": "some", "cores": 2, "gpu": gpu}
         hardware = "2-core-cpu" if gpu is None else "-".join(gpu.lower().split())
-        record = {"benchmark": name.partition("-")[0], "machine": machine, "versions": {}, "command": "", "rows": []}
+        rows = [{"name": "a", "kind": kind, **({"failed": "why"} if kind == "failed" else {"median": 1.0})}]
+        record = {"benchmark": name.partition("-")[0], "machine": machine, "versions": {}, "command": "", "rows": rows}
         (tmp_path / f"{name}_{hardware}_{date}.json").write_text(
-            json.dumps(record | {"date": f"{date}T00:00:00+00:00"})
+            json.dumps(record | {"date": f"{date}T00:00:00+00:00"} | more)
         )
 
     for date in ("2026-11-09", "2026-11-10", "2025-12-30"):
         write("loader", None, date)
     write("loader-real", None, "2026-01-01")
     write("loader", "NVIDIA X", "2024-01-01")
+    # What measured nothing, or was stopped, takes no place.
+    write("loader", None, "2026-11-11", "failed")
+    write("loader", None, "2026-11-12", "limit")
+    write("loader", None, "2026-11-13", complete=False)
+    write("loader-real", None, "2026-01-01", complete=True)
+    write("step", None, "2026-01-01", "ceiling")
     found = load("stored").newest(tmp_path)
     assert [(result.name, result.hardware, result.record["date"][:10]) for result in found] == [
         ("loader", "NVIDIA X", "2024-01-01"),

@@ -258,6 +258,21 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
     assert failed["failed"] == "its process has died (-11)"
 
 
+def test_a_peer_that_is_not_installed_has_a_row(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, trials = load("loader"), load("trials")
+    monkeypatch.setattr(loader, "Trial", lambda *_: pytest.fail("it was begun"))
+    for peer, why in (("spdl", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
+                      ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
+        monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
+    about = {"photographs": "tiny", "policy": "report"}
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
+    assert panel.rows == [
+        {"name": "spdl", "kind": "failed", **about, "failed": "SPDL is not installed"},
+        {"name": "torchcodec", "kind": "failed", **about, "failed": "TorchCodec cannot be loaded (why)"},
+    ]
+
+
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_training_loop_that_dies_does_not_take_the_others_along(
     fails_at: int, load: Any, monkeypatch: pytest.MonkeyPatch

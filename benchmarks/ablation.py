@@ -156,7 +156,7 @@ def main(options: Options) -> int:
     folder = options.folder or Path("runs") / f"ablation-{Path(options.data).name}"
     changes = chosen(options, base)
     folder.mkdir(parents=True, exist_ok=True)
-    harness.begin()
+    harness.begin(options.out)
     rows: list[dict[str, Any]] = []
     with whole.ending():
         for name, flags in changes.items():

@@ -104,7 +104,7 @@ def main(options: Options, questions: dict[str, tuple[tuple[str, ...], float]] |
         questions = {name: question for name, question in questions.items() if name not in left}
         if left:
             harness.say(f"without timm: left out {', '.join(left)}; pip install -e '.[timm]'")
-    harness.begin()
+    harness.begin(options.out)
     with tempfile.TemporaryDirectory() as folder:
         found = harness.interleaved(
             asked(questions, Path(folder)), options.rounds,

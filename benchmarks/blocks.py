@@ -7,6 +7,7 @@ What is not measured yet is said in one sentence a machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,13 +108,46 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
         headings = ["", "images/s", "of the `replay` ceiling", *(f"times `{peer}`" for peer in peers)]
         about = (
             f"**{result.hardware}.** Images a second of whole training, {said(result.rows[0], same)}; medians with "
-            "95 % intervals. Ratios are taken round by round, with each peer in its fastest form."
+            "95 % intervals. Ratios are taken round by round, with each peer in the fastest of its forms that were run."
         )
-        texts += [about, table(headings, lines), f"Measured by {source(result, link)}"]
+        texts += [
+            " ".join([about, *_layouts(results, result, link)]),
+            table(headings, lines),
+            f"Measured by {source(result, link)}",
+        ]
         for other in machines.of(results, "train-kappa"):
             if other.hardware == result.hardware:
                 texts += [f"{_sooner(rows)}: {source(other, link)}" for rows in _cases(other.rows)]
     return texts + machines.missing(results, "train")
+
+
+def _layouts(results: Sequence[Result], result: Result, link: Link) -> list[str]:
+    """In which layout peers run that have no other, and what the other is worth to the same model where that is known.
+
+    Nothing is said where none of them was run.
+    """
+    peers = [name for name in ("report", "torchvision") if any(
+        row["kind"] == "peer" and row["name"].partition(",")[0] == name for row in result.measured)]  # fmt: skip
+    if not peers:
+        return []
+    verb, their, them = ("runs", "its", "it") if len(peers) == 1 else ("run", "their", "them")
+    text = (f"{words(f'`{name}`' for name in peers)} {verb} in PyTorch's default layout (NCHW), as {their} users run "
+            f"{them}")  # fmt: skip
+    models = {re.sub(r"[ /]+", "-", row["model"].lower()) for row in result.measured if "model" in row}
+    found = [
+        (step, row["of"])
+        for step in machines.of(results, "step") if step.hardware == result.hardware
+        for row in step.measured
+        if row.get("to") == "reference" and row["low"] > 1
+        and row["of"] in {f"{model}, eager, NHWC" for model in models}
+    ]  # fmt: skip
+    if not found:
+        return [f"{text}; channels_last (NHWC) may be faster for {them}."]
+    place = f"{link(result.path.parents[2] / 'docs' / 'benchmarks.md')}#the-training-step"
+    return [
+        f"{text}. channels_last (NHWC) would be faster for {them}: by how much a step of this model gains from it is "
+        f"in the row {words(f'`{of}`' for _, of in found)} of [the step's table]({place})."
+    ]
 
 
 def _cases(rows: Iterable[Row]) -> list[list[Row]]:
@@ -139,8 +173,11 @@ def _sooner(rows: Sequence[Row]) -> str:
         more = f", {figure(ratio)} times as long" if ratio else ""
         times.append(f"`{loop}` trains {figure(named[f'{loop}: to kappa {target:g}'], ' s')}{more}")
     seeds = len(named[f"{next(iter(loops))}: to kappa {target:g}"]["seeds"])
+    recipes = "" if all(loop.partition(",")[0] != "report" for loop in loops) else (
+        "; the recipes differ: `report` trains without normalisation and at a constant learning rate"
+    )  # fmt: skip
     return (f"Until the quadratic-weighted kappa on valid comes to {target:g}, validation included, {words(times)} "
-            f"({case}, {seeds} seeds)")  # fmt: skip
+            f"({case}, {seeds} seeds, ratios seed by seed{recipes})")  # fmt: skip
 
 
 def _ratio(rows: Iterable[Row], others: Sequence[str]) -> str:
@@ -152,7 +189,9 @@ def _ratio(rows: Iterable[Row], others: Sequence[str]) -> str:
 
 def train_all(results: Sequence[Result], link: Link) -> list[str]:
     """All rows of whole training."""
-    return machines.listed(results, link, "train", "Whole training")
+    return machines.listed(
+        results, link, "train", "Whole training", lambda result: " ".join(_layouts(results, result, link))
+    )
 
 
 def train_kappa(results: Sequence[Result], link: Link) -> list[str]:
@@ -185,8 +224,8 @@ def train_kappa(results: Sequence[Result], link: Link) -> list[str]:
             f"**{result.hardware}.** Seconds of training, validation included, until the quadratic-weighted kappa on "
             f"valid comes to {words(f'{target:g}' for target in targets)}: {said(one, same)}, at most "
             f"{one['epochs_at_most']} epochs; medians of {seeds} seeds with 95 % intervals, ratios seed by seed. Where "
-            "not every seed came to it there is no median. `fastddr` trains by the preset's recipe, `report` as in "
-            "2022: Adam at the preset's peak rate throughout, pixels not normalised."
+            "not every seed came to it there is no median. The recipes differ: `fastddr` trains by the preset's, "
+            "`report` as in 2022: Adam at the preset's peak rate throughout, pixels not normalised."
         )
         texts += [about, table(headings, lines), machines.picture(result, result.path.with_suffix(".png"), link)]
         texts.append(f"Measured by {source(result, link)}")

@@ -76,7 +76,7 @@ def main(options: Options) -> None:
     """
     if not options.cards or min(options.cards) <= 0 or not options.image_sizes or min(options.image_sizes) < 32:
         raise UserError("--cards are sizes in GiB above 0, --image-sizes sides of 32 px at least; give one of each.")
-    harness.begin()
+    harness.begin(options.out)
     # Not what a GPU of this machine was calibrated to: the cards are others.
     allowance = allowances.DECLARED
     rows: list[dict[str, Any]] = []

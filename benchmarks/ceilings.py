@@ -205,13 +205,13 @@ def main(options: Options) -> None:
     console = Console(soft_wrap=True)
     if options.rounds < 5:
         raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
-    harness.begin()
+    harness.begin(options.out)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
     numbers = options.numbers or default_numbers(device)
     rows: list[dict[str, Any]] = []
-    with harness.writing("ceilings", rows, options.out, wandb=options.wandb):
+    with harness.writing("ceilings", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         rows += measure(device, numbers, options.rounds, threads, console.print, tiny=options.tiny).rows()
         if options.decode:
             rows.extend(_decoding_rows(options, threads, console))

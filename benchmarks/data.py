@@ -30,6 +30,7 @@ from rich.console import Console
 
 from fastddr import ranks
 from fastddr.data import manifest, prepare, survey, synthetic
+from fastddr.errors import UserError
 
 
 @dataclass
@@ -78,9 +79,15 @@ def linked(root: Path, rows: int) -> Path:
 
 
 def main(options: Options) -> None:
-    """Measure, print and write."""
+    """Measure, print and write.
+
+    Raises:
+        UserError: no round is asked for.
+    """
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: give it at least 1.")
     console = Console(soft_wrap=True)
-    harness.begin()
+    harness.begin(options.out)
     # The set may be in the user's cache; what is measured is not, or the second round would find it known.
     data = options.data or synthetic.ensure()
     folder = Path(tempfile.mkdtemp())
@@ -136,4 +143,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"data.py: {mistake}") from None

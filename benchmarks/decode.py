@@ -124,7 +124,7 @@ def main(options: Options) -> None:
     from fastddr.loaders import dali_decoder
 
     console = Console(soft_wrap=True)
-    harness.begin()
+    harness.begin(options.out)
     kinds = sources.roots(None, tuple(sources.NAMES), options.photographs, 512, console)
     rows: list[dict[str, Any]] = []
     gpu = torch.cuda.is_available()
@@ -133,7 +133,9 @@ def main(options: Options) -> None:
         ways = ()
         rows.append({"name": "DALI's decoder", "kind": "absent", "failed": "NVIDIA DALI is not installed"})
         report(rows[-1])
-    with harness.writing("decode", rows, options.out, wandb=options.wandb):
+    # A suite wants to know that the decoder fails; it names the file, which no text is made of.
+    failures = options.out is not None
+    with harness.writing("decode", rows, options.out, wandb=options.wandb, failures=failures):
         # First the way that training takes.
         for way, (photographs, root), side in itertools.product(ways, kinds, (256, 512)):
             about, given = described(photographs, side, way, options), [str(root), side, way, options.batch_size]

@@ -16,6 +16,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 from conditions import busy_seconds as busy_seconds
 from rich.console import Console
 from rich.table import Table
-from stored import RESULTS, hardware_name
+from stored import RESULTS, hardware_name, holds_figures
 
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
@@ -41,12 +42,17 @@ _PACKAGES = (
 _before: dict[str, Any] | None = None
 
 
-def begin() -> dict[str, Any]:
+def begin(out: Path | None = None) -> dict[str, Any]:
     """Record what else the machine does now, and say so where it is busy; call it before anything is measured.
 
     `write` stores it beside the conditions of the end.
+
+    Raises:
+        UserError: a result could not be written to `out`.
     """
     global _before
+    if out is not None:
+        check_out(out)
     _before = conditions.take(before=True)
     say(conditions.sentence(_before, "Before the measurement"))
     return _before
@@ -199,10 +205,18 @@ class Written:
     path: Path
     benchmark: str
     rows: Sequence[Mapping[str, Any]]
+    failures: bool = False
+    """Whether rows that failed are worth a file of their own."""
 
-    def save(self, *, wandb: bool = False) -> None:
-        """Write what there is now: what is yet to come may never end."""
-        write(self.benchmark, self.rows, self.path, wandb=wandb)
+    @property
+    def worth(self) -> bool:
+        """Whether there is anything to write."""
+        return holds_figures(self.benchmark, self.rows) or (self.failures and bool(self.rows))
+
+    def save(self, *, wandb: bool = False, complete: bool = False) -> None:
+        """Write what there is now, if there is a figure: what is yet to come may never end."""
+        if self.worth:
+            write(self.benchmark, self.rows, self.path, wandb=wandb, complete=complete, failures=self.failures)
 
 
 def end_with_parent() -> None:
@@ -214,42 +228,66 @@ def end_with_parent() -> None:
 @contextmanager
 def writing(
     benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
-    wandb: bool = False,
+    wandb: bool = False, tiny: bool = False, failures: bool = False,
 ) -> Generator[Written, None, None]:  # fmt: skip
     """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
 
-    SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Where there is no row, nothing is written.
+    SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Only where the block came to its end is
+    the result marked complete. Where there is no figure, nothing is written, but with `failures`, of which that is the
+    finding.
+
+    Raises:
+        UserError: the result could not be written, which is told before the block begins; or it has no figure.
     """
 
     def stop(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    written = Written(out or _place(benchmark, part), benchmark, rows)
+    written = Written(out or place(benchmark, part, tiny=tiny), benchmark, rows, failures)
+    check_out(written.path)
+    complete = False
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield written
+        complete = True
     finally:
         # Asked to stop again: it is about to.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if rows:
-            written.save(wandb=wandb)
-            say(f"written to {written.path}")
-        signal.signal(signal.SIGTERM, before)
+        try:
+            if written.worth:
+                written.save(wandb=wandb, complete=complete)
+                say(f"written to {written.path}")
+            elif complete:
+                raise _nothing(written.path)
+            else:
+                say(f"{_nothing(written.path)}")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _nothing(path: Path) -> UserError:
+    return UserError(f"Nothing was measured, so no result is written to {path}.")
 
 
 def write(
     benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
-    wandb: bool = False,
+    wandb: bool = False, complete: bool = True, tiny: bool = False, failures: bool = False,
 ) -> Path:  # fmt: skip
     """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json, or NAME-PART_....
 
-    With `wandb` the figures become a W&B run as well (`tracked`); whatever happens to that, the JSON is there.
+    One that is not `complete` is not published, and `tiny` ones lie in runs/benchmarks/ by default. With `wandb` the
+    figures become a W&B run as well (`tracked`); whatever happens to that, the JSON is there.
+
+    Raises:
+        UserError: no row has a figure; with `failures` there may be none.
     """
+    out = out or place(benchmark, part, tiny=tiny)
+    if not failures and not holds_figures(benchmark, rows):
+        raise _nothing(out)
     now = datetime.now(UTC)
     hardware = machine()
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
-    out = out or _place(benchmark, part)
     script = Path(sys.argv[0])
     record = {
         "benchmark": benchmark,
@@ -259,6 +297,7 @@ def write(
         # The arguments that name a place of this machine would help nobody.
         "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *_public(sys.argv[1:])]),
         "conditions": {"before": _before, "after": after},
+        "complete": complete,
         "rows": list(rows),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -274,9 +313,29 @@ def write(
     return out
 
 
-def _place(benchmark: str, part: str | None) -> Path:
+def check_out(out: Path) -> None:
+    """See that a result can be written there; its folder is made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file in it, which ends in .json.")
+    if out.suffix != ".json":
+        raise UserError(f"--out {out}: give a name that ends in .json.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as problem:
+        raise UserError(f"--out {out} cannot be written: {problem.strerror}.") from None
+
+
+def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Path:
+    """Where a result goes without `--out`; a rehearsal's figures are none to publish."""
     hardware, name = hardware_name(machine()), f"{benchmark}-{part}" if part else benchmark
-    return RESULTS / f"{name}_{'-'.join(hardware.lower().split())}_{datetime.now(UTC):%Y-%m-%d}.json"
+    folder = Path("runs") / "benchmarks" if tiny else RESULTS
+    return folder / f"{name}_{'-'.join(hardware.lower().split())}_{datetime.now(UTC):%Y-%m-%d}.json"
 
 
 def _public(arguments: Sequence[str]) -> list[str]:

@@ -138,7 +138,12 @@ class Panel:
         for spec in specs:
             lacks = spec.missing(self.task)
             if lacks is not None:
-                self._say(f"{spec.label} is left out: {lacks.rstrip('.')}.")
+                lacks = lacks.rstrip(".")
+                # What could be installed was asked for and has no figure; the others are not for these photographs.
+                if spec.name in PEERS and any(word in lacks for word in ("install", "cannot be loaded")):
+                    self._leave_out(spec.label, lacks)
+                else:
+                    self._say(f"{spec.label} is left out: {lacks}.")
                 continue
             began = time.perf_counter()
             try:
@@ -330,7 +335,7 @@ def main(options: Options) -> None:
     waiters = [Spec.parse(text) for text in options.step]
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
-    harness.begin()
+    harness.begin(options.out)
     rows: list[dict[str, Any]] = []
     kinds = sources.roots(options.data, options.encodings, options.photographs, options.size, console)
     with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:

@@ -9,7 +9,7 @@ from pathlib import Path
 import machines
 import targets
 from stored import Result
-from wording import Link, Row, figure, source, table
+from wording import Link, Row, figure, source, table, words
 
 #: Others' loaders in words; what is not here goes by its name.
 _PEERS = {
@@ -22,6 +22,8 @@ _PEERS = {
 }
 _STORES = {"vram": "in the GPU's memory", "ram": "in RAM", "mmap": "in a file"}
 _BEST = ", the best peer"
+#: Photographs that are not their own canvas, and how they are not; what is not here nor synthetic may be any.
+_LARGER = {"fundus960": "larger than the canvas and not square"}
 
 
 def first_picture(result: Result) -> Path:
@@ -70,11 +72,31 @@ def _loaders(result: Result, link: Link, kinds: Sequence[str]) -> list[str]:
         f"of {one['n']} rounds with 95 % intervals. `resident` counts from its second epoch on, when it has decoded "
         "everything. Ratios are taken round by round."
     )
+    about = " ".join([about, *_conditions(list(panels), result)])
+    failed = [f"{row['name']} (`{row['policy']}`): {row['failed']}" for row in result.rows if "failed" in row]
     return [
         about,
         table(["", *headings], lines + _ratios(list(panels.values()))),
+        *([f"Without a figure: {'; '.join(failed)}."] if failed else []),
         f"Measured by {source(result, link)}",
     ]
+
+
+def _conditions(panels: Sequence[tuple[str, str]], result: Result) -> list[str]:
+    """What a reader must know to compare fairly, in sentences."""
+    lengths = sorted({row["epoch"] for row in result.measured if "epoch" in row})
+    told = [f"An epoch has {words(f'{length:,}' for length in lengths)} photographs."] if lengths else []
+    told.append("Files lie in the page cache.")
+    if not any(row["kind"] == "peer" for row in result.measured):
+        return told
+    told.append("The peers that were measured are those of the table.")
+    for photographs in dict.fromkeys(name for name, _ in panels if not name.startswith("synthetic")):
+        known = _LARGER.get(photographs)
+        first = f"The photographs are {known}: " if known else "Where photographs are not as large as the canvas, "
+        told.append(f"{first}peers resample the whole photograph, fastddr's loaders the window alone.")
+    if any(policy == "fundus" for _, policy in panels):
+        told.append("For `fundus` peers change the hue in HSV, which costs them more than it costs fastddr.")
+    return told
 
 
 def loader_name(name: str) -> str:
@@ -87,7 +109,9 @@ def _marked(kind: str, name: str) -> str:
     """The same in Markdown: fastddr's loaders are names to type, limits in italics."""
     first, comma, rest = loader_name(name).partition(", ")
     if kind == "fastddr":
-        return f"`{first}`{comma}{rest}"
+        # Not what torchvision's users have.
+        whose = "fastddr's " if first == "torchvision" else ""
+        return f"{whose}`{first}`{comma}{rest}"
     return f"*{first}{comma}{rest}*" if kind == "limit" else f"{first}{comma}{rest}"
 
 
@@ -106,5 +130,7 @@ def _ratios(panels: Sequence[Mapping[tuple[str, str], Row]]) -> list[list[str]]:
         for found, what in ((usual, _PEERS.get(baseline or "", baseline)), (against, "the best peer of the column")):
             if any(found):
                 cells = [figure(rows[0], "×") if rows else "" for rows in found]
+                if found is against and any(usual) and cells == lines[-1][1:]:
+                    continue  # the best is that one in all columns
                 lines.append([f"{_marked('fastddr', name)} / {what}", *cells])
     return lines

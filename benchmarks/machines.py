@@ -41,11 +41,14 @@ def picture(result: Result, path: Path, link: Link) -> str:
     return f"![{shown}: {result.hardware}]({link(path)})"
 
 
-def listed(results: Sequence[Result], link: Link, name: str, what: str) -> list[str]:
-    """All rows of a benchmark, in tables, and its picture."""
+def listed(
+    results: Sequence[Result], link: Link, name: str, what: str, more: Callable[[Result], str] = lambda result: ""
+) -> list[str]:
+    """All rows of a benchmark, in tables, and its picture; `more` is what else there is to say of a result."""
     texts = []
     for result in of(results, name):
         texts.append(f"**{result.hardware}.** {what}, medians with 95 % intervals, measured by {source(result, link)}")
+        texts += filter(None, [more(result)])
         texts += listing(result.rows)
         if name in ("train", "step"):
             texts.append(picture(result, result.path.with_suffix(".png"), link))

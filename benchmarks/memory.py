@@ -302,15 +302,15 @@ def main(options: Options) -> None:
     gpu = torch.cuda.is_available()
     if options.cards and not gpu:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
-    harness.begin()
+    harness.begin(options.out)
     rows: list[dict[str, Any]] = []
-    with harness.writing("memory", rows, options.out, wandb=options.wandb):
+    with harness.writing("memory", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         _measure(options, rows, gpu=gpu)
-    shown = [each for each in rows if "failed" not in each]
-    harness.show(f"Peak memory, {harness.hardware_name(harness.machine())}", shown, ("predicted_gib", "error"))
-    for each in rows:
-        if "failed" in each:
-            harness.say(f"{each['name']} failed: {each['failed']}")
+        shown = [each for each in rows if "failed" not in each]
+        harness.show(f"Peak memory, {harness.hardware_name(harness.machine())}", shown, ("predicted_gib", "error"))
+        for each in rows:
+            if "failed" in each:
+                harness.say(f"{each['name']} failed: {each['failed']}")
 
 
 def _measure(options: Options, rows: list[dict[str, Any]], *, gpu: bool) -> None:

@@ -336,7 +336,7 @@ def main(options: Options) -> None:
     even = [kernel for kernel in options.kernels if kernel % 2 == 0]
     if even:
         raise UserError(f"--kernels {even[0]}: an even kernel changes the map's size; take odd ones.")
-    harness.begin()
+    harness.begin(options.out)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
@@ -360,7 +360,7 @@ def main(options: Options) -> None:
     ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
-    with harness.writing("operations", rows, options.out, wandb=options.wandb):
+    with harness.writing("operations", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         for precision, shape in product(dtypes, shapes):
             found = race(shape, precision, options, ceilings, Clock(device), say)
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])

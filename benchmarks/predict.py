@@ -137,7 +137,7 @@ def main(options: Options) -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         run = options.run or trained(folder)
-        harness.begin()
+        harness.begin(options.out)
         device = torch.device("cpu" if on_cpu() else "cuda")
         restored = restore.restore(run, restore.settings(flags.Scoring(run=run)), "best", device, lambda line: None)
         config, model = restored.config, restored.averaged

@@ -23,6 +23,8 @@ import harness
 import tyro
 from rich.console import Console
 
+from fastddr.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,11 +41,17 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Run, print and write."""
+    """Run, print and write.
+
+    Raises:
+        UserError: no run is asked for.
+    """
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: give it at least 1 run.")
     console = Console(soft_wrap=True)
     found: dict[str, list[float]] = {}
     seeds = list(range(options.seeds))
-    harness.begin()
+    harness.begin(options.out)
     for seed in seeds:
         folder = Path(tempfile.mkdtemp())
         try:
@@ -70,4 +78,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"quickstart.py: {mistake}") from None

@@ -183,7 +183,7 @@ def main(options: Options) -> int:
     name = "quick" if options.quick else Path(options.data).name
     folder = options.folder or Path("runs") / f"report-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    harness.begin()
+    harness.begin(options.out)
     arms, rows, failed = story.of(options.arms), [], []
     with whole.ending():
         if options.weights == "synthetic" and any(arm.pretrained for arm in arms):

@@ -167,7 +167,7 @@ def main(options: Options) -> None:
     else:
         wanted, out = job(options), options.out
         assert set(KINDS) == {kind for kind, _ in job_trials(wanted)}
-        harness.begin()
+        harness.begin(options.out)
         worked = []
     with harness.writing("scaling", worked, out, wandb=options.wandb):
         if not options.paper:

@@ -105,7 +105,7 @@ def main(options: Options) -> None:
     ranks = numbers(options)
     common = ["--preset", options.preset, *options.flags.split(), "--tracking.no-wandb", "--tracking.no-tensorboard"]
     cli.parse(common, "--flags")
-    harness.begin()
+    harness.begin(options.out)
     found: dict[int, list[Mapping[str, Any]]] = {count: [] for count in ranks}
     with whole.ending():
         for seed, count in itertools.product(options.seeds, ranks):

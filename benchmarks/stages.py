@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -93,6 +94,11 @@ def _repeated(work: Callable[[], int], seconds: float) -> Callable[[], float]:
     return trial
 
 
+def _raced(trials: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """The rounds of some trials, without the first, which warms up."""
+    return {name: values[1:] for name, values in harness.interleaved(trials, ROUNDS + 1).items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- dali
 
 
@@ -167,13 +173,11 @@ def _dali(loader: Any, rate: float, seconds: float) -> Stages:
             loader._feed(requests, next(batches))
         cut.pipeline.schedule_run()
     try:
-        found = harness.interleaved(
-            {stage: _repeated(lambda cut=cut: receive_one(cut), seconds) for stage, cut in cuts.items()},  # type: ignore[misc]
-            ROUNDS + 1,
+        found = _raced(
+            {stage: _repeated(lambda cut=cut: receive_one(cut), seconds) for stage, cut in cuts.items()}  # type: ignore[misc]
         )
     finally:
         loader._pipeline = None
-    found = {stage: values[1:] for stage, values in found.items()}  # the first round warms up
     added = {names[0]: found[names[0]]}
     for before, stage in itertools.pairwise(names):
         added[stage] = [a - b for a, b in zip(found[stage], found[before], strict=True)]
@@ -200,7 +204,7 @@ def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
     )
     window = np.zeros((task.image_size, task.image_size, 3), dtype=np.uint8)
     colour = requests.colour[0][0]
-    encoded = {file: open(file, "rb").read() for file in {task.files[id_] for id_ in requests.id[0]}}  # noqa: SIM115
+    encoded = {file: Path(file).read_bytes() for file in {task.files[id_] for id_ in requests.id[0]}}
 
     def read() -> int:
         with open(next(items).file, "rb") as file:
@@ -227,7 +231,7 @@ def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
         return 1
 
     works = {"read": read, "decode": decode, "opened": opened, "rendered": rendered, "normalised": normalised}
-    found = harness.interleaved({name: _repeated(work, seconds) for name, work in works.items()}, ROUNDS)
+    found = _raced({name: _repeated(work, seconds) for name, work in works.items()})
     colours = "normalise" if task.only_normalises else "colour and normalise"
     geometry = [
         whole - opened_ - normal
@@ -253,7 +257,7 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
     def asked() -> int:
         return task.requests(0).id.size
 
-    found = harness.interleaved({"Python": _repeated(asked, seconds)}, ROUNDS)
+    found = _raced({"Python": _repeated(asked, seconds)})
     found["copy, kernel, waiting"] = [1 / rate - known for known in found["Python"]]
     return Stages(_shares(found, 1 / rate), [])
 

@@ -292,7 +292,7 @@ def main(options: Options) -> None:
     options = options.filled(gpu=gpu)
     for model in options.models:
         networks.check(model)
-    harness.begin()
+    harness.begin(options.out)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
@@ -315,7 +315,10 @@ def main(options: Options) -> None:
         found = rows_of(job, measuring(job), ceilings)
         report(job, found, say)
         rows += found
-    say(f"written to {harness.write('step', rows, options.out, wandb=options.wandb)}")
+    out = harness.write(
+        "step", rows, options.out, wandb=options.wandb, complete=not measuring.stopped, tiny=options.tiny
+    )
+    say(f"written to {out}")
 
 
 if __name__ == "__main__":

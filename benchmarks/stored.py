@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,14 @@ from fastddr.errors import UserError
 RESULTS = Path(__file__).parent / "results"
 #: What a result has; results of before conditions were recorded lack these.
 KEYS = ("benchmark", "machine", "versions", "date", "command", "rows")
+#: Kinds of rows that say what the machine can do, beside what a benchmark measures.
+_BESIDE = {"loader": ("limit",), "step": ("ceiling",), "operations": ("ceiling",)}
+
+
+def holds_figures(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a row was measured; a training that did not come to a kappa was."""
+    beside = _BESIDE.get(benchmark, ())
+    return any(("failed" not in row or "seconds" in row) and row.get("kind") not in beside for row in rows)
 
 
 def hardware_name(machine: Mapping[str, Any]) -> str:
@@ -45,6 +53,11 @@ class Result:
     def measured(self) -> list[dict[str, Any]]:
         """The rows that have figures."""
         return [row for row in self.rows if "failed" not in row]
+
+    @property
+    def publishable(self) -> bool:
+        """Whether its benchmark came to its end and measured something; older files are not marked, and did."""
+        return self.record.get("complete", True) and holds_figures(self.record["benchmark"], self.rows)
 
     @property
     def gpu(self) -> bool:
@@ -81,9 +94,12 @@ def read(path: Path) -> Result:
 
 
 def newest(folder: Path = RESULTS) -> list[Result]:
-    """The newest result of each name and hardware; by name, machines with a GPU first."""
+    """The newest result of each name and hardware; by name, machines with a GPU first.
+
+    One that is not complete, or holds no figure, never takes the place of an older one.
+    """
     found: dict[tuple[str, str], Result] = {}
-    for result in map(read, sorted(folder.glob("*.json"))):
+    for result in filter(lambda one: one.publishable, map(read, sorted(folder.glob("*.json")))):
         key = result.name, result.hardware
         if key not in found or result.record["date"] > found[key].record["date"]:
             found[key] = result

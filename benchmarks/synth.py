@@ -20,6 +20,7 @@ from typing import Any, Literal
 import tyro
 
 from fastddr.data import synthetic
+from fastddr.errors import UserError
 
 # Worker processes import this file again: what loads PyTorch is imported in `main`.
 
@@ -69,17 +70,23 @@ class Trial:
 
 
 def main(options: Options) -> None:
-    """Measure, print and write."""
+    """Measure, print and write.
+
+    Raises:
+        UserError: no round is asked for.
+    """
     import harness
     from rich.console import Console
 
     from fastddr.ranks import available_cores
 
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: give it at least 1.")
     console = Console(soft_wrap=True)
     cores = available_cores()
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}
     trials["1 core"] = Trial(options, 1, max(options.photographs // cores, 36))
-    harness.begin()
+    harness.begin(options.out)
     console.print(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
     harness.interleaved(trials, rounds=1)
     speeds = harness.interleaved(trials, options.rounds)
@@ -103,4 +110,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except UserError as mistake:
+        raise SystemExit(f"synth.py: {mistake}") from None

@@ -280,7 +280,7 @@ def main(options: Options) -> None:
     usual = (_GPU_KAPPA if gpu else _CPU_KAPPA) if options.target_qwk else (_GPU if gpu else _CPU)
     specs = [Spec.parse(text) for text in options.recipes or usual]
     part = "kappa" if options.target_qwk else None
-    harness.begin()
+    harness.begin(options.out)
     [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512, console)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []

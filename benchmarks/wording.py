@@ -45,9 +45,14 @@ def number(value: float, like: float | None = None) -> str:
 
 
 def figure(row: Row, unit: str = "") -> str:
-    """`2,977 (2,842-3,232)`, the unit behind the median; no interval of one repeat; `failed` where there is none."""
+    """`2,977 (2,842-3,232)`, the unit behind the median; no interval of one repeat or a count.
+
+    `failed` where there is none.
+    """
     if "failed" in row:
         return "failed"
+    if re.fullmatch(r"of \d+", row.get("unit", "")):
+        return f"{row['median']:,g}{unit}"
     median, low, high = (number(row[key], row["median"]) for key in ("median", "low", "high"))
     return f"{median}{unit} ({low}-{high})" if row["n"] > 1 else f"{median}{unit}"
 

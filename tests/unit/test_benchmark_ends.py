@@ -38,19 +38,22 @@ import harness
 rows, (out, how) = [], sys.argv[1:]
 with harness.writing("x", rows, Path(out)) as written:
     assert written.path == Path(out)
-    if how != "at once":
+    if how == "nothing":
+        rows.append({"name": "a", "kind": "x", "failed": "why"})
+        written.save()
+    elif how != "at once":
         rows.append({"name": "a", "kind": "x", **harness.spread([1.0] * 5), "unit": "s"})
     print("measured", flush=True)
     if how == "stopped":
         time.sleep(60)
-    if how != "done":
+    if how not in ("done", "nothing"):
         raise RuntimeError("it broke")
 """
 
 
 @pytest.mark.parametrize(
     ("how", "code", "rows"),
-    [("done", 0, 1), ("fails", 1, 1), ("stopped", 128 + signal.SIGTERM, 1), ("at once", 1, 0)],
+    [("done", 0, 1), ("fails", 1, 1), ("stopped", 128 + signal.SIGTERM, 1), ("at once", 1, 0), ("nothing", 1, 0)],
 )
 def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows: int, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
@@ -64,12 +67,53 @@ def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows:
             said += line
         if how == "stopped":
             process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        after, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert ("it broke" in error) == (how in ("fails", "at once"))
+    assert (f"Nothing was measured, so no result is written to {out}." in after + error) == (rows == 0)
     assert [path.name for path in tmp_path.iterdir() if "json" in path.name] == ["r.json"] * rows
     if rows:
-        assert len(json.loads(out.read_text())["rows"]) == rows
+        record = json.loads(out.read_text())
+        assert len(record["rows"]) == rows
+        assert record["complete"] == (how == "done")
+
+
+def test_where_a_result_cannot_be_written_nothing_is_measured(load: Any, tmp_path: Path) -> None:
+    harness = load("harness")
+    (tmp_path / "file").touch()
+    for out, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "r.txt", r"ends in \.json"),
+        (tmp_path / "file" / "r.json", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=said), harness.writing("x", [], out):
+            pytest.fail("it was begun")
+        with pytest.raises(UserError, match=said):
+            harness.begin(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_where_no_run_is_asked_for_nothing_is_written(load: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    for name, nothing in (("quickstart", {"seeds": 0}), ("synth", {"rounds": 0}), ("data", {"rounds": 0})):
+        module = load(name)
+        with pytest.raises(UserError, match=r"^--\w+ 0: give it at least 1"):
+            module.main(module.Options(out=out, **nothing))
+    assert not out.exists()
+
+
+def test_a_rehearsal_is_not_published(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = load("harness")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    assert harness.place("step").parent == tmp_path / "results"
+    row = {"name": "a", "kind": "step", **harness.spread([1.0] * 5), "unit": "s"}
+    with harness.writing("memory", [row], None, tiny=True) as written:
+        pass
+    also = harness.write("step", [row], None, tiny=True)
+    for path in (written.path, also):
+        assert path.parent == Path("runs") / "benchmarks"
+        assert path.exists()
 
 
 def test_a_trial_that_fails_is_left_out_of_the_rounds(load: Any) -> None:
@@ -214,6 +258,21 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
     assert failed["failed"] == "its process has died (-11)"
 
 
+def test_a_peer_that_is_not_installed_has_a_row(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, trials = load("loader"), load("trials")
+    monkeypatch.setattr(loader, "Trial", lambda *_: pytest.fail("it was begun"))
+    for peer, why in (("spdl", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
+                      ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
+        monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
+    about = {"photographs": "tiny", "policy": "report"}
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
+    assert panel.rows == [
+        {"name": "spdl", "kind": "failed", **about, "failed": "SPDL is not installed"},
+        {"name": "torchcodec", "kind": "failed", **about, "failed": "TorchCodec cannot be loaded (why)"},
+    ]
+
+
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_training_loop_that_dies_does_not_take_the_others_along(
     fails_at: int, load: Any, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +347,27 @@ def test_a_loop_that_breaks_has_a_row_in_the_race_to_a_kappa(load: Any, monkeypa
         "fastddr: to kappa 0.5": None,
         "report": "its process has died (-9)",
     }
+
+
+@pytest.mark.parametrize("name", ["_torchvision", "_resident"])
+def test_the_first_round_of_a_profile_warms_up(
+    name: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = load("stages")
+    wanted = task(manifest.read(tiny))
+    rounds: list[int] = []
+
+    def timed(work: Any, seconds: float) -> Any:
+        times = iter([1e9, *(1.0 + 0.1 * turn for turn in range(stages.ROUNDS))])
+        return lambda: rounds.append(work()) or next(times)
+
+    monkeypatch.setattr(stages, "_repeated", timed)
+    given = SimpleNamespace(task=wanted, _finisher=None)
+    found = getattr(stages, name)(given, 1e-3, 0.0).shares
+    assert rounds, "nothing was timed"
+    for values in found.values():
+        assert len(values) == stages.ROUNDS
+    assert max(found["Python"]) < 100, "a cold round is no share"
 
 
 def test_errors_are_one_line(load: Any) -> None:

@@ -56,18 +56,25 @@ def test_a_result_has_its_form(path: Path) -> None:
 
 
 def test_the_newest_of_each_name_and_machine(load: Callable[[str], Any], tmp_path: Path) -> None:
-    def write(name: str, gpu: str | None, date: str) -> None:
+    def write(name: str, gpu: str | None, date: str, kind: str = "dali", **more: Any) -> None:
         machine = {"cpu": "some", "cores": 2, "gpu": gpu}
         hardware = "2-core-cpu" if gpu is None else "-".join(gpu.lower().split())
-        record = {"benchmark": name.partition("-")[0], "machine": machine, "versions": {}, "command": "", "rows": []}
+        rows = [{"name": "a", "kind": kind, **({"failed": "why"} if kind == "failed" else {"median": 1.0})}]
+        record = {"benchmark": name.partition("-")[0], "machine": machine, "versions": {}, "command": "", "rows": rows}
         (tmp_path / f"{name}_{hardware}_{date}.json").write_text(
-            json.dumps(record | {"date": f"{date}T00:00:00+00:00"})
+            json.dumps(record | {"date": f"{date}T00:00:00+00:00"} | more)
         )
 
     for date in ("2026-11-09", "2026-11-10", "2025-12-30"):
         write("loader", None, date)
     write("loader-real", None, "2026-01-01")
     write("loader", "NVIDIA X", "2024-01-01")
+    # What measured nothing, or was stopped, takes no place.
+    write("loader", None, "2026-11-11", "failed")
+    write("loader", None, "2026-11-12", "limit")
+    write("loader", None, "2026-11-13", complete=False)
+    write("loader-real", None, "2026-01-01", complete=True)
+    write("step", None, "2026-01-01", "ceiling")
     found = load("stored").newest(tmp_path)
     assert [(result.name, result.hardware, result.record["date"][:10]) for result in found] == [
         ("loader", "NVIDIA X", "2024-01-01"),
@@ -196,6 +203,58 @@ def test_all_rows_are_listed_with_their_costs(load: Callable[[str], Any], traine
     assert "Without a figure: timm (synthetic, ConvMixer, fp32 precision, 224 px, batches of 32): no memory." in text
 
 
+def test_the_layout_of_peers_is_told(load: Callable[[str], Any], trained: Any, tmp_path: Path) -> None:
+    blocks, stored = load("blocks"), load("stored")
+    about = blocks.train([trained], lambda path: path.name)[0]
+    assert "`report` runs in PyTorch's default layout (NCHW), as its users run it; channels_last (NHWC) may" in about
+    assert "torchvision" not in about, "it was not run"
+    ratio = {"name": "x", "kind": "ratio", "of": "convmixer, eager, NHWC", "to": "reference", "unit": "×", "n": 5}
+    path = tmp_path / "step_2-core-cpu_2026-12-01.json"
+    for low, said in ((0.9, "NHWC) may be faster"), (1.5, "the row `convmixer, eager, NHWC` of [the step's table]")):
+        rows = [ratio | {"median": 2.0, "low": low, "high": 3.0}]
+        path.write_text(json.dumps(training() | {"benchmark": "step", "rows": rows}))
+        for block in (blocks.train, blocks.train_all):
+            assert said in " ".join(block([trained, stored.read(path)], lambda path: path.name)), low
+
+
+def loaders_of(load: Callable[[str], Any], photographs: str, policy: str, best: float) -> list[str]:
+    """What is told of two loaders and two peers."""
+    about = {"photographs": photographs, "policy": policy, "epoch": 930, "image_size": 32, "canvas": 64,
+             "batch_size": 8, "threads": 2, "low": 1.0, "high": 9.0, "n": 5}  # fmt: skip
+    rows = [
+        {"name": name, "kind": kind, **about, "median": median}
+        for name, kind, median in (
+            ("dali", "fastddr", 5.0), ("torchvision", "fastddr", 2.0), ("torch-pil", "peer", 1.0),
+            ("dali / torch-pil", "ratio", 5.0), ("dali / spdl, the best peer", "ratio", best),
+        )
+    ]  # fmt: skip
+    rows.append({"name": "spdl", "kind": "failed", **about, "failed": "it is not there"})
+    path = Path("/a/b/c/benchmarks/results/loader_2-core-cpu_2026-12-01.json")
+    return load("loaders_told").loader_all([load("stored").Result("loader", path, training() | {
+        "benchmark": "loader", "rows": rows})], lambda path: path.name)  # fmt: skip
+
+
+def test_what_loaders_differ_in_is_told(load: Callable[[str], Any]) -> None:
+    about, table, failed, *_ = loaders_of(load, "synthetic", "fundus", 5.0)
+    assert "An epoch has 930 photographs. Files lie in the page cache." in about
+    assert "peers change the hue in HSV" in about
+    assert "resample" not in about
+    assert "\n| fastddr's `torchvision` | " in table
+    assert "the best peer" not in table, "it is the line above"
+    assert failed == "Without a figure: spdl (`fundus`): it is not there."
+    about, table, *_ = loaders_of(load, "fundus960", "report", 3.0)
+    assert "are larger than the canvas and not square: peers resample the whole photograph" in about
+    assert "hue" not in about
+    assert "| `dali` / the best peer of the column | 3.0×" in table
+    assert "Where photographs are not as large as the canvas, peers" in loaders_of(load, "masters", "report", 3.0)[0]
+
+
+def test_a_count_has_no_interval(load: Callable[[str], Any]) -> None:
+    row = {"median": 0, "low": 0, "high": 0, "n": 20}
+    assert load("wording").figure(row | {"unit": "of 20"}) == "0"
+    assert load("wording").figure(row | {"unit": "of linear"}) == "0.00 (0.00-0.00)"
+
+
 def test_what_is_not_measured_is_said(load: Callable[[str], Any], trained: Any) -> None:
     for name, block in load("blocks").BLOCKS.items():
         said = block([], lambda path: path.name)
@@ -276,7 +335,8 @@ def test_the_time_to_a_kappa_is_told_and_drawn(load: Callable[[str], Any], train
     assert said.startswith(
         "Until the quadratic-weighted kappa on valid comes to 0.5, validation included, `fastddr` trains 3.0 s "
         "(1.0-5.0) and `report` trains 12 s (4-20), 4.0 (4.0-4.0) times as long (M, auto precision, "
-        "64 px, batches of 4, 5 seeds): `python benchmarks/train.py`"
+        "64 px, batches of 4, 5 seeds, ratios seed by seed; the recipes differ: `report` trains without normalisation "
+        "and at a constant learning rate): `python benchmarks/train.py`"
     ), "not 0.7, to which not all came"
 
 

@@ -14,7 +14,8 @@ class SingleLinear(nn.Linear):
 
     def forward(self, values: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         """As `nn.Linear`."""
-        if not torch.is_autocast_enabled(values.device.type):
+        # Of tensors on `meta`, which have no values, autocast knows nothing.
+        if values.is_meta or not torch.is_autocast_enabled(values.device.type):
             return super().forward(values)
         with torch.autocast(values.device.type, enabled=False):
             return super().forward(values.float())

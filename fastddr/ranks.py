@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -57,6 +58,20 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died in between
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """Let this process, which `multiprocessing` started, not outlive the one that started it: a killed parent's worker
+    would wait for work for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def world() -> int:

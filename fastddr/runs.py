@@ -270,7 +270,7 @@ def seen(path: Path) -> None:
     """Wait until this process sees the run that rank 0 has begun or found, as that of another machine may not yet.
 
     Raises:
-        UserError: it does not, for a minute.
+        UserError: it does not, for `_SEEN_AFTER`.
     """
     ends = time.monotonic() + _SEEN_AFTER
     while not (path / "config.yaml").is_file():

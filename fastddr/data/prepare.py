@@ -19,7 +19,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -183,14 +182,7 @@ def _results(jobs: Sequence[Job], place: Place, workers: int | None) -> Iterator
 def begin_worker() -> None:
     """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
+    ranks.end_with_parent()
 
 
 # ------------------------------------------------------------------------------------------------ rank 0

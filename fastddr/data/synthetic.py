@@ -22,12 +22,10 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastddr import ranks
+from fastddr.data import cache
 from fastddr.data.arrange import LAYOUTS, Photograph, folders, layout_of, lesions_file, place, write_labels
 from fastddr.data.eye.anatomy import draw_eye
 from fastddr.data.eye.camera import develop, draw_camera, spoil, stream
@@ -188,18 +188,7 @@ def _keep_memory() -> None:
 def _begin_worker() -> None:
     """Ready a worker process, and let it not outlive a killed parent: it would wait for work for ever."""
     _keep_memory()
-    parent = parent_process()
-    if parent is not None:
-
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks.end_with_parent()
 
 
 @contextmanager
@@ -268,7 +257,7 @@ def generate(
     if not 0 <= corrupt < len(placed):
         most = len(placed) - 1
         raise UserError(f"A set of {most + 1} photographs cannot have {corrupt} faulty ones: choose from 0 to {most}.")
-    workers = min(_cores() if workers is None else workers, max(len(placed) // 8, 1))
+    workers = min(ranks.available_cores() if workers is None else workers, max(len(placed) // 8, 1))
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
     try:
@@ -326,17 +315,10 @@ def default_root(
 
     The folder's name tells the generator's version and everything that the files depend on.
     """
-    given = os.environ.get("FASTDDR_CACHE")
-    if given:
-        cache = Path(given)
-    else:
-        import platformdirs  # here: rendering needs only NumPy and Pillow
-
-        cache = Path(platformdirs.user_cache_dir("fastddr"))
     counts = DEFAULT_COUNTS if counts is None else counts
     text = ";".join(f"{split}={','.join(map(str, counts[split]))}" for split in sorted(counts))
     digest = hashlib.sha256(f"{text};quality={quality}".encode()).hexdigest()[:12]
-    return cache / f"synthetic-v{VERSION}-seed{seed}-{size}px-{digest}"
+    return cache.folder() / f"synthetic-v{VERSION}-seed{seed}-{size}px-{digest}"
 
 
 def ensure(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -166,14 +165,7 @@ def _begin_worker(worker: int) -> None:
     PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
+    ranks.end_with_parent()
 
 
 def _refuse_small_shm(task: Task) -> None:

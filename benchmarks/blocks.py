@@ -122,12 +122,16 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
 
 
 def _layouts(results: Sequence[Result], result: Result, link: Link) -> list[str]:
-    """In which layout peers run that have no other, and what the other is worth to the same model where that is known.
+    """In which layout peers ran that were run in one alone, and what the other is worth to the same model, if known.
 
-    Nothing is said where none of them was run.
+    Nothing is said of peers that were not run, or in channels_last too.
     """
-    peers = [name for name in ("report", "torchvision") if any(
-        row["kind"] == "peer" and row["name"].partition(",")[0] == name for row in result.measured)]  # fmt: skip
+    forms = [row["name"].split(", ") for row in result.measured if row["kind"] == "peer"]
+    peers = [
+        name for name in ("report", "torchvision")
+        if any(form[0] == name for form in forms)
+        and not any(form[0] == name and "channels_last" in form for form in forms)
+    ]  # fmt: skip
     if not peers:
         return []
     verb, their, them = ("runs", "its", "it") if len(peers) == 1 else ("run", "their", "them")

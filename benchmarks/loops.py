@@ -26,14 +26,23 @@ class Loop(Recipe):
     loader: Iterable[Any]
     valid: Iterable[Any]
 
+    def __init__(self, case: Case, options: Mapping[str, str]) -> None:
+        super().__init__(case, options)
+        #: Of the maps: PyTorch's default, or the other, which a user has to ask for.
+        self.layout = "NHWC" if "channels_last" in options else "NCHW"
+
     def build_model(self) -> nn.Module:
-        """The configuration's model, its maps in PyTorch's default layout: nobody who writes it plainly has another."""
+        """The configuration's model, its maps in the loop's layout."""
         config = self.config
         torch.manual_seed(config.seed)
         model = models.build(
             config.model, num_classes=config.num_classes, image_size=config.image_size, **config.model_settings
         )
-        return networks.lay_out(model, "NCHW", self.device)
+        return networks.lay_out(model, self.layout, self.device)
+
+    def place(self, image: Tensor) -> Tensor:
+        """A batch on the device, in the loop's layout."""
+        return image.to(self.device).contiguous(memory_format=networks.LAYOUTS[self.layout])
 
     def folder(self, split: str, transform: Any) -> Any:
         """torchvision's ImageFolder of a split."""
@@ -68,7 +77,7 @@ class Loop(Recipe):
         logits, grades = [], []
         with torch.inference_mode():
             for image, grade in self.valid:
-                logits.append(self.model(image.to(self.device)).float().cpu())
+                logits.append(self.model(self.place(image)).float().cpu())
                 grades.append(grade.cpu())
         return float(figures(torch.cat(logits), torch.cat(grades))["qwk"] or 0.0)
 
@@ -90,7 +99,7 @@ def _still(case: Case, normalize: bool) -> Any:
 class Report(Loop):
     """The report's own way."""
 
-    options = ("workers",)
+    options = ("workers", "channels_last")
 
     def __init__(self, case: Case, options: Mapping[str, str]) -> None:
         super().__init__(case, options)
@@ -111,7 +120,7 @@ class Report(Loop):
         self.loss = 0.0
 
     def step(self, image: Tensor, grade: Tensor) -> int:
-        image, grade = image.to(self.device), grade.to(self.device)
+        image, grade = self.place(image), grade.to(self.device)
         self.optimizer.zero_grad()
         loss = self.criterion(self.model(image), grade)
         loss.backward()
@@ -123,7 +132,7 @@ class Report(Loop):
 class Torchvision(Loop):
     """torchvision's classification reference, with `--amp` where the configuration trains in half precision."""
 
-    options = ("workers",)
+    options = ("workers", "channels_last")
 
     def __init__(self, case: Case, options: Mapping[str, str]) -> None:
         super().__init__(case, options)
@@ -154,7 +163,7 @@ class Torchvision(Loop):
         self.seen: list[float] = []
 
     def step(self, image: Tensor, grade: Tensor) -> int:
-        image, grade = image.to(self.device), grade.to(self.device)
+        image, grade = self.place(image), grade.to(self.device)
         with torch.amp.autocast("cuda", enabled=self.scaler is not None):
             output = self.model(image)
             loss = self.criterion(output, grade)
@@ -210,8 +219,6 @@ class Timm(Loop):
             create_dataset("", root=case.root, split="valid"), crop_pct=config.image_size / config.canvas, **common
         )
         model = self.build_model()
-        self.layout: Any = torch.channels_last if "channels_last" in options else torch.contiguous_format
-        model = model.to(memory_format=self.layout)
         self.optimizer: Any = optim.create_optimizer_v2(
             model, opt=config.optimizer.name if config.optimizer.name != "sgd" else "sgd", lr=config.lr,
             weight_decay=config.optimizer.weight_decay,
@@ -230,13 +237,14 @@ class Timm(Loop):
 
         wanted = config.convmixer
         torch.manual_seed(config.seed)
-        return ConvMixer(
+        model = ConvMixer(
             wanted.dim, wanted.depth, kernel_size=wanted.kernel_size, patch_size=wanted.patch_size,
             num_classes=config.num_classes, act_layer=nn.ReLU if wanted.activation == "relu" else nn.GELU,
-        ).to(self.device)  # fmt: skip
+        )  # fmt: skip
+        return networks.lay_out(model, self.layout, self.device)
 
     def step(self, image: Tensor, grade: Tensor) -> int:
-        image = image.contiguous(memory_format=self.layout)
+        image = self.place(image)
         with torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.half):
             loss = self.criterion(self.model(image), grade)
         if self.scaler is not None:

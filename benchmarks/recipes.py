@@ -9,7 +9,8 @@ epochs and not timed. `report` is the way of the 2022 report that fastddr comes 
 loop of torchvision's classification reference (`RandomResizedCrop` of PIL images, SGD, float16 with `--amp`), and
 `timm` that of timm's training script (its loader with prefetcher, autocast, its optimizer and model), both made of the
 installed package, since the scripts are not in it. Their random resized crop is held to one size, so that they cut the
-same windows.
+same windows. `channels_last` lays out a peer's network and its batches in that order, which their users do not have to
+do but would, where it is faster.
 """
 
 from __future__ import annotations

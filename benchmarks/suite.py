@@ -96,7 +96,8 @@ PARTS = (
     Part(
         "train", 2.5,
         gpu=("--length", "3130"),
-        cpu=("--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0", "timm:channels_last,workers=0"),
+        cpu=("--recipes", "fastddr", "fastddr:loader=replay", "report:channels_last,workers=0",
+             "timm:channels_last,workers=0"),
         tiny=(*_TINY_SET, "--batch-sizes", "8", "--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0"),
         seconds=0.2,
     ),

@@ -214,6 +214,10 @@ def test_the_layout_of_peers_is_told(load: Callable[[str], Any], trained: Any, t
         path.write_text(json.dumps(training() | {"benchmark": "step", "rows": rows}))
         for block in (blocks.train, blocks.train_all):
             assert said in " ".join(block([trained, stored.read(path)], lambda path: path.name)), low
+    both = training()
+    both["rows"] += [both["rows"][2] | {"name": "report, channels_last, workers=0"}]
+    trained.path.write_text(json.dumps(both))
+    assert "NCHW" not in " ".join(blocks.train_all([stored.read(trained.path)], lambda path: path.name))
 
 
 def loaders_of(load: Callable[[str], Any], photographs: str, policy: str, best: float) -> list[str]:

@@ -286,24 +286,31 @@ def case(load: Any, tiny: Path, tmp_path: Path) -> Any:
 
 # timm leaves its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", ["report", "torchvision", "timm", "timm:channels_last"])
-def test_peers_train_on_every_photograph_and_learn(load: Any, tiny: Path, tmp_path: Path, name: str) -> None:
-    recipes = load("recipes")
-    spec = recipes.Spec.parse(f"{name}{',' if ':' in name else ':'}workers=0")
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["report", "torchvision", "timm"])
+def test_peers_train_on_every_photograph_and_learn(
+    load: Any, tiny: Path, tmp_path: Path, name: str, layout: str
+) -> None:
+    recipes, watched = load("recipes"), load("networks").Watched
+    spec = recipes.Spec.parse(f"{name}:workers=0{',channels_last' * (layout == 'NHWC')}")
     if recipes.RECIPES[spec.name].missing() is not None:
         pytest.skip("timm is not installed")
     wanted = case(load, tiny, tmp_path)
     recipe = recipes.make(spec, wanted)
     try:
         before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
-        epoch = recipe.epoch()
+        with watched(recipe.model, layout) as elsewhere:
+            epoch = recipe.epoch()
+        assert set(elsewhere) <= {"patches"}, "fastddr's patches are cut by a matrix product, in any layout"
         photographs = sum(1 for _ in Path(wanted.root, "train").rglob("*.jpg"))
         # timm leaves out the last, partial batch.
         assert epoch.images == (photographs // 8 * 8 if spec.name == "timm" else photographs)
         assert 0 <= epoch.waited <= epoch.seconds
         after = list(recipe.model.parameters())
         assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-        assert -1 <= recipe.score() <= 1
+        with watched(recipe.model, layout) as elsewhere:
+            assert -1 <= recipe.score() <= 1
+        assert set(elsewhere) <= {"patches"}
         image, _ = next(iter(recipe.loader))
         assert tuple(image.shape[1:]) == (3, 32, 32)
     finally:

@@ -13,7 +13,7 @@ LESS = ("s", "ms", "µs", "us", "× the time", "% of the step", "GiB", "MiB")
 #: Whole numbers, words and truths that are outcomes, or of no weight for a speed; all others are settings.
 _NO_SETTING = (
     "median", "low", "high", "n", "target", "met", "reached", "compared", "loader", "store", "runs_in", "epoch",
-    "images", "micro_batch_size",
+    "images", "micro_batch_size", "either",
 )  # fmt: skip
 #: A figure is worse where it is by so much, and the intervals lie apart.
 WORSE = 0.9

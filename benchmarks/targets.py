@@ -72,8 +72,8 @@ def _kernel(speeds: Mapping[str, Sequence[float]], rows: list[dict[str, Any]], a
     aim("resident kernel alone", kernel, "images/s", 1_000_000)
     share = float(np.median(copying))
     aim("resident kernel alone, share of the copy bandwidth", [rate / share for rate in kernel], "×", BANDWIDTH)
-    met = rows[-1]["met"] or rows[-2]["met"]
-    rows[-1]["met"] = rows[-2]["met"] = met
+    for row in rows[-2:]:
+        row["either"] = True
 
 
 def training(
@@ -119,4 +119,4 @@ def sentence(row: Mapping[str, Any]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    return "met" if row["met"] else "NOT met"
+    return "met" if row["met"] else f"NOT met{' (either of two is enough)' * row.get('either', False)}"

@@ -55,13 +55,17 @@ def _main(arguments: list[str] | None) -> int:
 
         return train.main(rest, prog="fastddr train")
     if verb in LATER:
+        from fastddr.cli import answered
         from fastddr.inference import flags
 
-        asked = flags.parse(verb, rest)
-        with no_collector():
-            module = importlib.import_module(f"fastddr.inference.{verb}")
-        code: int = module.main(asked)
-        return code
+        def work() -> int:
+            asked = flags.parse(verb, rest)
+            with no_collector():
+                module = importlib.import_module(f"fastddr.inference.{verb}")
+            code: int = module.main(asked)
+            return code
+
+        return answered(work)
     if verb in VERBS:
         from fastddr import verbs
 

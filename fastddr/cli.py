@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 from fastddr import ranks
 from fastddr.config import MODELS, Config, check, flatten, load_preset, preset_names
 from fastddr.config.sections import governed, sized
 from fastddr.errors import EXIT_USER_ERROR, UserError, nearest
+
+T = TypeVar("T")
 
 
 def parse(arguments: Sequence[str], prog: str) -> Config:
@@ -23,29 +26,15 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
         UserError: one sentence about the flag that is unknown or has a wrong value.
         SystemExit: code 0, after `--help`.
     """
-    import tyro
-
     base = load_preset(_preset_argument(arguments))
     # As in YAML, a policy or a size sets all that it governs, and the other flags lie over it. A wrong name is refused
     # by tyro.
     policy = governed(last_value(arguments, "--augment.policy"))
     size = sized(last_value(arguments, "--convmixer.size"))
     base = replace(base, augment=replace(base.augment, **policy), convmixer=replace(base.convmixer, **size))
-    console = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(console):
-            config, unknown = tyro.cli(Config, args=list(arguments), default=base, return_unknown_args=True, prog=prog)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_one_sentence(console.getvalue())) from None
+    config, unknown = known(Config, arguments, prog, default=base)
     if unknown:
-        offender = unknown[0].split("=")[0]
-        flags = ["--" + key.replace("_", "-") for key in flatten(base)]
-        hint = nearest(offender, flags) if offender.startswith("--") else "flags begin with two dashes."
-        if "known are" in hint:
-            hint = "see --help."
-        raise UserError(f"unknown argument {offender!r}; {hint}")
+        raise _unknown(unknown[0], ["--" + key.replace("_", "-") for key in flatten(base)])
     checked = check(config, "command line")
     for flag in (argument.partition("=")[0] for argument in arguments):
         section = flag.removeprefix("--").partition(".")[0]
@@ -53,6 +42,47 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
             # No error: one command may hold settings for several models, and name another each time.
             sys.stderr.write(f"fastddr: {flag} is not used: it is of {section}, and the model is {config.model}\n")
     return checked
+
+
+def flags(make: Callable[..., T], arguments: Sequence[str], prog: str) -> T:
+    """What a verb is asked: a dataclass `make`, from its command line.
+
+    Raises:
+        UserError: one sentence about the flag that is unknown or has a wrong value.
+        SystemExit: code 0, after `--help`.
+    """
+    found, unknown = known(make, arguments, prog)
+    if unknown:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            known(make, ["--help"], prog)
+        raise _unknown(unknown[0], re.findall(r"--[a-z][\w.-]*", said.getvalue()))
+    return found
+
+
+def known(make: Callable[..., T], arguments: Sequence[str], prog: str, **more: Any) -> tuple[T, list[str]]:
+    """As `flags`, and the arguments that it does not know; `more` goes to `tyro.cli`, whose box becomes a sentence."""
+    import tyro
+
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            found: tuple[T, list[str]] = tyro.cli(
+                make, args=list(arguments), prog=prog, return_unknown_args=True, **more
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_sentence(console.getvalue())) from None
+    return found
+
+
+def _unknown(argument: str, flags: Sequence[str]) -> UserError:
+    offender = argument.partition("=")[0]
+    if not offender.startswith("--"):
+        return UserError(f"unknown argument {offender!r}; flags begin with two dashes, see --help.")
+    hint = nearest(offender, flags)
+    return UserError(f"unknown argument {offender!r}; {'see --help.' if 'known are' in hint else hint}")
 
 
 def answered(work: Callable[[], int]) -> int:

@@ -198,6 +198,18 @@ def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
     return path, None
 
 
+def placed(config: Config) -> dict[str, str]:
+    """Where the photographs lie, and the list of those to leave out, by paths that hold whatever folder one is in.
+
+    So `fastddr evaluate` finds them from any folder. A link stays a link: it may be moved to other photographs.
+    """
+    found = {"data": config.data, "exclude": config.exclude}
+    return {
+        key: str(Path(path).expanduser().absolute())
+        for key, path in found.items() if path is not None and path != "synthetic"
+    }  # fmt: skip
+
+
 def hold(path: Path, say: Callable[[str], None], *, begins: bool = False) -> TextIO | None:
     """Take the folder of a run for this process: until the stream that is returned is closed, or the process ends.
 

@@ -112,6 +112,15 @@ class Stopping:
                     self._asked = f"the file {self._file.name}"
         return self._asked
 
+    def heard(self) -> None:
+        """Follow at once what this process itself was asked, where it cannot go on to a step at which all ranks agree.
+
+        Raises:
+            StopRequested: it was asked to stop.
+        """
+        if self._asked is not None:
+            raise StopRequested(self._asked)
+
     def saved(self) -> None:
         """A checkpoint was taken; the minutes to the next one count from here."""
         self._saved, self.wanted = time.monotonic(), False

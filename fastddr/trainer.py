@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime, saving
-from fastddr.config import Config, dump
+from fastddr.config import Config, check, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
@@ -40,7 +40,7 @@ class Trainer:
     """Trains, evaluates and reports one run. Use it in a `with` block, so that everything is closed."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config = check(config, "the Trainer's configuration")
         self.progress = runs.Progress()
         self.finished = False
         #: Who asked the run to stop, once it has followed.
@@ -101,23 +101,26 @@ class Trainer:
             self.console.print(f"  {decision}")
         self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
 
+        # Before the photographs are read: a model, weights or a compiler that cannot be had are told at once.
+        models.levers.check_compiler(config, self.runtime.device)
+        model = models.from_config(config, self.console.print)
+        begin = partial(models.weights.begin, config, model, load_checkpoint=checkpoints.load, say=self.console.print)
+        taken_over = () if resumed else begin(average=model)
         self.manifest = source.open_data(config, self.console)
         self.loaders = RunLoaders(
             config, self.manifest, self.runtime, lambda line: self.console.print(f"  {line}"), taken
         )
-        # What auto became is stored, and used again by a resume.
+        # What auto became is stored, and used again by a resume; the data by a path that holds in any folder.
         chosen: dict[str, Any] = {
-            "run_dir": str(where),
-            "loader": self.loaders.choice.loader,
-            "precision": self.runtime.precision,
-            "micro_batch_size": self.runtime.micro_batch_size,
+            "run_dir": str(where), **runs.placed(config), "loader": self.loaders.choice.loader,
+            "precision": self.runtime.precision, "micro_batch_size": self.runtime.micro_batch_size,
             "threads": self.runtime.threads,
-        }
+        }  # fmt: skip
         self.config = replace(config, **chosen)
         self.train_loader, self.valid_loader = self.loaders.train, self.loaders.valid
         self.steps_per_epoch = self.train_loader.task.steps
 
-        model = models.from_config(config, self.console.print).to(self.runtime.device)
+        model.to(self.runtime.device)  # after the loaders, which look at how much of the card is free
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         decay = config.optimizer.ema_decay
         self.ema = None if decay is None else optimizers.make_ema(model, decay)
@@ -127,7 +130,7 @@ class Trainer:
         )
         self.bare_model = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.model = models.levers.compiled(self.model, config, self.runtime.device)
+        self.model = models.levers.compiled(self.model, config)
         self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
         training = Training(model, self.ema and self.ema.module, self.optimizer, self.accelerator.scaler)
@@ -136,7 +139,7 @@ class Trainer:
         if resumed:
             going_on = saving.resume(self.run, training, fingerprint, lambda line: self.console.print(f"  {line}"))
         if going_on is None:
-            self._begin(models.weights.begin(config, model, self._weights, checkpoints.load, self.console.print))
+            self._begin(begin(average=self._weights) if resumed else taken_over)
         else:
             self.progress = going_on
         self.watch = Watch(self.runtime.device, self.progress.overflowed)
@@ -198,7 +201,7 @@ class Trainer:
             if self.runtime.is_main:
                 self.run.set_status("running", self.progress.step)
             try:
-                with models.levers.compiling(self.config):
+                with models.levers.compiling(self.config, self.stopping.heard):
                     while self.progress.epoch < self.config.epochs:
                         self.train_epoch()
                         self.validate()

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from fastddr import ranks
-from fastddr.cli import answered
+from fastddr.cli import answered, flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
 from fastddr.progress import EpochBar
@@ -230,9 +230,9 @@ def main(verb: str, arguments: Sequence[str]) -> int:
 
     def work() -> int:
         if verb == "plan":
-            plan, flags = tyro.cli(Plan, args=list(arguments), prog="fastddr plan", return_unknown_args=True)
-            return plan.run(flags)
+            plan, training = known(Plan, arguments, "fastddr plan")
+            return plan.run(training)
         make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
-        return tyro.cli(make, args=list(arguments), prog=f"fastddr {verb}").run()
+        return flags(make, arguments, f"fastddr {verb}").run()
 
     return answered(work)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastddr import cli
 from fastddr.config.sections import Field, Views
 
 Weights = Literal["best", "last"]
@@ -141,5 +142,5 @@ _FLAGS: dict[str, Any] = {
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
-    """The flags of one of these verbs, as its module's `main` takes them; leaves on `--help` and on a wrong flag."""
-    return tyro.cli(_FLAGS[verb], args=list(arguments), prog=f"fastddr {verb}")
+    """The flags of one of these verbs, as its module's `main` takes them; as `cli.flags`."""
+    return cli.flags(_FLAGS[verb], arguments, f"fastddr {verb}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -104,7 +104,19 @@ def _contiguous_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor
     return output.contiguous()
 
 
-def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raise UserError where `config.compile` asks for a compiler for this device, and the machine has none."""
+    if not config.compile:
+        return
+    if device.type == "cuda":
+        lacks = triton_lacks()
+        if lacks is not None:
+            raise UserError(f"--compile lacks {lacks}; install that, or leave it off here.")
+    elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise UserError("--compile needs a C++ compiler on a CPU; install g++, or leave it off.")
+
+
+def compiled(model: nn.Module, config: Config) -> nn.Module:
     """The model under `torch.compile`, or as it is unless `config.compile`.
 
     The compiled one shares weights and buffers with the given one, which stays as it is. `memory.activation_budget` is
@@ -113,19 +125,9 @@ def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Modul
     Args:
         model: as it is trained, with DDP around it where there are several ranks.
         config: says whether, and which share of the activations may be kept.
-        device: where it trains.
-
-    Raises:
-        UserError: this machine has no compiler.
     """
     if not config.compile:
         return model
-    if device.type == "cuda":
-        lacks = triton_lacks()
-        if lacks is not None:
-            raise UserError(f"--compile lacks {lacks}; install that, or leave it off here.")
-    elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise UserError("--compile needs a C++ compiler on a CPU; install g++, or leave it off.")
     import torch._functorch.config
 
     torch._functorch.config.activation_memory_budget = config.memory.activation_budget
@@ -138,8 +140,11 @@ def compiled(model: nn.Module, config: Config, device: torch.device) -> nn.Modul
 
 
 @contextmanager
-def compiling(config: Config) -> Iterator[None]:
+def compiling(config: Config, heard: Callable[[], None]) -> Iterator[None]:
     """Within it a compiler that fails ends the run in one sentence; it works at the first step, not before.
+
+    `heard` raises where the run was asked to stop: Ctrl-C and schedulers signal the compiler's processes too, which end
+    at once and look as if they had failed.
 
     Raises:
         UserError: the model cannot be compiled on this machine.
@@ -153,6 +158,7 @@ def compiling(config: Config) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
+        heard()
         if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, torch.OutOfMemoryError):
             raise error.inner_exception from error
         if torch._dynamo.config.verbose:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,6 +77,19 @@ def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -
     figures, _, folder = evaluated(run, "--data", str(other), "--split", "valid")
     assert figures["valid"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
     assert "were trained on" not in (folder / "report.md").read_text()
+
+
+def test_a_run_finds_its_photographs_from_any_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    bad = sorted((tiny / "DR_grading" / "train").glob("*.jpg"))[0]
+    (tmp_path / "bad.csv").write_text(f"path,reason\ntrain/{bad.name},blurred\n")
+    left_out = ("--exclude", os.path.relpath(tmp_path / "bad.csv"))
+    train(Path(tiny.name), tmp_path / "run", "--epochs", "1", *left_out)
+    monkeypatch.chdir(tmp_path)
+    figures, _, _ = evaluated(Path("run"), "--split", "all")
+    assert figures["all"]["n"] == 26 + 11 + 13
 
 
 def test_probabilities_are_averaged_over_the_views(run: Path) -> None:

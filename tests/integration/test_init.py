@@ -14,6 +14,7 @@ import torch
 from tests_support import ROOT, SMALL, environment, settings, train, weights
 
 from fastddr import checkpoints
+from fastddr.config import Config
 from fastddr.errors import EXIT_USER_ERROR, UserError
 from fastddr.trainer import Trainer
 
@@ -56,10 +57,43 @@ def test_a_run_begins_at_the_best_weights_of_another_and_goes_on_without_it(
         train(tiny, folder)
 
 
-def test_weights_that_cannot_be_had_leave_no_folder(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such file"):
-        train(tiny, tmp_path / "run", "--init", str(tmp_path / "none.pth"))
+def test_a_run_that_ended_before_its_first_checkpoint_begins_at_them_again(
+    run: Path, tiny: Path, tmp_path: Path
+) -> None:
+    begin = settings(tiny, tmp_path / "second", "--init", f"run:{run}")
+    with Trainer(begin):
+        pass
+    with Trainer(begin) as trainer:
+        best = checkpoints.load(run / "checkpoints" / "best").ema
+        assert best is not None
+        for model in (trainer.bare_model, trainer._weights):
+            assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--init", "none.pth"), "there is no such file"),
+        (("--model", "timm:no_such_model"), "no_such_model"),
+        (("--compile",), "needs a C.. compiler"),
+    ],
+)
+def test_what_cannot_be_had_is_told_before_the_photographs_are_read_and_leaves_no_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], said: str
+) -> None:
+    def early(*_: object) -> None:
+        raise AssertionError("thousands of photographs are decoded here")
+
+    monkeypatch.setattr("fastddr.trainer.source.open_data", early)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match=said):
+        train(tiny, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_made_in_python_is_checked() -> None:
+    with pytest.raises(UserError, match="the Trainer's configuration: epochs is 0, but must be at least 1"):
+        Trainer(Config(epochs=0))
 
 
 def test_recomputed_blocks_give_the_run_bit_for_bit(run: Path, tiny: Path, tmp_path: Path) -> None:

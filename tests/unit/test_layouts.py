@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,36 @@ def test_a_bad_row_is_named_with_its_line(row: list[str], kind: str, said: str, 
     assert said in problem.reason
     assert problem.severity == "error"
     assert "line 3" in problem.path + problem.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["DDR-dataset.zip.001", "DDR-dataset.zip.010"],
+         "DDR-dataset.zip lies there in parts: join them (`cat DDR-dataset.zip.0* > DDR-dataset.zip`) and unpack it"),
+        (["ddr.tar.gz", "notes.txt"], "ddr.tar.gz is an archive: unpack it"),
+        (["labels.csv", "a.jpg"], "the header of labels.csv is name;DR level, which is none of those"),
+        (["a.JPG"], "photographs lie in it, and no labels beside them"),
+        (["notes.txt"], "like train/0/ or train/mild/."),
+    ],
+)  # fmt: skip
+def test_where_there_is_no_data_set_what_lies_there_is_told(names: list[str], said: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("name;DR level\na.jpg;0\n")
+    with pytest.raises(UserError, match=f"no known layout.*{re.escape(said)}"):
+        layouts.find(tmp_path)
+
+
+def test_a_file_that_is_no_table_is_told_for_what_it_is(tmp_path: Path) -> None:
+    for name, said in (
+        ("d.zip.003", "lies there in parts"),
+        ("d.zip", "is an archive: unpack it, and give the folder"),
+        ("t.csv", "should be path,grade[,split][,patient], and is a,b."),
+        ("e.csv", "and is empty."),
+    ):
+        (tmp_path / name).write_text("" if name == "e.csv" else "a,b\n1,2\n")
+        with pytest.raises(UserError, match=re.escape(said)):
+            layouts.find(tmp_path / name)
 
 
 def test_tables_that_do_not_tell_which_is_which(tmp_path: Path) -> None:

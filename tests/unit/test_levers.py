@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from fastddr import models
 from fastddr.config import Config, MemoryConfig
 from fastddr.errors import UserError
 from fastddr.models import levers
+from fastddr.stopping import Stopping, StopRequested
 
 CPU = torch.device("cpu")
 OURS = {
@@ -178,17 +180,18 @@ def test_the_stem_that_takes_memory_is_warned_of() -> None:
 
 def test_without_compile_the_model_is_itself() -> None:
     model = build("cnn")
-    assert levers.compiled(model, Config(), CPU) is model
+    assert levers.compiled(model, Config()) is model
 
 
 def test_a_machine_without_a_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(Config(), compile=True)
     monkeypatch.setattr(levers.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
-        levers.compiled(build("cnn"), config, CPU)
+        levers.check_compiler(config, CPU)
     monkeypatch.setattr(levers, "triton_lacks", lambda: "a C compiler for Triton")
     with pytest.raises(UserError, match="--compile lacks a C compiler for Triton; install that"):
-        levers.compiled(build("cnn"), config, torch.device("cuda"))
+        levers.check_compiler(config, torch.device("cuda"))
+    levers.check_compiler(Config(), CPU)
 
 
 #: In a process where einops has met no tensor.
@@ -199,9 +202,10 @@ import torch
 from fastddr import models
 from fastddr.config import Config
 from fastddr.models import levers
+from fastddr.stopping import Stopping, StopRequested
 torch.compile = functools.partial(torch.compile, backend="eager")
 model = models.build("convmixer", num_classes=5, image_size=32, dim=8, depth=2, kernel_size=3, patch_size=4)
-compiled = levers.compiled(model, replace(Config(), compile=True), torch.device("cpu"))
+compiled = levers.compiled(model, replace(Config(), compile=True))
 for _ in range(3):
     compiled(torch.randn(2, 3, 32, 32)).sum().backward()
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -221,23 +225,36 @@ def failing(error: BaseException) -> Any:
     return torch.compile(torch.nn.Linear(2, 2), backend=backend)
 
 
+def unasked() -> None:
+    """Nobody wants the run to stop."""
+
+
+def test_a_compiler_that_a_stop_has_ended_has_not_failed(tmp_path: Path) -> None:
+    stopping = Stopping(tmp_path / "STOP", None, rank=0, world=1)
+    config = replace(Config(), compile=True)
+    with stopping.listening():
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(StopRequested, match="SIGTERM"), levers.compiling(config, stopping.heard):
+        failing(RuntimeError("g++: terminated"))(torch.zeros(1, 2))
+
+
 def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that() -> None:
     config = replace(Config(), compile=True)
     words = r"cannot compile convmixer here: .*ValueError: no such instruction; leave"
-    with pytest.raises(UserError, match=words), levers.compiling(config):
+    with pytest.raises(UserError, match=words), levers.compiling(config, unasked):
         failing(ValueError("no such instruction"))(torch.zeros(1, 2))
     pages = "C++ compile error\n\nCommand:\ng++ x\n\nOutput:\nx.cpp:1: no such register" + "\ny" * 999
     words = r"C\+\+ compile error Command: g\+\+ x Output: x.cpp:1: no such register y.* …; leave"
-    with pytest.raises(UserError, match=words), levers.compiling(config):
+    with pytest.raises(UserError, match=words), levers.compiling(config, unasked):
         failing(RuntimeError(pages))(torch.zeros(1, 2))
     from torch._dynamo import config as dynamo
 
     all_of_it = dynamo.patch(verbose=True)
-    with pytest.raises(RuntimeError, match="no such instruction"), all_of_it, levers.compiling(config):
+    with pytest.raises(RuntimeError, match="no such instruction"), all_of_it, levers.compiling(config, unasked):
         failing(ValueError("no such instruction"))(torch.zeros(1, 2))
-    with pytest.raises(torch.OutOfMemoryError), levers.compiling(config):
+    with pytest.raises(torch.OutOfMemoryError), levers.compiling(config, unasked):
         failing(torch.OutOfMemoryError("out of memory"))(torch.zeros(1, 2))
-    with pytest.raises(RuntimeError, match="another"), levers.compiling(config):
+    with pytest.raises(RuntimeError, match="another"), levers.compiling(config, unasked):
         raise RuntimeError("another")
 
 
@@ -261,7 +278,7 @@ for how, share in ("eager", None), ("all", 1.0), ("some", 0.3):
     bare = models.from_config(config, print)
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(bare, optimizers.build(bare, "sgd", lr=0.1))
-    model = models.levers.compiled(model, config, torch.device("cpu"))
+    model = models.levers.compiled(model, config)
     image = torch.randn(4, 3, 32, 32)
     batch = Batch(image, torch.tensor([0, 1, 2, 4]), torch.arange(4), torch.ones(4, dtype=torch.bool))
     for _ in range(2):

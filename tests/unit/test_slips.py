@@ -102,6 +102,31 @@ def test_a_table_that_cannot_be_written_is_told_before_the_work(
         predict._free(asked, "center")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "somewhere", "--fixlist", "x"], "unknown argument '--fixlist'; did you mean '--fix-list'?"),
+        (["prepare", "a", "b", "c"], "unknown argument 'c'; flags begin with two dashes, see --help."),
+        (["prepare", "a", "b", "--size", "big"], "--size"),
+        (["synth", "--count", "40"], "OUT"),
+        (["evaluate", "run", "--splitt=valid"], "unknown argument '--splitt'; did you mean '--split'?"),
+        (["compare", "a", "b", "--zzzz"], "unknown argument '--zzzz'; see --help."),
+        (["predict", "run", "a.jpg", "--explian", "x"], "unknown argument '--explian'; did you mean '--explain'?"),
+        (["export", "run", "--format", "onx"], "onnx"),
+        (["plan", "--vram", "much"], "--vram"),
+    ],
+)
+def test_a_verbs_wrong_flag_is_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == EXIT_USER_ERROR
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("fastddr: ")
+    assert told.err.count("\n") == 1
+    assert said in told.err
+
+
 def test_ctrl_c_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*arguments: object) -> int:
         raise KeyboardInterrupt

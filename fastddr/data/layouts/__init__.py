@@ -10,12 +10,15 @@ csv, ...    a label table, known by its header (`table.py`)
 from __future__ import annotations
 
 import csv
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastddr.data.layouts.common import PHOTOGRAPHS, PREPARED, SPLITS, Entry, Listing, subfolders
 from fastddr.data.layouts.folders import folders
 from fastddr.data.layouts.lines import gdrbench, official
-from fastddr.data.layouts.table import table, tables
+from fastddr.data.layouts.table import table, tables, unknown_header
 from fastddr.errors import UserError
 
 __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
@@ -23,6 +26,7 @@ __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
 #: How far below the given folder a data set is looked for. Two above IDRiD's "B. Disease Grading", its tables are three
 #: below.
 _DEPTH = 3
+_ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz")
 
 
 def find(data: str | Path) -> Listing:
@@ -42,9 +46,12 @@ def find(data: str | Path) -> Listing:
     if place.is_file() and place.suffix.lower() == ".csv":
         return _with_absent(table(place))
     if not place.is_dir():
+        packed = _packed([place.name])
         raise UserError(
-            f"--data {data}: this is a file; give the folder that holds the photographs, or a label table (.csv)."
-        )
+            f"--data {data}: "
+            + (f"{packed}, and give the folder." if packed else
+               "this is a file; give the folder that holds the photographs, or a label table (.csv).")
+        )  # fmt: skip
     level = [place]
     for depth in range(_DEPTH + 1):
         found = [
@@ -58,8 +65,37 @@ def find(data: str | Path) -> Listing:
         level = [below for folder in level for below in subfolders(folder)]
     raise UserError(
         f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
-        "(DR_grading.csv, or a CSV with the header path,grade), or class folders like train/0/ or train/mild/."
+        "(DR_grading.csv, or a CSV with the header path,grade), or class folders like train/0/ or train/mild/"
+        f"{_instead(place)}."
     )
+
+
+def _instead(folder: Path) -> str:
+    """What lies in a folder that holds no data set and may be the reason; empty where there is nothing to say."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f" (what is in it cannot be listed: {error.strerror})"
+    packed = _packed(names)
+    if packed:
+        return f"; {packed}"
+    headers = [(name, header) for name in names if (header := unknown_header(folder / name)) is not None]
+    if headers:
+        name, header = headers[0]
+        return f"; the header of {name} is {header}, which is none of those that are known (docs/data.md)"
+    if any(name.lower().endswith(PHOTOGRAPHS) for name in names):
+        return "; photographs lie in it, and no labels beside them"
+    return ""
+
+
+def _packed(names: Sequence[str]) -> str | None:
+    """What to do with an archive among these names; None where there is none. DDR comes as ten parts of one."""
+    parts = [name for name in names if re.search(r"\.zip\.\d+$", name.lower())]
+    if parts:
+        whole = parts[0].rpartition(".")[0]
+        return f"{whole} lies there in parts: join them (`cat {whole}.0* > {whole}`) and unpack it"
+    whole = next((name for name in names if name.lower().endswith(_ARCHIVES)), "")
+    return f"{whole} is an archive: unpack it" if whole else None
 
 
 def _in(folder: Path, top: Path, *, strict: bool) -> Listing | None:

@@ -73,8 +73,22 @@ def table(file: Path) -> Listing:
     """
     found = _read(file, asked=True)
     if found is None:
-        raise UserError(f"{file}: this is no label table; its header should be path,grade[,split][,patient].")
+        raise UserError(
+            f"{file}: this is no label table; its header should be path,grade[,split][,patient], and is "
+            f"{unknown_header(file) or 'empty'}."
+        )
     return _listing([found], file.parent, file.parent)
+
+
+def unknown_header(file: Path) -> str | None:
+    """The first line of a CSV that is no label table, cut short; None where it is one, or no CSV, or cannot be read."""
+    if file.suffix.lower() != ".csv" or _read(file) is not None:
+        return None
+    try:
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            return one_line(stream.readline(200).strip()[:120]) or None
+    except OSError:
+        return None
 
 
 def key_column(header: Sequence[str]) -> int | None:

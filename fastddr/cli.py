@@ -36,12 +36,29 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     if unknown:
         raise _unknown(unknown[0], ["--" + key.replace("_", "-") for key in flatten(base)])
     checked = check(config, "command line")
-    for flag in (argument.partition("=")[0] for argument in arguments):
-        section = flag.removeprefix("--").partition(".")[0]
-        if "." in flag and section in MODELS and section != config.model and ranks.rank() == 0:
+    for flag in dict.fromkeys(argument.partition("=")[0] for argument in arguments):
+        why = _unused(flag, config)
+        if why is not None and ranks.rank() == 0:
             # No error: one command may hold settings for several models, and name another each time.
-            sys.stderr.write(f"fastddr: {flag} is not used: it is of {section}, and the model is {config.model}\n")
+            sys.stderr.write(f"fastddr: {flag} is not used: it is of {why}\n")
     return checked
+
+
+def _unused(flag: str, config: Config) -> str | None:
+    """Why a flag has no effect beside the other settings: of what it is, and what is set instead; else None."""
+    section, _, key = flag.removeprefix("--").partition(".")
+    if key and section in MODELS and section != config.model:
+        return f"{section}, and the model is {config.model}"
+    if section == "synthetic" and config.data != "synthetic":
+        return f"the synthetic set, and the data are {config.data}"
+    optimizer = config.optimizer.name
+    if (flag == "--optimizer.momentum" and optimizer != "sgd") or (flag == "--optimizer.betas" and optimizer == "sgd"):
+        return f"{'sgd' if optimizer != 'sgd' else 'adam and adamw'}, and the optimizer is {optimizer}"
+    if flag == "--loss.beta" and config.loss.class_weights != "effective":
+        return f"the class weights `effective`, and they are `{config.loss.class_weights}`"
+    if flag in ("--loading.store", "--loading.store-gib") and config.loader not in ("auto", "resident"):
+        return f"the loader resident, and the loader is {config.loader}"
+    return None
 
 
 def flags(make: Callable[..., T], arguments: Sequence[str], prog: str) -> T:

@@ -7,7 +7,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,21 +50,47 @@ class Waited(Generic[T]):
 
 
 class Window:
-    """Means over the steps since the last log line."""
+    """Means over the steps since the last log line, of all ranks."""
 
-    def __init__(self, now: float) -> None:
-        self._total = torch.zeros(3, dtype=torch.float64)
-        self._began, self._waited = now, 0.0
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        #: By rank: loss, correct, count, seconds waited.
+        self._seen = torch.zeros(1, 4, dtype=torch.float64)
         self.rate: float | None = None
         self.wait_share: float | None = None
 
-    def close(self, total: torch.Tensor, waited: float, now: float) -> tuple[float, float]:
-        """(mean loss, accuracy) of the photographs since the last call, NaN without any; sets `rate`, `wait_share`."""
-        loss, correct, count = (total - self._total).tolist()
-        seconds = now - self._began
-        self.rate, self.wait_share = count / seconds, (waited - self._waited) / seconds
-        self._total, self._began, self._waited = total, now, waited
-        return (loss / count, correct / count) if count else (math.nan, math.nan)
+    def close(
+        self,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+        sums: torch.Tensor,
+        waited: float,
+        peaks: Mapping[str, float],
+    ) -> dict[str, float]:
+        """What there is to log of the steps since the last call; sets `rate` and `wait_share`. Called by all ranks.
+
+        Mean loss and accuracy are NaN without photographs. Of what each rank has its own of, the time for which it
+        waited for data and its memory, the largest counts: one slow disk, or one full card, holds up all.
+
+        Args:
+            gather: rows of one rank to those of all, as Accelerate's.
+            sums: (3,) loss, correct and count of this rank's photographs, since the beginning (`Tally.stack`).
+            waited: seconds since the beginning for which this rank waited for data.
+            peaks: of this rank's memory, by name.
+        """
+        own = torch.tensor([waited, *peaks.values()], dtype=sums.dtype, device=sums.device)
+        ranks = gather(torch.cat([sums, own])[None]).cpu()
+        now, seen = time.perf_counter(), ranks[:, :4]
+        new, seconds = seen - self._seen, now - self._began
+        loss, correct, count = new[:, :3].sum(0).tolist()
+        self.rate, self.wait_share = count / seconds, float(new[:, 3].max()) / seconds
+        self._seen, self._began = seen, now
+        return {
+            "train/loss": loss / count if count else math.nan,
+            "train/accuracy": correct / count if count else math.nan,
+            "train/images_per_second": self.rate,
+            "train/data_wait": self.wait_share,
+            **dict(zip(peaks, ranks[:, 4:].amax(0).tolist(), strict=True)),
+        }
 
 
 MEMORY = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -134,8 +135,9 @@ class RunFolder:
         if taken:
             self.write(self.init, "\n".join(taken) + "\n")
 
-    def set_status(self, state: State, step: int, reason: str = "") -> None:
-        """What a scheduler reads."""
+    def set_status(self, state: State, step: int | None, reason: str = "") -> None:
+        """What a scheduler reads. Where the step is not known, as in a start that failed, it is the last that was."""
+        step = self.status().get("step", 0) if step is None else step
         self.write(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
 
     def status(self) -> dict[str, Any]:
@@ -157,13 +159,27 @@ class RunFolder:
     def cut_bad_steps(self, step: int) -> None:
         """Leave out the lines of later steps than this one, which come again."""
         if self.bad_steps.is_file():
-            lines = self.bad_steps.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.write(self.bad_steps, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = self.bad_steps.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            self.write(self.bad_steps, "".join(line for line in lines if _step(line) <= step))
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity of one that is not whole, because a process was killed in it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _append(file: Path, record: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+    with file.open("a+b") as lines:
+        whole = True
+        if lines.seek(0, os.SEEK_END):
+            lines.seek(-1, os.SEEK_END)
+            whole = lines.read(1) == b"\n"
+        # Behind half a line this one would be lost with it.
+        text = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
+        lines.write((text if whole else "\n" + text).encode())
 
 
 def new_name(preset: str, data: str, now: datetime) -> str:
@@ -311,7 +327,8 @@ def _new(path: Path, named: bool) -> Path:
 def continue_from(config: Config, run: RunFolder, world: int) -> Config:
     """The configuration of a run that goes on: the stored one, with the new one's runtime keys.
 
-    What was left to `auto` stays as it was chosen then, where `world` ranks can do it.
+    What was left to `auto` stays as it was chosen then, where `world` ranks can do it. A micro batch that is asked for
+    as it was stored is taken for what `auto` chose: the run's own config.yaml may have been given as the preset.
 
     Raises:
         UserError: an identity key differs, with all that do.
@@ -321,10 +338,11 @@ def continue_from(config: Config, run: RunFolder, world: int) -> Config:
     kept: dict[str, Any] = {
         key: getattr(stored, key) for key in AUTO if getattr(config, key) in open_ and getattr(stored, key) not in open_
     }
-    if "micro_batch_size" in kept and stored.batch_size % (world * int(kept["micro_batch_size"])):
+    held = kept.get("micro_batch_size", config.micro_batch_size)
+    if held == stored.micro_batch_size != "auto" and stored.batch_size % (world * int(held)):
         # As many ranks as now cannot hold what one rank held then; it is chosen anew.
-        stored = replace(stored, micro_batch_size=config.micro_batch_size)
-        del kept["micro_batch_size"]
+        stored = replace(stored, micro_batch_size="auto")
+        kept["micro_batch_size"] = "auto"
     merged = replace(config, **kept)
     changes = identity_changes(stored, merged)
     if changes:

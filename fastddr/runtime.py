@@ -25,6 +25,12 @@ T = TypeVar("T")
 #: From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+#: What `accelerate config` may have stored for all that is launched, by its variable.
+_OTHERS = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}  # fmt: skip
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -136,7 +142,7 @@ def check_card(capability: tuple[int, int], card: str, built_for: Sequence[str])
         raise UserError(
             f"{card} (compute capability {major}.{minor}) is older than what this PyTorch is built for "
             f'({least[0]}.{least[1]} and later); install a PyTorch for CUDA 12 (see "DALI" in the README), or train on '
-            "the CPU with ACCELERATE_USE_CPU=true."
+            "the CPU with `accelerate launch --cpu`."
         )
 
 
@@ -194,11 +200,17 @@ def join() -> PartialState:
             f"srun or mpirun started {tasks} tasks that know nothing of each other: start one on each machine, which "
             "starts its ranks by itself (launch/slurm.sbatch, launch/multi_node.sh)."
         )
+    for name, what in _OTHERS.items():
+        if os.environ.get(name, "").lower() == "true":
+            raise UserError(
+                f"accelerate launch asked for {what}, which fastddr does not do: each GPU holds the whole model; "
+                "launch with --config_file accelerate_config.yaml, or leave it out in `accelerate config`."
+            )
     cards = 0 if on_cpu() else torch.cuda.device_count()
     if 0 < cards < ranks.local_world():
         raise UserError(
             f"{ranks.local_world()} processes on a machine with {cards} GPU(s): each needs one of its own; start as "
-            "many as there are GPUs, or train on the CPU with ACCELERATE_USE_CPU=true."
+            "many as there are GPUs, or train on the CPU with `accelerate launch --cpu`."
         )
     ranks.name_network()
     state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
@@ -295,8 +307,14 @@ def start(config: Config) -> Runtime:
         keep_memory()
     decisions.append(f"threads {threads}: {'asked for' if config.threads else 'the cores of this rank'}")
     numerics(config.deterministic, cpu)
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler != "no":
+        decisions.append(
+            f"accelerate launch asked for the compiler {compiler}, which is left out: compile is fastddr's --compile"
+        )
     accelerator = Accelerator(
         cpu=cpu,
+        dynamo_backend="no",
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulation,
         step_scheduler_with_optimizer=False,

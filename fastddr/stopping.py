@@ -113,13 +113,14 @@ class Stopping:
         return self._asked
 
     def heard(self) -> None:
-        """Follow at once what this process itself was asked, where it cannot go on to a step at which all ranks agree.
+        """Follow at once what this process itself was asked, where it cannot go on to the next step.
 
         Raises:
             StopRequested: it was asked to stop.
+            KeyboardInterrupt: the same with several ranks, which can agree on nothing here, so the run ends at once.
         """
         if self._asked is not None:
-            raise StopRequested(self._asked)
+            raise StopRequested(self._asked) if self._world == 1 else KeyboardInterrupt
 
     def saved(self) -> None:
         """A checkpoint was taken; the minutes to the next one count from here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -242,7 +241,7 @@ class Trainer:
         first = progress.step - progress.epoch * self.steps_per_epoch
         batches = Waited(self.train_loader.epoch(progress.epoch, start_step=first))
         tally = Tally.zeros(self.runtime.device)
-        window = Window(time.perf_counter())
+        window = Window()
         self.model.train()
         title = f"epoch {progress.epoch + 1}/{config.epochs}"
         with EpochBar(self.console, title, self.steps_per_epoch, start=first) as bar:
@@ -298,23 +297,12 @@ class Trainer:
 
     def _log_window(self, window: Window, tally: Tally, waited: float, lr: float) -> None:
         """Log the means since the last time, NaN if all steps were bad. Waits for the device: once in so many steps."""
-        total = self.accelerator.reduce(tally.stack(), reduction="sum").cpu()
-        loss, accuracy = window.close(total, waited, time.perf_counter())
+        peaks = memory(self.runtime.device, self.predicted_gib)
+        found = window.close(self.accelerator.gather, tally.stack(), waited, peaks)
+        found |= {"train/lr": lr, "train/skipped_steps": self.progress.skipped}
+        found |= scaling(self.accelerator.scaler, self.progress.overflowed)
         assert self.tracker is not None
-        self.tracker.log(
-            {
-                "train/loss": loss,
-                "train/accuracy": accuracy,
-                "train/lr": lr,
-                "train/images_per_second": window.rate,
-                "train/data_wait": window.wait_share,
-                "train/skipped_steps": self.progress.skipped,
-                **scaling(self.accelerator.scaler, self.progress.overflowed),
-                **memory(self.runtime.device, self.predicted_gib),
-            },
-            step=self.progress.step,
-            epoch=self.progress.step / self.steps_per_epoch,
-        )
+        self.tracker.log(found, step=self.progress.step, epoch=self.progress.step / self.steps_per_epoch)
 
     @property
     def _weights(self) -> nn.Module:
@@ -422,7 +410,8 @@ class Trainer:
                 # to try again.
                 if (self._began or self._resuming) and not self._settled and runtime.join().is_main_process:
                     with saving.told("status.json", self.console.print):
-                        self.run.set_status("preempted" if interrupted else "failed", self.progress.step, reason)
+                        state: runs.State = "preempted" if interrupted else "failed"
+                        self.run.set_status(state, self.progress.step if self._began else None, reason)
         finally:
             self.close(failed=error is not None)
 

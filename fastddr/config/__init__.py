@@ -7,6 +7,7 @@ Daily settings are flat; the others stand in sections (`--optimizer.weight-decay
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -380,7 +381,7 @@ def check(config: Config, where: str) -> Config:
         value = getattr(config, key)
         need(value is None or value > 0, f"{key} is {value}, but must be above 0.")
     check_model(config, where)
-    need(config.lr > 0, f"lr is {config.lr}, but must be above 0.")
+    need(0 < config.lr < math.inf, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     store = config.loading.store_gib
     need(store is None or store > 0, f"loading.store_gib is {store}, but must be above 0.")
@@ -398,6 +399,10 @@ def check(config: Config, where: str) -> Config:
     need(0 <= ratio < 1, f"optimizer.warmup_ratio is {ratio}, but must be from 0 to below 1.")
     clip = config.optimizer.clip_norm
     need(clip is None or clip > 0, f"optimizer.clip_norm is {clip}, but must be above 0.")
+    decay, betas, momentum = config.optimizer.weight_decay, config.optimizer.betas, config.optimizer.momentum
+    need(0 <= decay < math.inf, f"optimizer.weight_decay is {decay}, but must be 0 or more.")
+    need(all(0 <= beta < 1 for beta in betas), f"optimizer.betas are {betas}, but must be from 0 to below 1.")
+    need(0 <= momentum < 1, f"optimizer.momentum is {momentum}, but must be from 0 to below 1.")
     ema = config.optimizer.ema_decay
     need(ema is None or 0 < ema < 1, f"optimizer.ema_decay is {ema}, but must be between 0 and 1.")
     return config

@@ -60,7 +60,8 @@ class ResNetConfig:
     width: int = 64
     """Channels of the first stage."""
     stem: Literal["standard", "stride1"] = "standard"
-    """`stride1` keeps the full resolution after the first convolution: about 13 times the memory."""
+    """`stride1` keeps the full resolution after the first convolution: maps of 16 times the pixels, and about as many
+    times the memory (`fastddr plan` says how much)."""
 
 
 @dataclass(frozen=True)

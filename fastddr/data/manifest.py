@@ -133,11 +133,17 @@ def of(
     seen: Survey,
     on_bad: Literal["raise", "exclude"] = "raise",
     ungradable: Literal["exclude", "class"] = "exclude",
+    *,
+    trains: bool = True,
 ) -> Manifest:
     """The manifest of what a survey found usable.
 
+    `trains`: whether it is to be trained on, for which it needs train and valid; what is only scored may be of one
+    split alone.
+
     Raises:
-        UserError: with `on_bad="raise"` the first photograph or label that is not, and how many more there are.
+        UserError: with `on_bad="raise"` the first photograph or label that is not, and how many more there are; or a
+            split is missing.
     """
     problems = seen.problems()
     if on_bad == "raise":
@@ -147,7 +153,7 @@ def of(
     entries = [entry for entry in seen.entries if entry.path not in paths]
     if not entries:
         raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {seen.data}` tells why.")
-    for needed in ("train", "valid"):
+    for needed in ("train", "valid") if trains else ():
         if all(entry.split != needed for entry in entries):
             named = " and ".join(split for split in SPLITS if any(entry.split == split for entry in entries))
             raise UserError(f"{seen.root}: the split {needed!r} is missing; the photographs are in {named} alone.")
@@ -161,7 +167,7 @@ def of(
         notes.append(f"Worth knowing of the photographs: {listed}.")
     grades = np.array([entry.grade for entry in entries], dtype=np.int64)
     split = tuple(entry.split or "" for entry in entries)
-    notes += _of_ungradable(grades, split, ungradable)
+    notes += _of_ungradable(grades, split, ungradable, trains)
     records = [seen.records[entry.path] for entry in entries]
     found = Manifest(
         root=seen.root,
@@ -186,15 +192,15 @@ def of(
 _SAID = ("orphan", "other-file", "unlabelled", "excluded")
 
 
-def _of_ungradable(grades: np.ndarray, split: tuple[str, ...], ungradable: str) -> list[str]:
+def _of_ungradable(grades: np.ndarray, split: tuple[str, ...], ungradable: str, trains: bool) -> list[str]:
     counted = {name: int(((grades == UNGRADABLE) & (np.array(split) == name)).sum()) for name in SPLITS}
     total = sum(counted.values())
     each = ", ".join(f"{n} in {name}" for name, n in counted.items() if n)
     if ungradable == "class":
-        if not counted["train"]:
+        if trains and not counted["train"]:
             raise UserError("--ungradable class: the training split holds no ungradable photograph (grade 5) to learn.")
         return [
-            f"Six classes: {total} ungradable photographs (grade 5) are the sixth: {each}. Kappa is "
+            f"Six classes: {total} ungradable photographs (grade 5) are the sixth: {each or 'none'}. Kappa is "
             "of the photographs that truth and prediction both grade; one that is called ungradable counts as referred."
         ]
     if not total:

@@ -15,11 +15,11 @@ from fastddr.errors import UserError
 from fastddr.progress import EpochBar
 
 
-def open_data(config: Config, console: Console) -> manifest.Manifest:
+def open_data(config: Config, console: Console, *, trains: bool = True) -> manifest.Manifest:
     """The manifest of a data set, or of the synthetic set, which is made where it is not there yet.
 
     What was never decoded is decoded now, by all ranks, unless `config.check` is header: a damaged photograph is found
-    before the first step and not in the last epoch.
+    before the first step and not in the last epoch. `trains`: as `manifest.of`.
 
     Raises:
         UserError: on every rank, what is wrong with the data; or that a rank sees others than rank 0 does.
@@ -57,7 +57,7 @@ def open_data(config: Config, console: Console) -> manifest.Manifest:
     # Each machine has a cache of its own; what is known must be the same on all ranks.
     records = seen.records
     seen.records = runtime.from_main(lambda: records)
-    found = manifest.of(seen, config.on_bad, config.ungradable)
+    found = manifest.of(seen, config.on_bad, config.ungradable, trains=trains)
     counted = ", ".join(f"{split} {len(found.ids(split)):,}" for split in manifest.SPLITS if found.has(split))
     what = "gradable photographs" if config.ungradable == "exclude" else "photographs"
     console.print(f"  data {found.root}: {counted} {what}")

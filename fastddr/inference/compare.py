@@ -19,6 +19,8 @@ from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference.flags import Compare
 from fastddr.reporting import again, tables
 
+#: Of the legend; by it a table is known again.
+_BOOTSTRAP = "those of differences by a paired bootstrap"
 #: What is compared: label, place in the figures, and whether it is read in per cent.
 COLUMNS = (
     ("accuracy", ("accuracy",), True),
@@ -52,8 +54,8 @@ def compare(asked: Compare) -> list[Compared]:
         raise UserError("fastddr compare: give at least two runs, like runs/A runs/B.")
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
-    if asked.out is not None and asked.out.is_file() and asked.out.read_bytes()[:1] not in (b"", b"|", b"{"):
-        raise UserError(f"--out {asked.out}: this file holds something else; give a new name.")
+    if asked.out is not None and asked.out.is_file() and not _ours(asked.out):
+        raise UserError(f"--out {asked.out}: this file holds something else than a comparison; give a new name.")
     splits = [_split(place, asked.split) for place in asked.runs]
     names = [_name(place) for place in asked.runs]
     rows = _rows(splits, names, asked.common)
@@ -68,6 +70,18 @@ def compare(asked: Compare) -> list[Compared]:
         ci = bootstrap.intervals(logits, grades, values)
         compared.append(Compared(name, split.weights, values, ci, drawn))
     return compared
+
+
+def _ours(file: Path) -> bool:
+    """Whether a file is empty or a comparison, which a new one may replace."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".md":
+        return not text or _BOOTSTRAP in text
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return False
+    return isinstance(found, dict) and (not text or found.keys() == {"split", "first", "runs"})
 
 
 def _name(place: Path) -> str:
@@ -151,7 +165,7 @@ def legend(compared: Sequence[Compared], split: str) -> str:
     return (
         f"{compared[0].found['n']:,} photographs of {split}; "
         + "; ".join(f"{one.name}: {one.weights}" for one in compared)
-        + ". In brackets 95 % intervals over the photographs, those of differences by a paired bootstrap; * marks "
+        + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
         + ("On valid a regression has the advantage that its thresholds are fitted there. " if split == "valid" else "")

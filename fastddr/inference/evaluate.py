@@ -58,7 +58,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     console.print(f"  device {began.device.type}, precision {began.precision}, ranks: {began.world}")
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
     run = restored.run
-    found = source.open_data(config, console)
+    found = source.open_data(config, console, trains=asked.data is None)
     if asked.data is None and found.fingerprint != restored.fingerprint:
         raise UserError(
             f"{found.root}: these are not the photographs that {asked.run} was trained on (compare {run.manifest}); "
@@ -87,9 +87,11 @@ def _ids(found: Manifest, split: str) -> np.ndarray:
     Raises:
         UserError: there are none.
     """
-    if split != "all":
-        return found.ids(split)
-    return np.sort(np.concatenate([found.ids(name) for name in manifest.SPLITS if found.has(name)]))
+    there = [name for name in manifest.SPLITS if found.has(name)]
+    if not there or (split != "all" and split not in there):
+        where = f"its gradable photographs are in {' and '.join(there)} alone" if there else "nor in any other"
+        raise UserError(f"--split {split}: {found.root} has no gradable photograph in it, {where}; give --split all.")
+    return found.ids(split) if split != "all" else np.sort(np.concatenate([found.ids(name) for name in there]))
 
 
 def _write(
@@ -114,8 +116,12 @@ def _write(
             {"by": "evaluate", "weights": result.weights, "split": asked.split, "n": values["n"], **shown,
              "fingerprint": found.fingerprint}
         )  # fmt: skip
+    # How it was trained is the run's; how it was scored is what was asked for.
+    trained = replace(
+        restore.stored(run.path), evaluation=config.evaluation, precision=config.precision, loader=config.loader
+    )
     about = facts(
-        config, found, began, restored.parameters, [], began_at=run.began_at(),
+        trained, found, began, restored.parameters, [], began_at=run.began_at(),
         grading=grading.unwrap(restored.model)[1],
     )  # fmt: skip
     notes = [*found.notes, *prepared, *_seen(asked, found, config.loss.name == "mse")]

@@ -93,7 +93,8 @@ def export(asked: Export) -> Path:
                 f"up to {about['difference']:.1e}, more than {ALLOWED:.0e}, so it is not kept; take another --format."
             )
         about |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        about |= {"versions": versions(), "config": asdict(config) | {"data": card.name(config), "exclude": None}}
+        trained = replace(restore.stored(asked.run), run_dir=None)
+        about |= {"versions": versions(), "config": asdict(trained) | {"data": card.name(config), "exclude": None}}
         (part / "model_card.md").write_text(card.markdown(restored, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out)

@@ -81,6 +81,9 @@ def settings(asked: Scoring) -> Config:
         run_dir=None,
         batch_size=int(held) * ranks.world(),
         micro_batch_size=int(held),
+        # This machine may have fewer cores than the one that trained; as many threads give the same bits on a CPU.
+        threads=None if config.threads is None else min(config.threads, ranks.cores()),
+        loading=replace(config.loading, threads=None),
         sync_batchnorm=False,  # scoring takes the stored statistics, on a CPU too
         memory=replace(config.memory, checkpointing=False),  # there is no backward pass
         evaluation=replace(

@@ -77,12 +77,15 @@ def run(asked: Asked, flags: list[str]) -> int:
         # Every step of an optimizer would ask for the card, also that of a trace, and so take some of its memory.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     limit = usable(vram, allowance)
+    if asked.plot is not None and asked.plot.is_file() and asked.plot.read_bytes()[:4] not in (b"", b"\x89PNG"):
+        raise UserError(f"--plot {asked.plot}: this file is no PNG; give a new name.")
     if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
         config = configured(flags, asked.depth)
         with ahead():
             return _question(asked, config, vram, limit, allowance)
-    if asked.plot is not None:
-        raise UserError("--plot draws one training: name it with --model or --preset.")
+    for flag, value in (("--plot", asked.plot), ("--depth", asked.depth)):
+        if value is not None:
+            raise UserError(f"{flag} is of one training: name it with --model or --preset.")
     with ahead():
         return _table(asked, flags, card, vram, limit, allowance)
 
@@ -182,7 +185,7 @@ def lines(
 ) -> list[planning.Line]:
     """The table's lines."""
     size = cli.last_value(flags, "--image-size")
-    sides = SIZES if size is None else (int(size),)
+    sides = SIZES if size is None else (cli.parse(["--image-size", size, "--canvas", size], "fastddr plan").image_size,)
     asked_for = [
         configured(["--image-size", str(side), *flags, "--model", model], None, model)
         for model in MODELS

@@ -119,8 +119,8 @@ def check_compiler(config: Config, device: torch.device) -> None:
 def compiled(model: nn.Module, config: Config) -> nn.Module:
     """The model under `torch.compile`, or as it is unless `config.compile`.
 
-    The compiled one shares weights and buffers with the given one, which stays as it is. `memory.activation_budget` is
-    a setting of PyTorch's for the whole process.
+    The compiled one shares weights and buffers with the given one, which stays as it is. `memory.activation_budget` and
+    the layout of maps are settings of PyTorch's for the whole process.
 
     Args:
         model: as it is trained, with DDP around it where there are several ranks.
@@ -129,8 +129,11 @@ def compiled(model: nn.Module, config: Config) -> nn.Module:
     if not config.compile:
         return model
     import torch._functorch.config
+    import torch._inductor.config
 
     torch._functorch.config.activation_memory_budget = config.memory.activation_budget
+    # It would lay out maps in channels_last by itself.
+    torch._inductor.config.layout_optimization = config.memory.channels_last
     # einops notes the kinds of tensors that it has met, and what is compiled depends on these notes: were a first trace
     # to write them, all would be compiled a second time.
     for met in (torch.empty(1, 1), nn.Parameter(torch.empty(1, 1))):

@@ -123,8 +123,7 @@ class ResNet(nn.Module):
 
     `stem="standard"` is the paper's: 7×7 with stride 2 and max pooling with stride 2, so the first stage
     works on a quarter of the image's side. `stem="stride1"` is that of small-image ResNets: 3×3, stride 1,
-    no pooling. **Beware**: its maps, and so its activations in memory, are 16 times as large; at depth 40
-    and 256 pixels that is about 300 MiB an image in bf16 where the standard stem takes about 23. It is kept
+    no pooling. **Beware**: its maps, and so its activations in memory, are 16 times as large. It is kept
     because it is the likely cause of the 2022 report's running out of memory, for `fastddr plan` to show.
 
     The convolutions start as He et al. (2015) give it (normal, fan out). Images may be of any size.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,10 @@ def write(
         found[name] = _figures(split, fitted(split.logits, split.grades) if own else temperature)
     logged = read_metrics(run_dir)
     shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
-    pictures = {"curves.png": plots.curves(logged)} if plots.has_curves(logged) else {}
+    # Which epoch is the best is more than its kappa: of equal ones the loss decides, of six classes macro F1.
+    told = (re.match(r"best \(step \d+, epoch (\d+)\)", split.weights) for split in splits.values())
+    best = next((int(match[1]) for match in told if match), None)
+    pictures = {"curves.png": plots.curves(logged, best)} if plots.has_curves(logged) else {}
     pictures["confusion_matrix.png"] = plots.confusion({name: found[name] for name in shown})
     pictures["roc.png"] = ranked.curves(shown, found)
     pictures["reliability.png"] = plots.reliability(shown, found, temperature)

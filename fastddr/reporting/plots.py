@@ -67,9 +67,9 @@ def has_curves(logged: Sequence[Mapping[str, Any]]) -> bool:
     return any(len(_points(logged, f"{split}/{key}")[0]) for key, _ in CURVES for split in ("train", "valid"))
 
 
-def curves(logged: Sequence[Mapping[str, Any]]) -> bytes:
-    """Loss, accuracy and kappa of train and valid by epoch; the epoch of the best valid kappa is marked."""
-    best = _best(logged)
+def curves(logged: Sequence[Mapping[str, Any]], best_epoch: int | None) -> bytes:
+    """Loss, accuracy and kappa of train and valid by epoch; the epoch whose weights are the best is marked."""
+    best = _best(logged, best_epoch)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 3.9), layout="constrained")
         for axes, (key, label) in zip(figure.subplots(1, 3), CURVES, strict=True):
@@ -248,10 +248,10 @@ def _points(logged: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, 
     return epochs, values
 
 
-def _best(logged: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Epoch and value of the best valid kappa, the first of a tie."""
+def _best(logged: Sequence[Mapping[str, Any]], epoch: int | None) -> tuple[float, float] | None:
+    """The epoch and its kappa on valid; None where that is not known."""
     epochs, values = _points(logged, "valid/qwk")
-    return (float(epochs[values.argmax()]), float(values.max())) if len(values) else None
+    return next(((float(at), float(value)) for at, value in zip(epochs, values, strict=True) if at == epoch), None)
 
 
 def _row(figure: Figure, count: int) -> Sequence[Axes]:

@@ -197,6 +197,16 @@ def test_bad_steps_that_come_again_are_not_doubled(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in run.bad_steps.read_text().splitlines()] == [1, 2]
 
 
+def test_half_a_line_of_a_killed_process_neither_ends_the_run_nor_takes_the_next_along(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.append_bad_step({"step": 1})
+    with run.bad_steps.open("a") as lines:
+        lines.write('{"time": 1.5, "st')
+    run.append_bad_step({"step": 2})
+    run.cut_bad_steps(9)
+    assert [json.loads(line)["step"] for line in run.bad_steps.read_text().splitlines()] == [1, 2]
+
+
 def test_a_disk_that_is_full_at_the_very_beginning_is_one_sentence(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

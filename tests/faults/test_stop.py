@@ -242,11 +242,14 @@ def test_a_run_that_cannot_go_on_is_not_asked_to_try_again(tiny: Path, tmp_path:
     with pytest.raises(UserError, match="other settings"):
         train(data, run, "--lr", "1")
     assert status(run)["state"] == "preempted", "a slip of the hand changes nothing"
+    stood = status(run)["step"]
+    assert stood > 0
     shutil.rmtree(data)
     with pytest.raises(UserError):
         train(data, run)
     found = status(run)
     assert (found["state"], found["reason"][:9]) == ("failed", "UserError")
+    assert found["step"] == stood, "its checkpoint is of that step"
 
 
 #: Holds the run in the folder until its input ends.

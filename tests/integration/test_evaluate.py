@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,8 @@ from tests_support import launch, train
 from torch import nn
 
 from fastddr.__main__ import main
+from fastddr.config.sections import LoadingConfig
+from fastddr.errors import EXIT_USER_ERROR
 from fastddr.evaluation.grading import Graded, Grading
 from fastddr.evaluation.views import Averaged
 from fastddr.inference import flags, restore
@@ -69,7 +72,9 @@ def test_every_scoring_of_test_is_noted(run: Path) -> None:
 def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -> None:
     figures, rows, folder = evaluated(run, "--split", "all", "--batch-size", "5")
     assert figures["all"]["n"] == len(rows) == 27 + 11 + 13
-    assert "27 of these 51 photographs were trained on" in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "27 of these 51 photographs were trained on" in report
+    assert re.search(r"\| Training \| epochs 3, batch 8,", report), "the run's, whatever was scored at once"
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     photographs = sorted((other / "DR_grading" / "test").glob("*.jpg"))
     photographs[0].write_bytes(photographs[1].read_bytes())
@@ -77,6 +82,31 @@ def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -
     figures, _, folder = evaluated(run, "--data", str(other), "--split", "valid")
     assert figures["valid"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
     assert "were trained on" not in (folder / "report.md").read_text()
+
+
+def test_other_photographs_may_be_of_one_split_alone(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = tiny / "DR_grading"
+    for line in (official / "test.txt").read_text().splitlines():
+        name, grade = line.split()
+        (tmp_path / "others" / "test" / grade).mkdir(parents=True, exist_ok=True)
+        shutil.copy(official / "test" / name, tmp_path / "others" / "test" / grade)
+    figures, _, _ = evaluated(run, "--data", str(tmp_path / "others"))
+    assert figures["test"]["n"] == 13
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "others"), "--split", "valid"]) == EXIT_USER_ERROR
+    said = "has no gradable photograph in it, its gradable photographs are in test alone; give --split all"
+    assert said in capsys.readouterr().err
+
+
+def test_threads_are_no_more_than_the_cores_of_the_machine_that_scores(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(restore.stored(run), threads=16, loading=LoadingConfig(threads=16))
+    monkeypatch.setattr(restore, "stored", lambda place: config)
+    monkeypatch.setattr("fastddr.ranks.cores", lambda: 4)
+    found = restore.settings(flags.Evaluate(run))
+    assert (found.threads, found.loading.threads) == (4, None)
 
 
 def test_a_run_finds_its_photographs_from_any_folder(

@@ -275,6 +275,12 @@ def test_auto_is_chosen_anew_where_as_many_ranks_cannot_hold_what_one_held(tiny:
     folder.write(folder.config, config.dump(dataclasses.replace(asked, micro_batch_size=8)))
     assert runs.continue_from(asked, folder, world=1).micro_batch_size == 8
     assert runs.continue_from(asked, folder, world=2).micro_batch_size == "auto"
+    # Its own config.yaml as the preset, as the README has it.
+    again = dataclasses.replace(asked, micro_batch_size=8)
+    assert runs.continue_from(again, folder, world=1).micro_batch_size == 8
+    assert runs.continue_from(again, folder, world=2).micro_batch_size == "auto"
+    with pytest.raises(UserError, match="micro_batch_size was 8 and is now 2"):
+        runs.continue_from(dataclasses.replace(asked, micro_batch_size=2), folder, world=2)
 
 
 def test_a_finished_run_is_left_alone(run: Path, tiny: Path) -> None:

@@ -70,6 +70,8 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "b − a" in (tmp_path / "c.md").read_text()
     assert "Research use only" in (tmp_path / "c.md").read_text()
     assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / "c.json")]) == 0
+    for name in ("c.md", "c.json"):  # a new comparison takes the place of an old one
+        assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / name)]) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     assert [run["run"] for run in found["runs"]] == ["a", "b", "c"]
     assert found["runs"][0]["difference_ci"] is None
@@ -93,6 +95,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.
         ([one, stranger, "--common"], "no photograph in common"),
         ([one, other], "the grade of valid/007.jpg is another than in one (1 such photographs)"),
         ([one, one, "--out", tmp_path / "c.txt"], "write to a .md or a .json"),
+        ([one, one, "--out", one / "report" / ABOUT], "holds something else than a comparison"),
     ):
         assert main(["compare", *map(str, arguments)]) == 2
         said = capsys.readouterr().err

@@ -416,6 +416,20 @@ def test_valid_is_cut_from_train_where_it_is_missing(tmp_path: Path) -> None:
     assert any("no valid split" in note for note in notes)
 
 
+def test_a_table_without_test_and_settings_that_split_nothing_are_told(tmp_path: Path) -> None:
+    rows = [[f"{p.split}/{p.grade}/{p.name}", p.grade, p.split] for p in SET if p.split != "test" and p.grade < 5]
+    folders(tmp_path / "photographs")
+    write_csv(tmp_path / "photographs" / "labels.csv", ["path", "grade", "split"], rows)
+    listing = layouts.find(tmp_path / "photographs" / "labels.csv")
+    assert splits.assign(listing, SplitConfig())[1] == ["There is no test split, so nothing is scored on it."]
+    notes = splits.assign(listing, SplitConfig(seed=3))[1]
+    assert notes[0] == "The set has splits of its own, so --splitting draws none."
+    for photographs in (SET, [p for p in SET if p.split != "test"]):
+        own = layouts.find(folders(tmp_path / str(len(photographs)), photographs))
+        drawn = splits.assign(own, SplitConfig())[1]
+        assert sum("no test split" in note for note in (*own.notes, *drawn)) == (photographs is not SET)
+
+
 @given(
     patients=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), min_size=8, max_size=60),
     seed=st.integers(0, 2**32),

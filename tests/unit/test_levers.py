@@ -225,6 +225,15 @@ def failing(error: BaseException) -> Any:
     return torch.compile(torch.nn.Linear(2, 2), backend=backend)
 
 
+def test_a_compiler_keeps_the_layout_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr(inductor, "layout_optimization", True)
+    for kept in (False, True):
+        levers.compiled(build("cnn"), replace(Config(), compile=True, memory=MemoryConfig(channels_last=kept)))
+        assert inductor.layout_optimization is kept
+
+
 def unasked() -> None:
     """Nobody wants the run to stop."""
 
@@ -235,6 +244,9 @@ def test_a_compiler_that_a_stop_has_ended_has_not_failed(tmp_path: Path) -> None
     with stopping.listening():
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(StopRequested, match="SIGTERM"), levers.compiling(config, stopping.heard):
+        failing(RuntimeError("g++: terminated"))(torch.zeros(1, 2))
+    stopping._world = 2  # which could agree on no step
+    with pytest.raises(KeyboardInterrupt), levers.compiling(config, stopping.heard):
         failing(RuntimeError("g++: terminated"))(torch.zeros(1, 2))
 
 

@@ -419,7 +419,10 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "needs the card's memory: --vram 8"),
         (["--vram", "0"], "must be above 0"),
-        (["--vram", "8", "--plot", "x.png"], "--plot draws one training"),
+        (["--vram", "8", "--plot", "x.png"], "--plot is of one training: name it with --model or --preset"),
+        (["--vram", "8", "--depth", "40"], "--depth is of one training"),
+        (["--vram", "8", "--image-size", "wide"], "--image-size"),
+        (["--vram", "8", "--model", "cnn", "--plot", __file__], "this file is no PNG; give a new name"),
         (["--vram", "8", "--model", "resnet", "--depht", "3"], "unknown argument"),
         (["--card", "H9000"], "known are"),
         (["--vram", "8", *SMALL, "--model", "cnn", "--micro-batch-size", "5"], "does not divide 32"),

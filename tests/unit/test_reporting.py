@@ -151,6 +151,14 @@ def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
     assert "| Versions | torch 2, a\\|b – |" in text
 
 
+def test_the_best_epoch_of_the_curves_is_that_of_the_weights() -> None:
+    """Of equal kappas the loss has decided, which the picture cannot know."""
+    logged = [{"epoch": epoch, "valid/qwk": kappa} for epoch, kappa in ((1, 0.4), (2, 0.7), (3, 0.7))]
+    assert plots._best(logged, 3) == (3.0, 0.7)
+    assert plots._best(logged, None) is None
+    assert plots.curves(logged, 3) != plots.curves(logged, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import threading
 from pathlib import Path
@@ -18,7 +19,9 @@ from tests_support import settings
 from torch.nn.parallel import DistributedDataParallel
 
 from fastddr import ranks, runtime
+from fastddr.config import Config
 from fastddr.errors import UserError
+from fastddr.meters import Window
 from fastddr.ranks import cores
 from fastddr.runtime import check_card, choose_precision, divide_batch, share_gradients, start
 
@@ -316,3 +319,39 @@ def test_the_reason_of_a_broken_job(
     with pytest.raises(ranks.RankLost, match=f"^{expected}"), ranks.watched():
         raise RuntimeError(error)
     assert ("fastddr/waited/0" in store.told) == error.startswith("Timed out")
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_would_do_otherwise_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=r"accelerate launch asked for .*, which fastddr does not do"):
+        runtime.join()
+
+
+def test_a_compiler_of_accelerates_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    found = start(Config(batch_size=2))
+    assert "accelerate launch asked for the compiler inductor, which is left out" in " ".join(found.decisions)
+    model = torch.nn.Linear(2, 2)
+    assert found.accelerator.prepare(model) is model
+
+
+def test_a_window_tells_of_the_rank_that_waited_longest() -> None:
+    window, seen = Window(), []
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        """With a second rank that has twice of everything."""
+        seen.append(rows.shape)
+        return torch.cat([rows, 2 * rows])
+
+    sums = torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64)
+    window._began -= 100
+    found = window.close(gather, sums, 5.0, {"memory": 1.5})
+    assert seen == [(1, 5)]
+    assert (found["train/loss"], found["train/accuracy"], found["memory"]) == (0.75, 0.25, 3.0)
+    assert found["train/images_per_second"] == pytest.approx(12 / 100, rel=0.01)
+    assert found["train/data_wait"] == window.wait_share == pytest.approx(10 / 100, rel=0.01)
+    window._began -= 100
+    found = window.close(gather, sums, 6.0, {"memory": 1.5})
+    assert found["train/data_wait"] == pytest.approx(2 / 100, rel=0.01)
+    assert math.isnan(found["train/loss"])

@@ -83,6 +83,25 @@ def test_settings_of_a_model_that_is_not_trained_are_named(capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("flags", "more", "said"),
+    [
+        (["--synthetic.photographs", "40"], ["--data", "x"], "the synthetic set, and the data are x"),
+        (["--optimizer.momentum", "0.5"], [], "sgd, and the optimizer is adamw"),
+        (["--optimizer.betas", "0.9", "0.99"], ["--optimizer.name", "sgd"], "adam and adamw, and the optimizer is sgd"),
+        (["--loss.beta", "0.5"], ["--loss.class-weights", "inverse"],
+         "the class weights `effective`, and they are `inverse`"),
+        (["--loading.store-gib=2"], ["--loader", "dali"], "the loader resident, and the loader is dali"),
+    ],
+)  # fmt: skip
+def test_a_flag_without_effect_is_named(
+    flags: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.parse([*flags, *more], "test")
+    name = flags[0].partition("=")[0]
+    assert capsys.readouterr().err == f"fastddr: {name} is not used: it is of {said}\n"
+
+
 def test_a_table_that_cannot_be_written_is_told_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

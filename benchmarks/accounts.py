@@ -170,8 +170,8 @@ def changes(rows: Sequence[Row]) -> str:
 def caution(photographs: int) -> str:
     """What so many validation photographs can tell."""
     half = 98 / photographs**0.5
-    said = f"{photographs:,} photographs of valid place an accuracy of 50 % within ±{half:.1f} points (95 %)"
-    return f"{said}: they decide nothing, and this is a smoke test." if photographs < FEW else f"{said}."
+    said = f"{photographs:,} photographs of valid tell an accuracy of 50 % to ±{half:.1f} points (95 % interval)"
+    return f"{said}: they decide nothing, and this only shows that it runs." if photographs < FEW else f"{said}."
 
 
 # --------------------------------------------------------------------------------------------------------- seeds.py
@@ -206,19 +206,19 @@ def between_ranks(rows: Sequence[Row]) -> str:
     base, *others = rows
     flags = f" with `{base['flags']}`" if base["flags"] else ""
     said = (
-        f"{base['n']} seeds of `{base['preset']}`{flags}, the last epoch on {base['valid']} photographs of valid; "
-        f"medians with 95 % intervals. Differences to {base['name']} are taken seed by seed; `apart` is without the "
-        "sign, between two seeds over all pairs."
+        f"{base['n']} seeds of `{base['preset']}`{flags}, scored after the last epoch on the {base['valid']} "
+        f"photographs of valid; medians with 95 % intervals. `to {base['name']}` is the difference, taken seed by "
+        "seed. `apart` is its size without the sign; for another seed it is taken between any two seeds."
     )
     for row in others:
         for key, name in COMPARED.items():
             pairs = list(zip(row["values"][key], base["values"][key], strict=True))
             higher = sum(one > other for one, other in pairs)
             apart, seeds = row["apart"][key], row["seeds_apart"][key]
-            further = "further than" if apart["low"] > seeds["high"] else "no further than"
+            further = "further" if apart["low"] > seeds["high"] else "no further"
             said += (
-                f" {name.capitalize()} of {row['name']} is {further} another seed, as far as the intervals can tell, "
-                f"and higher than of {base['name']} in {higher} of {len(pairs)} seeds."
+                f" The {name} of {row['name']} is {further} from that of {base['name']} than another seed's, as far as "
+                f"the intervals can tell, and higher in {higher} of {len(pairs)} seeds."
             )
     return said
 
@@ -250,7 +250,12 @@ def peaks(rows: Sequence[Row]) -> list[str]:
         ]  # fmt: skip
         texts.append(table(["", "held against", "measured, MiB", "predicted, MiB", "error"], lines, left=2))
     wrong = [row for row in rows if row.get("kind") == "error"]
-    texts += [f"Over {row['configurations']} of them, {row['name']}: {number(row['median'])} %." for row in wrong]
+    if wrong:
+        told = []
+        for row in wrong:
+            what, _, where = row["name"].partition(": ")  # `median error of the prediction`, `worst error: net 4`
+            told.append(f"{what.partition(' ')[0]} {number(row['median'])} %{f' ({where})' if where else ''}")
+        texts.append(f"Error of the prediction over these {wrong[0]['configurations']}: {', '.join(told)}.")
     largest = [row for row in rows if row.get("kind") == "largest" and "failed" not in row]
     if largest:
         lines = [

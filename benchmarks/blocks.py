@@ -18,6 +18,12 @@ from stored import Result
 from wording import Link, Row, figure, on, said, source, split, table, words
 
 _CASE = ("model", "precision", "image_size", "batch_size")
+#: Others' loops of whole training in words (`recipes`).
+_LOOPS = {
+    "report": "the loop of the 2022 report (`ImageFolder`, Pillow, Adam, float32)",
+    "torchvision": "the loop of torchvision's classification reference",
+    "timm": "the loop of timm's training script",
+}
 
 
 def _runs(row: Row) -> str:
@@ -108,10 +114,10 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
         headings = ["", "images/s", "of the `replay` ceiling", *(f"times `{peer}`" for peer in peers)]
         about = (
             f"**{result.hardware}.** Images a second of whole training, {said(result.rows[0], same)}; medians with "
-            "95 % intervals. Ratios are taken round by round, with each peer in the fastest of its forms that were run."
+            "95 % intervals."
         )
         texts += [
-            " ".join([about, *_layouts(results, result, link)]),
+            " ".join([about, *_loops(peers), *_layouts(results, result, link)]),
             table(headings, lines),
             f"Measured by {source(result, link)}",
         ]
@@ -119,6 +125,16 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             if other.hardware == result.hardware:
                 texts += [f"{_sooner(rows)}: {source(other, link)}" for rows in _cases(other.rows)]
     return texts + machines.missing(results, "train")
+
+
+def _loops(peers: Iterable[str]) -> list[str]:
+    """What the peers are, and how fastddr's speed is put beside theirs."""
+    told = [f"`{peer}` is {_LOOPS[peer]}" for peer in peers if peer in _LOOPS]
+    ratios = (
+        "`times X` is fastddr's images a second divided by X's, round by round, with X in the fastest of its forms "
+        "that were run."
+    )
+    return [f"{words(told)}.", ratios] if told else []
 
 
 def _layouts(results: Sequence[Result], result: Result, link: Link) -> list[str]:
@@ -180,6 +196,8 @@ def _sooner(rows: Sequence[Row]) -> str:
     recipes = "" if all(loop.partition(",")[0] != "report" for loop in loops) else (
         "; the recipes differ: `report` trains without normalisation and at a constant learning rate"
     )  # fmt: skip
+    if any("workers=0" in loop for loop in loops):
+        recipes += "; with `workers=0` a loop loads in the training process"
     return (f"Until the quadratic-weighted kappa on valid comes to {target:g}, validation included, {words(times)} "
             f"({case}, {seeds} seeds, ratios seed by seed{recipes})")  # fmt: skip
 

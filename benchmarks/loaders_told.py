@@ -20,6 +20,8 @@ _PEERS = {
     "spdl": "SPDL",
     "spdl-decode-jpeg": "SPDL with torchvision's decoder",
 }
+#: Those of them that only a GPU can run.
+_ON_GPUS = ("torchvision-gpu",)
 _STORES = {"vram": "in the GPU's memory", "ram": "in RAM", "mmap": "in a file"}
 _BEST = ", the best peer"
 #: Photographs that are not their own canvas, and how they are not; what is not here nor synthetic may be any.
@@ -67,9 +69,9 @@ def _loaders(result: Result, link: Link, kinds: Sequence[str]) -> list[str]:
     ]
     one = result.measured[0]
     about = (
-        f"**{result.hardware}.** Images a second from {', '.join(same)} photographs: {one['image_size']} px windows of "
-        f"a {one['canvas']} px canvas, batches of {one['batch_size']}, {one['threads']} threads or processes; medians "
-        f"of {one['n']} rounds with 95 % intervals. `resident` counts from its second epoch on, when it has decoded "
+        f"**{result.hardware}.** Images a second from {_set(same)}: {one['image_size']} px windows of a "
+        f"{one['canvas']} px canvas, batches of {one['batch_size']}, {one['threads']} threads or processes; medians of "
+        f"{one['n']} rounds with 95 % intervals. `resident` counts from its second epoch on, when it has decoded "
         "everything. Ratios are taken round by round."
     )
     about = " ".join([about, *_conditions(list(panels), result)])
@@ -82,6 +84,13 @@ def _loaders(result: Result, link: Link, kinds: Sequence[str]) -> list[str]:
     ]
 
 
+def _set(parts: Sequence[str]) -> str:
+    """What was read: synthetic photographs, or a set by its name."""
+    if parts and parts[0] != "synthetic":
+        return f"the photographs of `{', '.join(parts)}`"
+    return f"{', '.join(parts)} photographs"
+
+
 def _conditions(panels: Sequence[tuple[str, str]], result: Result) -> list[str]:
     """What a reader must know to compare fairly, in sentences."""
     lengths = sorted({row["epoch"] for row in result.measured if "epoch" in row})
@@ -89,7 +98,10 @@ def _conditions(panels: Sequence[tuple[str, str]], result: Result) -> list[str]:
     told.append("Files lie in the page cache.")
     if not any(row["kind"] == "peer" for row in result.measured):
         return told
-    told.append("The peers that were measured are those of the table.")
+    tried = {row["name"].partition(", ")[0] for row in result.rows}
+    absent = [name for name in _PEERS if name not in tried and (result.gpu or name not in _ON_GPUS)]
+    if absent:
+        told.append(f"Known peers that were not run: {words(f'`{name}`' for name in absent)}.")
     for photographs in dict.fromkeys(name for name, _ in panels if not name.startswith("synthetic")):
         known = _LARGER.get(photographs)
         first = f"The photographs are {known}: " if known else "Where photographs are not as large as the canvas, "

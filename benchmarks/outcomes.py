@@ -63,7 +63,10 @@ def memory(results: Sequence[Result], link: Link) -> list[str]:
     """Measured peaks beside predicted ones."""
     texts = []
     for result in machines.of(results, "memory"):
-        texts.append(f"**{result.hardware}.** Peak memory of a training step, measured by {source(result, link)}")
+        # A rehearsal is of other models than those that people train.
+        small = "" if result.gpu or "--tiny" not in result.record["command"] else " of small models on a CPU"
+        what = f"Peak memory of a training step{small}"
+        texts.append(f"**{result.hardware}.** {what}, measured by {source(result, link)}")
         texts += accounts.peaks(result.rows)
     return texts + machines.missing(results, "memory")
 
@@ -73,7 +76,8 @@ def cards(results: Sequence[Result], link: Link) -> list[str]:
     found = machines.of(results, "cards")
     if not found:
         return [machines.not_yet("cards")]
-    about = f"Predicted by {source(found[0], link)} What no trace sees, such as CUDA's context, is as declared."
+    unseen = "What no trace sees, such as CUDA's context, is a declared allowance, not measured."
+    about = f"Predicted by {source(found[0], link)} {unseen}"
     return [f"![{plots.SHOWN['cards']}]({link(found[0].path.with_suffix('.png'))})", about]
 
 

@@ -192,7 +192,8 @@ class Plan:
     """Predict the GPU memory of a training, without a GPU; all flags of `fastddr train` are taken too.
 
     With --model or --preset: does this training fit, what takes the memory, and the cheapest change that makes it fit.
-    Without: a table of all models. Where no --preset is named, it is the model's report preset.
+    Without: a table of all models. Where no --preset is named, convmixer, cnn and resnet take their report preset, and
+    timm:NAME takes quickstart.
     """
 
     vram: float | None = None

@@ -77,7 +77,7 @@ class Config:
     """The global batch: photographs in one optimizer step, over all ranks."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Photographs that one rank holds at once; gradients are accumulated up to the global batch. `auto`: all of the
-    rank's part of the global batch."""
+    rank's part of the global batch, on a GPU as much of it as fits."""
     image_size: int = 256
     """Side of the window that the model sees, in pixels."""
     canvas: int = 512

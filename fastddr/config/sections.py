@@ -242,7 +242,8 @@ class LoadingConfig:
     to write there over memory that was still in use (torchcodec's pull request 1634); they also round otherwise."""
     regions: Literal["auto", "always", "never"] = "auto"
     """Whether `dali` decodes only the part of a photograph that its window needs. `auto`: always on a CPU, and on a GPU
-    unless nvImageCodec is of version 0.9, which may crash at parts there (its issue 55). The pixels are the same."""
+    unless nvImageCodec is of version 0.9 or later: 0.9 may crash at parts there (its issue 55). The pixels are the
+    same."""
     store: Literal["auto", "vram", "ram", "mmap", "none"] = "auto"
     """Where `resident` keeps decoded photographs: the GPU's memory, this process's memory, or a file that ranks share
     and that is kept between runs. `none` keeps nothing. `auto`: the first of vram, ram, mmap that they fit into."""

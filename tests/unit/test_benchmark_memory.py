@@ -104,11 +104,9 @@ def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
     rows.append({"name": "huge", "kind": "memory", "failed": "out of memory"})
     texts = accounts.peaks(rows)
     assert "| net 1 | CPU allocator's record | 512 | 502 | -2.0 % |" in texts[0]
-    assert texts[1:3] == [
-        "Over 5 of them, median error of the prediction: 2.0 %.", "Over 5 of them, worst error: net 4: 10 %.",
-    ]  # fmt: skip
-    assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[3]
-    assert texts[4] == "Without a figure: huge: out of memory"
+    assert texts[1] == "Error of the prediction over these 5: median 2.0 %, worst 10 % (net 4)."
+    assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[2]
+    assert texts[3] == "Without a figure: huge: out of memory"
 
 
 # ------------------------------------------------------------------------------------------------------------- cards.py

@@ -203,10 +203,9 @@ def test_ranks_stand_beside_seeds(load: Callable[[str], Any]) -> None:
     assert "| 1 rank, another seed | | | 0.150 (" in table
     assert "| 4 ranks | 2.100 (2.000 to 2.300) | +1.000 (+1.000 to +1.000) | 1.000 (1.000 to 1.000) |" in table
     said = accounts.between_ranks(rows)
-    assert "Loss of 2 ranks is no further than another seed, as far as the intervals can tell, and higher" in said
-    assert "higher than of 1 rank in 2 of 5 seeds" in said
-    assert "Loss of 4 ranks is further than another seed" in said
-    assert "higher than of 1 rank in 5 of 5 seeds" in said
+    ends = "from that of 1 rank than another seed's, as far as the intervals can tell, and higher in"
+    assert f"The loss of 2 ranks is no further {ends} 2 of 5 seeds." in said
+    assert f"The loss of 4 ranks is further {ends} 5 of 5 seeds." in said
     with pytest.raises(UserError, match="two numbers of ranks"):
         seeds.numbers(seeds.Options(ranks=(1,)))
     with pytest.raises(UserError, match="this machine runs 1 to"):

@@ -322,6 +322,7 @@ class Trainer:
             loader,
             paths=self.manifest.path,
             weights=weights,
+            patients=self.manifest.patients,
             on_batch=self.stopping.check,
         )
         if not found.logits.isfinite().all():

@@ -42,6 +42,8 @@ class Manifest:
     height: Int[np.ndarray, " n"]
     size: Int[np.ndarray, " n"]
     """Bytes of each file."""
+    patient: tuple[str, ...]
+    """Of each photograph, "" where it is not known."""
     notes: tuple[str, ...]
     """What was done and left out, and why, for the report."""
     layout: str = "official"
@@ -82,6 +84,11 @@ class Manifest:
         """Whether the split holds a photograph that is trained on or scored."""
         return len(self._used(split)) > 0
 
+    @property
+    def patients(self) -> tuple[str, ...] | None:
+        """`patient`; None where none is known."""
+        return self.patient if any(self.patient) else None
+
     def counts(self) -> dict[str, list[int]]:
         """Photographs of each grade 0-5, by split."""
         splits = np.array(self.split)
@@ -96,8 +103,8 @@ class Manifest:
         text = io.StringIO()
         text.write(f"# fingerprint: {self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["id", "path", "split", "grade", "width", "height", "bytes"])
-        columns = (self.path, self.split, self.grade, self.width, self.height, self.size)
+        writer.writerow(["id", "path", "split", "grade", "width", "height", "bytes", "patient"])
+        columns = (self.path, self.split, self.grade, self.width, self.height, self.size, self.patient)
         writer.writerows([row, *map(str, values)] for row, values in enumerate(zip(*columns, strict=True)))
         return text.getvalue()
 
@@ -177,6 +184,7 @@ def of(
         width=np.array([record.width for record in records], dtype=np.int64),
         height=np.array([record.height for record in records], dtype=np.int64),
         size=np.array([record.size for record in records], dtype=np.int64),
+        patient=tuple(entry.patient or "" for entry in entries),
         notes=tuple(map(one_line, notes)),
         layout=seen.layout,
         left_out=(*bad, *seen.excluded),

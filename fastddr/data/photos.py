@@ -216,6 +216,7 @@ def as_manifest(usable: Sequence[Photo]) -> Manifest:
         width=np.array([photo.width for photo in usable], dtype=np.int64),
         height=np.array([photo.height for photo in usable], dtype=np.int64),
         size=np.zeros(len(usable), dtype=np.int64),
+        patient=("",) * len(usable),
         notes=(),
         layout="files",
     )

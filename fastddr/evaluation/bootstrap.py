@@ -4,8 +4,14 @@ A share of photographs (accuracy, the recall of a grade, sensitivity, specificit
 "Probable inference, the law of succession, and statistical inference", 1927): of few photographs, and near 0 and 1, a
 bootstrap is far too narrow, and [1, 1] where a share is 1 (Brown, Cai and DasGupta, "Interval estimation for a binomial
 proportion", 2001). All other figures have a percentile bootstrap, which draws the photographs again, with replacement.
-They count as independent; two eyes of one patient are not, so the truth is a little wider. An interval speaks of the
-photographs, not of the training seed.
+An interval speaks of the photographs, not of the training seed.
+
+Photographs of one patient err together. Where patients are known, whole patients are drawn (the cluster bootstrap of
+Field and Welsh, "Bootstrapping clustered data", 2007), and a share counts as one of as many photographs as would tell
+as much were they independent (Korn and Graubard, "Confidence intervals for proportions with small expected number of
+positive counts estimated from survey data", 1998; in Wilson's interval: Franco et al., "Comparative study of confidence
+intervals for proportions in complex sample surveys", 2019). Where they are not known photographs count as independent,
+and if they are not, the truth is wider.
 
 The calibration error has none: binning adds noise to it that only ever makes it larger, and a sample drawn again adds
 it a second time, so that the figure may lie outside of its own interval.
@@ -13,16 +19,18 @@ it a second time, so that the figure may lie outside of its own interval.
 A sample is a row of counts, how often each photograph was drawn, and each figure is computed from a block of such rows
 at once. Two models of the same photographs are compared on the same samples (paired), so what is hard for both cancels.
 
-b: samples    n: photographs    C: grades
+b: samples    n: photographs    p: patients    C: grades
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastddr.data.grades import ICDR
@@ -39,28 +47,50 @@ Sampled = dict[str, Any]
 
 
 def intervals(
-    logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], point: Mapping[str, Any], *, seed: int = 0
+    logits: Float[Tensor, "n C"],
+    grades: Int[Tensor, " n"],
+    point: Mapping[str, Any],
+    *,
+    patients: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """95 % intervals `[low, high]` in the shape of the figures `point` (`metrics.figures` of the same photographs).
 
-    None where the figure itself is undefined. `samples` says how many samples there were.
+    None where the figure itself is undefined. `samples` says how many samples there were, and `patients`, where they
+    are known, of how many patients.
+
+    Args:
+        patients: of each photograph, "" where the patient is not known; such a photograph stands for itself.
     """
-    found = _interval_of(point, _drawn([logits], grades, seed)[0])
-    truth = np.asarray(point["confusion_matrix"]).sum(1)
-    found["accuracy"] = share(point["accuracy"], int(truth.sum()))
-    found["recall"] = [share(value, n) for value, n in zip(point["recall"], truth.tolist(), strict=True)]
+    groups = _groups(patients, len(grades))
+    found = _interval_of(point, _drawn([logits], grades, groups, seed)[0])
+    truth, predicted = grades.detach().cpu().numpy(), logits.detach().cpu().argmax(1).numpy()
+
+    def of(value: float | None, right: np.ndarray, among: np.ndarray) -> list[float] | None:
+        return None if value is None else share(value, independent(right[among], groups[among]))
+
+    everywhere = np.ones(len(truth), dtype=bool)
+    found["accuracy"] = of(point["accuracy"], predicted == truth, everywhere)
+    found["recall"] = [of(value, predicted == truth, truth == grade) for grade, value in enumerate(point["recall"])]
     for name, values in point["endpoints"].items():
-        least = ranking.ENDPOINTS[name]
-        for key, of in (("sensitivity", truth[least : len(ICDR)]), ("specificity", truth[:least])):
-            found["endpoints"][name][key] = share(values[key], int(of.sum()))
-    return {**found, "referable": found["endpoints"].get("referable"), "samples": samples(len(grades))}
+        least, graded = ranking.ENDPOINTS[name], truth < len(ICDR)
+        called = predicted >= least
+        found["endpoints"][name]["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
+        found["endpoints"][name]["specificity"] = of(values["specificity"], ~called, truth < least)
+    told = {} if patients is None else {"patients": int(groups.max(initial=-1)) + 1}
+    return {**found, "referable": found["endpoints"].get("referable"), "samples": samples(len(grades)), **told}
 
 
 def differences(
-    first: Float[Tensor, "n C"], second: Float[Tensor, "n C"], grades: Int[Tensor, " n"], *, seed: int = 0
+    first: Float[Tensor, "n C"],
+    second: Float[Tensor, "n C"],
+    grades: Int[Tensor, " n"],
+    *,
+    patients: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Sampled:
     """Samples of each figure of `second` less that of `first`, paired; in the shape of the figures, (b,) each."""
-    one, other = _drawn([first, second], grades, seed)
+    one, other = _drawn([first, second], grades, _groups(patients, len(grades)), seed)
     return _joined([one, other], lambda values: values[1] - values[0])
 
 
@@ -74,15 +104,39 @@ def interval(values: Float[np.ndarray, " b"]) -> list[float] | None:
     return [float(low), float(high)]
 
 
-def share(value: float | None, n: int) -> list[float] | None:
-    """Wilson's `[low, high]` of a share of `n` photographs; None where it is undefined."""
-    # Half a second of imports, as torchmetrics in `metrics`.
-    from scipy.stats import binomtest
+def share(value: float, n: float) -> list[float]:
+    """Wilson's `[low, high]` of a share of `n` photographs, which need not be a whole number."""
+    # SciPy's has whole numbers alone.
+    z2 = NormalDist().inv_cdf(0.5 + LEVEL / 2) ** 2
+    middle, half = value + z2 / (2 * n), math.sqrt(z2 * (value * (1 - value) / n + z2 / (4 * n * n)))
+    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
 
-    if value is None:
-        return None
-    low, high = binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson")
-    return [float(low), float(high)]
+
+def independent(right: Bool[np.ndarray, " m"], groups: Int[np.ndarray, " m"]) -> float:
+    """How many independent photographs would tell as much of a share as these, of which each has a patient.
+
+    Their number over the design effect: the variance of the share by whole patients (linearised, as of a ratio of two
+    sums over patients) to that of as many independent photographs. Where all are right, or none, nothing shows how
+    alike those of one patient are, and a patient counts once. Never more than there are.
+    """
+    _, place = np.unique(groups, return_inverse=True)
+    n, patients = len(right), int(place.max(initial=-1)) + 1
+    if patients in (0, n):
+        return float(n)
+    value = right.mean()
+    apart = np.bincount(place, right - value, minlength=patients)
+    variance = patients / max(1, patients - 1) * (apart**2).sum() / n**2
+    if value in (0, 1) or patients == 1 or variance == 0:
+        return float(patients)
+    return float(min(n, n / (n - 1) * value * (1 - value) / variance))
+
+
+def _groups(patients: Sequence[str] | None, n: int) -> Int[np.ndarray, " n"]:
+    """A number for each photograph, the same for those of one patient, from 0 on without a gap."""
+    if patients is None:
+        return np.arange(n)
+    _, found = np.unique([name or f"\n{row}" for row, name in enumerate(patients)], return_inverse=True)
+    return found.astype(np.int64)
 
 
 def samples(n: int) -> int:
@@ -90,25 +144,27 @@ def samples(n: int) -> int:
     return int(np.clip(SAMPLES * FEW // max(n, 1), LEAST, SAMPLES))
 
 
-def _drawn(models: Sequence[Tensor], grades: Tensor, seed: int) -> list[Sampled]:
+def _drawn(models: Sequence[Tensor], grades: Tensor, groups: Int[np.ndarray, " n"], seed: int) -> list[Sampled]:
     """Each model's figures of the same samples."""
     truth = grades.detach().cpu().long()
     weighed = [_Weighed(logits.detach().cpu().double(), truth) for logits in models]
     blocks: list[list[Sampled]] = [[] for _ in models]
-    for counts in _counts(len(truth), samples(len(truth)), seed):
+    for counts in _counts(groups, samples(len(truth)), seed):
         for model, found in zip(weighed, blocks, strict=True):
             found.append(model.figures(counts))
     return [_joined(found, np.concatenate) for found in blocks]
 
 
-def _counts(n: int, total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:
-    """How often each of n photographs is in each sample, a block of samples at a time."""
+def _counts(groups: Int[np.ndarray, " n"], total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:
+    """How often each photograph is in each sample, as often as its patient; a block of samples at a time."""
     rng = np.random.Generator(np.random.Philox(seed))
-    rows = max(1, _BLOCK // max(n, 1))
+    patients = int(groups.max(initial=-1)) + 1
+    rows = max(1, _BLOCK // max(len(groups), 1))
     for start in range(0, total, rows):
         here = min(rows, total - start)
-        picked = rng.integers(0, max(n, 1), (here, n)) + n * np.arange(here)[:, None]
-        yield np.bincount(picked.ravel(), minlength=here * n).reshape(here, n).astype(np.float32)
+        picked = rng.integers(0, max(patients, 1), (here, patients)) + patients * np.arange(here)[:, None]
+        drawn = np.bincount(picked.ravel(), minlength=here * patients).reshape(here, patients).astype(np.float32)
+        yield drawn if patients == len(groups) else drawn[:, groups]
 
 
 class _Weighed:

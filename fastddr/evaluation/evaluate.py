@@ -22,6 +22,7 @@ def score(
     *,
     paths: Sequence[str],
     weights: str,
+    patients: Sequence[str] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> SplitResult:
     """The logits of every photograph of the loader's split, in the order of their ids, on every rank.
@@ -34,6 +35,7 @@ def score(
         loader: an evaluation loader.
         paths: name of each id, as the reports show it.
         weights: which weights these are, for the reader of the report.
+        patients: of each id, None where none is known.
         on_batch: called after each batch; what it raises ends the scoring.
     """
     was_training = model.training
@@ -61,9 +63,11 @@ def score(
     if not torch.equal(ids[order], wanted):
         raise RuntimeError(f"scored {len(ids)} photographs where the split has {len(wanted)}, or not the same ones")
     ids = ids[order]
+    rows = ids.tolist()
     return SplitResult(
-        logits=logits[order], grades=grades[order], ids=ids, paths=[paths[i] for i in ids.tolist()], weights=weights
-    )
+        logits=logits[order], grades=grades[order], ids=ids, paths=[paths[i] for i in rows], weights=weights,
+        patients=None if patients is None else [patients[i] for i in rows],
+    )  # fmt: skip
 
 
 def _mean(

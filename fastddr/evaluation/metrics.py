@@ -51,11 +51,14 @@ class SplitResult:
     ids: Int[Tensor, " n"]
     paths: Sequence[str]
     weights: str
+    patients: Sequence[str] | None = None
+    """Of each photograph, "" where not known; None where none is."""
 
     def __post_init__(self) -> None:
-        sizes = {len(self.logits), len(self.grades), len(self.ids), len(self.paths)}
+        patients = self.paths if self.patients is None else self.patients
+        sizes = {len(self.logits), len(self.grades), len(self.ids), len(self.paths), len(patients)}
         if len(sizes) != 1:
-            raise ValueError(f"logits, grades, ids and paths differ in length: {sorted(sizes)}")
+            raise ValueError(f"logits, grades, ids, paths and patients differ in length: {sorted(sizes)}")
 
 
 def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +108,18 @@ def _averaged(found: Mapping[str, Any], restored: Restored) -> str:
 def _data(restored: Restored) -> list[str]:
     """What it was trained on: split sizes by grade, from the run's manifest."""
     try:
-        lines = restored.run.manifest.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        with restored.run.manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            first = [line for line in (next(stream, ""), next(stream, "")) if line and not line.startswith("#")]
+            rows = list(csv.DictReader(chain(first, stream)))
     except FileNotFoundError:
         return ["The run has no manifest.csv, so its photographs are not known."]
-    counts: dict[str, dict[str, int]] = {}
-    for line in lines:
-        cells = line.rsplit(",", 5)
-        if len(cells) == 6 and cells[2].lstrip("-").isdigit():
-            of_split = counts.setdefault(cells[1], {})
-            of_split[cells[2]] = of_split.get(cells[2], 0) + 1
+    counts: dict[str, Counter[str]] = {}
+    for photograph in rows:
+        counts.setdefault(photograph["split"], Counter())[photograph["grade"]] += 1
     grades = sorted({grade for of_split in counts.values() for grade in of_split}, key=int)
     names = {str(k): f"{k} {name}" for k, name in enumerate(tables.names(6))} | {"-1": "unknown"}
     head = ["split", *(names.get(grade, grade) for grade in grades)]
-    body = [[split, *(f"{of_split.get(grade, 0):,}" for grade in grades)] for split, of_split in counts.items()]
+    body = [[split, *(f"{of_split[grade]:,}" for grade in grades)] for split, of_split in counts.items()]
     said = _used(restored.config)
     return [f"Data: {name(restored.config)}, fingerprint {restored.fingerprint}. {said}", _table([head, *body])]
 

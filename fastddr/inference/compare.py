@@ -60,14 +60,19 @@ def compare(asked: Compare) -> list[Compared]:
     names = [_name(place) for place in asked.runs]
     rows = _rows(splits, names, asked.common)
     grades = splits[0].grades[rows[0]]
+    # Of the first run that knows them: older runs do not.
+    patients = next(
+        ([split.patients[row] for row in order.tolist()]
+         for split, order in zip(splits, rows, strict=True) if split.patients is not None), None,
+    )  # fmt: skip
     compared: list[Compared] = []
     for name, split, order in zip(names, splits, rows, strict=True):
         logits = split.logits[order]
         values = figures(logits, grades)
         drawn = None
         if compared:
-            drawn = bootstrap.differences(splits[0].logits[rows[0]], logits, grades)
-        ci = bootstrap.intervals(logits, grades, values)
+            drawn = bootstrap.differences(splits[0].logits[rows[0]], logits, grades, patients=patients)
+        ci = bootstrap.intervals(logits, grades, values, patients=patients)
         compared.append(Compared(name, split.weights, values, ci, drawn))
     return compared
 
@@ -163,7 +168,7 @@ def _signed(value: float | None, interval: Sequence[float] | None, per_cent: boo
 def legend(compared: Sequence[Compared], split: str) -> str:
     """What the table needs to be understood."""
     return (
-        f"{compared[0].found['n']:,} photographs of {split}; "
+        f"{compared[0].found['n']:,} photographs{tables.of_patients(compared[0].ci)} of {split}; "
         + "; ".join(f"{one.name}: {one.weights}" for one in compared)
         + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "

@@ -72,7 +72,9 @@ def evaluate(asked: Evaluate) -> Path | None:
     weights += ", nine windows averaged" if config.evaluation.field == "multi" else ""
     loader = scoring(config, found, began, _ids(found, asked.split), lambda line: console.print(f"  {line}"))
     try:
-        result = score(began.accelerator, restored.averaged, loader, paths=found.path, weights=weights)
+        result = score(
+            began.accelerator, restored.averaged, loader, paths=found.path, weights=weights, patients=found.patients
+        )
     finally:
         loader.close()
     restore.check_finite(result, began.precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -155,17 +156,36 @@ def _clean_processes() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "fastddr.loaders.forkserver"])
     return context
 
 
 def _begin_worker(worker: int) -> None:
-    """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent.
+    """Let no worker outlive a parent that was killed, and none end by a signal that is meant for the parent.
+
+    Of SIGTERM the parent's own counts: so it ends what is left of its workers when it ends itself.
 
     PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    known = parent is not None and hasattr(signal, "sigwaitinfo")  # macOS has it not
+    if known:
+        # Who sent a signal is told to a thread that waits for it, and to no handler. Blocked before there is a thread,
+        # and not ignored, or it would not be waited for.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.end_with_parent()
+    if not known:
+        return
+
+    def wait() -> None:
+        assert parent is not None
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _refuse_small_shm(task: Task) -> None:

@@ -116,7 +116,10 @@ def _figures(split: SplitResult, temperature: float | None) -> dict[str, Any]:
     order = split.ids.argsort()
     logits, grades = split.logits[order], split.grades[order]
     values = figures(logits, grades)
-    found = {"weights": split.weights, **values, "ci": bootstrap.intervals(logits, grades, values)}
+    patients = None if split.patients is None else [split.patients[row] for row in order.tolist()]
+    found = {
+        "weights": split.weights, **values, "ci": bootstrap.intervals(logits, grades, values, patients=patients)
+    }  # fmt: skip
     if temperature is not None:
         cooled = confidence(logits / temperature, grades)
         found["calibrated"] = {"temperature": temperature, "ece": cooled["ece"], "loss": cooled["loss"]}

@@ -19,16 +19,22 @@ LAST_FILE, LAST = "predictions_last.csv", "valid_last"
 
 
 def dump(splits: Mapping[str, SplitResult]) -> bytes:
-    """`path,split,grade,predicted,p0,...`: a row a photograph in the order of ids, p in full precision."""
+    """`path,split,grade,predicted,p0,...`: a row a photograph in the order of ids, p in full precision.
+
+    Where a patient is known, `patient` stands last.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     classes = next((split.logits.shape[1] for split in splits.values()), 0)
-    writer.writerow(["path", "split", "grade", "predicted", *(f"p{grade}" for grade in range(classes))])
+    known = any(split.patients is not None for split in splits.values())
+    writer.writerow([*_head(classes), *(["patient"] if known else [])])
     for name, split in splits.items():
         probabilities = split.logits.detach().cpu().double().softmax(1).tolist()
         predicted, grades = split.logits.argmax(1).tolist(), split.grades.tolist()
         for row in split.ids.argsort().tolist():
             values = [repr(value) for value in probabilities[row]]
+            if known:
+                values.append("" if split.patients is None else split.patients[row])
             writer.writerow([split.paths[row], name, grades[row], predicted[row], *values])
     # A file's name may hold bytes that are no text.
     return text.getvalue().encode("utf-8", "surrogateescape")
@@ -47,22 +53,24 @@ def load(file: Path, weights: Mapping[str, str]) -> dict[str, SplitResult]:
             head, *rows = list(csv.reader(stream)) or [[]]
     except (OSError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read ({error}); name a run that has ended, or an evaluation.") from None
-    classes = len(head) - 4
-    if head != ["path", "split", "grade", "predicted", *(f"p{grade}" for grade in range(classes))] or classes < 2:
+    known = head[-1:] == ["patient"]
+    classes = len(head) - 4 - known
+    if head[: len(head) - known] != _head(classes) or classes < 2:
         raise UserError(f"{file}: this is not a list of predictions (path,split,grade,predicted,p0,...).")
-    found: dict[str, list[tuple[str, int, list[float]]]] = {}
+    found: dict[str, list[tuple[str, int, list[float], str]]] = {}
     for number, row in enumerate(rows, 2):
         try:
             path, split, grade, _, *rest = row
+            patient = rest.pop() if known and rest else ""
             probabilities = [float(value) for value in rest]
             if len(probabilities) != classes or not 0 <= int(grade) < classes or min(probabilities) < 0:
                 raise ValueError
-            found.setdefault(split, []).append((path, int(grade), probabilities))
+            found.setdefault(split, []).append((path, int(grade), probabilities, patient))
         except ValueError:
             raise UserError(f"{file}, line {number}: this is not a row of predictions; score the run anew.") from None
     splits = {}
     for split, entries in found.items():
-        paths, grades, values = zip(*entries, strict=True)
+        paths, grades, values, patients = zip(*entries, strict=True)
         # The logarithm of a probability that is too small for double precision is that of the smallest one.
         logits = np.log(np.maximum(np.array(values), np.finfo(np.float64).tiny))
         splits[split] = SplitResult(
@@ -71,5 +79,10 @@ def load(file: Path, weights: Mapping[str, str]) -> dict[str, SplitResult]:
             torch.arange(len(paths)),
             paths,
             weights.get(split, "unknown"),
+            patients if known else None,
         )
     return splits
+
+
+def _head(classes: int) -> list[str]:
+    return ["path", "split", "grade", "predicted", *(f"p{grade}" for grade in range(classes))]

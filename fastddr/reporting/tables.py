@@ -66,9 +66,15 @@ def title(split: str) -> str:
     return "valid (last weights)" if split == "valid_last" else split
 
 
+def of_patients(ci: Mapping[str, Any]) -> str:
+    """` of 120 patients`, where they are known."""
+    return f" of {ci['patients']:,} patients" if "patients" in ci else ""
+
+
 def rows(found: Mapping[str, Figures], *, short: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Lines of the main table: a label, and a cell a split; `short`, some of them and without intervals."""
-    yield "photographs" if short else "Photographs", [f"{values['n']:,}" for values in found.values()]
+    counted = [f"{values['n']:,}{'' if short else of_patients(values.get('ci', {}))}" for values in found.values()]
+    yield "photographs" if short else "Photographs", counted
     for label, keys, per_cent in RATES:
         if short and label not in SHORT:
             continue
@@ -106,10 +112,15 @@ def markdown(
     titles = [title(split) for split in found]
     parts = [f"# {_text(name)}", f"**{DISCLAIMER}**", "## Figures"]
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
+    known = any("patients" in values.get("ci", {}) for values in found.values())
+    alike = (
+        "Those of one patient count as alike as they are: whole patients are drawn" if known else
+        "Photographs count as independent, so with several of one patient the truth is wider"
+    )  # fmt: skip
     parts.append(
         "In brackets: 95 % intervals over the photographs, Wilson's for accuracy, recall, sensitivity and specificity, "
-        "else by a percentile bootstrap. Photographs count as independent, so with several of one patient the truth is "
-        "wider; the chance of another training seed is left out. The calibration error has no interval, and is larger "
+        f"else by a percentile bootstrap. {alike}; "
+        "the chance of another training seed is left out. The calibration error has no interval, and is larger "
         "of few photographs. Means over grades leave out grades "
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "
         "kind: compare models on one split, never one model across splits."

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from photographs import folders, kaggle, photos
-from tests_support import TINY, settings, train
+from tests_support import TINY, TINY_SIZE, settings, train
 
-from fastddr.data import photograph
+from fastddr.__main__ import main
+from fastddr.data import photograph, synthetic
 from fastddr.errors import UserError
 from fastddr.trainer import Trainer
 
@@ -73,8 +74,6 @@ def test_bad_photographs_are_left_out_and_listed_and_the_run_can_go_on(copy: Pat
 
 
 def test_a_list_does_the_same_as_leaving_out_what_is_bad(copy: Path, tmp_path: Path) -> None:
-    from fastddr.__main__ import main
-
     spoil(copy, "train", 3, -2)
     assert main(["check", str(copy), "--fix-list", str(tmp_path / "bad.csv")]) == 1
     one = train(copy, tmp_path / "one", "--epochs", "1", "--exclude", str(tmp_path / "bad.csv"))
@@ -83,8 +82,6 @@ def test_a_list_does_the_same_as_leaving_out_what_is_bad(copy: Path, tmp_path: P
 
 
 def test_a_checked_set_is_not_decoded_again(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastddr.__main__ import main
-
     assert main(["check", str(copy)]) == 0
     monkeypatch.setattr(photograph, "digest", None)
     with Trainer(settings(copy, tmp_path / "run")) as trainer:
@@ -156,3 +153,22 @@ def test_odd_names_pass_the_whole_way(tmp_path: Path) -> None:
     run = train(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4")
     with (run / "report" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         assert f"test/0/{name}" in {row["path"] for row in csv.DictReader(file)}
+
+
+def test_patients_reach_the_intervals(tmp_path: Path) -> None:
+    data = synthetic.generate(tmp_path / "set", counts=TINY, size=TINY_SIZE, workers=1, layout="csv")
+    run = train(data, tmp_path / "run", "--epochs", "1")
+    report = run / "report"
+    with (report / "predictions.csv").open(newline="") as file:
+        tests = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    patients = {row["patient"] for row in tests}
+    assert "" not in patients
+    assert len(patients) < len(tests)
+    found = read(report / "metrics.json")["test"]
+    assert (found["ci"]["patients"], found["n"]) == (len(patients), len(tests))
+    text = (report / "report.md").read_text()
+    assert f"{len(tests)} of {len(patients)} patients |" in text
+    assert "whole patients are drawn" in text
+    assert main(["report", str(run)]) == 0
+    assert (report / "report.md").read_text() == text
+    assert f",{tests[0]['patient']}\n" in (run / "manifest.csv").read_text()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 from sklearn import metrics as sk
 
 from fastddr.evaluation import bootstrap, ranking
@@ -146,6 +146,72 @@ def test_an_interval_of_a_share_holds_the_truth_in_95_of_100_samples(share: floa
     found = np.array([bootstrap.share(k / n, n) for k in hits])
     inside = (found[:, 0] <= share) & (share <= found[:, 1])
     assert 0.92 <= binom.pmf(hits, n, share)[inside].sum() <= 0.99
+
+
+def test_patients_of_one_photograph_each_change_nothing() -> None:
+    logits, grades = answers(300)
+    point = figures(logits, grades)
+    alone = bootstrap.intervals(logits, grades, point)
+    patients = [f"{row:04d}" for row in range(300)]
+    known = bootstrap.intervals(logits, grades, point, patients=patients)
+    assert known.pop("patients") == 300
+    assert known == alone
+    # Those whose patient is not known stand for themselves, and are not all of one.
+    assert bootstrap.intervals(logits, grades, point, patients=[""] * 300)["patients"] == 300
+
+
+def test_photographs_that_say_the_same_twice_are_worth_half() -> None:
+    """Every patient has two photographs with one answer: intervals are those of half as many photographs."""
+    logits, grades = answers(400)
+    once = leaves(bootstrap.intervals(logits, grades, figures(logits, grades)))
+    both, truth = logits.repeat(2, 1), grades.repeat(2)
+    patients = [f"p{row}" for row in range(400)] * 2
+    twice = leaves(bootstrap.intervals(both, truth, figures(both, truth), patients=patients))
+    assert twice[".patients"] == 400
+    naive = leaves(bootstrap.intervals(both, truth, figures(both, truth)))
+    for name, (low, high) in ((name, value) for name, value in once.items() if isinstance(value, list)):
+        assert twice[name] == pytest.approx([low, high], abs=0.25 * (high - low)), name
+        assert twice[name][1] - twice[name][0] > 1.2 * (naive[name][1] - naive[name][0]), name
+    drawn = bootstrap.differences(both, both.roll(1, 1), truth, patients=patients)["qwk"]
+    assert drawn.std() > 1.25 * bootstrap.differences(both, both.roll(1, 1), truth)["qwk"].std()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_of_patients_an_interval_of_a_share_holds_the_truth_as_often_as_it_says(share: float) -> None:
+    """Four photographs a patient, half of whose patients are all right or all wrong; 2,000 sets of 60 patients."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), 4)
+    held, naive = [], []
+    for _ in range(2000):
+        one, alike = rng.random((60, 1)) < share, rng.random((60, 1)) < 0.5
+        right = np.where(alike, one, rng.random((60, 4)) < share).ravel()
+        for found, n in ((held, bootstrap.independent(right, groups)), (naive, 240)):
+            low, high = bootstrap.share(right.mean(), n)
+            found.append(low <= share <= high)
+    assert 0.93 <= np.mean(held) <= 0.97
+    assert np.mean(naive) < 0.87
+
+
+def test_where_all_are_right_a_patient_counts_once() -> None:
+    assert bootstrap.independent(np.ones(6, dtype=bool), np.array([0, 0, 0, 1, 1, 2])) == 3
+    assert bootstrap.independent(np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64)) == 0
+    assert bootstrap.independent(np.array([True, False]), np.array([4, 4])) == 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30))
+def test_photographs_are_worth_at_most_their_number(rows: list[tuple[bool, int]]) -> None:
+    right, groups = (np.array(column) for column in zip(*rows, strict=True))
+    n = bootstrap.independent(right, groups)
+    assert 0 < n <= len(rows)
+    low, high = bootstrap.share(float(right.mean()), n)
+    assert 0 <= low <= right.mean() <= high <= 1
+
+
+@given(st.integers(1, 5000), st.floats(0, 1))
+def test_an_interval_of_a_share_is_scipys(n: int, part: float) -> None:
+    hits = round(part * n)
+    expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert bootstrap.share(hits / n, n) == pytest.approx([expected.low, expected.high], abs=1e-12)
 
 
 def test_new_photographs_have_another_mix_of_grades() -> None:

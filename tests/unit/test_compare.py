@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["runs"][0]["difference_ci"] is None
     low, high = found["runs"][2]["difference_ci"]["referable.auc"]
     assert low < found["runs"][2]["referable"]["auc"] - found["runs"][0]["referable"]["auc"] < high
+
+
+def test_patients_are_drawn_whole_where_a_run_knows_them(tmp_path: Path) -> None:
+    patients = [f"p{number // 4}" for number in range(200)]
+    one = folder(tmp_path / "one", valid=result(1))
+    other = folder(tmp_path / "other", valid=replace(result(2), patients=patients))
+    first, second = compare.compare(Compare((one, other)))
+    assert first.ci["patients"] == second.ci["patients"] == 50
+    assert "200 photographs of 50 patients of valid; " in compare.legend([first, second], "valid")
+    assert "patients" not in compare.compare(Compare((one, one)))[0].ci
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

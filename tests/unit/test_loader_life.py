@@ -61,6 +61,24 @@ def test_a_second_iterator_ends_the_first_loudly(name: str, found: manifest.Mani
     loader.close()
 
 
+@PROC
+def test_a_signal_to_all_processes_of_a_run_takes_no_batch_away(found: manifest.Manifest) -> None:
+    """A launcher's SIGTERM: the trainer saves and ends, for which it may need the batch that it waits for."""
+    loader = loaders.build("torchvision", task(found, threads=2))
+    whole = list(loader.epoch(0))
+    batches = loader.epoch(0)
+    assert same(next(batches), whole[0])
+    children = [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    below = [int(one) for child in children
+             for one in Path(f"/proc/{child}/task/{child}/children").read_text().split()]  # fmt: skip
+    assert len(below) >= 2, "the workers"
+    # By another process: what the trainer itself sends is how it ends them.
+    subprocess.run(["kill", "-TERM", *map(str, (*children, *below))], check=True)
+    assert all(same(a, b) for a, b in zip(batches, whole[1:], strict=True))
+    assert all(same(a, b) for a, b in zip(loader.epoch(0), whole, strict=True))
+    loader.close()
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_closing_is_quiet_though_a_bad_photograph_is_on_its_way(
     name: str, tmp_path: Path, found: manifest.Manifest

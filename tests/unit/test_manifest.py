@@ -159,8 +159,9 @@ def test_csv_has_every_row_and_the_fingerprint(tiny: Path) -> None:
     lines = found.to_csv().splitlines()
     assert lines[0] == f"# fingerprint: {found.fingerprint}"
     assert lines[1] == "# prepared: null"
-    assert lines[2] == "id,path,split,grade,width,height,bytes"
-    assert lines[3] == f"0,{found.path[0]},train,{found.grade[0]},80,80,{found.size[0]}"
+    assert lines[2] == "id,path,split,grade,width,height,bytes,patient"
+    assert lines[3] == f"0,{found.path[0]},train,{found.grade[0]},80,80,{found.size[0]},"
+    assert found.patients is None
     assert len(lines) == len(found) + 3
 
 

@@ -10,8 +10,9 @@ Photographs of one patient err together. Where patients are known, whole patient
 Field and Welsh, "Bootstrapping clustered data", 2007), and a share counts as one of as many photographs as would tell
 as much were they independent (Korn and Graubard, "Confidence intervals for proportions with small expected number of
 positive counts estimated from survey data", 1998; in Wilson's interval: Franco et al., "Comparative study of confidence
-intervals for proportions in complex sample surveys", 2019). Where they are not known photographs count as independent,
-and if they are not, the truth is wider.
+intervals for proportions in complex sample surveys", 2019). Of fewer than `FEWEST` patients a bootstrap has too few
+different samples, and only shares have intervals. Where patients are not known photographs count as independent, and if
+they are not, the truth is wider.
 
 The calibration error has none: binning adds noise to it that only ever makes it larger, and a sample drawn again adds
 it a second time, so that the figure may lie outside of its own interval.
@@ -40,6 +41,11 @@ from fastddr.evaluation.metrics import MEANS, one_against_rest, rates, worse_tha
 #: Bootstrap samples behind an interval of up to `FEW` photographs; for more they fall, down to `LEAST`, with the work.
 SAMPLES, FEW, LEAST = 2000, 10_000, 400
 LEVEL = 0.95
+#: Patients of whom a bootstrap may be drawn, at least.
+FEWEST = 10
+#: How alike photographs of one patient are is judged as if so many more patients, all alike, had been seen: few tell
+#: little of it, and none if all of their photographs are right.
+_ALIKE = 2.0
 #: Numbers in a block of counts: what stays in a core's cache.
 _BLOCK = 100_000
 
@@ -56,18 +62,20 @@ def intervals(
 ) -> dict[str, Any]:
     """95 % intervals `[low, high]` in the shape of the figures `point` (`metrics.figures` of the same photographs).
 
-    None where the figure itself is undefined. `samples` says how many samples there were, and `patients`, where they
-    are known, of how many patients.
+    None where the figure itself is undefined. `samples` says how many samples there were. Where patients are known,
+    `patients` is their number, and `unnamed` that of photographs whose patient is not known, if there are any: each
+    stands for itself.
 
     Args:
-        patients: of each photograph, "" where the patient is not known; such a photograph stands for itself.
+        patients: of each photograph, "" where the patient is not known.
     """
     groups = _groups(patients, len(grades))
     found = _interval_of(point, _drawn([logits], grades, groups, seed)[0])
     truth, predicted = grades.detach().cpu().numpy(), logits.detach().cpu().argmax(1).numpy()
 
     def of(value: float | None, right: np.ndarray, among: np.ndarray) -> list[float] | None:
-        return None if value is None else share(value, independent(right[among], groups[among]))
+        n = 0.0 if value is None else independent(right[among], groups[among])
+        return share(value, n) if value is not None and n > 0 else None
 
     everywhere = np.ones(len(truth), dtype=bool)
     found["accuracy"] = of(point["accuracy"], predicted == truth, everywhere)
@@ -77,7 +85,10 @@ def intervals(
         called = predicted >= least
         found["endpoints"][name]["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
         found["endpoints"][name]["specificity"] = of(values["specificity"], ~called, truth < least)
-    told = {} if patients is None else {"patients": int(groups.max(initial=-1)) + 1}
+    named = [name for name in patients or () if name]
+    told = {"patients": len(set(named))} if named else {}
+    if named and len(named) < len(grades):
+        told["unnamed"] = len(grades) - len(named)
     return {**found, "referable": found["endpoints"].get("referable"), "samples": samples(len(grades)), **told}
 
 
@@ -116,19 +127,31 @@ def independent(right: Bool[np.ndarray, " m"], groups: Int[np.ndarray, " m"]) ->
     """How many independent photographs would tell as much of a share as these, of which each has a patient.
 
     Their number over the design effect: the variance of the share by whole patients (linearised, as of a ratio of two
-    sums over patients) to that of as many independent photographs. Where all are right, or none, nothing shows how
-    alike those of one patient are, and a patient counts once. Never more than there are.
+    sums over patients) to that of as many independent photographs, at least 1. It is drawn towards that of patients
+    whose photographs are all alike, the more the fewer patients have one of the rarer kind (`_ALIKE`). The variance is
+    known by few patients only, for which Korn and Graubard take the squared ratio of Student's t at n − 1 and at
+    patients − 1. 0 of one patient with several photographs, who tells nothing of others.
     """
     _, place = np.unique(groups, return_inverse=True)
     n, patients = len(right), int(place.max(initial=-1)) + 1
     if patients in (0, n):
         return float(n)
+    if patients == 1:
+        return 0.0
+    # Half a second of imports, as torchmetrics in `metrics`.
+    from scipy.stats import t
+
     value = right.mean()
-    apart = np.bincount(place, right - value, minlength=patients)
-    variance = patients / max(1, patients - 1) * (apart**2).sum() / n**2
-    if value in (0, 1) or patients == 1 or variance == 0:
-        return float(patients)
-    return float(min(n, n / (n - 1) * value * (1 - value) / variance))
+    alike = float((np.bincount(place) ** 2).sum()) / n
+    effect, rare = 1.0, 0
+    if 0 < value < 1:
+        apart = np.bincount(place, right - value, minlength=patients)
+        variance = patients / (patients - 1) * (apart**2).sum() / n**2
+        effect = max(1.0, variance * (n - 1) / (value * (1 - value)))
+        rare = len(np.unique(place[right == (value < 0.5)]))
+    effect = (rare * effect + _ALIKE * alike) / (rare + _ALIKE)
+    tail = 0.5 + LEVEL / 2
+    return n / effect * float(t.ppf(tail, n - 1) / t.ppf(tail, patients - 1)) ** 2
 
 
 def _groups(patients: Sequence[str] | None, n: int) -> Int[np.ndarray, " n"]:
@@ -152,7 +175,9 @@ def _drawn(models: Sequence[Tensor], grades: Tensor, groups: Int[np.ndarray, " n
     for counts in _counts(groups, samples(len(truth)), seed):
         for model, found in zip(weighed, blocks, strict=True):
             found.append(model.figures(counts))
-    return [_joined(found, np.concatenate) for found in blocks]
+    drawn = [_joined(found, np.concatenate) for found in blocks]
+    few = len(np.unique(groups)) < min(FEWEST, len(groups))
+    return [_joined([one], lambda values: np.full_like(values[0], np.nan)) for one in drawn] if few else drawn
 
 
 def _counts(groups: Int[np.ndarray, " n"], total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:

@@ -19,11 +19,11 @@ from fastddr.inference.restore import Restored
 from fastddr.reporting import tables
 
 
-def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | None, about: Mapping[str, Any]) -> str:
+def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, Any]) -> str:
     """The text of the card.
 
-    `recipe`: how the run's photographs were prepared. `about`: what was exported and how it was checked; its keys are
-    those of export.json.
+    `recipe`: how the run's photographs were prepared, in words where it is not known. `about`: what was exported and
+    how it was checked; its keys are those of export.json.
 
     Raises:
         UserError: the run's metrics.json cannot be read.
@@ -72,10 +72,12 @@ def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | None, abou
     return "\n\n".join(parts) + "\n"
 
 
-def _input(deployed: Deployed, recipe: Recipe | None, about: Mapping[str, Any]) -> str:
-    prepared = (
-        f"cropped to the disc of the retina as `fastddr prepare` does ({recipe})" if recipe else "not prepared (raw)"
-    )
+def _input(deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, Any]) -> str:
+    if isinstance(recipe, str):
+        prepared = f"prepared {recipe}"
+    else:
+        cropped = f"cropped to the disc of the retina as `fastddr prepare` does ({recipe})"
+        prepared = cropped if recipe else "not prepared (raw)"
     size, canvas = deployed.size, deployed.canvas
     windows = f"the mean over nine windows of {size} px" if len(deployed.places) > 1 else f"the middle {size} px window"
     lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from fastddr.inference.flags import Compare
 from fastddr.reporting import again, tables
 
 #: Of the legend; by it a table is known again.
+#: Splits that hold photographs of valid.
+_FITTED = ("valid", "valid_last", "all")
 _BOOTSTRAP = "those of differences by a paired bootstrap"
 #: What is compared: label, place in the figures, and whether it is read in per cent.
 COLUMNS = (
@@ -78,10 +81,12 @@ def compare(asked: Compare) -> list[Compared]:
 
 
 def _ours(file: Path) -> bool:
-    """Whether a file is empty or a comparison, which a new one may replace."""
+    """Whether a file is empty or a comparison and nothing else, which a new one may replace."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix == ".md":
-        return not text or _BOOTSTRAP in text
+        table_, *rest = text.removesuffix("\n").split("\n\n")
+        known = len(rest) == 1 and _BOOTSTRAP in rest[0] and rest[0].endswith(tables.DISCLAIMER) and "\n" not in rest[0]
+        return not text or (known and all(line.startswith("|") for line in table_.splitlines()))
     try:
         found = json.loads(text or "{}")
     except ValueError:
@@ -173,7 +178,7 @@ def legend(compared: Sequence[Compared], split: str) -> str:
         + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
-        + ("On valid a regression has the advantage that its thresholds are fitted there. " if split == "valid" else "")
+        + ("On valid a regression has the advantage that its thresholds are fitted there. " * (split in _FITTED))
         + tables.DISCLAIMER
     )
 
@@ -217,7 +222,9 @@ def main(asked: Compare) -> int:
                 text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
             else:
                 text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-            asked.out.write_text(text, encoding="utf-8")
+            beside = asked.out.with_name(f".{asked.out.name}.{os.getpid()}")
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, asked.out)
         show(compared, body, asked.split)
         return 0
 

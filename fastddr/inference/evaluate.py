@@ -55,7 +55,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     config, state = settings(asked), runtime.join()
     console = Console(quiet=not state.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     began = runtime.start(config)
-    console.print(f"  device {began.device.type}, precision {began.precision}, ranks: {began.world}")
+    restore.say_where(began, console)
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
     run = restored.run
     found = source.open_data(config, console, trains=asked.data is None)
@@ -65,6 +65,7 @@ def evaluate(asked: Evaluate) -> Path | None:
             "restore them, or name them with --data."
         )
     runtime.on_main(lambda: _writable(run))
+    temperature = runtime.from_main(lambda: _temperature(run, asked, config))
     prepared = _prepared(asked, run, config, found)
     for line in prepared:
         console.print(f"  {line}")
@@ -80,7 +81,9 @@ def evaluate(asked: Evaluate) -> Path | None:
     restore.check_finite(result, began.precision)
     if not began.is_main:
         return None
-    return _write(asked, config, run, found, began, result, restored, prepared, console)
+    by: dict[str, Any] = {"precision": began.precision, "loader": loader.name}  # what was left to `auto`, too
+    config = replace(config, **by)
+    return _write(asked, config, run, found, began, result, restored, prepared, temperature, console)
 
 
 def _ids(found: Manifest, split: str) -> np.ndarray:
@@ -105,6 +108,7 @@ def _write(
     result: SplitResult,
     restored: restore.Restored,
     prepared: Sequence[str],
+    temperature: float | None,
     console: Console,
 ) -> Path:
     multi = ["multi"] if config.evaluation.field == "multi" else []
@@ -126,11 +130,13 @@ def _write(
         trained, found, began, restored.parameters, [], began_at=run.began_at(),
         grading=grading.unwrap(restored.model)[1],
     )  # fmt: skip
-    notes = [*found.notes, *prepared, *_seen(asked, found, config.loss.name == "mse")]
+    # Also where they have moved since, and were named with --data.
+    own = found.fingerprint == restored.fingerprint
+    notes = [*found.notes, *prepared, *(_seen(asked.split, found, config.loss.name == "mse") if own else [])]
     reporting.write(
         place, {asked.split: result}, about, notes, root=found.root,
-        left_out=found.left_out, folder=place, temperature=_temperature(run, asked, config),
-        fit=found.fingerprint == restored.fingerprint, title=f"{run.path.resolve().name}: {label}",
+        left_out=found.left_out, folder=place, temperature=temperature,
+        fit=own, title=f"{run.path.resolve().name}: {label}",
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
@@ -162,24 +168,34 @@ def _prepared(asked: Evaluate, run: RunFolder, config: Config, found: Manifest) 
     ]
 
 
-def _seen(asked: Evaluate, found: Manifest, regression: bool) -> list[str]:
-    """Sentences about photographs that the run has seen, where its own are scored."""
+def _seen(split: str, found: Manifest, regression: bool) -> list[str]:
+    """Sentences about those of a run's own photographs that it has seen."""
     notes = []
-    if asked.data is None and asked.split == "all":
+    if split == "all":
         trained, scored = (len(_ids(found, split)) for split in ("train", "all"))
         notes.append(f"{trained:,} of these {scored:,} photographs were trained on, so the figures flatter.")
-    if asked.data is None and asked.split in ("valid", "all") and regression:
+    if split in ("valid", "all") and regression:
         notes.append(tables.FLATTERED)
     return notes
 
 
 def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | None:
-    """The temperature that was fitted on valid at the end of the run, where it is of this way of scoring."""
+    """The temperature that was fitted on valid at the end of the run, where it is of this way of scoring.
+
+    Raises:
+        UserError: the run's report cannot be read.
+    """
     report, trained = run.path / "report", restore.stored(run.path).evaluation
     same = asked.weights == "best" and replace(trained, batch_size=None) == config.evaluation
     if not same or not (report / reporting.ABOUT).is_file():
         return None
-    found: float | None = again.read_about(report)["temperature"]
+    try:
+        found: float | None = again.read_about(report).get("temperature")
+    except UserError:
+        raise UserError(
+            f"{report / reporting.ABOUT}: it cannot be read, and has the temperature that was fitted on valid; put it "
+            "back, or remove it, and nothing is calibrated."
+        ) from None
     return found
 
 

@@ -63,9 +63,16 @@ def export(asked: Export) -> Path:
     if out.exists() and not (asked.overwrite and (out / "export.json").is_file()):
         what = "it is there already" if (out / "export.json").is_file() else "it is there and no export"
         raise UserError(f"--out {out}: {what}; give another folder, or --overwrite in the place of an export.")
+    _check_old(out)
+    if asked.count < 0:
+        raise UserError(f"--count {asked.count}: give a number of photographs, or 0 for all.")
     began = runtime.start(config)
     restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
-    recipe = masters.of_run(restored.run.manifest, config.data)
+    recipe: masters.Recipe | str | None
+    try:
+        recipe = masters.of_run(restored.run.manifest, config.data)
+    except UserError:  # the file can be checked on any photographs; the card says what is not known
+        recipe = "as the run's were, which is not known any more"
     seen, ids, said = _photographs(asked, config, console)
     deployed = Deployed(restored.model, config).eval()
 
@@ -190,6 +197,14 @@ def _about(asked: Export, restored: Restored, deployed: Deployed) -> dict[str, A
         "std": list(config.augment.std),
         "use": "research use only; not a medical device",
     }
+
+
+def _check_old(out: Path) -> None:
+    """Raise `UserError` where the folder of an earlier export, which is replaced, holds what is not of it."""
+    ours = {*formats.FILES.values(), "model_card.md", "export.json"}
+    others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours) if out.is_dir() else []
+    if others:
+        raise UserError(f"--out {out}: {others[0]} is no file of an export; move it, or give another folder.")
 
 
 def _keep(part: Path, out: Path) -> None:

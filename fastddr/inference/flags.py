@@ -53,7 +53,7 @@ class Evaluate(Scoring):
     on_bad: Literal["raise", "exclude"] = "raise"
     """A photograph or label that cannot be used: stop, or leave it out and say so."""
     exclude: str | None = None
-    """List of photographs to leave out; by default what the run left out."""
+    """List of photographs to leave out; by default what the run left out, and none with --data."""
     follow_links: bool = False
     """Also read photographs to which links lead out of the data folder."""
 

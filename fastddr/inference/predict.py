@@ -42,6 +42,8 @@ from fastddr.runtime import Runtime
 #: Exit code where some photographs could not be graded; the table says which.
 EXIT_SOME_BAD = 1
 _NAMES = (*ICDR, "Ungradable")
+#: How a table of ours begins, also from a spreadsheet; a label table begins otherwise.
+_HEADINGS = (b"path,grade,name,referable,", b'"path","grade","name","referable"')
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def predict(asked: Predict) -> Answer:
     runtime.from_main(lambda: _free(asked, config.evaluation.field))
     found = runtime.from_main(lambda: photos.find(asked.photographs))
     began = runtime.start(config)
-    console.print(f"  device {began.device.type}, precision {began.precision}, ranks: {began.world}")
+    restore.say_where(began, console)
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
     with EpochBar(console, "looking at photographs") as bar:
         recipe = runtime.from_main(lambda: _recipe(asked, restored))
@@ -99,7 +101,7 @@ def _free(asked: Predict, window: str) -> None:
         raise UserError(f"--out {asked.out}: this is a folder; give a file.")
     if asked.explain is not None:
         explain.check()
-        if asked.window == "multi":
+        if window == "multi":
             raise UserError(
                 "--explain shows one window of a photograph; leave it out, or give --window center or full."
             )
@@ -107,7 +109,7 @@ def _free(asked: Predict, window: str) -> None:
             raise UserError(f"--explain {asked.explain}: it is not an empty folder; give another, or --overwrite.")
     if asked.out.exists() and not asked.overwrite:
         raise UserError(f"--out {asked.out}: it is there already; give another name, or --overwrite.")
-    if asked.out.is_file() and not asked.out.read_bytes().startswith((b"path,grade,", b'"path","grade"')):
+    if asked.out.is_file() and not asked.out.read_bytes().startswith(_HEADINGS):
         raise UserError(f"--out {asked.out}: this file is no table of grades, which alone --overwrite replaces.")
     if not asked.out.absolute().parent.is_dir():
         raise UserError(f"--out {asked.out}: its folder is not there; make it first.")
@@ -193,12 +195,15 @@ def _explain(
 
 
 def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
-    """The file of each photograph's overlay: by its name, with a number where several bear it."""
+    """The file of each photograph's overlay: by its name, with a number where several bear it.
+
+    None is named as a photograph is: the folder may be one of photographs.
+    """
     taken: set[str] = set()
     found = []
     for photo in usable:
         stem = Path(photo.path).stem
-        names = (f"{stem}{'' if number == 1 else f'.{number}'}.png" for number in count(1))
+        names = (f"{stem}{'' if number == 1 else f'.{number}'}.heat.png" for number in count(1))
         # A file system may take two names for one that differ in capitals alone.
         name = next(name for name in names if name.lower() not in taken)
         taken.add(name.lower())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from fastddr import checkpoints, meters, models, ranks, runtime
@@ -106,6 +107,14 @@ def _precision(config: Config) -> Any:
     return "fp32" if cannot and config.precision in ("bf16", "fp16") else config.precision
 
 
+def say_where(began: runtime.Runtime, console: Console) -> None:
+    """Print device, ranks and precision, with the reason for it: `accelerate launch` may have asked for another."""
+    console.print(f"  device {began.device.type}, ranks: {began.world}")
+    for decision in began.decisions:
+        if decision.startswith(("precision", "accelerate launch")):
+            console.print(f"  {decision}")
+
+
 def check_finite(result: SplitResult, precision: str) -> None:
     """Raise `UserError` where the model's output is not finite: the largest of such logits is no grade."""
     bad = ~result.logits.isfinite().all(1)
@@ -113,7 +122,7 @@ def check_finite(result: SplitResult, precision: str) -> None:
         first = result.paths[int(bad.nonzero()[0])]
         raise UserError(
             f"the model's output is not finite for {int(bad.sum())} of {len(bad)} photographs in {precision}, {first} "
-            "the first; give --precision fp32, or other --weights."
+            f"the first; give {'--precision fp32, or ' * (precision != 'fp32')}other --weights."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.problems import Problem, one_line
+from fastddr.evaluation.bootstrap import FEWEST
 from fastddr.evaluation.ranking import ENDPOINTS
 
 DISCLAIMER = "Research use only; not a medical device."
@@ -68,7 +69,8 @@ def title(split: str) -> str:
 
 def of_patients(ci: Mapping[str, Any]) -> str:
     """` of 120 patients`, where they are known."""
-    return f" of {ci['patients']:,} patients" if "patients" in ci else ""
+    unnamed = f" and {ci['unnamed']:,} without a name" if "unnamed" in ci else ""
+    return f" of {ci['patients']:,} patients{unnamed}" if "patients" in ci else ""
 
 
 def rows(found: Mapping[str, Figures], *, short: bool = False) -> Iterator[tuple[str, list[str]]]:
@@ -114,7 +116,8 @@ def markdown(
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
     known = any("patients" in values.get("ci", {}) for values in found.values())
     alike = (
-        "Those of one patient count as alike as they are: whole patients are drawn" if known else
+        "Where patients are known (the line of photographs says it), whole patients are drawn, and of fewer than "
+        f"{FEWEST} only shares have intervals; else photographs count as independent" if known else
         "Photographs count as independent, so with several of one patient the truth is wider"
     )  # fmt: skip
     parts.append(

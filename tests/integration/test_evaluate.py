@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +84,36 @@ def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -
     figures, _, folder = evaluated(run, "--data", str(other), "--split", "valid")
     assert figures["valid"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
     assert "were trained on" not in (folder / "report.md").read_text()
+
+
+def test_the_runs_own_photographs_are_known_in_another_place(run: Path, tiny: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    _, _, folder = evaluated(run, "--data", str(moved), "--split", "all")
+    assert "27 of these 51 photographs were trained on" in (folder / "report.md").read_text()
+
+
+def test_a_temperature_that_cannot_be_read_is_told_before_the_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (copy / "report" / "about.json").write_text("{")
+    before, there = (copy / "test_scorings.jsonl").read_text(), set((copy / "evaluations").glob("*"))
+    assert main(["evaluate", str(copy)]) == EXIT_USER_ERROR
+    assert "has the temperature that was fitted on valid; put it back, or remove it" in capsys.readouterr().err
+    assert (copy / "test_scorings.jsonl").read_text() == before
+    assert set((copy / "evaluations").glob("*")) == there
+
+
+@pytest.mark.slow
+def test_the_precision_is_that_of_the_launcher_and_its_reason_is_printed(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    command = [sys.executable, "-m", "fastddr", "evaluate", str(copy), "--split", "valid", "--precision", "fp32"]
+    launched = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = subprocess.run(command, env=launched, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "precision bf16: accelerate launch asked for it" in done.stdout
+    report = max(Path(copy, "evaluations").glob("*/report.md"), key=os.path.getmtime)
+    assert "| Precision | bf16 |" in report.read_text()
 
 
 def test_other_photographs_may_be_of_one_split_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_a_file_with_other_answers_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_how_photographs_were_prepared_may_be_forgotten(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """An old run whose photographs are gone is exported all the same; the card says what nobody knows."""
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    (copy / "manifest.csv").unlink()
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace(str(tiny), str(tmp_path / "gone")))
+    flags = ["--format", "safetensors", "--photographs", str(tiny), "--out", str(tmp_path / "out")]
+    assert main(["export", str(copy), *flags]) == 0
+    assert "prepared as the run's were, which is not known any more" in (tmp_path / "out/model_card.md").read_text()
+
+
 def test_an_earlier_export_is_replaced_only_when_asked(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +159,11 @@ def test_an_earlier_export_is_replaced_only_when_asked(
     assert main([*asked, "--overwrite"]) == 0
     assert json.loads((out / "export.json").read_text())["format"] == "safetensors"
     assert list(tmp_path.iterdir()) == [out]
+    (out / "serve.py").write_text("mine")
+    assert main([*asked, "--overwrite"]) == 2
+    assert "serve.py is no file of an export; move it, or give another folder" in capsys.readouterr().err
+    assert (out / "serve.py").read_text() == "mine"
+    (out / "serve.py").unlink()
     (out / "export.json").unlink()
     assert main([*asked, "--overwrite"]) == 2, "a folder that is no export stays"
 
@@ -157,6 +174,7 @@ def test_an_earlier_export_is_replaced_only_when_asked(
         (["nowhere"], "there is no run here"),
         (["RUN", "--format", "onnx"], "onnxruntime is not installed"),
         (["RUN", "--format", "safetensors", "--photographs", "gone"], "there is no such photograph"),
+        (["RUN", "--format", "safetensors", "--count", "-1"], "give a number of photographs, or 0 for all"),
     ],
 )
 def test_what_a_user_gets_wrong(

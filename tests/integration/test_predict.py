@@ -149,6 +149,8 @@ def test_bad_photographs_have_a_row_and_end_nothing(
         (["RUN", "PHOTOS", "--preparation", "maybe"], "--preparation maybe"),
         (["RUN", "PHOTOS", "--explain", "heat", "--window", "multi"], "--explain shows one window"),
         (["nowhere", "PHOTOS"], "there is no run here"),
+        (["RUN", "PHOTOS", "--out", "labels.csv", "--overwrite"], "this file is no table of grades"),
+        (["MULTI", "PHOTOS", "--explain", "heat"], "--explain shows one window"),
     ],
 )
 def test_what_a_user_gets_wrong(
@@ -158,13 +160,20 @@ def test_what_a_user_gets_wrong(
     pytest.importorskip("captum")
     monkeypatch.chdir(tmp_path)
     Path("there.csv").write_text("mine")
-    known = {"RUN": str(run), "PHOTOS": str(tiny / "DR_grading" / "test")}
+    Path("labels.csv").write_text("path,grade,split,patient\na.jpg,1,train,7\n")
+    # A run that was validated by nine windows.
+    multi = Path(shutil.copytree(run, "multi", symlinks=True))
+    text = (run / "config.yaml").read_text()
+    assert "field: full" in text
+    (multi / "config.yaml").write_text(text.replace("field: full", "field: multi"))
+    known = {"RUN": str(run), "MULTI": str(multi), "PHOTOS": str(tiny / "DR_grading" / "test")}
     assert main(["predict", *(known.get(word, word) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fastddr: ")
     assert said in error
     assert error.count("\n") == 1
     assert Path("there.csv").read_text() == "mine"
+    assert Path("labels.csv").read_text().startswith("path,grade,split")
 
 
 def test_a_heat_map_for_each_photograph(run: Path, tiny: Path, tmp_path: Path) -> None:
@@ -174,8 +183,10 @@ def test_a_heat_map_for_each_photograph(run: Path, tiny: Path, tmp_path: Path) -
     shutil.copy(one, tmp_path / "other" / one.name)
     named = [str(one), str(tmp_path / "other"), "--out", str(tmp_path / "g.csv"), "--explain", str(tmp_path / "heat")]
     assert main(["predict", str(run), *named]) == 0
-    assert sorted(path.name for path in (tmp_path / "heat").iterdir()) == [f"{one.stem}.2.png", f"{one.stem}.png"]
-    with Image.open(tmp_path / "heat" / f"{one.stem}.png") as image:
+    assert sorted(path.name for path in (tmp_path / "heat").iterdir()) == [
+        f"{one.stem}.2.heat.png", f"{one.stem}.heat.png",
+    ]  # fmt: skip
+    with Image.open(tmp_path / "heat" / f"{one.stem}.heat.png") as image:
         sheet = np.asarray(image.convert("RGB")).astype(int)
     side = (sheet.shape[1] - 4) // 2
     plain, heat = sheet[:side, :side], sheet[:side, side + 4 :]

@@ -157,7 +157,9 @@ def test_patients_of_one_photograph_each_change_nothing() -> None:
     assert known.pop("patients") == 300
     assert known == alone
     # Those whose patient is not known stand for themselves, and are not all of one.
-    assert bootstrap.intervals(logits, grades, point, patients=[""] * 300)["patients"] == 300
+    assert bootstrap.intervals(logits, grades, point, patients=[""] * 300) == alone
+    some = bootstrap.intervals(logits, grades, point, patients=["a", "a", *[""] * 298])
+    assert (some["patients"], some["unnamed"]) == (1, 298)
 
 
 def test_photographs_that_say_the_same_twice_are_worth_half() -> None:
@@ -177,32 +179,60 @@ def test_photographs_that_say_the_same_twice_are_worth_half() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_of_patients_an_interval_of_a_share_holds_the_truth_as_often_as_it_says(share: float) -> None:
-    """Four photographs a patient, half of whose patients are all right or all wrong; 2,000 sets of 60 patients."""
+@pytest.mark.parametrize("patients", [6, 20, 60])
+def test_of_patients_an_interval_of_a_share_holds_the_truth_as_often_as_it_says(share: float, patients: int) -> None:
+    """Four photographs a patient, half of whose patients are all right or all wrong; 2,000 sets."""
     rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(60), 4)
+    groups = np.repeat(np.arange(patients), 4)
     held, naive = [], []
     for _ in range(2000):
-        one, alike = rng.random((60, 1)) < share, rng.random((60, 1)) < 0.5
-        right = np.where(alike, one, rng.random((60, 4)) < share).ravel()
-        for found, n in ((held, bootstrap.independent(right, groups)), (naive, 240)):
+        one, alike = rng.random((patients, 1)) < share, rng.random((patients, 1)) < 0.5
+        right = np.where(alike, one, rng.random((patients, 4)) < share).ravel()
+        for found, n in ((held, bootstrap.independent(right, groups)), (naive, 4 * patients)):
             low, high = bootstrap.share(right.mean(), n)
             found.append(low <= share <= high)
-    assert 0.93 <= np.mean(held) <= 0.97
-    assert np.mean(naive) < 0.87
+    assert 0.93 <= np.mean(held) <= (0.97 if patients == 60 else 0.995)
+    assert np.mean(naive) < 0.91
 
 
-def test_where_all_are_right_a_patient_counts_once() -> None:
-    assert bootstrap.independent(np.ones(6, dtype=bool), np.array([0, 0, 0, 1, 1, 2])) == 3
+def test_where_all_are_right_a_patient_counts_once_at_most() -> None:
+    patients = np.repeat(np.arange(200), 2)
+    assert bootstrap.independent(np.ones(400, dtype=bool), patients) == pytest.approx(200, rel=0.01)
     assert bootstrap.independent(np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64)) == 0
-    assert bootstrap.independent(np.array([True, False]), np.array([4, 4])) == 1
+    assert bootstrap.independent(np.array([True, False]), np.array([4, 4])) == 0, "one patient tells of no other"
+
+
+@pytest.mark.parametrize("patients", [5, 10, 40])
+def test_one_more_that_is_wrong_makes_no_lower_bound_better(patients: int) -> None:
+    groups, bounds = np.repeat(np.arange(patients), 2), []
+    for wrong in range(patients + 1):
+        right = np.ones(2 * patients, dtype=bool)
+        right[: 2 * wrong : 2] = False  # of one eye of so many patients
+        bounds.append(bootstrap.share(right.mean(), bootstrap.independent(right, groups))[0])
+    assert bounds == sorted(bounds, reverse=True)
+
+
+def test_of_few_patients_only_shares_have_intervals() -> None:
+    logits, grades = answers(60)
+    patients = [f"p{row % 9}" for row in range(60)]
+    found = bootstrap.intervals(logits, grades, figures(logits, grades), patients=patients)
+    assert found["qwk"] is None
+    assert found["referable"]["auc"] is None
+    assert found["accuracy"] is not None
+    drawn = bootstrap.differences(logits, logits.roll(1, 0), grades, patients=patients)["qwk"]
+    assert bootstrap.interval(drawn) is None
+    enough = [f"p{row % 10}" for row in range(60)]
+    assert bootstrap.intervals(logits, grades, figures(logits, grades), patients=enough)["qwk"] is not None
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30))
 def test_photographs_are_worth_at_most_their_number(rows: list[tuple[bool, int]]) -> None:
     right, groups = (np.array(column) for column in zip(*rows, strict=True))
     n = bootstrap.independent(right, groups)
-    assert 0 < n <= len(rows)
+    assert 0 <= n <= len(rows)
+    assert (n == 0) == (len(set(groups.tolist())) == 1 < len(rows))
+    if n == 0:
+        return
     low, high = bootstrap.share(float(right.mean()), n)
     assert 0 <= low <= right.mean() <= high <= 1
 

@@ -73,6 +73,10 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / "c.json")]) == 0
     for name in ("c.md", "c.json"):  # a new comparison takes the place of an old one
         assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / name)]) == 0
+    # One with a word of the user's is no longer ours alone.
+    (tmp_path / "c.md").write_text((tmp_path / "c.md").read_text() + "\nB is better.\n")
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.md")]) == 2
+    assert "holds something else than a comparison" in capsys.readouterr().err
     found = json.loads((tmp_path / "c.json").read_text())
     assert [run["run"] for run in found["runs"]] == ["a", "b", "c"]
     assert found["runs"][0]["difference_ci"] is None

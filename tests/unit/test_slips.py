@@ -110,7 +110,7 @@ def test_a_table_that_cannot_be_written_is_told_before_the_work(
     asked = Predict(run=tmp_path, photographs=(str(photograph),), out=photograph, overwrite=True)
     with pytest.raises(UserError, match="this file is no table of grades"):
         predict._free(asked, "center")
-    asked.out.write_text("path,grade,name\n")
+    asked.out.write_text("path,grade,name,referable,p0\n")
     predict._free(asked, "center")
 
     def refuse(**place: object) -> None:

@@ -201,10 +201,21 @@ def _unfollow(link: Path) -> None:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint, following `best` or `last`, and verify every byte of it.
 
+    A training that goes on meanwhile may set the link elsewhere and delete what it stood for: then that is read.
+
     Raises:
         UserError: it is not whole.
     """
-    path = path.resolve()
+    while True:
+        there = path.resolve()
+        try:
+            return _load(there)
+        except UserError:
+            if path.resolve() == there:
+                raise
+
+
+def _load(path: Path) -> Checkpoint:
     sums = _json(path / "manifest.json")
     for name in sorted(_NEEDED | set(sums)):
         if not _is_whole(path / name, sums.get(name)):

@@ -202,9 +202,10 @@ def enough_memory(sentence: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # cuDNN's word for it may also mean that it cannot do a step at all, and DALI's that it cannot decode a file.
-        unsure = any(words in str(error) for words in (_NO_ENGINE, IN_DALI))
-        said = f" What was said: {str(error).strip().splitlines()[0]}" if unsure else ""
+        # Only PyTorch's own is surely the card's: cuDNN's word for it may mean that it cannot do a step at all, DALI's
+        # that it cannot decode a file, and Python's and CUDA's that the machine's memory is full.
+        unsure = not isinstance(error, torch.OutOfMemoryError)
+        said = f" What was said: {(str(error).strip() or type(error).__name__).splitlines()[0]}" if unsure else ""
         raise UserError(f"{sentence()}{said}") from error
 
 

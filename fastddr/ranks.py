@@ -220,7 +220,9 @@ def _of_ranks(error: RuntimeError) -> bool:
 def _why(error: RuntimeError) -> str:
     if _TIMED_OUT in str(error):
         _note(_WAITED, "")
-        return _too_late()
+        # One that has said why it ends does not answer either, while it writes that down.
+        told = ((other, _noted(_REASON, other)) for other in range(world()) if other != rank())
+        return next((f"rank {other} ended: {why}" for other, why in told if why is not None), None) or _too_late()
     ends = time.monotonic() + _PATIENCE
     while time.monotonic() < ends:
         for other in range(world()):

@@ -34,6 +34,19 @@ class StopRequested(Exception):
     """Somebody wants the run to stop; the text says who."""
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Ignore SIGTERM: a launcher that has seen another rank fail sends it while this one still saves why."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 class Stopping:
     """Listens for requests, and lets all ranks agree on the step at which they follow."""
 

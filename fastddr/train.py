@@ -36,18 +36,24 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("\nfastddr: interrupted; a run that has begun goes on with the same command and --run-dir.\n")
-        return EXIT_INTERRUPTED
+        return _left_behind(EXIT_INTERRUPTED)
     except RankLost as error:
         sys.stderr.write(f"fastddr: {error}\n")
-        sys.stderr.flush()
-        import torch
-
-        if torch.cuda.is_initialized():
-            # To end in order would be to wait for the card, and that waits for the rank that is lost.
-            sys.stdout.flush()
-            os._exit(1)
-        return 1
+        return _left_behind(1)
     return 0 if stopped is None else EXIT_STOPPED
+
+
+def _left_behind(code: int) -> int:
+    """The exit code, where other ranks may be elsewhere in training; with GPUs the process ends here."""
+    from fastddr.ranks import world
+
+    torch = sys.modules.get("torch")
+    if world() > 1 and torch is not None and torch.cuda.is_initialized():
+        # To end in order would be to wait for the card, and that waits for collectives that others never enter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from fastddr.progress import EpochBar
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
 from fastddr.step import Tally, training_step
-from fastddr.stopping import Stopping, StopRequested
+from fastddr.stopping import Stopping, StopRequested, deaf
 from fastddr.tracking import Tracker
 from fastddr.watch import Bad, Watch, listed, noted, suspects
 
@@ -176,6 +176,7 @@ class Trainer:
         if not self._resuming:  # on all ranks alike
             self._lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
         if self.runtime.is_main:
+            self.run.cut_bad_steps(-1)  # of a start that ended before its first checkpoint
             self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
         runs.seen(self.run.path)
 
@@ -246,6 +247,9 @@ class Trainer:
         title = f"epoch {progress.epoch + 1}/{config.epochs}"
         with EpochBar(self.console, title, self.steps_per_epoch, start=first) as bar:
             for done in range(first + 1, self.steps_per_epoch + 1):
+                # The others have queued the step before: behind a collective that a lost rank does not enter, no more
+                # is queued than CUDA takes without blocking the host, which could then tell nothing.
+                self.stopping.arrived()
                 lr = config.lr * self._lr_factor(progress.step)
                 optimizers.set_lr(self.optimizer, lr)
                 seen: list[torch.Tensor] = []
@@ -398,7 +402,10 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with ExitStack() as stack:
+            if error is not None:
+                stack.enter_context(deaf())
+            stack.callback(self.close, failed=error is not None)
             if error is not None:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
@@ -413,8 +420,6 @@ class Trainer:
                     with saving.told("status.json", self.console.print):
                         state: runs.State = "preempted" if interrupted else "failed"
                         self.run.set_status(state, self.progress.step if self._began else None, reason)
-        finally:
-            self.close(failed=error is not None)
 
     def close(self, failed: bool = False) -> None:
         """End loaders, trackers and the process group. Safe to call again."""

@@ -14,7 +14,7 @@ from fastddr.config import Config
 from fastddr.config.augment import MAX_SHRINK
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
-from fastddr.loaders import build, dali_decoder
+from fastddr.loaders import build, dali_decoder, stores
 from fastddr.loaders.base import Loader, Task
 from fastddr.loaders.capacity import least, measure
 from fastddr.loaders.choosing import choose, streaming
@@ -57,6 +57,10 @@ class RunLoaders:
                 f"evaluation full: what is seen is {smaller:.2g} times smaller than in training; --evaluation.field "
                 "center or multi keeps the size"
             )
+        # A file that is large enough for what is read in each epoch may be too small for test as well.
+        every = (*tasks, self._task("test")) if manifest.has("test") else tasks
+        need = sum(stores.place(task).total for task in every)
+        self._keeps_test = self.choice.store == "mmap" and need <= free.allowed("mmap", tasks[0].budget)
         self._opened: list[Loader] = []
         try:
             self.train, self.valid = (self._open(task) for task in tasks)
@@ -67,7 +71,7 @@ class RunLoaders:
     def once(self, split: str) -> Loader:
         """A loader to score a split with, as validation does; close it after that."""
         task = self._task(split)
-        if self.choice.store != "mmap":
+        if self.choice.store != "mmap" or (split == "test" and not self._keeps_test):
             # Nothing is kept of what is read once. A file is another matter: later runs read it too.
             task = replace(task, store="none")
         return self._open(task)

@@ -12,6 +12,7 @@ import torch
 
 from fastddr import models, optimizers, ranks
 from fastddr.config import Config
+from fastddr.errors import UserError
 from fastddr.memory import allowances
 from fastddr.memory.planning import choose_micro_batch
 from fastddr.memory.predicting import GIB, Case, predict
@@ -57,7 +58,16 @@ def checked(
     said: list[str] = []
     below = None
     while True:
-        micro, reason = choose_micro_batch(config, world, free_bytes, allowance, below)
+        try:
+            micro, reason = choose_micro_batch(config, world, free_bytes, allowance, below)
+        except UserError as error:
+            if not said:
+                raise
+            # None is left to try, and why the last one failed is not what was predicted.
+            raise UserError(
+                f"{said[-1]}; no smaller one is left, so lower --image-size, or see with nvidia-smi what else is on "
+                "the card."
+            ) from error
         try:
             try_(micro)
         except RuntimeError as error:

@@ -27,6 +27,8 @@ SIZES = (256, 512)
 _WAYS = 2
 #: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+#: By how much a card's memory may differ from what is asked about, and the card be that one.
+_ALIKE = 0.1
 _HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
 
 
@@ -70,7 +72,10 @@ def run(asked: Asked, flags: list[str]) -> int:
         raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME.")
     if vram <= 0 or asked.gpus < 1:
         raise UserError(f"--vram {vram:g} --gpus {asked.gpus}: both must be above 0.")
-    allowance = allowances.load(apart(_here))
+    # What was measured here is of this card alone, and another may be asked about.
+    here = apart(_here)
+    same = here is not None and abs(here[1] - vram) <= _ALIKE * vram
+    allowance = allowances.load(here[0] if here is not None and same else None)
     import torch
 
     if not torch.cuda.is_initialized():
@@ -90,10 +95,13 @@ def run(asked: Asked, flags: list[str]) -> int:
         return _table(asked, flags, card, vram, limit, allowance)
 
 
-def _here() -> str | None:
+def _here() -> tuple[str, float] | None:
+    """Name and GiB of this machine's first card."""
     import torch
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / GIB
 
 
 def configured(flags: Sequence[str], depth: int | None = None, model: str | None = None) -> Config:

@@ -136,6 +136,31 @@ def test_a_signal_stops_the_command(number: int, undisturbed: Path, tiny: Path, 
     assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"]
 
 
+def test_a_launchers_sigterm_does_not_cut_short_what_a_failing_run_writes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends one to all ranks when the first has ended; outside of `fit` that would be the end."""
+    write = runs.RunFolder.set_status
+
+    def signalled(self: runs.RunFolder, state: Any, step: int | None, reason: str = "") -> None:
+        if state == "failed":
+            signal.raise_signal(signal.SIGTERM)
+        write(self, state, step, reason)
+
+    monkeypatch.setattr(runs.RunFolder, "set_status", signalled)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(UserError, match="no"), Trainer(settings(tiny, tmp_path / "run")):
+            raise UserError("no")
+        assert heard == []
+        assert status(tmp_path / "run")["state"] == "failed"
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM], "afterwards as before"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ------------------------------------------------------------------------------------------------------------ by itself
 
 

@@ -162,6 +162,23 @@ def test_a_manifest_that_is_none_is_no_checkpoint(tmp_path: Path, content: str) 
         checkpoints.load(tmp_path / "last")
 
 
+def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training sets the link to a newer checkpoint and deletes what was being read."""
+    write(tmp_path, 1)
+    whole = checkpoints._sha256
+
+    def go_on(file: Path) -> str:
+        if file.parent.name == "step-00000001":
+            monkeypatch.setattr(checkpoints, "_sha256", whole)
+            write(tmp_path, 2)
+            assert not file.exists()
+            raise FileNotFoundError(2, "No such file or directory", str(file))
+        return whole(file)
+
+    monkeypatch.setattr(checkpoints, "_sha256", go_on)
+    assert checkpoints.load(tmp_path / "last").path.name == "step-00000002"
+
+
 def test_a_part_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a disk with a bad sector: the one before is taken."""
     write(tmp_path, 1)

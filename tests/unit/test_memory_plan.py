@@ -213,17 +213,49 @@ def test_a_real_step_that_runs_out_of_memory_takes_the_next_smaller_divisor() ->
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("error", "told"),
     [
-        ("CUDA out of memory. Tried to allocate 2 GiB", False),
-        ("GET was unable to find an engine to execute this computation", True),
-        ("CUDA out of memory, in DALI: Failed to decode sample #3", True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "GET was unable to find an"),
+        (RuntimeError("CUDA out of memory, in DALI: Failed to decode sample #3"), "CUDA out of memory, in DALI"),
+        # Of the machine and not of the card.
+        (
+            RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "[enforce] DefaultCPUAllocator",
+        ),
+        (MemoryError(), "MemoryError"),
     ],
 )
-def test_what_may_be_no_lack_of_memory_is_said(said: str, told: bool) -> None:
+def test_what_may_be_no_lack_of_memory_is_said(error: BaseException, told: str | None) -> None:
     with pytest.raises(UserError) as caught, enough_memory(lambda: "too small."):
-        raise RuntimeError(said)
-    assert str(caught.value) == ("too small." + f" What was said: {said}" * told)
+        raise error
+    assert str(caught.value).startswith("too small." if told is None else f"too small. What was said: {told}")
+    assert ("What was said" in str(caught.value)) == (told is not None)
+
+
+def test_where_no_micro_batch_goes_through_it_is_said_why() -> None:
+    def step(micro: int) -> None:
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    said = r"micro batch 1: a real step .*unable to find an engine.*; no smaller one is left, so lower --image-size"
+    with pytest.raises(UserError, match=said):
+        fitting.checked(config(), 1, 4 * GIB, step, NOTHING)
+
+
+def test_what_was_measured_here_says_nothing_of_another_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(questions, "apart", lambda answer: ("NVIDIA X", 8.1))
+
+    def load(card: str | None) -> Any:
+        asked.append(card)
+        raise UserError("enough")
+
+    monkeypatch.setattr(questions.allowances, "load", load)
+    for vram in ("8", "16"):
+        assert verbs.main("plan", ["--vram", vram]) == 2
+    assert asked == ["NVIDIA X", None]
 
 
 def test_a_real_step_that_fails_otherwise_is_an_error() -> None:

@@ -80,6 +80,17 @@ def test_training_and_validation_share_the_budget(tiny: Path, tmp_path: Path) ->
         opened(settings(tiny, tmp_path / "run", *flags, str(need * 0.99)), tiny, [])
 
 
+@pytest.mark.parametrize(("spare", "store"), [(1.01, "mmap"), (0.99, "none")])
+def test_test_is_kept_in_a_file_only_where_it_has_room(spare: float, store: str, tiny: Path, tmp_path: Path) -> None:
+    """A disk that is full after the last epoch would end the run at its scoring."""
+    need = spare * (27 * 80 * 80 + (11 + 13) * 64 * 64) * 3 / 2**30
+    flags = ["--loader", "resident", "--loading.store", "mmap", "--loading.store-gib", str(need)]
+    loaders = opened(settings(tiny, tmp_path / "run", *flags), tiny, [])
+    assert names(loaders)[2] == ("resident", store)
+    assert loaders.once("train").task.store == "mmap", "that is there already"
+    loaders.close()
+
+
 def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "measure", lambda device, ranks, taken: Free(0, 10**9, 10**9))
     # The other rank has little memory, and finds what this one finds with so little.

@@ -304,6 +304,8 @@ class _Store:
         # Who has waited in vain for a third one closes its connections: that is no reason.
         ("Connection closed by peer", {"waited": ""}, "rank 2 did not answer in time"),
         ("Timed out waiting 15000ms for recv operation to complete", {}, "rank 2 did not answer in time"),
+        # Rank 1 still writes down why it ends.
+        ("Timed out waiting 15000ms for recv operation to complete", {"ended": "UserError: no"}, "rank 1 ended: UserE"),
         ("Connection closed by peer", {}, "another rank ended without a word"),
     ],
 )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -20,7 +20,13 @@ from fastddr import ranks
 from fastddr.cli import answered, flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
+from fastddr.errors import UserError
 from fastddr.progress import EpochBar
+
+if TYPE_CHECKING:
+    from fastddr.data.problems import Problem
+
+T = TypeVar("T")
 
 #: Exit code of `fastddr check` where the set has errors.
 EXIT_NOT_CLEAN = 1
@@ -38,7 +44,7 @@ class Check:
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print JSON instead of tables."""
     fix_list: Path | None = None
-    """Write the errors as CSV, which training takes as --exclude."""
+    """Write the errors as CSV, which training takes as --exclude. Rows that you added to an older one stay."""
     exclude: Path | None = None
     """Such a list; what stands in it is left out."""
     follow_links: bool = False
@@ -53,17 +59,26 @@ class Check:
 
         # Only rank 0 speaks; the bar goes where it does not mix with what is piped on.
         console, main = Console(stderr=True), ranks.rank() == 0
-        check_splitting(self.splitting, "command line")
-        exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
-        if self.fix_list and main:
-            problems.own_list(self.fix_list)
-            self.fix_list.open("a").close()  # a place that cannot be written is told before the work, not after
-        with EpochBar(console, "reading headers", quiet=not main) as bar:
-            seen = survey.take(
-                self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True,
-                follow_links=self.follow_links,
-            )  # fmt: skip
-        mine = ranks.share(seen.undecoded())
+
+        def take() -> tuple[survey.Survey, frozenset[str]]:
+            check_splitting(self.splitting, "command line")
+            exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
+            if self.fix_list and main:
+                problems.own_list(self.fix_list)
+                self.fix_list.open("a").close()  # a place that cannot be written is told before the work, not after
+            with EpochBar(console, "reading headers", quiet=not main) as bar:
+                seen = survey.take(
+                    self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True,
+                    follow_links=self.follow_links,
+                )  # fmt: skip
+            return seen, exclude
+
+        seen, exclude = _on_all(take)
+        fingerprints = ranks.gather([seen.fingerprint])
+        if len(set(fingerprints)) > 1:
+            raise UserError(f"{seen.root}: the ranks see different photographs here; give all of them the same.")
+        # Rank 0's list: were each rank to cut its own, lists that differ would leave photographs to nobody.
+        mine = ranks.share(ranks.gather(seen.undecoded() if main else []))
         with EpochBar(console, "decoding each photograph", len(mine), quiet=not main) as bar:
             found = seen.decode(mine, ranks.cores(), lambda done, _: bar.update(done), keep=main)
         seen.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
@@ -71,7 +86,7 @@ class Check:
         bad = problems.errors(listed)
         if main:
             if self.fix_list:
-                self.fix_list.write_text(problems.write_list(bad), encoding="utf-8", errors="surrogateescape")
+                self._write_list(self.fix_list, bad, exclude, console)
             if self.as_json:
                 json.dump(checks.as_json(seen, listed), sys.stdout, indent=1)
                 print()
@@ -81,6 +96,20 @@ class Check:
         # The launcher ends all ranks when one ends with an error: they wait, and leave the verdict to rank 0.
         ranks.join()
         return EXIT_NOT_CLEAN if bad and main else 0
+
+    def _write_list(self, file: Path, bad: Sequence[Problem], exclude: frozenset[str], console: Console) -> None:
+        from fastddr.data import output, problems
+
+        if file.exists() and not file.is_file():  # a pipe
+            file.write_text(problems.write_list(bad), encoding="utf-8", errors="surrogateescape")
+            return
+        kept, gone = problems.kept_rows(file, bad, exclude)
+        # Where it is a link, what it leads to.
+        output.put(file.resolve(), problems.write_list(bad, kept).encode("utf-8", "surrogateescape"))
+        if kept:
+            console.print(f"note: {len(kept)} rows of the list that was there stay, behind the errors.")
+        if gone:
+            console.print(f"note: {gone} rows of the list that was there are gone: they are no errors any more.")
 
 
 @dataclass(frozen=True)
@@ -112,7 +141,8 @@ class Prepare:
         """The exit code."""
         from fastddr.data import prepare, problems
 
-        exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
+        named = self.exclude
+        exclude = _on_all(lambda: problems.read_list(named)) if named else frozenset()
         main = ranks.rank() == 0
         with EpochBar(Console(stderr=True), "preparing photographs", quiet=not main) as bar:
             found = prepare.run(
@@ -221,6 +251,22 @@ class Plan:
             from fastddr.memory import questions
 
         return questions.run(self, list(flags))
+
+
+def _on_all(do: Callable[[], T]) -> T:
+    """What each rank makes of `do`; what a user can mend on one of them is raised on all, that none wait for it."""
+    found, said = [], ""
+    try:
+        found = [do()]
+    except UserError as error:
+        said = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        said = f"{error.filename}: {error.strerror}; give a place that can be used."
+    if told := next(filter(None, ranks.gather([said])), ""):
+        raise UserError(told)
+    return found[0]
 
 
 VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}

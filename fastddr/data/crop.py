@@ -168,7 +168,7 @@ def cut(image: Image.Image, left: int, top: int, side: int, size: int) -> Image.
 def _upright(file: str) -> Image.Image:
     try:
         return photograph.upright(file)
-    except (OSError, SyntaxError, ValueError, IndexError) as error:
+    except photograph.DAMAGED as error:
         kind = "unreadable" if isinstance(error, OSError) and error.errno else "corrupt"
         raise BadPhotograph(kind, f"the decoder complains: {error}") from None
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,10 @@ _OTHERS = (
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"\x1f\x8b", "a gzip archive"),
 )
+#: What Pillow raises at damaged bytes: its decoders, and its parsers of headers and EXIF.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError, struct.error,
+)  # fmt: skip
 _SAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 
 
@@ -161,9 +166,8 @@ def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
     except UnidentifiedImageError:
         stream.seek(0)
         raise _unknown(stream.read(4096)) from None
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as e:
-        # What Pillow's header parsers raise at damaged bytes, EXIF among them.
-        raise BadPhotograph(_kind(e), f"its header cannot be read ({e})") from None
+    except DAMAGED as error:
+        raise BadPhotograph(_kind(error), f"its header cannot be read ({error})") from None
 
 
 def _png_has_exif(stream: io.BufferedReader | io.BytesIO) -> bool:
@@ -262,5 +266,5 @@ def _decode_by_pillow(content: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, IndexError) as error:
+    except DAMAGED as error:
         raise BadPhotograph(_kind(error), f"the decoder complains: {error}") from None

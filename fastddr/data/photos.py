@@ -19,7 +19,7 @@ import numpy as np
 from fastddr import ranks
 from fastddr.data import masters, photograph
 from fastddr.data.grades import UNKNOWN
-from fastddr.data.layouts.common import PHOTOGRAPHS, PREPARED
+from fastddr.data.layouts.common import PHOTOGRAPHS, folders_below
 from fastddr.data.manifest import Manifest
 from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
@@ -100,11 +100,9 @@ def _of(name: str) -> Iterator[tuple[str, bool]]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    """Files below a folder, but hidden ones and the tables and sheets of `fastddr prepare`."""
-    for above, below, names in os.walk(folder):
-        tables = PREPARED if os.path.isfile(os.path.join(above, PREPARED, "settings.json")) else ""
-        below[:] = sorted(name for name in below if not name.startswith(".") and name != tables)
-        yield from (os.path.join(above, name) for name in sorted(names) if not name.startswith("."))
+    """Files in `folders_below` a folder, but hidden ones."""
+    for above, names in folders_below(folder):
+        yield from (os.path.join(above, name) for name in names if not name.startswith("."))
 
 
 def _listed(file: str) -> Iterator[str]:
@@ -144,7 +142,8 @@ def ready(
     folders = {folder: masters.of_folder(Path(folder).resolve()) for folder in {os.path.dirname(p) for p in paths}}
     kinds = {path: folders[os.path.dirname(path)] for path in paths}
     raw = [path for path in paths if kinds[path] is None] if recipe else []
-    photos = {photo.path: photo for photo in _sound([p for p in paths if p not in set(raw)], on_progress)}
+    prepared = set(raw)
+    photos = {photo.path: photo for photo in _sound([p for p in paths if p not in prepared], on_progress)}
     if recipe is not None and raw:
         photos |= {photo.path: photo for photo in _prepared(raw, recipe, on_progress)}
     made = sum(not photos[path].kind for path in raw)

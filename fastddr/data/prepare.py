@@ -35,7 +35,7 @@ from fastddr.data import sheet as contact
 from fastddr.data.cache import Record
 from fastddr.data.crop import Format, Job, Place, Result, Row
 from fastddr.data.layouts import Entry
-from fastddr.data.layouts.common import grade_of
+from fastddr.data.layouts.common import grade_of, located
 from fastddr.data.output import FOLDER, Output, put
 from fastddr.data.problems import Problem, errors, one_line
 from fastddr.data.relabel import Kept
@@ -210,7 +210,7 @@ class _Main:
             )
         self.seen = seen = survey.take(self.data, exclude=self.exclude, follow_links=self.follow_links)
         out = _resolved(self.out)
-        _refuse_overlap(out, (seen.root, _resolved(Path(self.data))))
+        _refuse_overlap(out, (seen.root, located(self.data)))
         self.output = output = Output(out, _inner(seen))
         faulty = {problem.path for problem in self._bad()}
         sources = self._sources(faulty)

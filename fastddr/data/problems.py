@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -106,13 +106,14 @@ def refuse(problems: Sequence[Problem], root: Path, data: str | Path) -> None:
     )
 
 
-def write_list(problems: Iterable[Problem]) -> str:
-    """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted."""
+def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:
+    """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted, and `more` rows."""
     text = io.StringIO()
     # All quoted: the module would leave a lone carriage return in a name bare.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["path", "kind", "reason"])
     writer.writerows([p.path, p.kind, p.reason] for p in sorted(problems))
+    writer.writerows(more)
     return text.getvalue()
 
 
@@ -123,6 +124,29 @@ def own_list(file: Path) -> None:
             first = stream.readline().strip().replace('"', "")
         if first != "path,kind,reason":
             raise UserError(f"--fix-list {file}: this file holds something else; give a new name for the list.")
+
+
+def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) -> tuple[list[list[str]], int]:
+    """The rows of an older list of `write_list` that a new one lacks and that nothing has shown to be out of date, and
+    how many others there are: those of errors that were looked for, and are no more.
+
+    Args:
+        file: the older list; none where nothing is there.
+        found: the errors of the new list.
+        excluded: paths that were not looked at this time.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            rows = [row for row in list(csv.reader(stream))[1:] if row and row[0]]
+    except FileNotFoundError:
+        return [], 0
+    except (OSError, csv.Error) as error:
+        raise UserError(f"--fix-list {file}: the list there cannot be read ({one_line(error)}); remove it.") from None
+    listed = {problem.path for problem in found}
+    lacking = [row for row in rows if row[0] not in listed]
+    # What bears no kind of an error was added by hand.
+    kept = [row for row in lacking if row[0] in excluded or len(row) < 2 or row[1] not in ERRORS]
+    return kept, len(lacking) - len(kept)
 
 
 def read_list(file: str | Path) -> frozenset[str]:

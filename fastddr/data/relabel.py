@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastddr.data.layouts import Entry
+from fastddr.data.layouts.common import folded
 from fastddr.data.layouts.table import delimiter, key_column
 from fastddr.data.output import as_csv
 from fastddr.errors import UserError
@@ -34,18 +35,18 @@ def tokens(kept: Sequence[Kept]) -> dict[str, dict[int, tuple[str, str]]]:
     A name without an extension stays, and so do case and backslashes. A name that several outputs bear, in any case,
     because of a new extension becomes exact: in a table a path.
     """
-    alike = Counter(_name(one.path).lower() for one in kept)
-    renamed = {_name(one.path).lower() for one in kept if one.path != one.entry.path}
+    alike = Counter(folded(_name(one.path)) for one in kept)
+    renamed = {folded(_name(one.path)) for one in kept if one.path != one.entry.path}
     found: dict[str, dict[int, tuple[str, str]]] = {}
     for entry, path in kept:
         if not entry.label:
             continue
         token, name, new = entry.token, _name(entry.path), _name(path)
-        whole, lower = token.lower(), name.lower()
-        if name != new and (whole == lower or whole.endswith((f"/{lower}", f"\\{lower}"))):
+        whole, last = folded(token), folded(name)
+        if name != new and (whole == last or whole.endswith((f"/{last}", f"\\{last}"))):
             old = os.path.splitext(name)[1]
             token = token[: len(token) - len(old)] + os.path.splitext(new)[1]
-        if new.lower() in renamed and alike[new.lower()] > 1:
+        if folded(new) in renamed and alike[folded(new)] > 1:
             folder, slash, _ = token.rpartition("/")
             token = path if entry.label.lower().endswith(".csv") else folder + slash + new
         found.setdefault(entry.label, {})[entry.line] = (entry.token, token)
@@ -102,7 +103,7 @@ def _lines(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
 def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str | None:
     """The header and the rows of a table that stay, all columns as they are; None where all do, unchanged."""
     text = text.removeprefix("\ufeff")
-    mark = delimiter(text.partition("\n")[0])
+    mark = delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     header = next(reader)
     key = key_column(header)

@@ -42,7 +42,12 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
             )
         if official is not None:
             test = official
-            notes.append("The set has no splits: the official test split of DDR was restored by file name.")
+            ungradable = sum(entry.grade == UNGRADABLE for entry in entries)
+            without = f", without the {ungradable} ungradable photographs (grade 5), none of which is in it"
+            notes.append(
+                "The set has no splits: the official test split of DDR was restored by file name"
+                f"{without if ungradable else ''}."
+            )
         else:
             test = _cut(entries, config.test_share, config.seed, "test")
             notes.append(f"The set has no splits: {config.test_share:.0%} for test were drawn {what}.")
@@ -105,8 +110,7 @@ def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:
     return frozenset(found)
 
 
-def _place(seed: int, purpose: str, name: str) -> bytes:
-    bare = os.path.splitext(name.rpartition("/")[2])[0]
+def _place(seed: int, purpose: str, bare: str) -> bytes:
     return hashlib.sha256(f"{seed}/{purpose}/{bare}".encode("utf-8", "surrogateescape")).digest()
 
 
@@ -119,12 +123,17 @@ def _cut(entries: Sequence[Entry], share: float, seed: int, purpose: str) -> fro
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[f"patient {entry.patient}" if entry.patient else entry.path].append(entry)
+
+    def bare(name: str) -> str:
+        # A dot or a slash in an id is part of it.
+        return name if groups[name][0].patient else os.path.splitext(name.rpartition("/")[2])[0]
+
     strata: dict[int, list[str]] = defaultdict(list)
     for name, members in groups.items():
         strata[max(entry.grade for entry in members)].append(name)
     found: set[str] = set()
     for names in strata.values():
-        drawn = sorted(names, key=lambda name: (_place(seed, purpose, name), name))
+        drawn = sorted(names, key=lambda name: (_place(seed, purpose, bare(name)), name))
         count = round(share * len(drawn))
         if len(drawn) >= 3 and share > 0:
             count = max(1, count)

@@ -26,6 +26,7 @@ from fastddr.data import cache, layouts, photograph, splits
 from fastddr.data.cache import Record
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
+from fastddr.data.layouts.common import located
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import NOTES, Problem, errors
 from fastddr.errors import UserError
@@ -225,9 +226,10 @@ def take(
         present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
         left_out = sorted(exclude & present)
         if not left_out and not exclude & {entry.path for entry in listing.absent}:
+            like = f", like {entries[0].path}" if entries else ""
             raise UserError(
                 f"--exclude: none of its {len(exclude)} paths is a photograph of {listing.root}; they are relative to "
-                f"it, like {entries[0].path}."
+                f"it{like}."
             )
     fence = None if follow_links else _Fence(listing.root, data)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
@@ -273,7 +275,7 @@ class _Fence:
 
     def __init__(self, root: Path, data: str | Path) -> None:
         """`root` is what paths are relative to, `data` what the user gave: a folder above or below it, or a table."""
-        given, self._root = Path(data).expanduser().resolve(), os.path.realpath(root)
+        given, self._root = located(data), os.path.realpath(root)
         given = given.parent if given.is_file() else given
         # Where a part of a set is given, the set is the fence.
         above = given.is_relative_to(self._root)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastddr.data.grades import DDR
+from fastddr.data.grades import DDR, UNGRADABLE, UNKNOWN
 from fastddr.data.layouts.common import some
 from fastddr.data.problems import ERRORS, NOTES, Problem, errors, one_line
 from fastddr.data.survey import Survey
@@ -61,7 +61,7 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         console.print("No errors: every photograph decodes. Training needs a split train, and there is none.")
         return
     if not bad:
-        console.print("No errors: every photograph decodes, and training takes them all.", style="green")
+        console.print(f"No errors: every photograph decodes{_taken(seen)}", style="green", soft_wrap=True)
         return
     data = shlex.quote(seen.data)
     console.print(
@@ -73,6 +73,17 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         listed = shlex.quote(str(fix_list))
         console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)
         console.print(f"accelerate launch -m fastddr train --data {data} --exclude {listed}", soft_wrap=True)
+
+
+def _taken(seen: Survey) -> str:
+    """The end of the sentence about a set without errors: what training takes by default, and what it leaves out."""
+    grades = Counter(entry.grade for entry in seen.entries)
+    ungradable, unknown = grades[UNGRADABLE], grades[UNKNOWN]
+    left_out = [f"{ungradable:,} ungradable ones (--ungradable class takes them)"] if ungradable else []
+    left_out += [f"{unknown:,} without a grade"] if unknown else []
+    if not left_out:
+        return ", and training takes them all."
+    return f". Training takes {len(seen.entries) - ungradable - unknown:,} and leaves out {' and '.join(left_out)}."
 
 
 def _counts(seen: Survey) -> Table:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, launch
+from tests_support import ROOT, environment, launch, launching
 
 from fastddr.__main__ import main
 from fastddr.data import survey
@@ -45,3 +47,69 @@ def test_two_ranks_stop_at_the_same_photograph(spoiled: Path, tmp_path: Path) ->
     assert "it breaks off in the middle" in ours[0]
     assert "(5 more like it)" in ours[0]
     assert not (tmp_path / "run").exists()
+
+
+# Ranks of two machines, each with a copy of the data and lists of its own: several commands in one launch.
+MACHINES = """
+import contextlib, io, json, os, sys
+from pathlib import Path
+from fastddr import ranks
+from fastddr.__main__ import main
+
+home = Path(sys.argv[1]) / str(ranks.rank())
+os.chdir(home)
+os.environ["FASTDDR_CACHE"] = str(home / "cache")
+told = []
+for arguments in json.loads(sys.argv[2]):
+    heard, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(printed):
+        code = main(arguments)
+    told.append([code, [line for line in heard.getvalue().splitlines() if line.startswith("fastddr:")]])
+    if "--json" in arguments and code < 2 and ranks.rank() == 0:
+        told[-1].append([problem["path"] for problem in json.loads(printed.getvalue())["problems"]])
+(home / "told.json").write_text(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_machines_with_other_copies_and_lists_agree_or_stop(tiny: Path, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        shutil.copytree(tiny, tmp_path / rank / "same")
+        # Copies of as many bytes each, of which one machine's is no picture by its header.
+        shutil.copytree(tiny, tmp_path / rank / "rotten")
+        shutil.copytree(tiny, tmp_path / rank / "other")
+    names = sorted(path.name for path in (tiny / "DR_grading" / "test").glob("*.jpg"))
+    rotten = tmp_path / "1" / "rotten" / "DR_grading" / "test" / names[0]
+    rotten.write_bytes(bytes(rotten.stat().st_size))
+    torn = [f"test/{name}" for name in names[2:]]
+    for rank in ("0", "1"):
+        for name in torn:
+            path = tmp_path / rank / "rotten" / "DR_grading" / name
+            path.write_bytes(path.read_bytes()[:-2])
+    labels = tmp_path / "1" / "other" / "DR_grading" / "train.txt"
+    labels.write_text(f"{labels.read_text()}more.jpg 0\n")
+    (tmp_path / "0" / "list.csv").write_text(f"test/{names[0]}\n")
+    (tmp_path / "0" / "only").symlink_to("same")
+    commands = [
+        ["check", "only"],
+        ["check", "same", "--exclude", "list.csv"],
+        ["check", "other"],
+        ["check", "rotten", "--json"],
+        ["prepare", "same", str(tmp_path / "out"), "--exclude", "list.csv"],
+    ]
+    (tmp_path / "go.py").write_text(MACHINES)
+    command = launching(2, tmp_path / "go.py", str(tmp_path), json.dumps(commands))
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment())
+    assert time.monotonic() - began < 150, "none waits for another"
+    assert done.returncode == 0, done.stderr[-3000:]
+    told, other = (json.loads((tmp_path / rank / "told.json").read_text()) for rank in "01")
+    for number in (0, 1, 2, 4):
+        assert told[number][0] == other[number][0] == 2
+        assert number == 2 or told[number] == other[number]
+    assert "only: there is no such folder" in told[0][1][0]
+    assert "list.csv: this list cannot be read" in told[1][1][0]
+    assert "the ranks see different photographs" in told[2][1][0]
+    assert "list.csv: this list cannot be read" in told[4][1][0]
+    assert told[3][0] == 1
+    assert set(told[3][2]) >= set(torn), "each photograph is decoded by one of them"

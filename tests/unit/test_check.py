@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from photographs import LAYOUTS, SET, draw, folders, official
+from photographs import LAYOUTS, SET, draw, folders, labelled, official
 
 from fastddr.__main__ import main
 from fastddr.data import manifest, problems
@@ -146,3 +146,54 @@ def test_photographs_of_every_shape_are_summed_up(tmp_path: Path, capsys: pytest
     text = capsys.readouterr().out
     assert "40×32 (97%), 300×200 (3%); short side 32 to 200, median 32 px" in text
     assert "JPEG 97%, PNG 3%" in text
+
+
+def test_the_last_line_says_what_training_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a word it would seem to take the ungradable ones too."""
+    root = labelled(tmp_path)
+    labels = root / "labels.csv"
+    assert check(root) == 0
+    text = capsys.readouterr().out
+    assert "Training takes 25 and leaves out 2 ungradable ones (--ungradable class takes them)." in text
+    draw(root / "photographs" / "unknown.jpg", 90)
+    labels.write_text(labels.read_text() + "photographs/unknown.jpg,,train\n")
+    assert check(root) == 0
+    assert "class takes them) and 1 without a grade." in capsys.readouterr().out
+    labels.write_text("".join(line for line in labels.read_text().splitlines(True) if ",5," not in line))
+    assert check(root) == 0
+    assert "Training takes 25 and leaves out 1 without a grade." in capsys.readouterr().out
+    assert check(folders(tmp_path / "graded", [photo for photo in SET if photo.grade < 5])) == 0
+    assert "decodes, and training takes them all." in capsys.readouterr().out
+
+
+def test_a_list_keeps_what_was_added_to_it_and_what_it_left_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, empty, torn = tmp_path / "bad.csv", "train/007-0000-000.jpg", "train/007-0001-000.jpg"
+    whole = {path: (data / "DR_grading" / path).read_bytes() for path in (empty, torn)}
+    (data / "DR_grading" / empty).write_bytes(b"")
+    (data / "DR_grading" / torn).write_bytes(whole[torn][:-2])
+    assert check(data, "--fix-list", bad) == 1
+    with bad.open("a") as stream:
+        stream.write("train/007-0002-000.jpg\ntrain/007-0003-000.jpg,crop,the disc is wrong\n")
+    by_hand = {"train/007-0002-000.jpg", "train/007-0003-000.jpg"}
+    (data / "DR_grading" / torn).write_bytes(whole[torn])
+    capsys.readouterr()
+    assert check(data, "--fix-list", bad) == 1
+    said = capsys.readouterr().err
+    assert problems.read_list(bad) == by_hand | {empty}, "what was mended is no longer left out"
+    assert "2 rows of the list that was there stay" in said
+    assert "1 rows of the list that was there are gone" in said
+    assert check(data, "--exclude", bad, "--fix-list", bad) == 0
+    assert problems.read_list(bad) == by_hand | {empty}
+    assert "3 rows of the list that was there stay" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".bad*")), "written beside, and renamed"
+
+
+def test_a_list_that_is_a_link_or_a_pipe(data: Path, tmp_path: Path) -> None:
+    (data / "DR_grading" / "train/007-0000-000.jpg").write_bytes(b"")
+    (tmp_path / "bad.csv").symlink_to(tmp_path / "real.csv")
+    assert check(data, "--fix-list", tmp_path / "bad.csv") == 1
+    assert (tmp_path / "bad.csv").is_symlink()
+    assert problems.read_list(tmp_path / "real.csv") == {"train/007-0000-000.jpg"}
+    assert check(data, "--fix-list", "/dev/null") == 1

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from photographs import LAYOUTS, SET, Photo, draw, folders, labelled, official, write_csv
 from PIL import Image
 
-from fastddr.data import cache, manifest, photograph, problems, survey
+from fastddr.data import cache, crop, manifest, photograph, problems, survey
 from fastddr.data.problems import ERRORS, NOTES, Problem
 from fastddr.data.survey import Survey
 from fastddr.errors import UserError
@@ -471,3 +471,13 @@ def test_links_within_the_data_are_followed(data: Path) -> None:
     (data / FIRST).symlink_to(Path("../..") / kept.relative_to(data.parent))
     assert found_in(checked(data.parent)) == {}, "the folder that was given is the fence"
     assert found_in(checked(data)) == {SPOILED: {"outside"}}, "a part of it alone is a narrower one"
+
+
+def test_exif_that_breaks_off_is_a_fault_of_its_photograph(data: Path) -> None:
+    """Pillow raises `struct.error` there, which is none of its own errors."""
+    broken = b"Exif\0\0II*\0"
+    draw(data / FIRST, 99, format="PNG")
+    Image.open(data / FIRST).save(data / FIRST, "PNG", exif=broken)
+    assert found_in(checked(data))[SPOILED] == {"corrupt"}
+    with pytest.raises(photograph.BadPhotograph, match="the decoder complains"):
+        crop.master(str(data / FIRST), 32, "jpeg", whole=True)

@@ -15,7 +15,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastddr.data.layouts.common import PHOTOGRAPHS, PREPARED, SPLITS, Entry, Listing, subfolders
+from fastddr.data.layouts.common import (
+    PHOTOGRAPHS,
+    PREPARED,
+    SPLITS,
+    Entry,
+    Listing,
+    located,
+    patient_in,
+    subfolders,
+)  # fmt: skip
 from fastddr.data.layouts.folders import folders
 from fastddr.data.layouts.lines import gdrbench, official
 from fastddr.data.layouts.table import table, tables, unknown_header
@@ -42,7 +51,7 @@ def find(data: str | Path) -> Listing:
         raise UserError(f"--data {data}: this folder cannot be opened ({error}).") from None
     if not there:
         raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")
-    place = place.resolve()
+    place = located(data)
     if place.is_file() and place.suffix.lower() == ".csv":
         return _with_absent(table(place))
     if not place.is_dir():
@@ -114,6 +123,6 @@ def _with_absent(listing: Listing) -> Listing:
         if file.is_file():
             with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 for row in csv.DictReader(stream):
-                    listing.absent.append(Entry(row["path"], int(row["grade"]), None, row["patient"] or None))
+                    listing.absent.append(Entry(row["path"], int(row["grade"]), None, patient_in(row["patient"])))
             break
     return listing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastddr.data.grades import UNGRADABLE
-from fastddr.data.problems import Problem
+from fastddr.data.problems import Problem, one_line
 
 SPLITS = ("train", "valid", "test")
 #: Where `fastddr prepare` keeps its tables and sheets.
@@ -26,6 +27,14 @@ _GRADE_NAMES = {
     "moderate": 2, "moderatenpdr": 2, "moderatedr": 2, "severe": 3, "severenpdr": 3, "severedr": 3,
     "pdr": 4, "proliferative": 4, "proliferativedr": 4, "proliferatedr": 4, "ungradable": 5,
 }  # fmt: skip
+
+
+#: Folders that a system puts beside photographs, in lower case.
+_OF_SYSTEM = ("__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found")
+#: The name of a photograph of EyePACS, which tells its patient.
+_EYE = re.compile(r"(\d+)_(?:left|right)")
+#: What stands in a column of patients where there is none, in lower case.
+_NO_PATIENT = ("", "-", "na", "n/a", "nan", "none", "null", "unknown", "anon", "anonymous")
 
 
 class Entry(NamedTuple):
@@ -92,38 +101,73 @@ def grade_of(name: str) -> int | None:
     return grade if match[2] is None or _GRADE_NAMES.get(spelled(match[2])) == grade else None
 
 
+def patient_of(path: str) -> str | None:
+    """The patient that a name of EyePACS tells (`10_left.jpeg`), for labels that say nothing of patients."""
+    match = _EYE.fullmatch(os.path.splitext(path.rpartition("/")[2])[0])
+    return match[1] if match else None
+
+
+def patient_in(cell: str) -> str | None:
+    """The patient that a table's cell names."""
+    said = cell.strip()
+    # A column of numbers that ran through pandas beside an empty cell: 17 is "17.0". Other dots are part of an id.
+    number = re.fullmatch(r"(\d+)\.0", said)
+    return None if said.lower() in _NO_PATIENT else number[1] if number else said
+
+
+def folded(name: str) -> str:
+    """A name without case, and spelled in one of the ways in which Unicode spells it: macOS takes letters apart."""
+    low = name.lower()
+    return low if low.isascii() else unicodedata.normalize("NFC", low)
+
+
+def located(data: str | Path) -> Path:
+    """Where what the user gave really lies; but a label table that is a link is read where the link is."""
+    place = Path(data).expanduser()
+    own = place.parent.resolve() / place.name
+    return own if own.suffix.lower() == ".csv" and own.is_file() else place.resolve()
+
+
 def is_photograph(name: str) -> bool:
     """By its name: a known extension, in any case, and not hidden."""
     return name.lower().endswith(PHOTOGRAPHS) and not name.startswith(".")
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted, without the hidden ones, that of `fastddr prepare`, and what may not be read."""
+    """Folders in a folder, sorted, without those that hold no data and what may not be read."""
     try:
         with os.scandir(folder) as found:
-            names = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+            names = sorted(entry.name for entry in found if entry.is_dir())
     except OSError:
         return []
-    return [folder / name for name in names if not _prepared(folder, name)]
+    return [folder / name for name in names if not _aside(str(folder), name)]
 
 
-def _prepared(folder: Path, name: str) -> bool:
-    """Whether this is where `fastddr prepare` keeps its tables and sheets, which are no data set."""
-    return name == PREPARED and (folder / name / "settings.json").is_file()
+def _aside(folder: str, name: str) -> bool:
+    """Whether a folder holds no data: hidden, the system's, or where `fastddr prepare` keeps its tables and sheets."""
+    if name.startswith(".") or name.lower() in _OF_SYSTEM:
+        return True
+    return name == PREPARED and os.path.isfile(os.path.join(folder, name, "settings.json"))
+
+
+def folders_below(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below a folder that may hold data, through links too, with the sorted names of its files."""
+    seen: set[tuple[int, int]] = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            inside[:] = []
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside[:] = sorted(name for name in inside if not _aside(folder, name))
+        yield folder, sorted(names)
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Paths of all photographs below a folder, through links too, but not of what `fastddr prepare` drew."""
-    seen: set[tuple[int, int]] = set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
-            below[:] = []
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(n for n in below if not n.startswith(".") and not _prepared(Path(folder), n))
+    """Paths of all photographs in `folders_below` a folder."""
+    for folder, names in folders_below(str(root)):
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in sorted(names):
+        for name in names:
             if is_photograph(name):
                 yield name if relative == "." else f"{relative}/{name}"
 
@@ -146,7 +190,7 @@ class Names:
         return self._names[folder]
 
     def path(self, path: str) -> str:
-        """The path, or the only one in its folder that differs from it in case alone."""
+        """The path, or the only one in its folder that differs from it in case or Unicode's spelling alone."""
         folder, _, name = path.rpartition("/")
         names = self.of(folder)
         if name in names:
@@ -154,9 +198,43 @@ class Names:
         if folder not in self._any_case:
             self._any_case[folder] = defaultdict(list)
             for other in names:
-                self._any_case[folder][other.lower()].append(other)
-        same = self._any_case[folder].get(name.lower(), [])
+                self._any_case[folder][folded(other)].append(other)
+        same = self._any_case[folder].get(folded(name), [])
         return f"{folder}/{same[0]}" if len(same) == 1 else path
+
+
+class Named:
+    """What the labels of a listing have named so far, in whichever file: each photograph is an entry once."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+        self._places: dict[str, int] = {}
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry to the listing, or say where its photograph is named already.
+
+        Named in two splits it stays in the one that is held out further, and the other line is the error: left out, it
+        takes nothing from the held-out photographs. Named twice in one split, both lines are in doubt.
+        """
+        entries = self._listing.entries
+        place = self._places.setdefault(entry.path, len(entries))
+        if place == len(entries):
+            entries.append(entry)
+            return
+        other = entries[place]
+        if entry.split == other.split:
+            there = f"line {other.line}" if entry.label == other.label else f"{other.label}, line {other.line}"
+            self._say(entry.path, f"{entry.label}, line {entry.line}: {entry.token} stands already in {there}")
+            return
+        less, more = sorted((other, entry), key=lambda one: SPLITS.index(one.split or "train"))
+        entries[place] = more
+        self._say(
+            f"{less.label}, line {less.line}",
+            f"{less.token} is in {more.split} too, by {more.label}, line {more.line}, and counts there",
+        )
+
+    def _say(self, path: str, reason: str) -> None:
+        self._listing.problems.append(Problem(path, "doubled", one_line(reason)))
 
 
 def some(names: Sequence[str]) -> str:

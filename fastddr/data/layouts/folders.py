@@ -13,6 +13,7 @@ from fastddr.data.layouts.common import (
     Listing,
     grade_of,
     is_photograph,
+    patient_of,
     some,
     split_of,
     subfolders,
@@ -99,7 +100,9 @@ def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
         return
     other = [name for name in names if not is_photograph(name)]
     _leave_out(listing, folder, other, "other-file", f"is not {', '.join(PHOTOGRAPHS)}", "files")
-    listing.entries.extend(Entry(f"{relative}/{name}", grade, split) for name in names if is_photograph(name))
+    listing.entries.extend(
+        Entry(f"{relative}/{name}", grade, split, patient_of(name)) for name in names if is_photograph(name)
+    )
 
 
 def _leave_out(listing: Listing, folder: Path, names: list[str], kind: str, why: str, what: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastddr.data.grades import UNGRADABLE
-from fastddr.data.layouts.common import SPLITS, Entry, Listing, Names, is_photograph, some
+from fastddr.data.layouts.common import SPLITS, Entry, Listing, Named, Names, is_photograph, patient_of, some
 from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
 
@@ -23,6 +23,7 @@ def official(folder: Path) -> Listing | None:
     if not any((folder / f"{split}.txt").is_file() for split in SPLITS):
         return None
     listing, names = Listing("official", folder, []), Names(folder)
+    known = Named(listing)
     for split in SPLITS:
         label_file = folder / f"{split}.txt"
         if not label_file.is_file():
@@ -37,7 +38,7 @@ def official(folder: Path) -> Listing | None:
             return None if _NO_NAME.search(name) else f"{split}/{name}"
 
         wanted = f"the name of a photograph in {split}/"
-        named = _read(label_file, split, locate, wanted, listing, names)
+        named = _read(label_file, split, locate, wanted, listing, names, known)
         if not named:
             _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
         _orphans(listing, names, split, {path.rpartition("/")[2] for path in named}, f"{split}.txt")
@@ -73,11 +74,12 @@ def gdrbench(folder: Path) -> Listing | None:
         bad = parts[0] != chosen or any(_NO_NAME.search(part) for part in parts)
         return None if bad else f"images/{name}"
 
-    named: set[str] = set()
+    named, known = set[str](), Named(listing)
     for ending, split in _BENCH_LISTS.items():
         label_file = folder / "splits" / f"{chosen}_{ending}.txt"
         if label_file.is_file():
-            named |= _read(label_file, split, locate, f"a path in images/, like {chosen}/nodr/x.jpg", listing, names)
+            wanted = f"a path in images/, like {chosen}/nodr/x.jpg"
+            named |= _read(label_file, split, locate, wanted, listing, names, known)
         elif split == "test":
             listing.notes.append("There is no test split (GDRBench has none), so nothing is scored on it.")
     if not named:
@@ -109,15 +111,21 @@ def _orphans(listing: Listing, names: Names, folder: str, named: set[str], label
 
 
 def _read(
-    label_file: Path, split: str, locate: Callable[[str], str | None], wanted: str, listing: Listing, names: Names
+    label_file: Path,
+    split: str,
+    locate: Callable[[str], str | None],
+    wanted: str,
+    listing: Listing,
+    names: Names,
+    known: Named,
 ) -> set[str]:
     """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
     label = label_file.relative_to(listing.root).as_posix()
-    known: dict[str, int] = {}
+    found: set[str] = set()
     here = names.of(split) if listing.layout == "official" else frozenset()
 
-    def wrong(kind: str, number: int, reason: str, path: str | None = None) -> None:
-        listing.problems.append(Problem(path or f"{label}, line {number}", kind, one_line(reason)))
+    def wrong(kind: str, number: int, reason: str) -> None:
+        listing.problems.append(Problem(f"{label}, line {number}", kind, one_line(reason)))
 
     for number, line in _lines(label_file):
         # From the right: a name may hold spaces.
@@ -134,13 +142,10 @@ def _read(
             wrong("label", number, f"{name} is a path that is not read here: give {wanted}")
         elif grade > UNGRADABLE:
             wrong("grade", number, f"grade {grade} of {name} is not one of 0-4 (ICDR) or 5 (ungradable)")
-        elif path in known:
-            place = f"{label}, line {number}"
-            wrong("doubled", number, f"{place}: {name} stands already in line {known[path]}", path)
         else:
-            known[path] = number
-            listing.entries.append(Entry(path, grade, split, None, label, number, name))
-    return set(known)
+            found.add(path)
+            known.add(Entry(path, grade, split, patient_of(path), label, number, name))
+    return found
 
 
 def _lines(label_file: Path) -> Iterable[tuple[int, str]]:

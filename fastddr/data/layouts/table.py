@@ -2,8 +2,8 @@
 
 path,grade[,split][,patient]      ours
 id_code,diagnosis                 the Kaggle copy of DDR; APTOS 2019
-image,level                       EyePACS (Kaggle 2015); its names tell the patient: 10_left, 10_right
-Image name,Retinopathy grade      IDRiD, Messidor
+image,level                       EyePACS (Kaggle 2015)
+Image name,Retinopathy grade      IDRiD; Messidor, whose grades are no ICDR ones
 image_id,adjudicated_dr_grade     Messidor-2 (adjudicated_gradable 0 = ungradable)
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import os
+import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
-from fastddr.data.layouts.common import Entry, Listing, grade_of, some, spelled, split_of, walk
+from fastddr.data.layouts.common import (
+    Entry,
+    Listing,
+    Named,
+    folded,
+    grade_of,
+    patient_in,
+    patient_of,
+    some,
+    spelled,
+    split_of,
+    walk,
+)  # fmt: skip
 from fastddr.data.problems import Problem, one_line
 from fastddr.errors import UserError
 
@@ -30,7 +43,8 @@ _HEADERS = {
     ("imagename", "retinopathygrade"): "idrid",
     ("imageid", "adjudicateddrgrade"): "messidor2",
 }
-_EYEPACS_NAME = re.compile(r"(\d+)_(?:left|right)")
+#: Only Messidor's own table has this column, spelled.
+_OF_MESSIDOR = "ophthalmologicdepartment"
 #: A competition's example of a submission has the header of the labels and made-up grades.
 _NOT_LABELS = "samplesubmission"
 
@@ -97,9 +111,15 @@ def key_column(header: Sequence[str]) -> int | None:
     return _pair(names)[0] if _known(names) else None
 
 
-def delimiter(first_line: str) -> str:
+def delimiter(text: str) -> str:
     """What separates the cells of a table, by its header: a comma, else a semicolon or a tab."""
-    return next((mark for mark in (",", ";", "\t") if mark in first_line), ",")
+    header = _first_line(text)
+    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
+
+
+def _first_line(text: str) -> str:
+    """Up to the first line break, which may be a lone carriage return: some programs write tables so still."""
+    return re.split(r"[\r\n]", text, maxsplit=1)[0]
 
 
 def _known(header: Sequence[str]) -> str | None:
@@ -118,7 +138,7 @@ def _read(file: Path, asked: bool = False) -> _Table | None:
     """The table in a file, None where it is no label table; what is come across and cannot be read is none."""
     try:
         with file.open("rb") as raw:
-            first = raw.readline(1 << 16).decode("utf-8-sig", "replace")
+            first = _first_line(raw.readline(1 << 16).decode("utf-8-sig", "replace"))
         mark = delimiter(first)
         header = [spelled(cell) for cell in next(csv.reader([first], delimiter=mark), [])]
         layout = _known(header)
@@ -132,8 +152,10 @@ def _read(file: Path, asked: bool = False) -> _Table | None:
         if not asked:
             return None
         raise UserError(f"{file}: this table cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{file}: this table cannot be read ({one_line(error)}); save it as UTF-8.") from None
+    except csv.Error as error:
+        raise UserError(f"{file}: this table cannot be read ({one_line(error)}); save it as CSV anew.") from None
     if layout == "aptos" and spelled(file.stem) == "drgrading":
         layout = "kaggle"
     return _Table(file, layout, header, rows)
@@ -153,16 +175,16 @@ class _Index:
         # Asked where nothing is written just so.
         self._any_case: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
-            self._any_case[path.lower()].append(path)
+            self._any_case[folded(path)].append(path)
         for bare, paths in self.by_name.items():
-            self._any_case[bare.lower()] += paths
+            self._any_case[folded(bare)] += paths
 
     def find(self, token: str, split: str | None) -> list[str]:
-        """The photographs that a token may mean: a path, else a name, else one of them in another case; where several
-        bear it, those of the split."""
+        """The photographs that a token may mean: a path, else a name, else one of them as `folded`; where several bear
+        it, those of the split."""
         if token in self.paths:
             return [token]
-        found = sorted(set(self.by_name.get(token) or self._any_case.get(token.lower(), [])))
+        found = sorted(set(self.by_name.get(token) or self._any_case.get(folded(token), [])))
         if len(found) > 1 and split is not None:
             found = [p for p in found if _split_in(p.split("/")[:-1]) == split] or found
         return found
@@ -197,8 +219,14 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
         root = root.parent
         index = _Index(root)
     listing = Listing(found[0].layout, root, [])
+    known = Named(listing)
     for one, split in zip(found, splits, strict=True):
-        _add(one, split, index, listing)
+        _add(one, split, index, listing, known)
+        if _OF_MESSIDOR in one.header:
+            listing.notes.append(
+                f"{one.file.name} is Messidor's, and its grades are on Messidor's own scale of 0-3, where 3 holds "
+                "proliferative retinopathy too: they are not ICDR grades, and scores on them compare with none on such."
+            )
     labels = ", ".join(t.file.name for t in found)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
@@ -216,16 +244,15 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
     return listing
 
 
-def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> None:
+def _add(found: _Table, split: str | None, index: _Index, listing: Listing, known: Named) -> None:
     label = found.file.relative_to(listing.root).as_posix()
     grade_column = _pair(found.header)[1]
     split_column, patient_column = found.cells("split"), found.cells("patient", "patientid")
     gradable_column = found.cells("adjudicatedgradable")
-    known: dict[str, int] = {}
     for line, row in found.rows:
 
-        def wrong(kind: str, reason: str, path: str | None = None, line: int = line) -> None:
-            listing.problems.append(Problem(path or f"{label}, line {line}", kind, one_line(reason)))
+        def wrong(kind: str, reason: str, line: int = line) -> None:
+            listing.problems.append(Problem(f"{label}, line {line}", kind, one_line(reason)))
 
         def cell(column: int | None, row: list[str] = row) -> str:
             return row[column].strip() if column is not None and column < len(row) else ""
@@ -241,6 +268,8 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> N
         if os.path.isabs(named) or ".." in named.split("/"):
             wrong("label", f"{token} leads out of the folder of the table: give a path below it")
             continue
+        # `./a.jpg` is `a.jpg`; a name in whose folder it stands just so is left as it is.
+        named = named if named in index.paths else posixpath.normpath(named)
         # A cell that ran through pandas beside an empty one is "2.0".
         text = re.sub(r"(?<=\d)\.0+$", "", cell(grade_column))
         grade = grade_of(text) if text not in ("", str(UNKNOWN)) else UNKNOWN
@@ -259,11 +288,6 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing) -> N
             wrong("ambiguous", f"{token} may be {some(candidates)}")
             continue
         path = candidates[0] if candidates else named
-        if path in known:
-            wrong("doubled", f"{label}, line {line}: {token} stands already in line {known[path]}", path)
-            continue
-        known[path] = line
-        patient = cell(patient_column) or None
-        if patient is None and found.layout == "eyepacs" and (match := _EYEPACS_NAME.fullmatch(Path(path).stem)):
-            patient = match[1]
-        listing.entries.append(Entry(path, grade, own, patient, label, line, token))
+        # Where a table tells patients, a number in a name may mean another one.
+        patient = patient_of(path) if patient_column is None else patient_in(cell(patient_column))
+        known.add(Entry(path, grade, own, patient, label, line, token))

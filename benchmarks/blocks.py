@@ -140,6 +140,8 @@ def _loops(peers: Iterable[str]) -> list[str]:
 def _layouts(results: Sequence[Result], result: Result, link: Link) -> list[str]:
     """In which layout peers ran that were run in one alone, and what the other is worth to the same model, if known.
 
+    No table's row may say the opposite: where a step of this model is slower in the other layout, that is what is said.
+
     Nothing is said of peers that were not run, or in channels_last too.
     """
     forms = [row["name"].split(", ") for row in result.measured if row["kind"] == "peer"]
@@ -154,20 +156,22 @@ def _layouts(results: Sequence[Result], result: Result, link: Link) -> list[str]
     text = (f"{words(f'`{name}`' for name in peers)} {verb} in PyTorch's default layout (NCHW), as {their} users run "
             f"{them}")  # fmt: skip
     models = {re.sub(r"[ /]+", "-", row["model"].lower()) for row in result.measured if "model" in row}
-    found = [
-        (step, row["of"])
+    steps = [
+        row
         for step in machines.of(results, "step") if step.hardware == result.hardware
         for row in step.measured
-        if row.get("to") == "reference" and row["low"] > 1
-        and row["of"] in {f"{model}, eager, NHWC" for model in models}
+        if row.get("to") == "reference" and row["of"] in {f"{model}, eager, NHWC" for model in models}
     ]  # fmt: skip
-    if not found:
+    faster = [row["of"] for row in steps if row["low"] > 1]
+    slower = [row["of"] for row in steps if row["high"] < 1]
+    if not (faster or slower):
         return [f"{text}; channels_last (NHWC) may be faster for {them}."]
     place = f"{link(result.path.parents[2] / 'docs' / 'benchmarks.md')}#the-training-step"
-    return [
-        f"{text}. channels_last (NHWC) would be faster for {them}: by how much a step of this model gains from it is "
-        f"in the row {words(f'`{of}`' for _, of in found)} of [the step's table]({place})."
-    ]
+    where = f"in the row {words(f'`{of}`' for of in faster or slower)} of [the step's table]({place})"
+    if faster:
+        gain = "by how much a step of this model gains from it is"
+        return [f"{text}. channels_last (NHWC) would be faster for {them}: {gain} {where}."]
+    return [f"{text}. A step of this model is slower in channels_last (NHWC): by how much is {where}."]
 
 
 def _cases(rows: Iterable[Row]) -> list[list[Row]]:

@@ -9,7 +9,9 @@ from typing import Any
 from stored import Result
 
 #: Units of which less is better; of all others more is.
-LESS = ("s", "ms", "µs", "us", "× the time", "% of the step", "GiB", "MiB")
+LESS = (
+    "s", "ms", "µs", "us", "× the time", "% of the step", "of a step", "%", "valid loss", "GiB", "MiB",
+)  # fmt: skip
 #: Whole numbers, words and truths that are outcomes, or of no weight for a speed; all others are settings.
 _NO_SETTING = (
     "median", "low", "high", "n", "target", "met", "reached", "compared", "loader", "store", "runs_in", "epoch",

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import harness
 import numpy as np
@@ -37,6 +37,10 @@ class Options:
 
     photographs: int = 256
     """Of the synthetic set."""
+    encodings: tuple[Literal["95-420", "100-444"], ...] = ("95-420", "100-444")
+    """Of the synthetic photographs: JPEG quality and chroma."""
+    ways: tuple[Literal["training", "regions", "engines"], ...] = ("training", "regions", "engines")
+    """Of decoding: as training does it, and on a GPU also the region alone, and on the card's JPEG engines."""
     batch_size: int = 32
     """Photographs in a batch."""
     rounds: int = 5
@@ -56,6 +60,7 @@ class Options:
 
 #: Ways to decode on a GPU besides that of training.
 REGIONS, ENGINES = "the region alone", "JPEG engines"
+_WAYS = {"training": "", "regions": REGIONS, "engines": ENGINES}
 
 
 def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared: int, batches: int) -> dict[str, Any]:
@@ -125,12 +130,12 @@ def main(options: Options) -> None:
 
     console = Console(soft_wrap=True)
     harness.begin(options.out)
-    kinds = sources.roots(None, tuple(sources.NAMES), options.photographs, 512, console)
+    kinds = sources.roots(None, options.encodings, options.photographs, 512, console)
     rows: list[dict[str, Any]] = []
     gpu = torch.cuda.is_available()
-    ways = ("", REGIONS, ENGINES) if gpu else ("",)
+    ways = [_WAYS[way] for way in options.ways if gpu or way == "training"]
     if not dali_decoder.installed():
-        ways = ()
+        ways = []
         rows.append({"name": "DALI's decoder", "kind": "absent", "failed": "NVIDIA DALI is not installed"})
         report(rows[-1])
     # A suite wants to know that the decoder fails; it names the file, which no text is made of.

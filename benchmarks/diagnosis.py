@@ -25,6 +25,8 @@ REMEDIES = {
     "colour": "colouring: `--augment.policy report` leaves colours alone",
     "normalise": "normalising: it is one pass; a GPU does it",
     "copy": "copying to the device: `--loading.store vram` keeps photographs there",
+    "kernel": "making batches from photographs that are in the GPU's memory already: no store is faster, and a larger "
+    "`--batch-size` gives each call more to do",
     "Python": "feeding the loader from Python: a larger `--batch-size` feeds more at once",
 }
 #: Share of its ceiling that training should come to, on a GPU and on a CPU.
@@ -123,13 +125,16 @@ def _loading(found: Results, stored: Sequence[Result]) -> Iterator[str]:
 
 def _stage(found: Results, result: Result) -> str:
     """What the chosen loader's time goes into, and what helps."""
-    chosen = next((row.get("loader") for row in result.measured if row["name"] == "fastddr"), None)
-    shares = {}
+    row = next((row for row in result.measured if row["name"] == "fastddr"), {})
+    chosen, store = row.get("loader"), row.get("store")
+    by_label: dict[str, dict[str, float]] = {}
     if "loader" in found:
         for row in found["loader"].measured:
             label, _, stage = row["name"].partition(": ")
             if row.get("kind") == "profile" and label.partition(",")[0] == chosen:
-                shares.setdefault(stage, row["median"])
+                by_label.setdefault(label, {}).setdefault(stage, row["median"])
+    # What stops a loader depends on where it keeps photographs.
+    shares = by_label.get(f"{chosen}, {store}") or next(iter(by_label.values()), {})
     if not shares:
         return f" The loader is {chosen}; `python benchmarks/loader.py` says what stops it."
     stage = max(shares, key=lambda name: shares[name])

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import tyro
 from records import steps_logged, steps_of_tensorboard, steps_of_wandb
-from victims import MODEL, Runs, equal, kill, processes, state, status
+from victims import MODEL, Runs, equal, kill, on_cpu, processes, state, status
 
 from fastddr import checkpoints, cli
 from fastddr.errors import UserError
@@ -73,6 +73,11 @@ class Options:
 
 def _count(name: str, good: int, of: int, **more: Any) -> dict[str, Any]:
     return {"name": name, "median": good, "low": good, "high": good, "unit": f"of {of}", "n": of, **more}
+
+
+def _where(ranks: int) -> str:
+    """For the names of rows of so many ranks, whose machine may have a card that they did not use."""
+    return ", on the CPU" if on_cpu(ranks) else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -124,17 +129,16 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         shutil.rmtree(run)
         harness.say(f"  kill {number + 1} at step {at}: {same} the same, {resumed} resumed")
     more = {"ranks": options.ranks, "steps": options.steps}
-    return [
-        _count("killed: ends with the weights of an undisturbed run", same, options.kills, **more),
-        _count("killed: resumed from a checkpoint", resumed, options.kills, **more),
-        _count("killed: metrics.jsonl without a doubled or missing step", gone_on, options.kills, **more),
-        *(
-            _count(f"killed: {name} without a doubled or missing step", n, options.kills, **more)
-            for name, n in whole.items()
-        ),
-        _count("killed: a checkpoint was being written", writing, options.kills, **more),
-        _count("killed: checkpoints that do not load", unloadable, options.kills, **more),
-    ]
+    counts = {
+        "ends with the weights of an undisturbed run": same,
+        "resumed from a checkpoint": resumed,
+        "metrics.jsonl without a doubled or missing step": gone_on,
+        **{f"{name} without a doubled or missing step": count for name, count in whole.items()},
+        "a checkpoint was being written": writing,
+        "checkpoints that do not load": unloadable,
+    }
+    killed = f"killed{_where(options.ranks)}"
+    return [_count(f"{killed}: {name}", count, options.kills, **more) for name, count in counts.items()]
 
 
 def _arguments(options: Options, runs: Runs) -> list[str]:
@@ -172,8 +176,8 @@ def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
         shutil.rmtree(run)
     return [
         {
-            "name": name, **harness.spread(values), "unit": "s", "p95": round(float(np.percentile(values, 95)), 3),
-            "ranks": options.ranks,
+            "name": f"{name}{_where(options.ranks)}", **harness.spread(values), "unit": "s",
+            "p95": round(float(np.percentile(values, 95)), 3), "ranks": options.ranks,
         }
         for name, values in (("SIGTERM to the checkpoint", saved), ("SIGTERM to the end of all processes", ended))
     ]  # fmt: skip
@@ -321,7 +325,7 @@ def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
         said = time.monotonic() - began
         process.wait()
         ended = time.monotonic() - began
-        about = f"a rank is {how}" + (" (timeout 15 s)" if how == "frozen" else "")
+        about = f"a rank is {how}{_where(2)}" + (" (timeout 15 s)" if how == "frozen" else "")
         for name, value in ((f"{about}: the reason is told", said), (f"{about}: all has ended", ended)):
             rows.append({"name": name, "median": value, "low": value, "high": value, "unit": "s", "n": 1, "ranks": 2})
     return rows

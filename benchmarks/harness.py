@@ -30,7 +30,7 @@ import torch
 from conditions import busy_seconds as busy_seconds
 from rich.console import Console
 from rich.table import Table
-from stored import RESULTS, hardware_name, holds_figures
+from stored import RESULTS, hardware_name, holds_figures, read
 
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
@@ -38,8 +38,14 @@ from fastddr.ranks import available_cores
 _PACKAGES = (
     "fastddr", "torch", "torchvision", "accelerate", "pillow", "numpy", "simplejpeg", "spdl", "torchcodec", "timm",
 )  # fmt: skip
+#: Why a part of what was asked for has no figure, where `--seconds` were over: such a result is not complete.
+TIME_UP = "the time was up before its turn came"
+#: Whole rounds from which on a race that is stopped keeps its figures.
+LEAST_ROUNDS = 3
 #: The conditions before the measurement, once `begin` was called.
 _before: dict[str, Any] | None = None
+#: What was said of where a result goes.
+_told: set[str] = set()
 
 
 def begin(out: Path | None = None) -> dict[str, Any]:
@@ -69,12 +75,15 @@ def interleaved(
     rounds: int,
     on_round: Callable[[int], None] | None = None,
     on_failure: Callable[[str, str], None] | None = None,
+    found: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Each trial once a round, round after round, so that a slow minute of the machine falls on all of them.
 
-    With `on_failure` one that fails is left out from there on, and its name and the reason are handed over.
+    With `on_failure` one that fails is left out from there on, and its name and the reason are handed over. The values
+    are put into `found`, if that is given, as they come: who is stopped still has them (`whole_rounds`).
     """
-    found: dict[str, list[float]] = {name: [] for name in trials}
+    found = {} if found is None else found
+    found |= {name: [] for name in trials}
     for number in range(rounds):
         for name in list(found):
             try:
@@ -87,6 +96,12 @@ def interleaved(
         if on_round is not None:
             on_round(number + 1)
     return found
+
+
+def whole_rounds(found: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The rounds that all trials have had; nothing where these are too few for an interval."""
+    rounds = min(map(len, found.values()), default=0)
+    return {name: values[:rounds] for name, values in found.items()} if rounds >= LEAST_ROUNDS else {}
 
 
 def sentence(problem: BaseException) -> str:
@@ -183,7 +198,8 @@ def versions() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         name = str(distribution.metadata["Name"]).lower().replace("_", "-")
         if name in _PACKAGES or name.startswith(("nvidia-dali-cuda", "nvidia-nvimgcodec")):
-            found[name] = distribution.version
+            # The first on the path is the one that is imported.
+            found.setdefault(name, distribution.version)
     return dict(sorted(found.items()))
 
 
@@ -198,15 +214,22 @@ def is_alive(process: int) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Written:
     """Where `writing` writes to, and what."""
 
-    path: Path
+    out: Path
     benchmark: str
     rows: Sequence[Mapping[str, Any]]
     failures: bool = False
     """Whether rows that failed are worth a file of their own."""
+    beside: Path | None = None
+    """Where the result was last written, if that is not `out`."""
+
+    @property
+    def path(self) -> Path:
+        """Where the result lies."""
+        return self.beside or self.out
 
     @property
     def worth(self) -> bool:
@@ -215,8 +238,12 @@ class Written:
 
     def save(self, *, wandb: bool = False, complete: bool = False) -> None:
         """Write what there is now, if there is a figure: what is yet to come may never end."""
-        if self.worth:
-            write(self.benchmark, self.rows, self.path, wandb=wandb, complete=complete, failures=self.failures)
+        if not self.worth:
+            return
+        path = write(self.benchmark, self.rows, self.out, wandb=wandb, complete=complete, failures=self.failures)
+        if self.beside is not None and path != self.beside:
+            self.beside.unlink(missing_ok=True)
+        self.beside = None if path == self.out else path
 
 
 def end_with_parent() -> None:
@@ -233,8 +260,8 @@ def writing(
     """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
 
     SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Only where the block came to its end is
-    the result marked complete. Where there is no figure, nothing is written, but with `failures`, of which that is the
-    finding.
+    the result marked complete, unless `--seconds` cut it short. Where there is no figure, nothing is written, but with
+    `failures`, of which that is the finding.
 
     Raises:
         UserError: the result could not be written, which is told before the block begins; or it has no figure.
@@ -244,7 +271,7 @@ def writing(
         sys.exit(128 + number)
 
     written = Written(out or place(benchmark, part, tiny=tiny), benchmark, rows, failures)
-    check_out(written.path)
+    check_out(written.out)
     complete = False
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -258,9 +285,9 @@ def writing(
                 written.save(wandb=wandb, complete=complete)
                 say(f"written to {written.path}")
             elif complete:
-                raise _nothing(written.path)
+                raise _nothing(written.out)
             else:
-                say(f"{_nothing(written.path)}")
+                say(f"{_nothing(written.out)}")
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -275,8 +302,10 @@ def write(
 ) -> Path:  # fmt: skip
     """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json, or NAME-PART_....
 
-    One that is not `complete` is not published, and `tiny` ones lie in runs/benchmarks/ by default. With `wandb` the
-    figures become a W&B run as well (`tracked`); whatever happens to that, the JSON is there.
+    One that is not `complete` is not published, nor is one that `--seconds` cut short. It takes the place of no file
+    that could be, but goes beside that, as NAME-incomplete_.... A complete one does take it, and says so where the file
+    is of another command. `tiny` ones lie in runs/benchmarks/ by default. With `wandb` the figures become a W&B run as
+    well (`tracked`); whatever happens to that, the JSON is there.
 
     Raises:
         UserError: no row has a figure; with `failures` there may be none.
@@ -289,6 +318,7 @@ def write(
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
     script = Path(sys.argv[0])
+    complete = complete and all(row.get("failed") != TIME_UP for row in rows)
     record = {
         "benchmark": benchmark,
         "machine": hardware,
@@ -300,6 +330,7 @@ def write(
         "complete": complete,
         "rows": list(rows),
     }
+    out = _without_loss(out, record)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside and renamed: who reads it meanwhile, or after a kill, finds a whole one.
     beside = out.with_name(f".{out.name}.{os.getpid()}")
@@ -311,6 +342,45 @@ def write(
 
         tracked.keep(record, out, say=say)
     return out
+
+
+def _without_loss(out: Path, record: Mapping[str, Any]) -> Path:
+    """Where the record may be written to, so that no result is lost that could be published and this one could not."""
+    try:
+        there = read(out)
+    except UserError:  # none, or no result
+        return out
+    if not there.publishable:
+        return out
+    if record["complete"] and holds_figures(record["benchmark"], record["rows"]):
+        command = there.record["command"]
+        if _asked(command) != _asked(record["command"]):
+            _say_once(f"{out.name} is there, of another command ({command}); this result takes its place.")
+        return out
+    # As `stored.read` takes a name apart: another word behind NAME is another measurement.
+    name, *rest = out.stem.rsplit("_", 2) if out.stem.count("_") >= 2 else [out.stem]
+    beside = out.with_name(f"{'_'.join([f'{name}-incomplete', *rest])}{out.suffix}")
+    _say_once(f"{out.name} is there and complete, and this result is not: it goes to {beside.name}.")
+    return beside
+
+
+def _asked(command: str) -> list[str]:
+    """A command's words without where its result goes."""
+    words = iter(shlex.split(command))
+    found = []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out=") and word not in ("--wandb", "--no-wandb"):
+            found.append(word)
+    return found
+
+
+def _say_once(line: str) -> None:
+    """A result may be written several times in the course of its measurement."""
+    if line not in _told:
+        _told.add(line)
+        say(line)
 
 
 def check_out(out: Path) -> None:

@@ -177,20 +177,25 @@ class Panel:
         self.kinds = {label: self._kind(trial.spec.name) for label, trial in self.trials.items()}
         store = next((trial for trial in self.trials.values() if trial.spec.name == "resident"), None)
         if store is not None and store.task.only_crops and store.task.device.type == "cpu":
-            if store.ask("raw", 0.1) is None:
-                self._say(f"{STORE_ALONE} is left out: this resident loader has no raw_windows.")
+            try:
+                lacks = "" if store.ask("raw", 0.1) is not None else "this resident loader has no raw_windows"
+            except (UserError, RuntimeError) as problem:
+                lacks = harness.sentence(problem)
+            if lacks:
+                self._say(f"{STORE_ALONE} is left out: {lacks}.")
             else:
                 turns[STORE_ALONE] = lambda: store.ask("raw", self.options.seconds).rate
                 self.kinds[STORE_ALONE] = "store"
-        self.speeds = harness.interleaved(
-            turns,
-            self.options.rounds,
-            lambda k: self._say(f"  round {k} of {self.options.rounds}"),
-            self._leave_out,
-        )
-        for label, values in self.speeds.items():
-            row = {"name": label, "kind": self.kinds[label], **self.about, **harness.spread(values)}
-            self.rows.append(row | {"unit": "images/s"} | self._cost(self.trials.get(label)))
+        rounds = self.options.rounds
+        try:
+            harness.interleaved(
+                turns, rounds, lambda k: self._say(f"  round {k} of {rounds}"), self._leave_out, self.speeds
+            )
+        finally:
+            # Also where it is stopped; else all rounds are whole.
+            for label, values in harness.whole_rounds(self.speeds).items():
+                row = {"name": label, "kind": self.kinds[label], **self.about, **harness.spread(values)}
+                self.rows.append(row | {"unit": "images/s"} | self._cost(self.trials.get(label)))
         others = [row["others_cpu_share"] for row in self.rows if "others_cpu_share" in row]
         if others and max(others) > _DISTURBED:
             self._say(
@@ -218,9 +223,17 @@ class Panel:
             found["first_epoch_seconds"] = round(trial.warmth.first_epoch, 1)
         return found
 
+    def _asked(self, what: str, trial: Trial, question: str, *arguments: float) -> Any:
+        """What a loader answers beside its speed; None, and said why, where it fails, for its speed is known."""
+        try:
+            return trial.ask(question, *arguments)
+        except (UserError, RuntimeError) as problem:
+            self._say(f"{what} is left out: {harness.sentence(problem)}.")
+            return None
+
     def _kernel(self) -> None:
         for trial in self.trials.values():
-            rates = trial.ask("kernel", 0.2) if trial.spec.name == "resident" else None
+            rates = self._asked(KERNEL_ALONE, trial, "kernel", 0.2) if trial.spec.name == "resident" else None
             if rates is not None:
                 self.speeds[KERNEL_ALONE] = rates
                 row = {"name": KERNEL_ALONE, "kind": "store", **self.about, **harness.spread(rates)}
@@ -232,7 +245,10 @@ class Panel:
         for label, trial in self.trials.items():
             if not self.options.profile or trial.spec.name in PEERS:
                 continue
-            found = trial.ask("stages", float(np.median(self.speeds[label])), min(self.options.seconds / 6, 0.5))
+            seconds = min(self.options.seconds / 6, 0.5)
+            found = self._asked(
+                f"the profile of {label}", trial, "stages", float(np.median(self.speeds[label])), seconds
+            )
             if found is None:
                 continue
             self._say(stages.sentence(label, found.shares))

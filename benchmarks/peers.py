@@ -181,7 +181,8 @@ class TorchCodec(TorchDecodeJpeg):
         return photograph
 
 
-def _tensor_transform(task: Task) -> Callable[[Any], Tensor]:
+def _tensor_transform(task: Task, *, normalises: bool = True) -> Callable[[Any], Tensor]:
+    """From a decoded photograph to its window: normalised float32, or uint8 as it is."""
     from torchvision.transforms import InterpolationMode, v2
 
     augment = task.augment
@@ -192,7 +193,9 @@ def _tensor_transform(task: Task) -> Callable[[Any], Tensor]:
     steps += [v2.RandomHorizontalFlip()] * augment.hflip + [v2.RandomVerticalFlip()] * augment.vflip
     if not task.only_normalises:
         steps.append(v2.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.mean, augment.std)])
+    if normalises:
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.mean, augment.std)]
+    return v2.Compose(steps)
 
 
 # ------------------------------------------------------------------------------------------------------ SPDL, threads
@@ -202,6 +205,9 @@ class _InThreads(Peer):
     """A `spdl.pipeline`: whole batches, as many at once as there are workers, each in a thread.
 
     The threads stay and the source never ends, so no epoch waits for the next. Inside a thread PyTorch gets one core.
+    For a GPU a batch is sent as uint8 by `spdl.io.transfer_tensor_h2d` in a thread of its own, as its documentation has
+    it ("Parallelism": custom multi-threading), which pins it and copies it while the model computes; the GPU normalises
+    it.
     """
 
     @classmethod
@@ -216,16 +222,22 @@ class _InThreads(Peer):
 
         workers = max(1, task.threads)
         torch.set_num_threads(1)
-        self.mean = 255 * torch.tensor(task.augment.mean)
-        self.std = 255 * torch.tensor(task.augment.std)
+        # (3, 1, 1)
+        self.mean = (255 * torch.tensor(task.augment.mean))[:, None, None]
+        self.std = (255 * torch.tensor(task.augment.std))[:, None, None]
         builder: Any = PipelineBuilder()
-        self.pipeline: Any = (
+        builder = (
             builder.add_source(self._paths())
             .aggregate(task.batch_size)
             .pipe(self._batch, concurrency=workers, name=f"load_{self.name}")
-            .add_sink(self.prefetch)
-            .build(num_threads=workers)
         )
+        self.sends = task.device.type == "cuda"
+        self.sender = ThreadPoolExecutor(max_workers=1)
+        if self.sends:
+            import spdl.io
+
+            builder = builder.pipe(spdl.io.transfer_tensor_h2d, executor=self.sender)
+        self.pipeline: Any = builder.add_sink(self.prefetch).build(num_threads=workers)
         self.pipeline.start()
 
     def _paths(self) -> Generator[str, None, None]:
@@ -234,14 +246,21 @@ class _InThreads(Peer):
 
     @abstractmethod
     def _batch(self, files: list[str]) -> Tensor:
-        """The images of these files."""
+        """The images of these files (b, 3, h, w), normalised; where they are sent, uint8."""
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """From uint8, wherever they are."""
+        return images.float().sub_(self.mean.to(images.device)).div_(self.std.to(images.device))
 
     def batches(self) -> Iterator[Tensor]:
+        if self.sends:
+            self.mean, self.std = self.mean.to(self.task.device), self.std.to(self.task.device)
         for images in self.pipeline:
-            yield images.to(self.task.device, non_blocking=True)
+            yield self._normalised(images) if self.sends else images
 
     def close(self) -> None:
         self.pipeline.stop()
+        self.sender.shutdown()
 
 
 class Spdl(_InThreads):
@@ -273,8 +292,9 @@ class Spdl(_InThreads):
         import spdl.io
 
         frames = [spdl.io.decode_packets(spdl.io.demux_image(file), filter_desc=self._filters()) for file in files]
-        images: Tensor = spdl.io.to_torch(spdl.io.convert_frames(frames))
-        return images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        # Of (b, h, w, 3).
+        images: Tensor = spdl.io.to_torch(spdl.io.convert_frames(frames)).permute(0, 3, 1, 2)
+        return images if self.sends else self._normalised(images)
 
     def _filters(self) -> str | None:
         import spdl.io
@@ -300,7 +320,7 @@ class SpdlDecodeJpeg(_InThreads):
     name = "spdl-decode-jpeg"
 
     def __init__(self, task: Task) -> None:
-        self.transform = _tensor_transform(task)
+        self.transform = _tensor_transform(task, normalises=task.device.type != "cuda")
         super().__init__(task)
 
     def _batch(self, files: list[str]) -> Tensor:

@@ -4,9 +4,10 @@
     python benchmarks/report.py --data DDR-dataset --arms cnn-2 convmixer-tuned
     python benchmarks/report.py --quick                       # small, on the synthetic set, in minutes on a CPU
 
-Into --out: a run's folder for each model, `report.md` with the tables, `curves.png` (loss and accuracy by epoch; the
-report's figures 4.1 to 4.3 show test, ours show valid, since test is not looked at while training) and `confusion.png`
-(its figure 4.4). `story` says what the models are. The report's own figures appear only where the data are DDR whole.
+Into `--folder`: a run's folder for each model, `report.md` with the tables, `curves.png` (loss and accuracy by epoch;
+the report's figures 4.1 to 4.3 show test, ours show valid, since test is not looked at while training) and
+`confusion.png` (its figure 4.4). `story` says what the models are. The report's own figures appear only where the data
+are DDR whole.
 
 Test is scored at the best and at the last epoch of each model, because the report's figures are of its last epoch;
 nothing is chosen by it.

@@ -258,7 +258,9 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
         return task.requests(0).id.size
 
     found = _raced({"Python": _repeated(asked, seconds)})
-    found["copy, kernel, waiting"] = [1 / rate - known for known in found["Python"]]
+    # From a store in the GPU's memory nothing is copied.
+    rest = "kernel, waiting" if task.store == "vram" else "copy, kernel, waiting"
+    found[rest] = [1 / rate - known for known in found["Python"]]
     return Stages(_shares(found, 1 / rate), [])
 
 

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -46,7 +46,7 @@ import torch
 import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
-from variants import MODES, Job, Variant
+from variants import MODES, REFUSED, Job, Variant
 
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
@@ -148,7 +148,34 @@ class Measuring:
             self.process.kill()
 
     def __call__(self, job: Job) -> list[dict[str, Any]]:
-        """The records of a job; what it did not come to is a failed record."""
+        """The records of a job, of which a later one takes the place of an earlier; what it did not come to has failed.
+
+        A process that dies takes along the heat that it was at, unless that has had a few rounds, whose records stay.
+        Another process measures the heats behind it.
+        """
+        found: list[dict[str, Any]] = []
+        while True:
+            records, code, why = self._process(job)
+            found += records
+            if code == 0:
+                return found
+            last = max((record["heat"] for record in records), default=job.first - 1)
+            rounds = max((len(r["rates"]) for r in records if r["heat"] == last and "rates" in r), default=job.rounds)
+            if rounds < job.rounds:
+                harness.say(f"{job.heats[last][0].model} has had {rounds} of {job.rounds} rounds: {why}.")
+            else:
+                last += 1
+                found += _failed(job, range(last, last + 1), why)
+            job = replace(job, first=last + 1)
+            if self.stopped or code == REFUSED or job.first >= len(job.heats):
+                break
+            if job.until is not None and time.time() > job.until:
+                why = harness.TIME_UP
+                break
+        return found + _failed(job, range(job.first, len(job.heats)), why)
+
+    def _process(self, job: Job) -> tuple[list[dict[str, Any]], int, str]:
+        """What a process has recorded, its exit code, and what became of it."""
         with tempfile.TemporaryDirectory() as folder:
             records, file = Path(folder) / "records.jsonl", Path(folder) / "job.json"
             replace(job, records=str(records)).write(file)
@@ -164,22 +191,26 @@ class Measuring:
                     process.kill()
                     raise
             self.process = None
-            found = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-        if process.returncode == 0:
-            return found
-        if "Traceback" in said:
+            lines = records.read_text().splitlines(keepends=True) if records.exists() else []
+        # A process that is killed may leave half a line.
+        found = [record for line in lines if line.endswith("\n") for record in json.loads(line)]
+        if process.returncode and "Traceback" in said:
             sys.stderr.write(said)
         why = (said.strip().splitlines() or ["it said nothing"])[-1].rstrip(".")
         if process.returncode < 0:
             why = f"its process was killed by {signal.Signals(-process.returncode).name}"
         if self.stopped:
             why = "the benchmark was stopped"
-        missing = range(1 + max((record["heat"] for record in found), default=-1), len(job.heats))
-        return found + [
-            {"heat": number, "variant": vars(variant), "failed": why}
-            for number in missing
-            for variant in job.heats[number]
-        ]
+        return found, process.returncode, why
+
+
+def _failed(job: Job, heats: Iterable[int], why: str) -> list[dict[str, Any]]:
+    """Records of heats that no process came to."""
+    return [
+        {"heat": number, "variant": vars(variant), "failed": why}
+        for number in heats if number < len(job.heats)
+        for variant in job.heats[number]
+    ]  # fmt: skip
 
 
 def about(job: Job) -> str:

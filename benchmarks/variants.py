@@ -4,8 +4,10 @@
 trains by `fastddr.step.training_step`, set up by `fastddr.runtime` as training is, on one batch of random images that
 stays on the device. Models that are compared with each other are a heat: all their variants, and the reference, are
 warmed up (compiled, cuDNN's choices made), then take turns; then they are freed, so that one heat's graphs and
-activations do not take the memory of the next. What a heat found is appended to the job's file of records at once, so a
-process that dies loses one heat.
+activations do not take the memory of the next. What a heat has found is appended to the job's file of records after
+each round from the third on, and a later record takes the place of an earlier one: a process that dies or is stopped
+loses a round, or the heat that was still warming up. After an error of CUDA that is not for want of memory nothing
+works any more in a process, so it ends itself, and `step.py` starts another one for the heats behind.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,6 +35,7 @@ import fastddr
 from fastddr import losses, optimizers, runtime
 from fastddr.errors import UserError
 from fastddr.loaders.base import Batch
+from fastddr.meters import is_out_of_memory
 from fastddr.runtime import Runtime
 from fastddr.step import Tally, training_step
 
@@ -50,6 +53,8 @@ MODES = {
 _WARM = 4
 #: What a variant may fail with: PyTorch, its compilers, timm and torchvision raise almost anything.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, ImportError)
+#: Exit code where the job itself is refused, as every heat of it would be.
+REFUSED = 2
 #: More variants of one network than this would not be compiled but run eagerly, without a word.
 _RECOMPILATIONS = 64
 
@@ -88,7 +93,9 @@ class Job:
     until: float | None
     """Time of the day, as `time.time` has it, after which no variant is begun."""
     records: str
-    """File of the records, one JSON object a line."""
+    """File of the records, a JSON list a line: those of a heat so far."""
+    first: int = 0
+    """Heat to begin with."""
 
     def write(self, file: Path) -> None:
         """For the process to read."""
@@ -109,6 +116,16 @@ def reason(problem: BaseException) -> str:
     if isinstance(problem, UserError):
         return said
     return f"{type(problem).__name__}{': ' if said else ''}{said[:200]}"
+
+
+class Lost(Exception):
+    """The process cannot go on."""
+
+
+def _loses(problem: BaseException) -> bool:
+    """Whether it is an error of CUDA, which every later call would meet again; want of memory is none."""
+    # torch.AcceleratorError, where PyTorch has it, says the same.
+    return "CUDA error" in str(problem) and not is_out_of_memory(problem)
 
 
 def compiled(network: nn.Module, variant: Variant) -> nn.Module:
@@ -234,7 +251,7 @@ class Heat:
         """Build and compile all, one after the other."""
         for variant in self.variants:
             if self.job.until is not None and time.time() > self.job.until:
-                self._leave_out(variant, "the time was up before its turn came")
+                self._leave_out(variant, harness.TIME_UP)
                 continue
             began, why = time.perf_counter(), None
             try:
@@ -242,6 +259,8 @@ class Heat:
                     self.running[variant.name] = Running(variant, self.job, self.run)
             except (UserError, *FAILURES) as problem:
                 why = reason(problem)
+                if _loses(problem):
+                    raise Lost(f"{variant.name}: {why}") from problem
                 if isinstance(problem, torch.OutOfMemoryError) and self.running:
                     why += f" (beside {len(self.running)} other variants of this heat)"
             if why is None:
@@ -259,24 +278,35 @@ class Heat:
             with numerics(variant, self.run.device):
                 return running()
         except FAILURES as problem:
+            if _loses(problem):
+                raise Lost(f"{variant.name}: {reason(problem)}") from problem
             self._leave_out(variant, reason(problem))
             return float("nan")
 
-    def race(self) -> list[dict[str, Any]]:
-        """A record of each variant."""
+    def race(self, keep: Callable[[list[dict[str, Any]]], None] = lambda records: None) -> list[dict[str, Any]]:
+        """A record of each variant; `keep` is given those of the rounds so far, once there are a few."""
         turns = {
             variant.name: partial(self._turn, variant) for variant in self.variants if variant.name in self.running
         }
+        rates: dict[str, list[float]] = {}
+
+        def whole(number: int) -> None:
+            if harness.LEAST_ROUNDS <= number < self.job.rounds:
+                keep(self._records(rates))
+
         # What compiles now would be timed: it fails instead, and is said.
         with torch.compiler.set_stance("fail_on_recompile"):
-            rates = harness.interleaved(turns, self.job.rounds)
+            harness.interleaved(turns, self.job.rounds, whole, found=rates)
+        return self._records(rates)
+
+    def _records(self, rates: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         records = []
         for variant in self.variants:
             record: dict[str, Any] = {"heat": self.number, "variant": asdict(variant)}
             if variant.name in self.failed:
                 record["failed"] = self.failed[variant.name]
             else:
-                record |= {"rates": rates[variant.name], **self.running[variant.name].about}
+                record |= {"rates": list(rates[variant.name]), **self.running[variant.name].about}
             records.append(record)
         return records
 
@@ -311,15 +341,15 @@ def main(file: Path) -> None:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    for number in range(len(job.heats)):
-        heat = Heat(number, job, run, say)
-        try:
-            heat.warm()
-            records = heat.race()
-        finally:
-            heat.close()
+    def keep(records: list[dict[str, Any]]) -> None:
         with Path(job.records).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record) + "\n" for record in records)
+            stream.write(json.dumps(records) + "\n")
+
+    for number in range(job.first, len(job.heats)):
+        heat = Heat(number, job, run, say)
+        heat.warm()
+        keep(heat.race(keep))
+        heat.close()
 
 
 if __name__ == "__main__":
@@ -328,4 +358,9 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]))
     except UserError as mistake:
         # Its parent says it.
-        raise SystemExit(str(mistake)) from None
+        print(mistake, file=sys.stderr)
+        sys.exit(REFUSED)
+    except Lost as problem:
+        print(problem, file=sys.stderr, flush=True)
+        # At once: to free what is on the card would fail as well, and hide what is said here.
+        os._exit(1)

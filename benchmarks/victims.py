@@ -31,6 +31,11 @@ MODEL = [
 ]  # fmt: skip
 
 
+def on_cpu(ranks: int) -> bool:
+    """Whether so many ranks have to train on the CPU although there is a card: NCCL refuses two of them on one."""
+    return 0 < torch.cuda.device_count() < ranks
+
+
 class Runs:
     """Starts trainings in a scratch folder, as a user would."""
 
@@ -53,8 +58,8 @@ class Runs:
         ]  # fmt: skip
         command = [*launcher, *script] if ranks > 1 else [sys.executable, *script]
         environment = self._environment | {_MARK: run.name}
-        if 0 < torch.cuda.device_count() < ranks:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two ranks on one card: on the CPU, by gloo
+        if on_cpu(ranks):
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # by gloo
         with (self.scratch / f"{run.name}.txt").open("a") as said:
             return subprocess.Popen(command, env=environment, stdout=said, stderr=said, text=True)
 

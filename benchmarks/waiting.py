@@ -20,6 +20,7 @@ from fastddr.loaders import Task
 from fastddr.meters import Waited
 from fastddr.runtime import numerics
 from fastddr.step import Tally, training_step
+from fastddr.watch import Watch
 
 #: The ConvMixer (width, depth, kernel, patch) for which there is an aim, on a GPU.
 MODEL = (512, 12, 9, 8)
@@ -59,6 +60,7 @@ def _share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int)
     network, optimizer = accelerator.prepare(network, optimizers.build(network, "adam", lr=1e-3))
     criterion, tally = losses.build("cross_entropy"), Tally.zeros(task.device)
     loader = loaders.build(spec.name, spec.task(task))
+    watch = Watch(task.device)
     shares: list[float] = []
     try:
         if spec.name == "resident":
@@ -71,7 +73,10 @@ def _share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int)
             batches = Waited(loader.epoch(epoch))
             before = 0.0
             for batch in batches:
-                training_step(accelerator, network, [batch], criterion, optimizer, tally)
+                told = training_step(accelerator, network, [batch], criterion, optimizer, tally)
+                # As training does, which so waits for the step before. A loader that holds the host back would wait for
+                # it otherwise, and the model's own time would count as its.
+                watch.look(told, done, [batch.id])
                 done += 1
                 waited += batches.waited - before
                 before = batches.waited

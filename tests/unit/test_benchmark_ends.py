@@ -375,3 +375,119 @@ def test_errors_are_one_line(load: Any) -> None:
     assert harness.sentence(UserError("no\n room.")) == "no room"
     assert harness.sentence(AssertionError()) == "AssertionError"
     assert os.linesep not in harness.sentence(RuntimeError("a\nb"))
+
+
+@pytest.mark.parametrize("ending", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("stopped_in", [3, 5])
+def test_training_loops_that_are_stopped_keep_their_whole_rounds(
+    ending: type[BaseException], stopped_in: int, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, recipes = load("train"), load("recipes")
+
+    class Stopped(Turns):
+        def __call__(self, seconds: float = 0) -> float:
+            if self.spec.name == "report" and self.turns + 1 == stopped_in:
+                raise ending
+            return super().__call__(seconds)
+
+    monkeypatch.setattr(train, "Contender", lambda spec, case: Stopped(spec))
+    specs = [recipes.Spec.parse(text) for text in ("fastddr", "report")]
+    about = {"model": "m", "precision": "fp32", "image_size": 32, "batch_size": 8, "device": "cpu"}
+    kept: list[dict[str, Any]] = []
+    with pytest.raises(ending):
+        train.race(specs, None, about, 5, None, lambda line: None, kept.extend)
+    found = {row["name"]: row["n"] for row in kept}
+    assert found == ({"fastddr": 4, "report": 4, "fastddr / report": 4} if stopped_in == 5 else {}), "two are too few"
+
+
+def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped in the midst of a turn answers no question any more."""
+    train, recipes = load("train"), load("recipes")
+    asked: list[str] = []
+
+    def ask(self: Any, question: str, *arguments: object) -> Any:
+        asked.append(question)
+        return {"epoch": load("recipe").Epoch(8, 1.0, 0.5), "vram": {}, "about": {"loader": "dali"}}[question]
+
+    def begin(self: Any, *_: object) -> None:
+        self.memory, self._process = (0, 0), SimpleNamespace(pid=os.getpid())
+
+    monkeypatch.setattr(train.Halted, "__init__", begin)
+    monkeypatch.setattr(train.Halted, "ask", ask)
+    contender = train.Contender(recipes.Spec.parse("fastddr"), None)
+    contender.warm()
+    contender()
+    before = len(asked)
+    row = contender.row()
+    assert (row["loader"], row["data_wait"]) == ("dali", 0.5)
+    assert len(asked) == before
+
+
+def test_loaders_that_are_stopped_keep_their_whole_rounds(
+    load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, trials = load("loader"), load("trials")
+
+    class Stopped(Turns):
+        def __call__(self, seconds: float = 0) -> float:
+            if self.spec.name == "replay" and self.turns == 3:
+                raise SystemExit(143)
+            return super().__call__(seconds)
+
+    monkeypatch.setattr(loader, "Trial", Stopped)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
+    about = {"photographs": "tiny", "policy": "report"}
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    with pytest.raises(SystemExit):
+        loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
+    assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("its process\nhas died"), UserError("OSError: no cache.")])
+def test_a_loader_whose_profile_fails_is_said_and_the_rest_goes_on(
+    problem: Exception, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader, trials = load("loader"), load("trials")
+
+    class Asked(Turns):
+        def ask(self, question: str, *arguments: object) -> Any:
+            if self.spec.name == "resident":
+                raise problem
+            return load("stages").Stages({"read": [100.0] * 5}, [])
+
+    monkeypatch.setattr(loader, "Trial", Asked)
+    about = {"photographs": "tiny", "policy": "report"}
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(soft_wrap=True))
+    monkeypatch.setattr(panel, "limits", lambda: None)
+    loader.measure(panel, [trials.Spec(name) for name in ("resident", "torchvision")])
+    names = [row["name"] for row in panel.rows]
+    assert {"resident", "torchvision", "torchvision: read"} <= set(names)
+    said = capsys.readouterr().out
+    for what in ("the profile of resident", "resident kernel alone", "resident store alone, uint8"):
+        assert f"{what} is left out: {load('harness').sentence(problem)}." in said
+
+
+def test_of_two_ranks_on_one_card_it_is_said_that_they_trained_on_the_cpu(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = load("faults")
+
+    class Runs:
+        scratch = tmp_path
+
+        def start(self, *_: Any, **__: Any) -> Any:
+            return SimpleNamespace(wait=lambda: 0)
+
+        def first_checkpoint(self, *_: Any) -> None:
+            pass
+
+        wait = first_checkpoint
+
+    monkeypatch.setattr(faults, "processes", lambda run, rank: [0])
+    monkeypatch.setattr(faults.os, "kill", lambda *_: None)
+    for cards, where in ((0, ""), (1, ", on the CPU"), (2, "")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        names = [row["name"] for row in faults.ranks(faults.Options(), Runs())]
+        assert names[0] == f"a rank is killed{where}: the reason is told"
+        assert names[3] == f"a rank is frozen{where} (timeout 15 s): all has ended"
+        assert faults._where(1) == ""

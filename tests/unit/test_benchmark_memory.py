@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from fastddr.errors import UserError
 from fastddr.memory import questions
 from fastddr.memory.allowances import DECLARED, GIB, Allowance
-from fastddr.memory.predicting import Case, fits, needed, usable
+from fastddr.memory.predicting import Case, fits, needed, tape_of, usable
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 #: Of a card of which all may be used by PyTorch's allocator.
@@ -84,6 +84,24 @@ def test_what_fails_otherwise_is_a_row_without_a_figure(memory: Any, card: Calla
     row = memory.largest(trial, "batch", WHOLE)
     assert "no kernel image" in row["failed"]
     assert "median" not in row
+
+
+def test_a_compiled_step_is_held_against_the_plans_estimate(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "in_process", lambda trial: {"allocated": [2**20] * 5})
+    eager = memory.Trial("convmixer-16-2-k3-p8", 32, 64, "fp32", False)
+    rows = [memory.row(trial, gpu=False) for trial in (eager, memory.replace(eager, compiled=True))]
+    config = questions.configured([
+        "--model", "convmixer", "--convmixer.dim", "16", "--convmixer.depth", "2", "--convmixer.kernel-size", "3",
+        "--convmixer.patch-size", "8", "--image-size", "32", "--precision", "fp32", "--optimizer.name", "adam",
+    ])  # fmt: skip
+    for row, compiled in zip(rows, (False, True), strict=True):
+        case = Case(memory.replace(config, compile=compiled), 64)
+        kept = tape_of(case).peak(64).kinds["activations"] / GIB
+        assert row["activations_gib"] == pytest.approx(kept, rel=0.02)
+        assert row.get("estimated", False) == compiled
+    assert rows[1]["predicted_gib"] < rows[0]["predicted_gib"]
+    assert memory.errors([rows[1]] * 9) == [], "an estimate is no prediction that could be off"
+    assert memory.errors([rows[0]] * 5 + [rows[1]])[0]["configurations"] == 5
 
 
 def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:

@@ -209,8 +209,13 @@ def test_the_layout_of_peers_is_told(load: Callable[[str], Any], trained: Any, t
     assert "torchvision" not in about, "it was not run"
     ratio = {"name": "x", "kind": "ratio", "of": "convmixer, eager, NHWC", "to": "reference", "unit": "×", "n": 5}
     path = tmp_path / "step_2-core-cpu_2026-12-01.json"
-    for low, said in ((0.9, "NHWC) may be faster"), (1.5, "the row `convmixer, eager, NHWC` of [the step's table]")):
-        rows = [ratio | {"median": 2.0, "low": low, "high": 3.0}]
+    row = "in the row `convmixer, eager, NHWC` of [the step's table]"
+    for low, high, said in (
+        (0.9, 3.0, "NHWC) may be faster"),
+        (1.5, 3.0, f"NHWC) would be faster for it: by how much a step of this model gains from it is {row}"),
+        (0.4, 0.6, f". A step of this model is slower in channels_last (NHWC): by how much is {row}"),
+    ):
+        rows = [ratio | {"median": (low + high) / 2, "low": low, "high": high}]
         path.write_text(json.dumps(training() | {"benchmark": "step", "rows": rows}))
         for block in (blocks.train, blocks.train_all):
             assert said in " ".join(block([trained, stored.read(path)], lambda path: path.name)), low

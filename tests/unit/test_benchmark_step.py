@@ -244,7 +244,7 @@ def test_no_variant_begins_when_the_time_is_up(benchmark: Any) -> None:
     heat = variants.Heat(0, job, SimpleNamespace(device=CPU), said.append)
     heat.warm()
     [record] = heat.race()
-    assert record["failed"] == "the time was up before its turn came"
+    assert record["failed"] == benchmark("harness").TIME_UP == "the time was up before its turn came"
     assert said == ["cnn, eager, NCHW is left out: the time was up before its turn came."]
 
 
@@ -252,13 +252,13 @@ DIES = """
 import json, os, signal, sys
 job = json.load(open(sys.argv[1]))
 record = {"heat": 0, "variant": job["heats"][0][0], "rates": [1.0] * 5, "flop": 1, "parameters": 1, "mixer": None}
-open(job["records"], "a").write(json.dumps(record) + "\\n")
+open(job["records"], "a").write(json.dumps([record]) + "\\n")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_process_that_dies_loses_the_heats_that_it_did_not_finish(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_dies_loses_the_heat_that_it_did_not_finish(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, variants = benchmark("step"), benchmark("variants")
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
@@ -269,8 +269,103 @@ def test_a_process_that_dies_loses_the_heats_that_it_did_not_finish(
         ("cnn", None), ("resnet", "its process was killed by SIGKILL"),
     ]  # fmt: skip
     assert records[0]["rates"] == [1.0] * 5
+    assert not list(tmp_path.iterdir())
+    # Refused, of which it begins no second one.
+    refuses = "import sys, pathlib; pathlib.Path(sys.argv[1] + '.json').touch(exist_ok=False); sys.exit(2)"
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", refuses, str(tmp_path / "once")))
+    assert [record["failed"] for record in step.Measuring()(job)] == ["it said nothing"] * 2
     monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", "raise SystemExit('fp16 needs a GPU.')"))
     assert [record["failed"] for record in step.Measuring()(job)] == ["fp16 needs a GPU"] * 2
+
+
+#: Of four heats: one is whole, one dies in its warm-up, one after four of five rounds, and the last is whole again.
+DYING = """
+import json, os, signal, sys
+job = json.load(open(sys.argv[1]))
+def record(heat, rounds):
+    rate = {"heat": heat, "variant": job["heats"][heat][0], "rates": [1.0] * rounds, "flop": 1}
+    open(job["records"], "a").write(json.dumps([rate]) + "\\n")
+for heat in range(job["first"], 4):
+    if heat == 1:
+        sys.exit("the first, NCHW: CUDA error: an illegal memory access was encountered")
+    record(heat, 3)
+    record(heat, 4)
+    if heat == 2:
+        open(job["records"], "a").write('[{"heat": 2, "ra')
+        os.kill(os.getpid(), signal.SIGSEGV)
+    record(heat, 5)
+"""
+
+
+def test_another_process_measures_the_heats_behind_one_that_died(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, variants = benchmark("step"), benchmark("variants")
+    models = ("cnn", "resnet", "convmixer-16-1-k3-p8", "torchvision:resnet50")
+    job = a_job(variants, [[variants.Variant(model, "eager", "NCHW")] for model in models])
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", DYING))
+    last = {record["heat"]: record for record in step.Measuring()(job)}
+    assert [last[heat].get("rates") for heat in range(4)] == [[1.0] * 5, None, [1.0] * 4, [1.0] * 5]
+    assert last[1]["failed"] == "the first, NCHW: CUDA error: an illegal memory access was encountered"
+    said = "convmixer-16-1-k3-p8 has had 4 of 5 rounds: its process was killed by SIGSEGV."
+    assert said in capsys.readouterr().out
+    # When the time is up no other process begins.
+    object.__setattr__(job, "until", 0.0)
+    late = {record["heat"]: record.get("failed") for record in step.Measuring()(job)}
+    assert late[0] is None
+    assert late[1].endswith("was encountered")
+    assert late[2] == late[3] == benchmark("harness").TIME_UP
+
+
+def test_the_rounds_of_a_heat_are_kept_as_they_come(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = benchmark("variants")
+
+    class Running:
+        def __init__(self, variant: Any, job: Any, run: Any) -> None:
+            self.about = {"flop": 1}
+
+        def __call__(self) -> float:
+            return 10.0
+
+    monkeypatch.setattr(variants, "Running", Running)
+    heat = [variants.Variant(model, "eager", "NCHW") for model in ("cnn", "resnet")]
+    measured = variants.Heat(0, a_job(variants, [heat]), SimpleNamespace(device=CPU), lambda line: None)
+    measured.warm()
+    kept: list[list[int]] = []
+    records = measured.race(lambda found: kept.append([len(record["rates"]) for record in found]))
+    assert kept == [[3, 3], [4, 4]]
+    assert [len(record["rates"]) for record in records] == [5, 5]
+
+
+@pytest.mark.parametrize("when", ["warm", "race"])
+def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
+    when: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants, problem = benchmark("variants"), ""
+
+    class Running:
+        def __init__(self, variant: Any, job: Any, run: Any) -> None:
+            self.about = {"flop": 1}
+            if when == "warm":
+                raise RuntimeError(problem)
+
+        def __call__(self) -> float:
+            raise RuntimeError(problem)
+
+    def measure() -> list[dict[str, Any]]:
+        heat = variants.Variant("cnn", "eager", "NCHW")
+        measured = variants.Heat(0, a_job(variants, [[heat]]), SimpleNamespace(device=CPU), lambda line: None)
+        measured.warm()
+        records: list[dict[str, Any]] = measured.race()
+        return records
+
+    monkeypatch.setattr(variants, "Running", Running)
+    for problem in ("CUDA error: out of memory", "Detected recompile"):
+        [record] = measure()
+        assert record["failed"] == f"RuntimeError: {problem}"
+    problem = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"
+    with pytest.raises(variants.Lost, match=r"^cnn, eager, NCHW: RuntimeError: CUDA error: an illegal"):
+        measure()
 
 
 def test_what_was_measured_before_a_stop_is_kept(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

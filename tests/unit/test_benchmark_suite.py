@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 
 from fastddr.errors import UserError
 
@@ -43,19 +44,23 @@ def test_what_has_become_slower(load: Any) -> None:
     compare = load("compare")
     then = result(load, "loader", [
         row("dali", 1000, policy="report"), row("dali", 500, policy="fundus"), row("wait", 1.0, "% of the step"),
-        row("noisy", 100, spread=0.5), row("first", 10, "s"),
+        row("noisy", 100, spread=0.5), row("first", 10, "s"), row("error", 1.0, "%"), row("shared", 0.1, "of a step"),
     ])  # fmt: skip
     now = result(load, "loader", [
         row("dali", 600, policy="report"), row("dali", 500, policy="fundus"), row("wait", 2.0, "% of the step"),
-        row("noisy", 60, spread=0.5), row("first", 5, "s"), row("new", 1),
+        row("noisy", 60, spread=0.5), row("first", 5, "s"), row("new", 1), row("error", 0.5, "%"),
+        row("shared", 0.2, "of a step"),
     ])  # fmt: skip
     found = {change.name: change for change in compare.changes(now, then)}
-    assert set(found) == {"dali, report", "dali, fundus", "wait", "noisy", "first"}, "what only one has is no change"
+    assert set(found) == {"dali, report", "dali, fundus", "wait", "noisy", "first", "error", "shared"}, (
+        "what only one has is no change"
+    )
     assert found["dali, report"].factor == pytest.approx(0.6)
     assert found["wait"].factor == pytest.approx(0.5), "of waiting, less is better"
     assert found["first"].factor == pytest.approx(2.0), "and of seconds"
+    assert found["error"].factor == pytest.approx(2.0), "and of errors"
     worse = {name for name, change in found.items() if change.worse}
-    assert worse == {"dali, report", "wait"}, "where intervals overlap nothing is said"
+    assert worse == {"dali, report", "wait", "shared"}, "where intervals overlap nothing is said"
 
 
 def test_outcomes_do_not_part_what_belongs_together(load: Any) -> None:
@@ -138,6 +143,36 @@ def test_a_loader_that_holds_training_up(load: Any) -> None:
     assert "does not hold it up" not in told(load, near), "a GPU should come to 0.98"
 
 
+@pytest.mark.parametrize(("store", "stage", "remedy"), [
+    ("vram", "kernel, waiting", "no store is faster"), ("ram", "copy, kernel, waiting", "`--loading.store vram`"),
+])  # fmt: skip
+def test_what_stops_the_resident_loader_depends_on_its_store(
+    store: str, stage: str, remedy: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests_support import task
+
+    from fastddr.data import manifest
+
+    stages = load("stages")
+    wanted = task(manifest.read(tiny), store=store)
+    monkeypatch.setattr(stages, "_repeated", lambda work, seconds: lambda: 1e-6)
+    found = stages.of(SimpleNamespace(name="resident", task=wanted, _finisher=None), 1000.0, 0.0)
+    assert set(found.shares) == {"Python", stage}
+    trained = result(load, "train", [
+        row("fastddr", 50, kind="fastddr", loader="resident", store=store, model="CNN"),
+        row("fastddr / fastddr, replay", 0.5, "×", kind="target", model="CNN"),
+    ])  # fmt: skip
+    other = {"ram": "vram", "vram": "ram"}[store]
+    loaded = result(load, "loader", [
+        row(f"resident, {other}: read", 99, "% of the time", kind="profile"),
+        row(f"resident, {store}: {stage}", 90, "% of the time", kind="profile"),
+    ])  # fmt: skip
+    said = told(load, trained, loaded)
+    assert "90 % of its time go into" in said, "of the store that training took"
+    assert remedy in said
+    assert ("--loading.store vram" in said) == (store != "vram")
+
+
 # --------------------------------------------------------------------------------------------------------------- suite
 
 
@@ -182,6 +217,60 @@ def test_every_part_that_is_there_is_a_script_of_that_name(load: Any) -> None:
     assert {"loader", "train"} <= set(there)
     with pytest.raises(UserError, match="--parts lodaer: known are decode, "):
         suite.chosen(["lodaer"])
+
+
+def test_what_parts_are_given_on_a_gpu(load: Any) -> None:
+    suite, given = load("suite"), {}
+    for part in suite.PARTS:
+        for arguments in (part.gpu, part.cpu, part.tiny):
+            chosen = tyro.cli(load(part.name).Options, args=arguments)  # a flag that is not there ends it
+            given.setdefault(part.name, chosen)
+    train, step = given["train"], given["step"].filled(gpu=True)
+    recipes = [load("recipes").Spec.parse(text) for text in train.recipes]
+    assert [recipe.label for recipe in recipes[:2]] == ["fastddr", "fastddr, replay"]
+    assert "peer" in {recipe.kind for recipe in recipes}
+    # As many as end in a part's time; see the notes there.
+    assert len(recipes) <= 4
+    [heat] = load("step").heats(step)
+    assert sum(variant.mode == "compile" for variant in heat) <= 4
+    assert len(load("memory").trials(given["memory"], gpu=True)) == 5
+    assert given["decode"].ways == ("training",)
+    assert given["ceilings"].encodings == ("95-420",)
+
+
+def test_default_recipes_on_a_gpu(load: Any) -> None:
+    train, spec = load("train"), load("recipes").Spec
+    labels = [spec.parse(text).label for text in train._GPU]
+    assert {"timm, compile", "report", "report, channels_last"} <= set(labels), "the fastest form is found out"
+    assert [spec.parse(text).label for text in train._GPU_KAPPA] == ["fastddr", "report"]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_ways_to_decode(load: Any, gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastddr.loaders import dali_decoder
+
+    decode = load("decode")
+    asked: list[tuple[str, ...]] = []
+
+    def roots(data: Any, encodings: tuple[str, ...], *_: Any) -> list[tuple[str, Path]]:
+        asked.append(encodings)
+        return [(name, tmp_path) for name in encodings]
+
+    trials: list[str] = []
+    monkeypatch.setattr(load("sources"), "roots", roots)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(load("harness"), "begin", lambda out: None)
+    monkeypatch.setattr(load("harness"), "machine", lambda: MACHINE)
+    monkeypatch.setattr(load("conditions"), "take", lambda before: {})
+    monkeypatch.setattr(load("conditions"), "sentence", lambda *_: None)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
+    monkeypatch.setattr(decode, "in_process", lambda given, limit: trials.append(given[2]) or {"failed": "x"})
+    for ways in (("training",), ("training", "regions", "engines")):
+        trials.clear()
+        decode.main(decode.Options(out=tmp_path / "r.json", encodings=("95-420",), ways=ways))
+        wanted = ["", decode.REGIONS, decode.ENGINES][: len(ways) if gpu else 1]
+        assert trials == [way for way in wanted for _ in range(2)]
+    assert asked == [("95-420",)] * 2
 
 
 # --------------------------------------------------------------------------------------------------------------- guard

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -141,6 +142,99 @@ def test_peers_give_normalised_batches(benchmark: Any, tiny: Path, policy: str) 
         assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32), name
         # From black to white, in ImageNet's normalisation.
         assert -2.2 < images.min() < 0 < images.max() < 2.7, name
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+def test_spdl_sends_bytes_to_a_gpu_which_normalises_them(
+    benchmark: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = benchmark("peers")
+    if peers.PEERS["spdl-decode-jpeg"].missing(task()) is not None:
+        pytest.skip("SPDL is not installed")
+    import spdl.io
+
+    sent: list[tuple[torch.dtype, int]] = []
+    loading: set[int] = set()
+    threads, load = torch.get_num_threads(), peers.TorchDecodeJpeg.load
+
+    def send(images: torch.Tensor) -> torch.Tensor:
+        sent.append((images.dtype, threading.get_ident()))
+        return images
+
+    def loaded(file: str) -> torch.Tensor:
+        loading.add(threading.get_ident())
+        photograph: torch.Tensor = load(file)
+        return photograph
+
+    def first(device: str) -> torch.Tensor:
+        files = sorted(map(str, tiny.rglob("*.jpg")))[:1] * 4  # whole, so that each batch has the same photographs
+        wanted = task(
+            files=files,
+            widths=np.full(8, 80),
+            heights=np.full(8, 80),
+            image_size=80,
+            canvas=80,
+            threads=1,
+            ids=np.arange(4),
+            augment=AugmentConfig(hflip=False, vflip=False),
+            device=torch.device(device),
+        )
+        peer = peers.PEERS["spdl-decode-jpeg"](wanted)
+        try:
+            return next(peer.batches())
+        finally:
+            peer.close()
+            torch.set_num_threads(threads)
+
+    monkeypatch.setattr(spdl.io, "transfer_tensor_h2d", send)
+    monkeypatch.setattr(peers.TorchDecodeJpeg, "load", loaded)
+    expected = first("cpu")
+    assert sent == []
+    real = torch.Tensor.to
+    # There is no card: what goes to it stays here.
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if "cuda" in str(a[:1]) else real(self, *a, **k))
+    torch.testing.assert_close(first("cuda"), expected)
+    assert {dtype for dtype, _ in sent} == {torch.uint8}
+    assert loading.isdisjoint(thread for _, thread in sent), "while one is sent, others are loaded"
+
+
+def test_texts_know_the_peers_that_there_are(benchmark: Any) -> None:
+    peers, told = benchmark("peers").PEERS, benchmark("loaders_told")
+    assert set(told._PEERS) == set(peers)
+    on_gpus = {name for name, peer in peers.items() if "GPU" in (peer.missing(task()) or "")}
+    assert set(told._ON_GPUS) == on_gpus
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for name, words in told._PEERS.items():
+        assert f"| `{name}` | {words} |" in page
+
+
+def test_waiting_for_a_step_is_no_waiting_for_data(benchmark: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before is waited for outside of `next`, where a loader that holds the host back would wait for it."""
+    waiting, trials = benchmark("waiting"), benchmark("trials")
+    from fastddr.meters import Waited
+
+    events: list[str] = []
+
+    class Noting(Waited[Any]):
+        def __next__(self) -> Any:
+            events.append("next")
+            return super().__next__()
+
+    class Watch(waiting.Watch):  # type: ignore[misc]
+        def look(self, *arguments: Any) -> Any:
+            events.append("look")
+            return super().look(*arguments)
+
+    monkeypatch.setattr(waiting, "Waited", Noting)
+    monkeypatch.setattr(waiting, "Watch", Watch)
+    files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
+    wanted = task(files=files, widths=np.full(8, 80), heights=np.full(8, 80))
+    row = waiting.share(trials.Spec("replay"), wanted, (8, 1, 3, 8), 10)
+    assert row["n"] == 10
+    while "next" in events[-1:]:
+        events.pop()
+    steps = "".join("n" if event == "next" else "l" for event in events).replace("nn", "n")
+    assert steps == "nl" * 15
 
 
 def test_targets_are_judged(benchmark: Any) -> None:

@@ -67,7 +67,9 @@ def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows:
             said += line
         if how == "stopped":
             process.send_signal(signal.SIGTERM)
-        after, error = process.communicate(timeout=60)
+        # Not `communicate`, which leaves out what came together with the last line that was read.
+        assert process.stderr is not None
+        after, error = process.stdout.read(), process.stderr.read()
     assert process.returncode == code, error
     assert ("it broke" in error) == (how in ("fails", "at once"))
     assert (f"Nothing was measured, so no result is written to {out}." in after + error) == (rows == 0)

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -173,9 +174,7 @@ def _dali(loader: Any, rate: float, seconds: float) -> Stages:
             loader._feed(requests, next(batches))
         cut.pipeline.schedule_run()
     try:
-        found = _raced(
-            {stage: _repeated(lambda cut=cut: receive_one(cut), seconds) for stage, cut in cuts.items()}  # type: ignore[misc]
-        )
+        found = _raced({stage: _repeated(partial(receive_one, cut), seconds) for stage, cut in cuts.items()})
     finally:
         loader._pipeline = None
     added = {names[0]: found[names[0]]}

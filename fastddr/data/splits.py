@@ -70,8 +70,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         notes = [f"The set has no valid split: {share:.0%} of train were drawn for it {what}."]
         found = [e._replace(split="valid") if e.path in valid else e for e in entries]
     else:
-        own = SplitConfig() == config
-        notes = [] if own else ["The set has splits of its own, so --splitting draws none."]
+        notes = [] if config == SplitConfig() else ["The set has splits of its own, so --splitting draws none."]
         found = entries
     if "train" in given and "test" not in given and not any("test split" in note for note in listing.notes):
         notes.append("There is no test split, so nothing is scored on it.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fastddr.cli import answered
+from fastddr.data import output
 from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference.flags import Compare
 from fastddr.reporting import again, tables
 
-#: Of the legend; by it a table is known again.
 #: Splits that hold photographs of valid.
 _FITTED = ("valid", "valid_last", "all")
+#: Of the legend; by it a table is known again.
 _BOOTSTRAP = "those of differences by a paired bootstrap"
 #: What is compared: label, place in the figures, and whether it is read in per cent.
 COLUMNS = (
@@ -222,9 +222,7 @@ def main(asked: Compare) -> int:
                 text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
             else:
                 text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-            beside = asked.out.with_name(f".{asked.out.name}.{os.getpid()}")
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, asked.out)
+            output.put(asked.out, text.encode())
         show(compared, body, asked.split)
         return 0
 

@@ -25,10 +25,10 @@ from fastddr.memory.tape import KINDS
 SIZES = (256, 512)
 #: Cheapest changes that are told.
 _WAYS = 2
-#: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 #: By how much a card's memory may differ from what is asked about, and the card be that one.
 _ALIKE = 0.1
+#: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
 
 

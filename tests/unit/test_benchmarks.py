@@ -212,6 +212,7 @@ def test_waiting_for_a_step_is_no_waiting_for_data(benchmark: Any, tiny: Path, m
     """The step before is waited for outside of `next`, where a loader that holds the host back would wait for it."""
     waiting, trials = benchmark("waiting"), benchmark("trials")
     from fastddr.meters import Waited
+    from fastddr.watch import Watch
 
     events: list[str] = []
 
@@ -220,13 +221,13 @@ def test_waiting_for_a_step_is_no_waiting_for_data(benchmark: Any, tiny: Path, m
             events.append("next")
             return super().__next__()
 
-    class Watch(waiting.Watch):  # type: ignore[misc]
+    class Looking(Watch):
         def look(self, *arguments: Any) -> Any:
             events.append("look")
             return super().look(*arguments)
 
     monkeypatch.setattr(waiting, "Waited", Noting)
-    monkeypatch.setattr(waiting, "Watch", Watch)
+    monkeypatch.setattr(waiting, "Watch", Looking)
     files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
     wanted = task(files=files, widths=np.full(8, 80), heights=np.full(8, 80))
     row = waiting.share(trials.Spec("replay"), wanted, (8, 1, 3, 8), 10)

@@ -1,0 +1,210 @@
+"""Whole training against peers: recipes and their targets, peers that train, the time to a kappa, loops in turns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastddr.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_names_and_options_of_recipes(load: Any) -> None:
+    spec = load("recipes").Spec
+    assert (spec.parse("fastddr").label, spec.parse("fastddr").kind) == ("fastddr", "fastddr")
+    assert (spec.parse("fastddr:loader=replay").label, spec.parse("fastddr:loader=replay").kind) == (
+        "fastddr, replay", "ceiling",
+    )  # fmt: skip
+    assert (spec.parse("timm:channels_last,compile").label, spec.parse("timm").kind) == (
+        "timm, channels_last, compile", "peer",
+    )  # fmt: skip
+    assert spec.parse("report:workers=0").label == "report, workers=0"
+    for wrong in ("tim", "report:compile", "report:workers=many"):
+        with pytest.raises(UserError, match=f"--recipes {wrong}: "):
+            spec.parse(wrong)
+
+
+def test_class_folders_repeat_the_training_split(load: Any, tiny: Path, tmp_path: Path) -> None:
+    from fastddr.data import manifest
+
+    found = manifest.read(tiny)
+    wanted = len(found.ids("train"))
+    assert load("recipe").class_folders(tiny, tmp_path / "once", 0) == wanted
+    assert load("recipe").class_folders(tiny, tmp_path / "more", wanted + 1) == 2 * wanted
+    linked = manifest.read(tmp_path / "more")
+    for split, times in (("train", 2), ("valid", 1), ("test", 1)):
+        grades = sorted(linked.grade[linked.ids(split)].tolist())
+        assert grades == sorted(times * found.grade[found.ids(split)].tolist()), split
+
+
+def test_targets_of_training(load: Any) -> None:
+    targets = load("targets")
+    kinds = {"fastddr": "fastddr", "fastddr, replay": "ceiling", "report": "peer", "report, workers=0": "peer"}
+    speeds = {
+        "fastddr": [95.0] * 5,
+        "fastddr, replay": [100.0] * 5,
+        "report": [10.0] * 5,
+        "report, workers=0": [70.0] * 5,
+    }
+    about = {"model": "ConvMixer 64/4 k5 p8", "device": "cpu"}
+    rows = {row["name"]: row for row in targets.training(speeds, kinds, about)}
+    assert (rows["fastddr / fastddr, replay"]["target"], rows["fastddr / fastddr, replay"]["met"]) == (0.9, True)
+    assert "target" not in rows["fastddr / report"], "a peer counts in its fastest form"
+    assert (rows["fastddr / report, workers=0"]["target"], rows["fastddr / report, workers=0"]["met"]) == (1.4, False)
+    gpu = {"model": "ConvMixer 512/12 k9 p8", "device": "cuda"}
+    rows = {row["name"]: row for row in targets.training(speeds, kinds, gpu)}
+    assert (rows["fastddr / fastddr, replay"]["target"], rows["fastddr / fastddr, replay"]["met"]) == (0.98, False)
+    assert rows["fastddr / report, workers=0"]["target"] == 20.0
+
+
+SMALL = """
+{model: convmixer, convmixer: {dim: 8, depth: 1, kernel_size: 3, patch_size: 8}, epochs: 2, batch_size: 8,
+ image_size: 32, canvas: 40, lr: 0.01, precision: fp32}
+"""
+
+
+def case(load: Any, tiny: Path, tmp_path: Path) -> Any:
+    from fastddr.config import load_preset
+
+    preset = tmp_path / "small.yaml"
+    preset.write_text(SMALL)
+    load("recipe").class_folders(tiny, tmp_path / "photographs", 0)
+    return load("recipe").Case(str(tmp_path / "photographs"), load_preset(str(preset)), resized=True)
+
+
+# timm leaves its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["report", "torchvision", "timm"])
+def test_peers_train_on_every_photograph_and_learn(
+    load: Any, tiny: Path, tmp_path: Path, name: str, layout: str
+) -> None:
+    recipes, watched = load("recipes"), load("networks").Watched
+    spec = recipes.Spec.parse(f"{name}:workers=0{',channels_last' * (layout == 'NHWC')}")
+    if recipes.RECIPES[spec.name].missing() is not None:
+        pytest.skip("timm is not installed")
+    wanted = case(load, tiny, tmp_path)
+    recipe = recipes.make(spec, wanted)
+    try:
+        before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
+        with watched(recipe.model, layout) as elsewhere:
+            epoch = recipe.epoch()
+        assert set(elsewhere) <= {"patches"}, "fastddr's patches are cut by a matrix product, in any layout"
+        photographs = sum(1 for _ in Path(wanted.root, "train").rglob("*.jpg"))
+        # timm leaves out the last, partial batch.
+        assert epoch.images == (photographs // 8 * 8 if spec.name == "timm" else photographs)
+        assert 0 <= epoch.waited <= epoch.seconds
+        after = list(recipe.model.parameters())
+        assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        with watched(recipe.model, layout) as elsewhere:
+            assert -1 <= recipe.score() <= 1
+        assert set(elsewhere) <= {"patches"}
+        image, _ = next(iter(recipe.loader))
+        assert tuple(image.shape[1:]) == (3, 32, 32)
+    finally:
+        recipe.close()
+
+
+def test_the_time_to_a_kappa(load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kappas, recipes = load("kappas"), load("recipes")
+    started, clock = [], iter(range(10_000))
+
+    class Runner:
+        def __init__(self, label: str, make: Any, spec: Any, wanted: Any) -> None:
+            if label == "timm":
+                raise UserError("timm is not\ninstalled.")
+            assert not wanted.endless
+            started.append((wanted.config.seed, label))
+            # Seed 2 of the report's way never gets far.
+            slow = (wanted.config.seed, label) == (2, "report")
+            self.kappas = iter([0.1, 0.2] if slow else [0.4, 0.6] if label == "fastddr" else [0.3, 0.4])
+
+        def ask(self, question: str) -> Any:
+            return next(self.kappas) if question == "score" else None
+
+        def close(self) -> None:
+            started.append("closed")
+
+    monkeypatch.setattr(kappas, "Halted", Runner)
+    monkeypatch.setattr(kappas, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    specs, said = [recipes.Spec.parse(name) for name in ("fastddr", "report", "timm")], []
+    about, wanted = {"model": "M"}, case(load, tiny, tmp_path)
+    asked = kappas.race(specs, wanted, about, (0.5, 0.25), (1, 2), said.append)
+    after_one = next(asked)
+    [after_two] = asked
+    assert started[::2] == [(1, "fastddr"), (1, "report"), (2, "fastddr"), (2, "report")], "seed by seed"
+    assert started[1::2] == ["closed"] * 4
+    rows = {row["name"]: row for row in after_two}
+    assert rows["timm"]["failed"] == "timm is not installed", "the others go on"
+    early, late = rows["fastddr: to kappa 0.25"], rows["fastddr: to kappa 0.5"]
+    assert (early["seconds"], early["epochs"], early["median"], early["unit"]) == ([1, 1], [1, 1], 1, "s")
+    assert (late["seconds"], late["epochs"], late["seeds"], late["epochs_at_most"]) == ([2, 2], [2, 2], [1, 2], 2)
+    assert late["curves"] == [{"seconds": [1, 2], "qwk": [0.4, 0.6]}] * 2
+    assert "curves" not in early
+    missed = rows["report: to kappa 0.25"]
+    assert missed["failed"] == "1 of 2 seeds came to a kappa of 0.25 within 2 epochs", "no median of those that came"
+    assert (missed["seconds"], missed["epochs"]) == ([1, None], [1, None])
+    assert not [row for row in after_two if row["kind"] == "ratio"]
+    [ratio] = [row for row in after_one if row["kind"] == "ratio"]
+    assert (ratio["name"], ratio["median"], ratio["unit"]) == ("report / fastddr: to kappa 0.25", 1, "×")
+
+
+def test_a_training_ends_at_the_highest_kappa(
+    load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kappas, recipes, asked = load("kappas"), load("recipes"), []
+
+    class Runner:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def ask(self, question: str) -> Any:
+            asked.append(question)
+            return 0.9
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(kappas, "Halted", Runner)
+    curve = kappas.train(recipes.Spec.parse("report"), case(load, tiny, tmp_path), 0, 0.5)
+    assert (asked, curve.qwk) == (["epoch", "score"], [0.9])
+
+
+@pytest.mark.slow
+def test_training_loops_take_turns(load: Any, tiny: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "small.yaml"
+    preset.write_text(SMALL)
+    # Where it is installed, its way trains in `test_peers_train_on_every_photograph_and_learn`.
+    missing = ["timm:workers=0"] if find_spec("timm") is None else []
+    done = subprocess.run(
+        [
+            *(sys.executable, "-B", str(BENCHMARKS / "train.py"), "--data", str(tiny), "--preset", str(preset)),
+            *("--rounds", "5", "--out", str(tmp_path / "r.json")),
+            *("--recipes", "fastddr", "fastddr:loader=replay", "report:workers=0", *missing),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    if missing:
+        assert "timm is not installed" in rows["timm, workers=0"]["failed"]
+        assert "timm, workers=0 is left out: timm is not installed" in done.stdout
+    for name in ("fastddr", "fastddr, replay", "report, workers=0"):
+        assert (rows[name]["unit"], rows[name]["n"], rows[name]["model"]) == ("images/s", 5, "ConvMixer 8/1 k3 p8")
+        assert rows[name]["median"] > 0
+        assert 0 <= rows[name]["data_wait"] < 1
+    # fastddr leaves out the last, partial batch, and so says its count.
+    assert rows["fastddr"]["images"] == rows["fastddr"]["epoch"] // 8 * 8
+    assert rows["report, workers=0"]["images"] == rows["fastddr"]["epoch"]
+    assert "target" in rows["fastddr / fastddr, replay"]

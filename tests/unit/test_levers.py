@@ -283,7 +283,7 @@ from fastddr.step import Tally, training_step
 
 torch.set_num_threads(1)
 found = {}
-for how, share in ("eager", None), ("all", 1.0), ("some", 0.3):
+for how, share in ("eager", None), ("compiled", 0.3):
     torch.manual_seed(0)
     config = Config(image_size=32, compile=share is not None, memory=MemoryConfig(activation_budget=share or 1.0),
                     convmixer=ConvMixerConfig(dim=8, depth=2, kernel_size=5, patch_size=4))
@@ -313,15 +313,14 @@ json.dump(found, open(sys.argv[1], "w"))
 def test_a_compiled_step_is_the_eager_one_to_rounding(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", STEPS, str(tmp_path / "found.json")], check=True, cwd=ROOT, timeout=300)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [found[how]["compiled"] for how in ("eager", "all", "some")] == [False, True, True]
-    assert found["all"]["graphs"] > found["eager"]["graphs"] == 0
-    assert (found["all"]["budget"], found["some"]["budget"]) == (1.0, 0.3)
-    eager = found["eager"]["weights"]
-    for how in ("all", "some"):
-        # The bare model has the weights, by plain names.
-        assert found[how]["weights"].keys() == eager.keys()
-        for name, values in eager.items():
-            assert found[how]["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+    eager, compiled = found["eager"], found["compiled"]
+    assert (eager["compiled"], compiled["compiled"]) == (False, True)
+    assert compiled["graphs"] > eager["graphs"] == 0
+    assert (eager["budget"], compiled["budget"]) == (1.0, 0.3), "the whole budget compiles in test_init.py"
+    # The bare model has the weights, by plain names.
+    assert compiled["weights"].keys() == eager["weights"].keys()
+    for name, values in eager["weights"].items():
+        assert compiled["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
 
 
 def test_statistics_are_shared_among_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

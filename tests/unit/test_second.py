@@ -177,7 +177,10 @@ def test_a_machine_that_gives_no_further_process_answers_alone() -> None:
 @needs_two_cores
 @pytest.mark.parametrize(
     "question",
-    ["--model resnet --resnet.stem stride1 --precision fp32 --image-size 128 --vram 1.2", "--image-size 96 --vram 1.2"],
+    [
+        "--model resnet --resnet.stem stride1 --resnet.depth 10 --image-size 128 --vram 1.2",
+        "--image-size 96 --vram 1.2",
+    ],
     ids=["a training", "the table"],
 )
 def test_the_plan_is_the_same_with_one_core_and_with_two(question: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     if unknown:
         raise _unknown(unknown[0], ["--" + key.replace("_", "-") for key in flatten(base)])
     checked = check(config, "command line")
-    for flag in dict.fromkeys(argument.partition("=")[0] for argument in arguments):
+    for flag in dict.fromkeys(argument.partition("=")[0].replace("_", "-") for argument in arguments):
         why = _unused(flag, config)
         if why is not None and ranks.rank() == 0:
             # No error: one command may hold settings for several models, and name another each time.

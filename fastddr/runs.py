@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from fastddr.config import Config, from_mapping, identity_changes, read_yaml
+from fastddr.config import Config, check_text, from_mapping, identity_changes, read_yaml
 from fastddr.errors import UserError
 
 #: Keys that a run may leave to `auto` or None; what they became is stored, and used again.
@@ -219,11 +219,14 @@ def placed(config: Config) -> dict[str, str]:
 
     So `fastddr evaluate` finds them from any folder. A link stays a link: it may be moved to other photographs.
     """
-    found = {"data": config.data, "exclude": config.exclude}
-    return {
+    given = {"data": config.data, "exclude": config.exclude}
+    found = {
         key: str(Path(path).expanduser().absolute())
-        for key, path in found.items() if path is not None and path != "synthetic"
+        for key, path in given.items() if path is not None and path != "synthetic"
     }  # fmt: skip
+    for key, path in found.items():
+        check_text(path, f"--{key} {given[key]}: the whole path of it")
+    return found
 
 
 def hold(path: Path, say: Callable[[str], None], *, begins: bool = False) -> TextIO | None:

@@ -201,8 +201,24 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
+    if ":" in node.value:
+        problem = f"{node.value} is a number of base 60 here; write out what it comes to, or put it in quotes"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+
+
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_StrictLoader` would take for a number."""
+
+
 # YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means.
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
+for _side in (_StrictLoader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
 
 
 def _known_keys(cls: Any, prefix: str = "") -> list[str]:
@@ -311,10 +327,16 @@ def dump(config: Config) -> str:
             return {key: plain(inner) for key, inner in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------------------------------------- checks
+
+
+def check_text(value: str, what: str) -> None:
+    """Raise `UserError` for a name that no config.yaml can hold: file systems have such, YAML and JSON do not."""
+    if value.encode(errors="replace").decode() != value:
+        raise UserError(f"{what} is {value!r}, which is no UTF-8; rename that folder or file, or give a link to it.")
 
 
 def check_splitting(parts: SplitConfig, where: str) -> None:
@@ -334,7 +356,7 @@ def check_model(config: Config, where: str) -> None:
         raise UserError(f"{where}: model {model} is said as model convmixer and convmixer.size {size}.")
     if model not in MODELS and not (model.startswith("timm:") and model != "timm:"):
         raise UserError(f"{where}: there is no model {model!r}; {nearest(model, [*MODELS, 'timm:NAME'])}")
-    if config.init is not None and config.init in ("", "run:"):
+    if config.init == "run:":
         raise UserError(f"{where}: init is {config.init!r}, but must be imagenet, a file, or run:NAME.")
     if not 0 < memory.activation_budget <= 1:
         raise UserError(
@@ -362,14 +384,22 @@ def check(config: Config, where: str) -> Config:
         if not holds:
             raise UserError(f"{where}: {sentence}")
 
+    flat = flatten(config)
+    for key, value in flat.items():
+        if isinstance(value, str):
+            check_text(value, f"{where}: {key}")
+    for key in ("data", "exclude", "run_dir", "init"):
+        need(flat[key] != "", f"{key} is empty: leave it out, or see that the variable of the shell is set.")
     for key in ("epochs", "batch_size", "image_size", "canvas"):
         need(getattr(config, key) >= 1, f"{key} is {getattr(config, key)}, but must be at least 1.")
     for key in (
         "save_every_steps", "save_every_epochs", "keep_checkpoints", "threads", "loading.threads", "loading.prefetch",
         "evaluation.batch_size", "synthetic.photographs",
     ):  # fmt: skip
-        value = flatten(config)[key]
+        value = flat[key]
         need(value is None or value >= 1, f"{key} is {value}, but must be at least 1.")
+    for key in ("threads", "loading.threads"):
+        need((flat[key] or 1) <= 4096, f"{key} is {flat[key]}, but no machine has so many cores.")
     micro = config.micro_batch_size
     need(micro == "auto" or micro >= 1, f"micro_batch_size is {micro}, but must be auto or at least 1.")
     need(
@@ -380,11 +410,12 @@ def check(config: Config, where: str) -> Config:
     for key in ("max_hours", "save_every_minutes", "rank_timeout_minutes"):
         value = getattr(config, key)
         need(value is None or value > 0, f"{key} is {value}, but must be above 0.")
+    need(config.rank_timeout_minutes <= 1e6, f"rank_timeout_minutes is {config.rank_timeout_minutes}, above 1e6.")
     check_model(config, where)
     need(0 < config.lr < math.inf, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     store = config.loading.store_gib
-    need(store is None or store > 0, f"loading.store_gib is {store}, but must be above 0.")
+    need(store is None or 0 < store <= 1e9, f"loading.store_gib is {store}, but must be above 0 and at most 1e9.")
     check_splitting(config.splitting, where)
     need(config.tracking.log_every_steps >= 1, "tracking.log_every_steps must be at least 1.")
     check_augment(config.augment, config.image_size, config.canvas, where)

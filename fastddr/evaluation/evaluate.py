@@ -39,6 +39,9 @@ def score(
         on_batch: called after each batch; what it raises ends the scoring.
     """
     was_training = model.training
+    # What a model keeps while it is scored, as LeViT its attention's biases, timm 1.0.15 forgets on this call alone;
+    # averaged weights change, and are never trained.
+    model.train()
     model.eval()
     parts = []
     try:

@@ -111,14 +111,15 @@ def deciding(values: Mapping[str, Any]) -> float:
 
 def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, float | None]:
     """Those of `figures` that another temperature changes: `loss` and `ece`; None of no photographs."""
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
     _check(logits, grades)
     if not len(grades):
         return {"loss": None, "ece": None}
-    ece = multiclass_calibration_error(logits.softmax(1), grades, logits.shape[1], n_bins=BINS)
-    return {"loss": float(torch.nn.functional.cross_entropy(logits, grades)), "ece": float(ece)}
+    # Not torchmetrics', which has a bin more, of probabilities that are 1 in float32.
+    bins = reliability(logits, grades)
+    each = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
+    ece = sum(count * abs(sure - right) for count, sure, right in each if count) / len(grades)
+    return {"loss": float(torch.nn.functional.cross_entropy(logits, grades)), "ece": ece}
 
 
 def one_against_rest(probabilities: Float[Tensor, "n C"], grades: Int[Tensor, " n"], grade: int) -> Ranking:

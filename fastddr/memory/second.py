@@ -17,8 +17,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar, TypeVar
 
-import torch
-
 T = TypeVar("T")
 Question = tuple[Hashable, ...]
 #: At most so many questions are handed over.
@@ -136,7 +134,9 @@ def _send(pipe: Connection, answer: Callable[[], Any]) -> None:
 def possible() -> bool:
     """Whether a second process helps and can be forked: a core for it, and no other thread that might hold a lock."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    return cores > 1 and threading.active_count() == 1 and not (Second.late or torch.cuda.is_initialized())
+    torch = sys.modules.get("torch")  # who has not imported it has not begun CUDA
+    begun = torch is not None and torch.cuda.is_initialized()
+    return cores > 1 and threading.active_count() == 1 and not (Second.late or begun)
 
 
 def _take(taken: Any, number: int) -> bool:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class SingleLinear(nn.Linear):
-    """A linear layer in float32, under autocast too."""
+class _Single(nn.Module):
+    """Before a layer's class: the layer in float32, under autocast too."""
 
-    def forward(self, values: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        """As `nn.Linear`."""
+    def forward(self, values: Tensor) -> Tensor:
+        """As the layer's own."""
         # Of tensors on `meta`, which have no values, autocast knows nothing.
         if values.is_meta or not torch.is_autocast_enabled(values.device.type):
-            return super().forward(values)
+            return self._own(values)
         with torch.autocast(values.device.type, enabled=False):
-            return super().forward(values.float())
+            return self._own(values.float())
+
+    def _own(self, values: Tensor) -> Tensor:
+        found: Tensor = super().forward(values)
+        return found
+
+
+class SingleLinear(_Single, nn.Linear):
+    """A linear layer in float32, under autocast too."""
+
+
+@cache
+def _in_single(kind: type[nn.Module]) -> type[nn.Module]:
+    """That of another class: some of timm's classifiers are linear layers of its own, or convolutions."""
+    return SingleLinear if kind is nn.Linear else type(f"Single{kind.__name__}", (_Single, kind), {})
 
 
 def single(model: nn.Module, heads: Iterable[str]) -> nn.Module:
@@ -27,7 +41,7 @@ def single(model: nn.Module, heads: Iterable[str]) -> nn.Module:
     """
     for name in heads:
         head = model.get_submodule(name)
-        if type(head) is nn.Linear:
-            # Not another layer in its place: names, weights and copies stay as they are.
-            head.__class__ = SingleLinear
+        # Not another layer in its place: names, weights and copies stay as they are.
+        if not isinstance(head, _Single):
+            head.__class__ = _in_single(type(head))
     return model

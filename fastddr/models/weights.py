@@ -140,10 +140,18 @@ def _imagenet(config: Config) -> dict[str, Tensor]:
 def _torchvision(name: str, why: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
+    weights = get_model_weights(name).DEFAULT
     try:
-        return dict(get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True))
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except OSError as error:
         raise zoo.offline(why, error) from error
+    # A file that broke off, or the page of a proxy in its place: the hash is of downloads, and not of what is cached.
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+        raise UserError(
+            f"{why}: what should be the weights is not ({zoo.brief(error)}); remove {cached} if it is there and go "
+            "online once, or give --init a file."
+        ) from error
 
 
 def _run(init: str, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def build(model: str, num_classes: int, image_size: int) -> nn.Module:
         with torch.no_grad():
             logits = network.eval()(torch.zeros(1, 3, image_size, image_size))
     except FAILURES as error:
-        raise _refused(model, image_size, " ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+        raise _refused(model, image_size, brief(error)) from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         raise _refused(model, image_size, f"it does not give {num_classes} logits an image")
     return network.train()
@@ -74,9 +74,11 @@ def pretrained(model: str, image_size: int) -> dict[str, Tensor]:
             network: nn.Module = package.create_model(name, pretrained=True, **_size(package, name, image_size))
     except OSError as error:
         raise offline(why, error) from error
-    except FAILURES as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{why}: timm cannot load these weights ({said}); give --init a file.") from error
+    except Exception as error:  # what downloads, unpacks and reads them are four libraries with errors of their own
+        raise UserError(
+            f"{why}: timm cannot load these weights ({brief(error)}); remove them from the cache of Hugging Face if "
+            "they are broken there, or give --init a file."
+        ) from error
     return network.state_dict()
 
 
@@ -100,6 +102,11 @@ def normalisation(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, .
     """Mean and standard deviation of the images that timm's weights were trained on; None where it does not say."""
     about: dict[str, Any] = getattr(network, "pretrained_cfg", {})
     return (tuple(about["mean"]), tuple(about["std"])) if {"mean", "std"} <= set(about) else None
+
+
+def brief(error: Exception) -> str:
+    """What another library said, in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def offline(why: str, error: OSError) -> UserError:

@@ -21,6 +21,7 @@ from fastddr.config import (
     identity_changes,
     load_preset,
     preset_names,
+    read_yaml,
 )
 from fastddr.config.sections import GOVERNED, POLICIES, SIZES, AugmentConfig
 from fastddr.errors import UserError
@@ -59,12 +60,16 @@ def test_preset_headers_give_command_time_and_result() -> None:
         epochs=st.integers(1, 500),
         lr=st.floats(1e-8, 10),
         seed=st.integers(0, 2**63 - 1),
-        run_dir=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1),
+        run_dir=st.none()
+        | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1)
+        | st.from_regex(r"[-+]?\d{1,3}(\.\d*)?[eE:][-+]?\d{1,4}", fullmatch=True),
         micro_batch_size=st.just("auto") | st.integers(1, 64),
     )
 )
-def test_a_dumped_configuration_reads_back_equal(config: Config) -> None:
-    assert from_mapping(yaml.safe_load(dump(config)), "dump") == config
+def test_a_dumped_configuration_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
+    file = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert from_mapping(read_yaml(file), "dump") == config
 
 
 def test_flags_lie_over_the_preset() -> None:
@@ -139,6 +144,12 @@ def test_a_saved_configuration_is_a_preset(tmp_path: Path) -> None:
         (["--lr", "inf"], "lr", "above 0"),
         (["--augment.std", "1", "nan", "1"], "augment.std", "above 0"),
         (["--augment.mean", "0", "inf", "0"], "augment.mean", "three numbers"),
+        (["--rank-timeout-minutes", "inf"], "rank_timeout_minutes", "1e6"),
+        (["--loading.store-gib", "inf"], "loading.store_gib", "at most"),
+        (["--threads", "100000000000"], "threads", "cores"),
+        (["--data", "/photographs/\udcff"], "data", "UTF-8"),
+        (["--data", ""], "data", "empty"),
+        (["--run-dir="], "run_dir", "empty"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(arguments: list[str], offender: str, hint: str) -> None:
@@ -172,6 +183,7 @@ def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
     [
         ("optimizer: {nme: sgd}", "'optimizer.nme'; did you mean 'optimizer.name'"),
         ("epohcs: 3", "'epohcs'; did you mean 'epochs'"),
+        ("max_hours: 1:30", "1:30 is a number of base 60"),
         ("lr: fast", "lr: Input should be a valid number"),
         ("optimizer: 3", "'optimizer' is a section"),
         ("lr: 1\nlr: 2", "stands twice"),

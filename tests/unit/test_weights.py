@@ -263,6 +263,45 @@ def test_offline_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("how", ["cut short", "the page of a proxy"])
+def test_broken_weights_are_one_sentence(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.hub
+    from torchvision.models import get_model_weights
+
+    def page(url: str, target: str, *_: object, **__: object) -> None:
+        raise RuntimeError('invalid hash value (expected "f37072fd", got "6dd5")')
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", page)
+    cached = tmp_path / "hub" / "checkpoints" / get_model_weights("resnet18").DEFAULT.url.rpartition("/")[2]
+    if how == "cut short":
+        cached.parent.mkdir(parents=True)
+        cached.write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(UserError, match=r"what should be the weights is not .*remove .* go online once") as caught:
+        weights.source(replace(SMALL, model="resnet", init="imagenet"), no_run)
+    assert str(cached) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_download_of_timms_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    import timm.models._hub
+
+    def broken(*_: object, **__: object) -> str:
+        class ReadError(Exception):
+            """As HTTPX has it: no OSError."""
+
+        raise ReadError("peer closed\nconnection")
+
+    bad = tmp_path / "model.safetensors"
+    bad.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00half")
+    for download, said in (broken, "ReadError: peer closed connection"), (lambda *_, **__: str(bad), "SafetensorError"):
+        monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+        with pytest.raises(UserError, match=f"timm cannot load these weights .{said}") as caught:
+            zoo.pretrained("timm:resnet18.a1_in1k", 64)
+        assert "\n" not in str(caught.value)
+
+
 def test_published_convmixers_come_from_timm_under_our_names(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     asked: list[tuple[str, int]] = []

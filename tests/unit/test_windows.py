@@ -64,6 +64,34 @@ class _Bright(nn.Module):
         return torch.stack([mean, torch.zeros_like(mean)], 1)
 
 
+class _Keeping(_Bright):
+    """Keeps a weight while it is scored, as timm's LeViT does, until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.kept = nn.Parameter(torch.ones(())), {}
+
+    def train(self, mode: bool = True) -> _Keeping:
+        if mode:
+            self.kept.clear()
+        return super().train(mode)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image) * self.kept.setdefault("weight", self.weight.detach().clone())
+
+
+def test_averaged_weights_are_scored_as_they_are_now(mixed: Manifest) -> None:
+    model, loader = _Keeping().eval(), loaders.build("dali", task(mixed, "valid"))
+    before, after = [
+        score(Accelerator(cpu=True), model, loader, paths=mixed.path, weights="some").logits
+        for weight in (1, 2)
+        if model.weight.data.fill_(weight) is not None
+    ]
+    loader.close()
+    assert not model.training
+    torch.testing.assert_close(after, 2 * before)
+
+
 def test_the_answer_is_the_mean_of_the_windows_probabilities(mixed: Manifest) -> None:
     found = {}
     for size in (9, 4):

@@ -135,6 +135,18 @@ def test_a_model_of_timms_takes_this_size_and_gives_these_classes(name: str, siz
         assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last), key
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "dpn48b", "test_vit"])
+def test_a_head_of_another_class_gives_logits_in_float32_too(name: str, timm: ModuleType) -> None:
+    """A linear layer of timm's own, and a convolution."""
+    model, image = models.build(f"timm:{name}", num_classes=5, image_size=160).eval(), torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        plain = timm.create_model(name, num_classes=5, **({"img_size": 160} if name == "test_vit" else {})).eval()
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model(image), plain(image))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(image).dtype == torch.float32
+
+
 def test_statistics_over_all_ranks_leave_a_norm_its_activation(timm: ModuleType) -> None:
     """Some of timm's norms have one in them, which PyTorch's own converter loses without a word."""
     torch.manual_seed(0)

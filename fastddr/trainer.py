@@ -409,7 +409,8 @@ class Trainer:
             stack.callback(self.close, failed=error is not None)
             if error is not None:
                 interrupted = isinstance(error, KeyboardInterrupt)
-                reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
+                interrupted |= isinstance(error, ranks.RankLost) and error.interrupted
+                reason = ranks.INTERRUPTED if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
                 if not isinstance(error, ranks.RankLost):
                     ranks.tell(reason)
                 if self.saver is not None:

@@ -357,11 +357,16 @@ def _without_loss(out: Path, record: Mapping[str, Any]) -> Path:
         if _asked(command) != _asked(record["command"]):
             _say_once(f"{out.name} is there, of another command ({command}); this result takes its place.")
         return out
-    # As `stored.read` takes a name apart: another word behind NAME is another measurement.
-    name, *rest = out.stem.rsplit("_", 2) if out.stem.count("_") >= 2 else [out.stem]
-    beside = out.with_name(f"{'_'.join([f'{name}-incomplete', *rest])}{out.suffix}")
+    beside = incomplete(out)
     _say_once(f"{out.name} is there and complete, and this result is not: it goes to {beside.name}.")
     return beside
+
+
+def incomplete(out: Path) -> Path:
+    """Where a result goes that must not take the place of a complete one."""
+    # As `stored.read` takes a name apart: another word behind NAME is another measurement.
+    name, *rest = out.stem.rsplit("_", 2) if out.stem.count("_") >= 2 else [out.stem]
+    return out.with_name(f"{'_'.join([f'{name}-incomplete', *rest])}{out.suffix}")
 
 
 def _asked(command: str) -> list[str]:

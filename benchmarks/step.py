@@ -150,12 +150,14 @@ class Measuring:
     def __call__(self, job: Job) -> list[dict[str, Any]]:
         """The records of a job, of which a later one takes the place of an earlier; what it did not come to has failed.
 
-        A process that dies takes along the heat that it was at, unless that has had a few rounds, whose records stay.
+        Where a process dies, a heat that has had a few rounds by then keeps these records. Else, where the process has
+        said by which variant it dies, another one measures the heat without that; where it has not, the heat is lost.
         Another process measures the heats behind it.
         """
         found: list[dict[str, Any]] = []
         while True:
-            records, code, why = self._process(job)
+            told, code, why = self._process(job)
+            records, lost = [r for r in told if not r.get("lost")], [r for r in told if r.get("lost")]
             found += records
             if code == 0:
                 return found
@@ -163,10 +165,14 @@ class Measuring:
             rounds = max((len(r["rates"]) for r in records if r["heat"] == last and "rates" in r), default=job.rounds)
             if rounds < job.rounds:
                 harness.say(f"{job.heats[last][0].model} has had {rounds} of {job.rounds} rounds: {why}.")
+                job = replace(job, first=last + 1)
+            elif lost and not self.stopped:
+                found += lost
+                job = _without(job, Variant(**lost[0]["variant"]), last + 1)
             else:
                 last += 1
                 found += _failed(job, range(last, last + 1), why)
-            job = replace(job, first=last + 1)
+                job = replace(job, first=last + 1)
             if self.stopped or code == REFUSED or job.first >= len(job.heats):
                 break
             if job.until is not None and time.time() > job.until:
@@ -202,6 +208,14 @@ class Measuring:
         if self.stopped:
             why = "the benchmark was stopped"
         return found, process.returncode, why
+
+
+def _without(job: Job, variant: Variant, first: int) -> Job:
+    """The job from a heat on, without a variant. If that is the reference, the next one takes its place."""
+    heats = [[other for other in heat if other != variant] for heat in job.heats]
+    rest = [other for heat in heats[first:] for other in heat]
+    reference = rest[0] if variant == job.reference and rest else job.reference
+    return replace(job, heats=heats, reference=reference, first=first if heats[first] else first + 1)
 
 
 def _failed(job: Job, heats: Iterable[int], why: str) -> list[dict[str, Any]]:

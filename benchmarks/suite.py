@@ -166,6 +166,9 @@ def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Out
     file = folder / f"{part.name}_{hardware}_{now:%Y-%m-%d}.json"
     log = folder / f"{part.name}.log"
     command = [sys.executable, str(part.script), *arguments, "--out", str(file)]
+    # In a folder that is used again an earlier result of this day may stay, and what this part has goes beside it.
+    places = (file, harness.incomplete(file))
+    before = [_written(place) for place in places]
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as lines:
         process = subprocess.Popen(command, stdout=lines, stderr=subprocess.STDOUT)
@@ -185,7 +188,17 @@ def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Out
             process.terminate()
             process.wait()
             raise
-    return Outcome(part.name, state, round(time.perf_counter() - began, 1), why, file.name if file.exists() else "")
+    seconds = round(time.perf_counter() - began, 1)
+    new = (place.name for place, then in zip(places, before, strict=True) if _written(place) != then)
+    return Outcome(part.name, state, seconds, why, next(new, ""))
+
+
+def _written(file: Path) -> tuple[int, int] | None:
+    """What changes when a result is written; None where there is none."""
+    if not file.exists():
+        return None
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _last_line(log: Path) -> str:

@@ -6,8 +6,9 @@ stays on the device. Models that are compared with each other are a heat: all th
 warmed up (compiled, cuDNN's choices made), then take turns; then they are freed, so that one heat's graphs and
 activations do not take the memory of the next. What a heat has found is appended to the job's file of records after
 each round from the third on, and a later record takes the place of an earlier one: a process that dies or is stopped
-loses a round, or the heat that was still warming up. After an error of CUDA that is not for want of memory nothing
-works any more in a process, so it ends itself, and `step.py` starts another one for the heats behind.
+loses a round, or the heat that was still warming up. After some errors of CUDA, as of an illegal address, nothing
+works any more in a process: the card is asked after each, and where it does not answer the process says which variant
+that was and ends itself, and `step.py` starts another one for the others.
 """
 
 from __future__ import annotations
@@ -119,13 +120,27 @@ def reason(problem: BaseException) -> str:
 
 
 class Lost(Exception):
-    """The process cannot go on."""
+    """The process cannot go on after what a variant did."""
+
+    def __init__(self, variant: Variant, why: str) -> None:
+        super().__init__(f"{variant.name}: {why}")
+        self.variant, self.why = variant, why
 
 
 def _loses(problem: BaseException) -> bool:
-    """Whether it is an error of CUDA, which every later call would meet again; want of memory is none."""
-    # torch.AcceleratorError, where PyTorch has it, says the same.
-    return "CUDA error" in str(problem) and not is_out_of_memory(problem)
+    """Whether it is an error of CUDA that every later call would meet again."""
+    # torch.AcceleratorError, where PyTorch has it, says the same. So do errors of cuBLAS and of a launch, which spoil
+    # nothing, and want of memory.
+    return "CUDA error" in str(problem) and not is_out_of_memory(problem) and not _answers()
+
+
+def _answers() -> bool:
+    """Whether the card still computes."""
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(2, device="cuda").sum().item() == 2)
+    except RuntimeError:
+        return False
 
 
 def compiled(network: nn.Module, variant: Variant) -> nn.Module:
@@ -260,7 +275,7 @@ class Heat:
             except (UserError, *FAILURES) as problem:
                 why = reason(problem)
                 if _loses(problem):
-                    raise Lost(f"{variant.name}: {why}") from problem
+                    raise Lost(variant, why) from problem
                 if isinstance(problem, torch.OutOfMemoryError) and self.running:
                     why += f" (beside {len(self.running)} other variants of this heat)"
             if why is None:
@@ -279,7 +294,7 @@ class Heat:
                 return running()
         except FAILURES as problem:
             if _loses(problem):
-                raise Lost(f"{variant.name}: {reason(problem)}") from problem
+                raise Lost(variant, reason(problem)) from problem
             self._leave_out(variant, reason(problem))
             return float("nan")
 
@@ -347,8 +362,12 @@ def main(file: Path) -> None:
 
     for number in range(job.first, len(job.heats)):
         heat = Heat(number, job, run, say)
-        heat.warm()
-        keep(heat.race(keep))
+        try:
+            heat.warm()
+            keep(heat.race(keep))
+        except Lost as lost:
+            keep([{"heat": number, "variant": asdict(lost.variant), "failed": lost.why, "lost": True}])
+            raise
         heat.close()
 
 

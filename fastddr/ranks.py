@@ -37,6 +37,8 @@ _REASON, _WAITED = "fastddr/ended/", "fastddr/waited/"
 _PATIENCE = 3.0
 #: A group over the CPU for calls, and for waits that may be long, once `expect` was called.
 _roll_call: Any = None
+#: Why a rank ends that was asked to and cannot save.
+INTERRUPTED = "interrupted"
 #: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 _TIMED_OUT = "Timed out"
@@ -49,6 +51,11 @@ _NCCL_LOST = (
 
 class RankLost(Exception):
     """Another rank of the job has ended or does not answer; the text says which and why, as far as is known."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the other one was: so is this one then."""
+        return str(self).endswith(f" ended: {INTERRUPTED}")
 
 
 def die_with_parent() -> None:

@@ -199,6 +199,7 @@ class Trainer:
         readable = self.saver.readable(self.progress)
         with self.stopping.listening(), ranks.watched(), readable, enough_memory(self._too_small):
             if self.runtime.is_main:
+                self.run.renew(self.config)  # only now: nothing can refuse to go on any more
                 self.run.set_status("running", self.progress.step)
             try:
                 with models.levers.compiling(self.config, self.stopping.heard):
@@ -408,7 +409,8 @@ class Trainer:
             stack.callback(self.close, failed=error is not None)
             if error is not None:
                 interrupted = isinstance(error, KeyboardInterrupt)
-                reason = "interrupted" if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
+                interrupted |= isinstance(error, ranks.RankLost) and error.interrupted
+                reason = ranks.INTERRUPTED if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
                 if not isinstance(error, ranks.RankLost):
                     ranks.tell(reason)
                 if self.saver is not None:

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 from fastddr.data import crop
@@ -252,6 +253,21 @@ def _of_absent(entries: Sequence[Entry]) -> str:
 
 def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def check_place(out: Path) -> None:
+    """Raise `UserError` where the file of `--out` cannot be put; before the work, which would be for nothing.
+
+    A link is followed, as by whoever writes there.
+    """
+    folder = out.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"--out {out}: its folder is not there; make it first.")
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: nothing can be written there ({error.strerror}); give a place.") from None
 
 
 def put(path: Path, content: bytes) -> None:

@@ -57,17 +57,20 @@ def compare(asked: Compare) -> list[Compared]:
         raise UserError("fastddr compare: give at least two runs, like runs/A runs/B.")
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
-    if asked.out is not None and asked.out.is_file() and not _ours(asked.out):
+    if asked.out is not None and asked.out.exists() and not (asked.out.is_file() and _ours(asked.out)):
         raise UserError(f"--out {asked.out}: this file holds something else than a comparison; give a new name.")
+    if asked.out is not None:
+        output.check_place(asked.out)
     splits = [_split(place, asked.split) for place in asked.runs]
     names = [_name(place) for place in asked.runs]
     rows = _rows(splits, names, asked.common)
     grades = splits[0].grades[rows[0]]
-    # Of the first run that knows them: older runs do not.
-    patients = next(
-        ([split.patients[row] for row in order.tolist()]
-         for split, order in zip(splits, rows, strict=True) if split.patients is not None), None,
+    # Of the first run that names some of these photographs: older runs do not.
+    known = (
+        [split.patients[row] for row in order.tolist()]
+        for split, order in zip(splits, rows, strict=True) if split.patients is not None
     )  # fmt: skip
+    patients = next((named for named in known if any(named)), None)
     compared: list[Compared] = []
     for name, split, order in zip(names, splits, rows, strict=True):
         logits = split.logits[order]
@@ -222,7 +225,7 @@ def main(asked: Compare) -> int:
                 text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
             else:
                 text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-            output.put(asked.out, text.encode())
+            output.put(asked.out.resolve(), text.encode())  # a link stays one
         show(compared, body, asked.split)
         return 0
 

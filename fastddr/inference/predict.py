@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from fastddr import ranks, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
-from fastddr.data import masters, photos, prepare
+from fastddr.data import masters, output, photos, prepare
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.masters import Recipe
 from fastddr.data.photos import Photo
@@ -111,14 +110,7 @@ def _free(asked: Predict, window: str) -> None:
         raise UserError(f"--out {asked.out}: it is there already; give another name, or --overwrite.")
     if asked.out.is_file() and not asked.out.read_bytes().startswith(_HEADINGS):
         raise UserError(f"--out {asked.out}: this file is no table of grades, which alone --overwrite replaces.")
-    if not asked.out.absolute().parent.is_dir():
-        raise UserError(f"--out {asked.out}: its folder is not there; make it first.")
-    try:
-        # Before the work, which would be for nothing.
-        with TemporaryFile(dir=asked.out.absolute().parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {asked.out}: nothing can be written there ({error.strerror}); give a place.") from None
+    output.check_place(asked.out)
 
 
 def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
@@ -230,13 +222,14 @@ def rows(answer: Answer, classes: int) -> list[list[str]]:
 
 def _write(asked: Predict, answer: Answer, classes: int) -> None:
     """The table as a whole or not at all."""
-    beside = asked.out.with_name(f".{asked.out.name}.{os.getpid()}")
+    out = asked.out.resolve()  # a link stays one
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             csv.writer(stream, lineterminator="\n").writerows(rows(answer, classes))
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, asked.out)
+        os.replace(beside, out)
     except OSError:
         beside.unlink(missing_ok=True)
         raise

@@ -30,6 +30,8 @@ _ALIKE = 0.1
 #: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
+#: What a picture says of its maker; by it a picture is known again.
+_MAKER = "fastddr plan"
 
 
 @runtime_checkable
@@ -82,8 +84,8 @@ def run(asked: Asked, flags: list[str]) -> int:
         # Every step of an optimizer would ask for the card, also that of a trace, and so take some of its memory.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     limit = usable(vram, allowance)
-    if asked.plot is not None and asked.plot.is_file() and asked.plot.read_bytes()[:4] not in (b"", b"\x89PNG"):
-        raise UserError(f"--plot {asked.plot}: this file is no PNG; give a new name.")
+    if asked.plot is not None and asked.plot.is_file() and not _ours(asked.plot):
+        raise UserError(f"--plot {asked.plot}: this file is no picture of `fastddr plan`; give a new name.")
     if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
         config = configured(flags, asked.depth)
         with ahead():
@@ -93,6 +95,12 @@ def run(asked: Asked, flags: list[str]) -> int:
             raise UserError(f"{flag} is of one training: name it with --model or --preset.")
     with ahead():
         return _table(asked, flags, card, vram, limit, allowance)
+
+
+def _ours(file: Path) -> bool:
+    """Whether a file is empty or a picture of this verb, which a new one may replace."""
+    start = file.read_bytes()[:4096]
+    return not start or (start.startswith(b"\x89PNG") and f"tEXtSoftware\0{_MAKER}".encode() in start)
 
 
 def _here() -> tuple[str, float] | None:
@@ -273,4 +281,4 @@ def course(case: Case, path: Path, title: str | None = None) -> None:
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": _MAKER})

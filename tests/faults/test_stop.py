@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tests_support import ROOT, SMALL, settings, train, weights
 
-from fastddr import checkpoints, runs, stopping
+from fastddr import checkpoints, ranks, runs, stopping
 from fastddr.errors import UserError
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.trainer import Trainer
@@ -255,6 +256,16 @@ def test_a_run_that_is_done_stays_done_whatever_comes_after(
     assert status(tmp_path / "run")["state"] == "done"
     train(tiny, tmp_path / "run")
     assert len((tmp_path / "run" / "test_scorings.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("why", "state"), [(ranks.INTERRUPTED, "preempted"), ("ValueError: 1", "failed")])
+def test_a_run_is_preempted_where_another_rank_was(why: str, state: str, tiny: Path, tmp_path: Path) -> None:
+    """In its first compiled step a rank that was asked to stop can agree on nothing with the others, and ends."""
+    trainer = Trainer(settings(tiny, tmp_path))
+    trainer.console, trainer._resuming = Console(), True
+    lost = ranks.RankLost(f"rank 1 ended: {why}")
+    trainer.__exit__(ranks.RankLost, lost, None)
+    assert status(tmp_path)["state"] == state
 
 
 def test_a_run_that_cannot_go_on_is_not_asked_to_try_again(tiny: Path, tmp_path: Path) -> None:

@@ -133,8 +133,11 @@ def test_bad_photographs_have_a_row_and_end_nothing(
     assert [row["status"] for row in rows] == ["truncated", "text", *["ok"] * 11]
     assert rows[0]["grade"] == rows[0]["p0"] == ""
     assert "text, not a photograph" in rows[1]["reason"]
-    nothing = ["predict", str(run), str(first), "--out", str(out), "--overwrite"]
+    link = tmp_path / "link.csv"
+    link.symlink_to(out.name)
+    nothing = ["predict", str(run), str(first), "--out", str(link), "--overwrite"]
     assert main(nothing) == 1
+    assert link.is_symlink()
     assert [row["status"] for row in table(out)] == ["truncated"]
     assert not list(tmp_path.glob(".grades.csv*")), "nothing is left beside"
 

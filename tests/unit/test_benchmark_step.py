@@ -278,7 +278,8 @@ def test_a_process_that_dies_loses_the_heat_that_it_did_not_finish(
     assert [record["failed"] for record in step.Measuring()(job)] == ["fp16 needs a GPU"] * 2
 
 
-#: Of four heats: one is whole, one dies in its warm-up, one after four of five rounds, and the last is whole again.
+#: Of four heats: one is whole, one dies in its warm-up of one variant and then without a word, one after four of five
+#: rounds, and the last is whole again.
 DYING = """
 import json, os, signal, sys
 job = json.load(open(sys.argv[1]))
@@ -286,8 +287,13 @@ def record(heat, rounds):
     rate = {"heat": heat, "variant": job["heats"][heat][0], "rates": [1.0] * rounds, "flop": 1}
     open(job["records"], "a").write(json.dumps([rate]) + "\\n")
 for heat in range(job["first"], 4):
+    if heat == 1 and len(job["heats"][1]) == 3:
+        why = "CUDA error: an illegal memory access was encountered"
+        lost = {"heat": 1, "variant": job["heats"][1][0], "failed": why, "lost": True}
+        open(job["records"], "a").write(json.dumps([lost]) + "\\n")
+        sys.exit("resnet: " + why)
     if heat == 1:
-        sys.exit("the first, NCHW: CUDA error: an illegal memory access was encountered")
+        sys.exit("the driver is gone")
     record(heat, 3)
     record(heat, 4)
     if heat == 2:
@@ -303,18 +309,24 @@ def test_another_process_measures_the_heats_behind_one_that_died(
     step, variants = benchmark("step"), benchmark("variants")
     models = ("cnn", "resnet", "convmixer-16-1-k3-p8", "torchvision:resnet50")
     job = a_job(variants, [[variants.Variant(model, "eager", "NCHW")] for model in models])
+    job.heats[1] += [variants.Variant("resnet", "eager", "NHWC"), variants.Variant("resnet", "compile", "NCHW", True)]
     monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", DYING))
-    last = {record["heat"]: record for record in step.Measuring()(job)}
+    records = step.Measuring()(job)
+    last = {record["heat"]: record for record in records}
     assert [last[heat].get("rates") for heat in range(4)] == [[1.0] * 5, None, [1.0] * 4, [1.0] * 5]
-    assert last[1]["failed"] == "the first, NCHW: CUDA error: an illegal memory access was encountered"
+    assert [(r["variant"]["layout"], r["variant"]["mode"], r["failed"]) for r in records if r["heat"] == 1] == [
+        ("NCHW", "eager", "CUDA error: an illegal memory access was encountered"),
+        ("NHWC", "eager", "the driver is gone"), ("NCHW", "compile", "the driver is gone"),
+    ], "the others have been tried without it"  # fmt: skip
+    without = step._without(job, job.reference, 0)
+    assert (without.reference, without.first) == (job.heats[1][0], 1), "it is measured in no heat any more"
     said = "convmixer-16-1-k3-p8 has had 4 of 5 rounds: its process was killed by SIGSEGV."
     assert said in capsys.readouterr().out
     # When the time is up no other process begins.
     object.__setattr__(job, "until", 0.0)
     late = {record["heat"]: record.get("failed") for record in step.Measuring()(job)}
     assert late[0] is None
-    assert late[1].endswith("was encountered")
-    assert late[2] == late[3] == benchmark("harness").TIME_UP
+    assert late[1] == late[2] == late[3] == benchmark("harness").TIME_UP
 
 
 def test_the_rounds_of_a_heat_are_kept_as_they_come(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +372,8 @@ def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
         return records
 
     monkeypatch.setattr(variants, "Running", Running)
-    for problem in ("CUDA error: out of memory", "Detected recompile"):
+    monkeypatch.setattr(variants, "_answers", lambda: "CUBLAS" in problem)
+    for problem in ("CUDA error: out of memory", "Detected recompile", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"):
         [record] = measure()
         assert record["failed"] == f"RuntimeError: {problem}"
     problem = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"

@@ -205,6 +205,12 @@ def test_parts_that_fail_do_not_end_the_suite(
     assert record["diagnosis"] == ["Nothing wrong was found."]
     assert record["environment"]["machine"]["cores"] >= 1
     assert "decode: failed: exit code 1: the decoder broke" in capsys.readouterr().out
+    # Again into that folder: an earlier result is none of this run.
+    cut = f"out.with_name(out.name.replace('_', '-incomplete_', 1)).write_text({json.dumps(json.dumps(RECORD))})"
+    for body, result in (("pass", ""), (cut, "operations-incomplete")):
+        (tmp_path / "operations.py").write_text(SCRIPT.format(body=body))
+        [part] = suite.chosen(["operations"])
+        assert suite.run(part, [], out, 60).file.partition("_")[0] == result
 
 
 def test_every_part_that_is_there_is_a_script_of_that_name(load: Any) -> None:

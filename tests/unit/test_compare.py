@@ -71,8 +71,11 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "b − a" in (tmp_path / "c.md").read_text()
     assert "Research use only" in (tmp_path / "c.md").read_text()
     assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / "c.json")]) == 0
-    for name in ("c.md", "c.json"):  # a new comparison takes the place of an old one
+    (tmp_path / "link.md").symlink_to("c.md")
+    for name in ("link.md", "c.json"):  # a new comparison takes the place of an old one
         assert main(["compare", *map(str, runs), "--split", "test", "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "link.md").is_symlink()
+    assert "of test; " in (tmp_path / "c.md").read_text()
     # One with a word of the user's is no longer ours alone.
     (tmp_path / "c.md").write_text((tmp_path / "c.md").read_text() + "\nB is better.\n")
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.md")]) == 2
@@ -92,6 +95,8 @@ def test_patients_are_drawn_whole_where_a_run_knows_them(tmp_path: Path) -> None
     assert first.ci["patients"] == second.ci["patients"] == 50
     assert "200 photographs of 50 patients of valid; " in compare.legend([first, second], "valid")
     assert "patients" not in compare.compare(Compare((one, one)))[0].ci
+    nameless = folder(tmp_path / "nameless", valid=replace(result(1), patients=[""] * 200))
+    assert compare.compare(Compare((nameless, other)))[0].ci["patients"] == 50, "by the first run that names any"
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +116,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.
         ([one, other], "the grade of valid/007.jpg is another than in one (1 such photographs)"),
         ([one, one, "--out", tmp_path / "c.txt"], "write to a .md or a .json"),
         ([one, one, "--out", one / "report" / ABOUT], "holds something else than a comparison"),
+        ([one, one, "--out", one / "gone" / "c.md"], "its folder is not there; make it first"),
     ):
         assert main(["compare", *map(str, arguments)]) == 2
         said = capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -418,14 +419,16 @@ SMALL = ("--preset", "quickstart", "--image-size", "64")
 
 def test_plan_answers_one_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "course.png"
-    assert (
-        verbs.main("plan", ["--vram", "8", "--plot", str(picture), *SMALL, "--model", "resnet", "--depth", "12"]) == 0
-    )
+    flags = ["--vram", "8", "--plot", str(picture), *SMALL, "--model", "resnet", "--depth", "12"]
+    assert verbs.main("plan", flags) == 0
     said = capsys.readouterr().out
     assert said.startswith("resnet (depth 12, width 16, stem standard), 64 px, bf16, 32 photographs at once")
     assert "fits: " in said
     assert "declared, not measured on this card" in said
     assert picture.stat().st_size > 5000
+    assert questions._ours(picture), "the next may take its place"
+    Image.new("RGB", (8, 8)).save(picture)
+    assert verbs.main("plan", flags) == 2, "another's"
 
 
 def test_plan_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,7 +457,7 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--vram", "8", "--plot", "x.png"], "--plot is of one training: name it with --model or --preset"),
         (["--vram", "8", "--depth", "40"], "--depth is of one training"),
         (["--vram", "8", "--image-size", "wide"], "--image-size"),
-        (["--vram", "8", "--model", "cnn", "--plot", __file__], "this file is no PNG; give a new name"),
+        (["--vram", "8", "--model", "cnn", "--plot", __file__], "no picture of `fastddr plan`; give a new name"),
         (["--vram", "8", "--model", "resnet", "--depht", "3"], "unknown argument"),
         (["--card", "H9000"], "known are"),
         (["--vram", "8", *SMALL, "--model", "cnn", "--micro-batch-size", "5"], "does not divide 32"),

@@ -11,7 +11,7 @@ import torch
 
 from fastddr import __main__ as command
 from fastddr import cli
-from fastddr.data import layouts, problems, survey
+from fastddr.data import layouts, output, problems, survey
 from fastddr.data.photos import Photo
 from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from fastddr.inference import predict
@@ -116,7 +116,7 @@ def test_a_table_that_cannot_be_written_is_told_before_the_work(
     def refuse(**place: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(predict, "TemporaryFile", refuse)
+    monkeypatch.setattr(output, "TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"nothing can be written there \(Permission denied\)"):
         predict._free(asked, "center")
 

@@ -17,17 +17,20 @@ import accelerate
 import torch
 
 import fastddr
+from fastddr.config import MODELS, Config
 from fastddr.errors import UserError
 
 T = TypeVar("T")
 #: What a failure to decode begins with where there is little memory left.
 IN_DALI = "CUDA out of memory, in DALI"
 _NO_ENGINE = "unable to find an engine"
-#: What cuBLAS, cuDNN, the driver and DALI say where there is no more; cuDNN finds no algorithm without its workspace.
+#: What cuBLAS, cuDNN (also before its version 9), the driver, Triton, NCCL and DALI say where there is no more; cuDNN
+#: finds no algorithm without its workspace.
 _OUT_OF_MEMORY = (
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", _NO_ENGINE, "CUDA out of memory",
-    "CUDA error: out of memory", "Cuda failure 2 'out of memory'", "CUDA allocation failed",
-    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", _NO_ENGINE, "CUDA out of memory",
+    "CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory",
+    "Cuda failure 2 'out of memory'", "CUDA allocation failed", "DefaultCPUAllocator: can't allocate memory",
 )  # fmt: skip
 
 
@@ -163,34 +166,75 @@ def _installed(name: str) -> bool:
 
 
 def out_of_memory(
-    device: torch.device, micro_batch_size: int, image_size: int, *, store: str, need: float | None = None
+    config: Config,
+    device: torch.device,
+    world: int,
+    *,
+    store: str,
+    need: float | None = None,
+    scoring: bool = False,
+    run: Path | None = None,
 ) -> str:
     """What to tell the user whose card was too small, and the ways out, the one that changes least first.
 
     Args:
-        micro_batch_size: photographs that this rank held at once.
-        image_size: their side in pixels.
+        config: of the training; where its micro batch is `auto`, a rank's whole part of the global batch was held.
+        device: this rank's.
+        world: ranks.
         store: where the loader keeps photographs.
         need: GiB that were predicted for PyTorch, None where nothing was.
+        scoring: whether a split was scored, and not trained on.
+        run: the run's folder, where the same command goes on with it, and so cannot with other settings.
     """
-    held = "" if need is None else f" ({need:.1f} GiB were predicted)"
+    micro = config.micro_batch_size
+    held = max(1, config.batch_size // world) if micro == "auto" else int(micro)
+    if scoring and config.evaluation.batch_size is not None:
+        held = config.evaluation.batch_size
+    told = "" if need is None else f" ({need:.1f} GiB were predicted)"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         peak = torch.cuda.max_memory_allocated(device)
         gib = [f"{size / 2**30:.1f} GiB" for size in (peak, total, free)]
         predicted = "" if need is None else f"{need:.1f} GiB were predicted; "
-        held = f" ({predicted}PyTorch held up to {gib[0]} of {gib[1]}; {gib[2]} are free now)"
-    ways = []
+        told = f" ({predicted}PyTorch held up to {gib[0]} of {gib[1]}; {gib[2]} are free now)"
+    when, ways = " as a split is scored" if scoring else "", ", or ".join(_ways(config, held, store, scoring, run))
+    what = f"{held} photographs of {config.image_size} px at once"
+    return f"the memory of {device} is too small for {what}{when}{told}: {ways}."
+
+
+def _ways(config: Config, held: int, store: str, scoring: bool, run: Path | None) -> Iterator[str]:
+    """The ways out that the checks of a configuration allow, and in a run that goes on its identity."""
     if store == "vram":
-        ways.append("keep photographs elsewhere with --loading.store ram")
-    if micro_batch_size > 1:
-        smaller = max(size for size in range(1, micro_batch_size) if micro_batch_size % size == 0)
-        ways.append(f"hold fewer photographs at once with --micro-batch-size {smaller}, which keeps the global batch")
-    ways.append("compute activations again with --memory.checkpointing, which changes no number and takes longer")
-    ways.append("take a smaller --image-size and --canvas (`fastddr plan` says what fits)")
-    return (
-        f"the memory of {device} is too small for {micro_batch_size} photographs of {image_size} px at once{held}: "
-        f"{', or '.join(ways)}."
+        yield "keep photographs elsewhere with --loading.store ram"
+    image = "take a smaller --image-size and --canvas (`fastddr plan` says what fits)"
+    least = 2 if config.augment.mixup or config.augment.cutmix else 1
+    smaller = max((size for size in range(least, held) if held % size == 0), default=None)
+    fewer = f"hold fewer photographs at once with --micro-batch-size {smaller}, which keeps the global batch"
+    if scoring:
+        if held > 1:
+            yield f"score fewer photographs at once with --evaluation.batch-size {held // 2}"
+    else:
+        if run is None and smaller is not None:
+            yield fewer
+        if run is None and config.compile:
+            yield f"let less be kept with --memory.activation-budget {config.memory.activation_budget / 2:.2g}"
+        if not (config.compile or config.memory.checkpointing):
+            can = "" if config.model in MODELS else ", where the model can"
+            yield f"compute activations again with --memory.checkpointing{can}: the same numbers, and it takes longer"
+    if run is None:
+        yield image
+        return
+    batch = config.batch_size
+    # So many that the micro batch is chosen anew (`runs.continue_from`).
+    ranks = next((n for n in range(1, batch // least + 1) if batch % n == 0 and n * held > batch), None)
+    if not scoring and ranks is not None:
+        yield f"go on with {ranks} GPUs in all, each of which then holds fewer"
+    other = f"{fewer}, or {image}" if smaller is not None and not scoring else image
+    # With a slash it is a path; else it would be a name in runs/.
+    place = run if len(run.parts) > 1 else f"./{run}"
+    yield (
+        f"begin a new run, with another --run-dir, and there {other}; --init run:{place} begins it at this one's "
+        "weights once they have been validated"
     )
 
 

@@ -141,15 +141,25 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 
 @torch.no_grad()
-def update_ema(ema: AveragedModel, model: nn.Module, step: int, decay: float, skip: Tensor | None = None) -> None:
+def update_ema(
+    ema: AveragedModel,
+    model: nn.Module,
+    step: int,
+    decay: float,
+    skip: Tensor | None = None,
+    asks: bool | None = None,
+) -> None:
     """After step 0, 1, …: average = d · average + (1 − d) · model, with d = `ema_decay(step, decay)`.
 
     Floating-point parameters and buffers are averaged, counters copied. `model` may be wrapped by now. Where `skip`, a
-    flag on the device, is set, nothing moves: the step was left out.
+    flag on the device, is set, nothing moves: the step was left out. `asks` says whether the host looks at the flag,
+    which is what it does on a CPU alone.
     `AveragedModel.update_parameters` is not used, for it copies its counter to the device at each call, which
     makes the host wait for the device; this asks the device nothing.
     """
-    if skip is not None and not skip.is_cuda and bool(skip):
+    if asks is None:
+        asks = skip is not None and not skip.is_cuda
+    if skip is not None and asks and bool(skip):
         return
     averages: list[Tensor] = []
     values: list[Tensor] = []
@@ -161,7 +171,7 @@ def update_ema(ema: AveragedModel, model: nn.Module, step: int, decay: float, sk
         else:
             average.copy_(value)
     share = 1.0 - ema_decay(step, decay)
-    if skip is None or not skip.is_cuda:
+    if skip is None or asks:
         torch._foreach_lerp_(averages, values, share)
     else:
         # The flag stays on the device; a factor of all differences is one launch for many tensors.

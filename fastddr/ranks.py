@@ -52,10 +52,13 @@ _NCCL_LOST = (
 class RankLost(Exception):
     """Another rank of the job has ended or does not answer; the text says which and why, as far as is known."""
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether the other one was: so is this one then."""
-        return str(self).endswith(f" ended: {INTERRUPTED}")
+
+def why(error: BaseException) -> str:
+    """Why a run ends, in a line: `INTERRUPTED` where this rank or the lost one was asked to end, else the error."""
+    lost = isinstance(error, RankLost) and str(error).endswith(f" ended: {INTERRUPTED}")
+    if lost or isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def die_with_parent() -> None:

@@ -51,7 +51,7 @@ class Trainer:
         self.run = runs.RunFolder(Path(config.run_dir or "runs"))
         self.predicted_gib: float | None = None
         self._lock: TextIO | None = None
-        self._resuming = self._began = self._settled = self._closed = False
+        self._resuming = self._began = self._scoring = self._settled = self._closed = False
 
     def __enter__(self) -> Trainer:
         """Set everything up, or go on with an earlier run where `config.run_dir` is one.
@@ -88,7 +88,9 @@ class Trainer:
                 self.finished = True
                 return
             self._resuming = True
+        models.levers.check_compiler(config, state.device)  # which the real step of `settle` needs
         config, self.predicted_gib, taken, planned = settle(config, state.device, state.num_processes)
+        self.config = config  # with the micro batch that is held, if anything fails from here on
         self.runtime = runtime.start(config)
         self.accelerator = self.runtime.accelerator
         if resumed and config.precision not in ("auto", self.runtime.precision):
@@ -100,8 +102,7 @@ class Trainer:
             self.console.print(f"  {decision}")
         self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
 
-        # Before the photographs are read: a model, weights or a compiler that cannot be had are told at once.
-        models.levers.check_compiler(config, self.runtime.device)
+        # Before the photographs are read: a model or weights that cannot be had are told at once.
         model = models.from_config(config, self.console.print)
         begin = partial(models.weights.begin, config, model, load_checkpoint=checkpoints.load, say=self.console.print)
         taken_over = () if resumed else begin(average=model)
@@ -181,10 +182,12 @@ class Trainer:
         runs.seen(self.run.path)
 
     def _too_small(self) -> str:
-        micro, store = self.config.micro_batch_size, self.loaders.choice.store if self.loaders else "none"
-        held = self.config.batch_size if micro == "auto" else int(micro)
-        device, side = runtime.join().device, self.config.image_size
-        return out_of_memory(device, held, side, store=store, need=self.predicted_gib)
+        store, state = self.loaders.choice.store if self.loaders else "none", runtime.join()
+        run = self.run.path if self._resuming or (self._named and self._began) else None
+        need, scoring = self.predicted_gib, self._scoring
+        return out_of_memory(
+            self.config, state.device, state.num_processes, store=store, need=need, scoring=scoring, run=run
+        )
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -316,6 +319,7 @@ class Trainer:
 
     def _score(self, loader: loaders.Loader, weights: str, *, fit: bool = False) -> SplitResult:
         """A split; with `fit` it is valid, and a regression's grading is fitted to these weights."""
+        self._scoring = True
         # Every rank keeps statistics of its own; rank 0's are those that are saved.
         if self.runtime.world > 1:
             for buffer in self._weights.buffers():
@@ -330,6 +334,7 @@ class Trainer:
             patients=self.manifest.patients,
             on_batch=self.stopping.check,
         )
+        self._scoring = False  # not where it fails: whoever tells of that asks
         if not found.logits.isfinite().all():
             raise UserError(
                 f"the model's output is not finite at step {self.progress.step}; lower --lr or set "
@@ -408,9 +413,7 @@ class Trainer:
                 stack.enter_context(deaf())
             stack.callback(self.close, failed=error is not None)
             if error is not None:
-                interrupted = isinstance(error, KeyboardInterrupt)
-                interrupted |= isinstance(error, ranks.RankLost) and error.interrupted
-                reason = ranks.INTERRUPTED if interrupted else " ".join(f"{type(error).__name__}: {error}".split())
+                reason = ranks.why(error)
                 if not isinstance(error, ranks.RankLost):
                     ranks.tell(reason)
                 if self.saver is not None:
@@ -420,7 +423,7 @@ class Trainer:
                 # to try again.
                 if (self._began or self._resuming) and not self._settled and runtime.join().is_main_process:
                     with saving.told("status.json", self.console.print):
-                        state: runs.State = "preempted" if interrupted else "failed"
+                        state: runs.State = "preempted" if reason == ranks.INTERRUPTED else "failed"
                         self.run.set_status(state, self.progress.step if self._began else None, reason)
 
     def close(self, failed: bool = False) -> None:

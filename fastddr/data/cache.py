@@ -58,6 +58,24 @@ def folder() -> Path:
         raise UserError("there is no home folder for fastddr's cache; set FASTDDR_CACHE or HOME to a folder.") from None
 
 
+def keep(path: Path, text: str) -> None:
+    """Write a file of the cache: whoever reads it meanwhile finds the old one or the new one, and no half.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
+    # With the machine in its name: several may share a cache, and have processes of one number.
+    beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
 def share(handle: int, like: os.stat_result) -> None:
     """Give an open file the rights of the photographs it is made of: who may not read those may not read it."""
     with suppress(OSError):  # who is not in that group cannot give the file to it
@@ -87,17 +105,9 @@ def load(root: Path) -> dict[str, Record]:
 
 def store(root: Path, records: Mapping[str, Record]) -> None:
     """Keep the records; those of photographs that are not named are forgotten."""
-    path = _file(root)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     # By column: a list a field is read twice as fast as a list a photograph.
     columns = dict(zip(Record._fields, zip(*records.values(), strict=True), strict=True)) if records else {}
     whole = {"version": _VERSION, "root": str(root), "path": list(records), **columns}
     text = json.dumps(whole, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(temporary, path)
-    except OSError:
-        # Without a cache every start looks at the photographs again: slower, but right.
-        with suppress(OSError):
-            temporary.unlink()
+    with suppress(OSError):  # without a cache every start looks at the photographs again: slower, but right
+        keep(_file(root), text)

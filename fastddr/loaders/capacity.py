@@ -43,10 +43,18 @@ class Free(NamedTuple):
         return share if budget is None else min(budget, share)
 
 
-def measure(device: torch.device, local_ranks: int, taken: int = 0) -> Free:
-    """What is free now, on this machine with so many ranks on it; `taken` is what training will take of the card."""
+def measure(device: torch.device, local_ranks: int, taken: int = 0, kept: int = 0) -> Free:
+    """What is free now, on this machine with so many ranks on it.
+
+    Args:
+        device: this rank's.
+        local_ranks: of this machine.
+        taken: bytes of the card that training will take.
+        kept: bytes that files of the photographs take on the disk from an earlier start (`stores.on_disk`).
+    """
     ram = free_ram()
-    disk = _free_disk(folder() / "resident")
+    # Else the file of a run that filled its disk would have no room for itself when the run goes on.
+    disk = _free_disk(folder() / "resident", kept)
     vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     # A file larger than the page cache would be read from the disk in every epoch: slower than decoding on many.
     return Free(vram=vram, ram=ram // local_ranks, mmap=min(ram, disk), taken=taken)
@@ -76,35 +84,40 @@ def _available() -> int | None:
 
 def _in_groups(root: Path = control_groups.ROOT, own: Path = control_groups.OWN) -> list[int]:
     """What the limits of this process's control groups leave, its own and those above it."""
-    names = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
-    }
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
     found = (_left(group, *names[version]) for group, version in control_groups.groups("memory", root, own))
     return [left for left in found if left is not None]
 
 
-def _left(group: Path, limit: str, used: str, dropped: str) -> int | None:
+#: Of a group's page cache, what the kernel drops before it refuses memory, also where it was read more than once; and
+#: what of it has to be written first. Version 1 tells of the groups below in lines that begin with `total_`.
+_DROPPED, _UNWRITTEN = ("inactive_file", "active_file"), ("file_dirty", "file_writeback", "dirty", "writeback")
+
+
+def _left(group: Path, limit: str, used: str) -> int | None:
     """What one group's limit leaves, None where it has none; page cache that can be dropped counts as free."""
     try:
         most = (group / limit).read_text(encoding="ascii").strip()
         taken = int((group / used).read_text(encoding="ascii"))
-        stat = (group / "memory.stat").read_text(encoding="ascii").split()
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     if most == "max":
         return None
-    cache = int(stat[stat.index(dropped) + 1]) if dropped in stat else 0
-    return max(0, int(most) - taken + cache)
+    stat = dict(line.split(maxsplit=1) for line in lines)
+    prefix = "total_" if limit == "memory.limit_in_bytes" else ""
+    dropped, unwritten = (sum(int(stat.get(prefix + name, 0)) for name in names) for names in (_DROPPED, _UNWRITTEN))
+    return max(0, int(most) - taken + max(0, dropped - unwritten))
 
 
-def _free_disk(path: Path) -> int:
-    """Bytes that are free for a folder that may not be there yet; 0 where it cannot be made or written to."""
+def _free_disk(path: Path, kept: int) -> int:
+    """Bytes that are free for a folder that may not be there yet, and those that are kept in it; 0 where it cannot be
+    made or written to."""
     try:
         while not path.exists():
             path = path.parent
         writable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
-        return shutil.disk_usage(path).free if writable else 0
+        return shutil.disk_usage(path).free + kept if writable else 0
     except OSError:  # a folder on the way to it that may not be entered, for one
         return 0
 

@@ -47,7 +47,8 @@ class ResidentLoader(Loader):
             UserError: the photographs do not fit where they shall be kept, or a GPU has no Triton.
         """
         if task.store == "auto":
-            task = replace(task, store=choose("resident", [task], epochs=2, free=measure(task.device, 1)).store)
+            free = measure(task.device, 1, kept=stores.on_disk([task]))
+            task = replace(task, store=choose("resident", [task], epochs=2, free=free).store)
         super().__init__(task)
         lacks = kernels.triton_lacks() if task.device.type == "cuda" else None
         if lacks is not None:

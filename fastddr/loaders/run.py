@@ -42,12 +42,13 @@ class RunLoaders:
         """
         self._config, self._manifest, self._runtime, self._say = config, manifest, runtime, say
         tasks = self._task("train", train=True), self._task("valid")
-        free = least(ranks.gather([measure(runtime.device, ranks.local_world(), taken)]))
+        kept = stores.on_disk(tasks)
+        free = least(ranks.gather([measure(runtime.device, ranks.local_world(), taken, kept)]))
         # What a machine lacks (DALI, a Triton that runs) ranks find on their own: all take what each of them can.
         choices = ranks.gather([choose(config.loader, tasks, config.epochs, free)])
         self.choice = max(choices, key=lambda choice: _MODEST.index(choice.loader))
-        kept = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
-        say(f"loader {self.choice.loader}{kept}: {self.choice.reason}")
+        place = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
+        say(f"loader {self.choice.loader}{place}: {self.choice.reason}")
         large = dali_decoder.too_large(tasks[0], free.vram - taken) if self.choice.loader == "dali" else None
         if large is not None:
             say(large)

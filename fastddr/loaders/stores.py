@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -57,6 +58,22 @@ def place(task: Task, ids: Int[np.ndarray, " k"] | None = None) -> Place:
     offset = np.full(len(width), -1, dtype=np.int64)
     offset[wanted] = np.cumsum(lengths) - lengths
     return Place(offset, width, height, int(lengths.sum()))
+
+
+def on_disk(tasks: Sequence[Task]) -> int:
+    """Bytes that files of these tasks' photographs take on the disk: a run uses them again, or makes room of them.
+
+    Those of another user, who does not share them, do not count.
+    """
+    taken = 0
+    patterns = {f"{glob.escape(_stem(task))}-*.store" for task in tasks}
+    try:
+        for file in (file for pattern in patterns for file in (folder() / "resident").glob(pattern)):
+            if os.access(file, os.R_OK | os.W_OK):
+                taken += file.stat().st_blocks * 512
+    except OSError:  # a folder that may not be entered, or another run removes a file
+        return 0
+    return taken
 
 
 def build(task: Task, decoder: str) -> Store:
@@ -128,7 +145,7 @@ class Memory(Store):
         except RuntimeError as error:  # PyTorch's OutOfMemoryError is one too
             raise UserError(
                 f"there is no room for {where.total / 2**30:.1f} GiB of decoded photographs in {device.type} memory "
-                "(--loading.store); take another place, none, or --loader dali."
+                "(--loading.store); take another place, none, or for a new run --loader dali."
             ) from error
         self._there = np.zeros(len(where.offset), dtype=bool)
 

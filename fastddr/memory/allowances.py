@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastddr.data.cache import folder
+from fastddr.data import cache
 from fastddr.errors import UserError
 from fastddr.loaders.dali_decoder import SCRATCH
 
@@ -49,7 +47,7 @@ DECLARED = Allowance(
 
 
 def _file(card: str) -> Path:
-    return folder() / "memory" / "cards" / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
+    return cache.folder() / "memory" / "cards" / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
 
 
 def load(card: str | None) -> Allowance:
@@ -67,11 +65,7 @@ def load(card: str | None) -> Allowance:
 def store(card: str, allowance: Allowance) -> Path:
     """Keep what was measured on a card, and return where."""
     path = _file(card)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever reads it meanwhile finds the old one or the new one, and no half.
-    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    part.write_text(json.dumps(asdict(allowance), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    cache.keep(path, json.dumps(asdict(allowance), indent=1) + "\n")
     return path
 
 

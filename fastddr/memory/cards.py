@@ -9,10 +9,12 @@ from fastddr.memory.tape import Tape
 
 
 class Card(NamedTuple):
-    """A card's limits, from its maker's data sheet."""
+    """A card's limits."""
 
+    device: str
+    """What CUDA calls it."""
     memory: float
-    """GiB."""
+    """GiB that CUDA gives to programs: less than its name says, which may be GB, and part of which the driver keeps."""
     bandwidth: float
     """Bytes a second."""
     half: float
@@ -21,16 +23,17 @@ class Card(NamedTuple):
     """The same in TF32, or in float32 where the card has no TF32."""
 
 
-#: NVIDIA's data sheets; peaks that no program reaches.
+#: Memory is what PyTorch tells of such a card ("total capacity of 14.56 GiB"), of what drivers leave the smallest that
+#: we know, rounded down. The others are of NVIDIA's data sheets: peaks that no program reaches.
 CARDS = {
-    "T4": Card(16, 0.320e12, 65e12, 8.1e12),
-    "L4": Card(24, 0.300e12, 121e12, 60e12),
-    "RTX 3090": Card(24, 0.936e12, 71e12, 35.6e12),
-    "RTX 4090": Card(24, 1.008e12, 165e12, 82.6e12),
-    "L40S": Card(48, 0.864e12, 362e12, 183e12),
-    "A100 80GB": Card(80, 2.039e12, 312e12, 156e12),
-    "H100 SXM": Card(80, 3.35e12, 989e12, 494e12),
-    "H200 SXM": Card(141, 4.8e12, 989e12, 494e12),
+    "T4": Card("Tesla T4", 14.5, 0.320e12, 65e12, 8.1e12),
+    "L4": Card("NVIDIA L4", 21.9, 0.300e12, 121e12, 60e12),
+    "RTX 3090": Card("NVIDIA GeForce RTX 3090", 23.5, 0.936e12, 71e12, 35.6e12),
+    "RTX 4090": Card("NVIDIA GeForce RTX 4090", 23.5, 1.008e12, 165e12, 82.6e12),
+    "L40S": Card("NVIDIA L40S", 44.3, 0.864e12, 362e12, 183e12),
+    "A100 80GB": Card("NVIDIA A100-SXM4-80GB", 79.1, 2.039e12, 312e12, 156e12),
+    "H100 SXM": Card("NVIDIA H100 80GB HBM3", 79.1, 3.35e12, 989e12, 494e12),
+    "H200 SXM": Card("NVIDIA H200", 139.7, 4.8e12, 989e12, 494e12),
 }
 
 

@@ -15,7 +15,7 @@ from fastddr.config import Config
 from fastddr.errors import UserError
 from fastddr.memory import allowances
 from fastddr.memory.planning import choose_micro_batch
-from fastddr.memory.predicting import GIB, Case, predict
+from fastddr.memory.predicting import GIB, Case, gib, predict
 from fastddr.memory.tracing import Inexact, Training
 from fastddr.meters import is_out_of_memory
 from fastddr.runtime import agree_on_precision, card_of, numerics
@@ -24,8 +24,12 @@ from fastddr.runtime import agree_on_precision, card_of, numerics
 def one_step(config: Config, micro: int, world: int, device: torch.device) -> None:
     """Two real steps with a throw-away model and random images; the second one is the first with all moments.
 
+    Compiled where training will be: what is kept for the backward pass is then another. Of that the compiler remembers
+    its kernels, so training need not wait for them again.
+
     Raises:
         torch.OutOfMemoryError: they are too large for the device.
+        UserError: the model cannot be compiled.
     """
     case = Case(config, micro, world)
     with torch.random.fork_rng(devices=[]):
@@ -36,8 +40,14 @@ def one_step(config: Config, micro: int, world: int, device: torch.device) -> No
         models.levers.keep_contiguous(network)
     ema = optimizers.make_ema(network, 0.999) if case.steps.average else None
     training = Training(network, case.steps, micro, ema=ema)
-    for number in range(2):
-        training.step(number)
+    try:
+        with models.levers.compiling(config, lambda: None):
+            training.model = models.levers.compiled(training.model, config)
+            for number in range(2):
+                training.step(number)
+    finally:
+        if config.compile:
+            torch.compiler.reset()  # else what was compiled for this model is kept beside what will be for the run's
 
 
 def checked(
@@ -117,11 +127,11 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     config = replace(config, precision=chosen)
     allowance = allowances.load(card)
     said: list[str] = []
+    # All ranks hold as many, so the one with least room decides.
+    free = min(ranks.gather([torch.cuda.mem_get_info(device)[0]]))
     try:
         if config.micro_batch_size == "auto":
-            free = min(ranks.gather([torch.cuda.mem_get_info(device)[0]]))
             micro, said = checked(config, world, free, lambda size: one_step(config, size, world, device), allowance)
-            # All ranks hold as many, so the one with least room decides.
             config = replace(config, micro_batch_size=min(ranks.gather([micro])))
             _free()
             torch.cuda.reset_peak_memory_stats(device)
@@ -137,4 +147,6 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     kinds = {kind: count for kind, count in found.kinds.items() if kind not in ("context", "loader")}
     most = max(kinds, key=lambda kind: kinds[kind])
     said.append(f"memory: {own:.2f} GiB predicted for PyTorch, most of it {most}; {allowance.source}")
+    if taken > free:  # the micro batch was given, or chosen on a larger card
+        said.append(f"memory: {gib(taken)} predicted with the loader's, and {gib(free)} are free: it may run out")
     return Settled(replace(config, precision=given.precision), own, taken, said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fastddr.config import MODELS, Config
+from fastddr.config import MODELS, Config, check
 from fastddr.errors import UserError
 from fastddr.loaders.capacity import SHARES
 from fastddr.memory.allowances import Allowance
@@ -125,20 +125,33 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
     changes = list(_changes(case))
     expect(tried for change in changes for tried in _first_traced(change, case, limit))
     for change in changes:
-        costs, micro = change.costs, change.case.micro
-        if change.micro is None:
-            if _least(change, case, micro) > limit or not fits(change.case, limit, allowance):
-                continue
-            flags = change.flags
-        else:
-            found = _smaller(change.case, limit, allowance, case, change.share)
-            if found is None or found not in change.micro:
-                continue
-            micro, flags = found, f"{change.flags} --micro-batch-size {found}".strip()
-            normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
-            costs = "; ".join(filter(None, (costs, normed)))
-        changed = replace(change.case, micro=micro)
-        yield Way(flags, costs, changed, predict(changed, allowance).total)
+        try:
+            way = _way(change, case, limit, allowance)
+        except UserError:
+            # Not every image suits a model of timm's, or the augmentation.
+            if change.case.config.image_size == config.image_size:
+                raise
+            continue
+        if way is not None:
+            yield way
+
+
+def _way(change: _Change, case: Case, limit: int, allowance: Allowance) -> Way | None:
+    """The change of a case as one that makes it fit; None where it does not."""
+    check(change.case.config, "fastddr plan")
+    flags, costs, micro = change.flags, change.costs, change.case.micro
+    if change.micro is None:
+        if _least(change, case, micro) > limit or not fits(change.case, limit, allowance):
+            return None
+    else:
+        found = _smaller(change.case, limit, allowance, case, change.share)
+        if found is None or found not in change.micro:
+            return None
+        micro, flags = found, f"{change.flags} --micro-batch-size {found}".strip()
+        normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
+        costs = "; ".join(filter(None, (costs, normed)))
+    changed = replace(change.case, micro=micro)
+    return Way(flags, costs, changed, predict(changed, allowance).total)
 
 
 def _least(change: _Change, case: Case, micro: int) -> float:

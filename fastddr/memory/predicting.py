@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from fastddr import models
 from fastddr.collector import no_collector
 from fastddr.config import MODELS, Config
-from fastddr.data.cache import folder
+from fastddr.data.cache import folder, keep
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.second import Second
@@ -197,8 +197,16 @@ def _run(model: str, chosen: Chosen, steps: Steps, batch: int | None) -> dict[in
 
 
 def _key(model: str, chosen: Chosen, steps: Steps) -> str:
-    key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__])
+    key = json.dumps([model, chosen, asdict(steps), _code(), torch.__version__, _timm(model)])
     return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _timm(model: str) -> str | None:
+    """The version of timm, where the model is of it. Who lacks it is told so where the model is built."""
+    try:
+        return version("timm") if model.startswith(models.zoo.PREFIX) else None
+    except PackageNotFoundError:
+        return None
 
 
 def _maker(model: str, chosen: Chosen, classes: int, size: int) -> Callable[[], nn.Module]:
@@ -254,15 +262,8 @@ def kept(key: str, make: Callable[[], Tape]) -> Tape:
     except (OSError, ValueError, TypeError):
         pass  # none yet, or a broken one: it is made anew
     tape = make()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(tape.as_json()), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError:
-        # Without a cache the next question takes as long again.
-        with suppress(OSError):
-            beside.unlink()
+    with suppress(OSError):  # without a cache the next question takes as long again
+        keep(path, json.dumps(tape.as_json()))
     return tape
 
 

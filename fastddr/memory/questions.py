@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastddr import cli
-from fastddr.config import MODELS, Config
+from fastddr.config import MODELS, Config, load_preset
 from fastddr.errors import UserError
 from fastddr.memory import allowances, cards, planning
 from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
@@ -27,6 +27,8 @@ SIZES = (256, 512)
 _WAYS = 2
 #: By how much a card's memory may differ from what is asked about, and the card be that one.
 _ALIKE = 0.1
+#: No card has so many GiB, TB/s or TFLOP/s.
+_ABSURD = 1_000_000
 #: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
@@ -72,11 +74,14 @@ def run(asked: Asked, flags: list[str]) -> int:
     vram = asked.vram if asked.vram is not None else None if card is None else card.memory
     if vram is None:
         raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME.")
-    if vram <= 0 or asked.gpus < 1:
-        raise UserError(f"--vram {vram:g} --gpus {asked.gpus}: both must be above 0.")
+    if asked.gpus < 1:
+        raise UserError(f"--gpus {asked.gpus}: it must be above 0.")
+    for flag, number in (("--vram", vram), ("--tbps", asked.tbps), ("--tflops", asked.tflops)):
+        if number is not None and not 0 < number < _ABSURD:  # NaN is in no range
+            raise UserError(f"{flag} {number:g}: it must be above 0 and below {_ABSURD:,}.")
     # What was measured here is of this card alone, and another may be asked about.
     here = apart(_here)
-    same = here is not None and abs(here[1] - vram) <= _ALIKE * vram
+    same = here is not None and abs(here[1] - vram) <= _ALIKE * vram and (card is None or card.device == here[0])
     allowance = allowances.load(here[0] if here is not None and same else None)
     import torch
 
@@ -115,15 +120,18 @@ def _here() -> tuple[str, float] | None:
 def configured(flags: Sequence[str], depth: int | None = None, model: str | None = None) -> Config:
     """The training that flags ask for: by default the model's report preset, in the precision that a GPU would take.
 
-    A canvas that is smaller than the image, and was not asked for, is made as large.
+    A canvas that is smaller than the image, and was not asked for, is made as large; `fastddr train` refuses that and
+    says so.
     """
     flags = list(flags)
     model = model or cli.last_value(flags, "--model")
     if cli.last_value(flags, "--preset") is None and model in MODELS:
         flags = ["--preset", f"report-{model}", *flags]
     size = cli.last_value(flags, "--image-size")
-    if cli.last_value(flags, "--canvas") is None and size is not None and size.isdigit():
-        flags += ["--canvas", str(max(int(size), 512))]
+    base = load_preset(cli.last_value(flags, "--preset") or Config.preset)
+    asked = cli.last_value(flags, "--canvas") is not None
+    if not asked and size is not None and size.isdigit() and int(size) > base.canvas:
+        flags += ["--canvas", size]
     config = cli.parse(flags, "fastddr plan")
     if depth is not None:
         key = "--cnn.blocks" if config.model == "cnn" else f"--{config.model}.depth"
@@ -166,8 +174,8 @@ def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: 
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     settings = ", ".join(f"{key} {value}" for key, value in config.model_settings.items())
     console.print(
-        f"{config.model} ({settings}), {config.image_size} px, {config.precision}, {case.micro} photographs at once of "
-        f"a global batch of {config.batch_size} on {asked.gpus} GPU(s)"
+        f"{config.model} ({settings}), {config.image_size} px of a canvas of {config.canvas}, {config.precision}, "
+        f"{case.micro} photographs at once of a global batch of {config.batch_size} on {asked.gpus} GPU(s)"
     )
     console.print(_kinds(found))
     verdict = "fits" if fits else "does not fit"

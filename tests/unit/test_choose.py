@@ -6,6 +6,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,29 @@ def test_a_cache_that_cannot_be_written_to_has_no_room(
     assert capacity.measure(torch.device("cpu"), 1).mmap == 0
 
 
+def test_what_lies_in_the_file_already_needs_no_room_again(
+    tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that the first start has filled would else end the resume."""
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(capacity, "free_ram", lambda: 100 * NEED)
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=NEED))
+
+    def chosen() -> str:
+        free = capacity.measure(torch.device("cpu"), 100, kept=stores.on_disk(tasks))
+        return choose("auto", tasks, 10, free).store
+
+    assert (stores.on_disk(tasks), chosen()) == (0, "none")
+    file = stores.build(replace(tasks[0], store="mmap"), "test 1")
+    for one in tasks:
+        for id_ in one.ids.tolist():
+            file.put(id_, torch.full((80, 80, 3), 7, dtype=torch.uint8))
+    file.close()
+    assert NEED < stores.on_disk(tasks) < 1.5 * NEED, "both splits lie in one file"
+    assert chosen() == "mmap"
+    assert stores.on_disk([replace(one, canvas=64) for one in tasks]) == 0
+
+
 def test_free_memory_is_measured() -> None:
     assert capacity.free_ram() > 10e6
 
@@ -179,7 +203,11 @@ GROUPS = {
     "version 2": (
         "0::/job\n",
         "job",
-        {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 50\n"},
+        {
+            "memory.max": "1000",
+            "memory.current": "700",
+            "memory.stat": "anon 5\ninactive_file 30\nactive_file 40\nfile_dirty 15\nfile_writeback 5\n",
+        },
     ),
     "version 1": (
         "3:cpu:/x\n2:memory:/job\n",
@@ -187,7 +215,8 @@ GROUPS = {
         {
             "memory.limit_in_bytes": "1000",
             "memory.usage_in_bytes": "700",
-            "memory.stat": "total_inactive_file 50\n",
+            # Those without `total_` are of the group without the groups below it.
+            "memory.stat": "active_file 9\ntotal_inactive_file 30\ntotal_active_file 40\ntotal_dirty 20\n",
         },
     ),
 }  # fmt: skip

@@ -225,8 +225,15 @@ def test_a_real_step_that_runs_out_of_memory_takes_the_next_smaller_divisor() ->
             "[enforce] DefaultCPUAllocator",
         ),
         (MemoryError(), "MemoryError"),
+        *((RuntimeError(words), words) for words in (
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+            "Triton Error [CUDA]: out of memory",
+            "CUDA driver error: out of memory",
+        )),
     ],
-)
+)  # fmt: skip
 def test_what_may_be_no_lack_of_memory_is_said(error: BaseException, told: str | None) -> None:
     with pytest.raises(UserError) as caught, enough_memory(lambda: "too small."):
         raise error
@@ -256,7 +263,11 @@ def test_what_was_measured_here_says_nothing_of_another_card(
     monkeypatch.setattr(questions.allowances, "load", load)
     for vram in ("8", "16"):
         assert verbs.main("plan", ["--vram", vram]) == 2
-    assert asked == ["NVIDIA X", None]
+    # Of a card that is named its own figures alone: others may be as large.
+    monkeypatch.setattr(questions, "apart", lambda answer: ("NVIDIA GeForce RTX 3090", 23.7))
+    for card in ("RTX 3090", "RTX 4090"):
+        assert verbs.main("plan", ["--card", card]) == 2
+    assert asked == ["NVIDIA X", None, "NVIDIA GeForce RTX 3090", None]
 
 
 def test_a_real_step_that_fails_otherwise_is_an_error() -> None:
@@ -274,6 +285,30 @@ def test_the_real_step_trains_on_the_cpu_and_leaves_the_seed_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_real_step_of_a_compiled_training_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped: list[nn.Module] = []
+
+    class Compiled(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image: Tensor) -> Any:
+            stepped.append(self)
+            return self.model(image)
+
+    monkeypatch.setattr(models.levers, "compiled", lambda model, config: Compiled(model))
+    fitting.one_step(config(compile=True), 24, 1, torch.device("cpu"))
+    assert len(stepped) == 2
+
+
+@pytest.mark.parametrize("card", cards.CARDS.values(), ids=cards.CARDS)
+def test_a_card_gives_less_than_its_name_says(card: cards.Card) -> None:
+    named = {"Tesla T4": 16, "NVIDIA L4": 24, "NVIDIA L40S": 48, "NVIDIA H200": 141}
+    most = named.get(card.device, 80 if "80GB" in card.device else 24)
+    assert 0.9 * most < card.memory < most
+
+
 def test_a_cpu_run_stays_as_it_is() -> None:
     given_ = config()
     assert fitting.settle(given_, torch.device("cpu"), 1) == fitting.Settled(given_, None, 0, ())
@@ -285,11 +320,17 @@ def test_what_a_run_takes_is_known_before_photographs_are_kept_on_the_card(monke
     monkeypatch.setattr(fitting, "numerics", lambda deterministic, cpu: None)
     card = torch.device("cuda", 0)
     kept = {"store": "vram"}
+    free = [24 * GIB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 24 * GIB))
     found = fitting.settle(config(micro_batch_size=12, loader="resident", loading=kept), card, 1)
     whole = predict(Case(config(loader="resident"), 12), DECLARED)
     assert found.taken == whole.total - whole.kinds["context"]
     assert found.own == pytest.approx((found.taken - whole.kinds["loader"]) / GIB)
     assert found.config.loading.store == "vram"
+    assert not any("may run out" in line for line in found.said)
+    free[0] = found.taken - 1
+    again = fitting.settle(config(micro_batch_size=12, loader="resident", loading=kept), card, 1)
+    assert any("may run out" in line for line in again.said), "a micro batch that is stored may be of a larger card"
 
 
 def test_batches_on_their_way_are_float32_by_dali_and_of_the_training_by_others() -> None:
@@ -422,7 +463,7 @@ def test_plan_answers_one_training(capsys: pytest.CaptureFixture[str], tmp_path:
     flags = ["--vram", "8", "--plot", str(picture), *SMALL, "--model", "resnet", "--depth", "12"]
     assert verbs.main("plan", flags) == 0
     said = capsys.readouterr().out
-    assert said.startswith("resnet (depth 12, width 16, stem standard), 64 px, bf16, 32 photographs at once")
+    assert said.startswith("resnet (depth 12, width 16, stem standard), 64 px of a canvas of 240, bf16, 32 photographs")
     assert "fits: " in said
     assert "declared, not measured on this card" in said
     assert picture.stat().st_size > 5000
@@ -454,6 +495,10 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "needs the card's memory: --vram 8"),
         (["--vram", "0"], "must be above 0"),
+        (["--vram", "nan"], "--vram nan: it must be above 0"),
+        (["--vram", "inf"], "--vram inf: it must be above 0"),
+        (["--card", "T4", "--tbps", "-1", "--tflops", "-3"], "--tbps -1: it must be above 0"),
+        (["--vram", "8", "--gpus", "0"], "--gpus 0: it must be above 0"),
         (["--vram", "8", "--plot", "x.png"], "--plot is of one training: name it with --model or --preset"),
         (["--vram", "8", "--depth", "40"], "--depth is of one training"),
         (["--vram", "8", "--image-size", "wide"], "--image-size"),
@@ -476,3 +521,36 @@ def test_a_training_without_a_preset_begins_at_the_reports() -> None:
     assert found.resnet == ResNetConfig(depth=40, width=64)
     assert found.optimizer == OptimizerConfig()
     assert planning.divisors(12) == [12, 6, 4, 3, 2, 1]
+
+
+def test_the_canvas_is_the_trainings_unless_the_image_is_larger(tmp_path: Path) -> None:
+    preset = tmp_path / "my.yaml"
+    for canvas, size, expected in ((768, 512, 768), (288, 256, 288), (288, 512, 512)):
+        preset.write_text(f"image_size: 256\ncanvas: {canvas}\n")
+        assert questions.configured(["--preset", str(preset), "--image-size", str(size)]).canvas == expected
+
+
+def test_an_image_that_does_not_suit_the_model_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Case(config(), 24)
+    smaller = planning._Change("--image-size 32", "", replace(asked, config=config(image_size=32)))
+    monkeypatch.setattr(planning, "_least", lambda change, case, micro: 0)  # which would trace
+    monkeypatch.setattr(planning, "_changes", lambda case: [smaller])
+
+    def refused(case: Case, limit: int, allowance: Allowance) -> bool:
+        raise UserError("--model timm:x cannot take images of 32×32")
+
+    monkeypatch.setattr(planning, "fits", refused)
+    assert not list(ways(asked, GIB, NOTHING))
+    # What else is wrong with a model is told.
+    monkeypatch.setattr(planning, "_changes", lambda case: [replace(smaller, case=asked)])
+    with pytest.raises(UserError, match="cannot take"):
+        list(ways(asked, GIB, NOTHING))
+
+
+def test_a_tape_of_a_model_of_timms_is_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for number in ("1.0", "1.1"):
+        monkeypatch.setattr(predicting, "version", lambda name, number=number: number)
+        keys.add(predicting._key("timm:resnet18", (), tracing.Steps(64)))
+    assert len(keys) == 2
+    assert predicting._timm("resnet") is None

@@ -269,6 +269,13 @@ def test_averages_stay_where_a_step_was_left_out() -> None:
     optimizers.update_ema(other, model, 5, 0.9)
     assert not torch.equal(ema.module[0].weight, before["0.weight"])
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters(), strict=True))
+    # As on a GPU, where the host does not look.
+    optimizers.update_ema(other, model, 5, 0.9, skip=torch.tensor(True), asks=False)
+    assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters(), strict=True))
+    optimizers.update_ema(ema, model, 6, 0.9)
+    optimizers.update_ema(other, model, 6, 0.9, skip=torch.tensor(False), asks=False)
+    for a, b in zip(ema.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_optimizer_and_the_factor_of_a_configuration() -> None:

@@ -92,7 +92,7 @@ def test_test_is_kept_in_a_file_only_where_it_has_room(spare: float, store: str,
 
 
 def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "measure", lambda device, ranks, taken: Free(0, 10**9, 10**9))
+    monkeypatch.setattr(run_module, "measure", lambda device, ranks, taken, kept: Free(0, 10**9, 10**9))
     # The other rank has little memory, and finds what this one finds with so little.
     monkeypatch.setattr(
         run_module.ranks,

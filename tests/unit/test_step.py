@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from tests_support import settings
 from torch import nn
 
 from fastddr import losses, optimizers
+from fastddr.cli import parse
+from fastddr.config import dump
 from fastddr.errors import UserError
 from fastddr.loaders import Batch
 from fastddr.meters import out_of_memory
+from fastddr.runs import RunFolder, continue_from
 from fastddr.step import Tally, training_step
 from fastddr.trainer import Trainer
 from fastddr.watch import OVERFLOWS, Bad, Watch, listed
@@ -257,10 +261,51 @@ def test_a_card_that_is_too_small_is_one_sentence(
 
     with pytest.raises(UserError, match=r"too small for 4 photographs of 64 px at once: .*--micro-batch-size 2, which"):
         run()
-    assert "--loading.store" not in out_of_memory(torch.device("cpu"), 1, 64, store="ram")
-    assert "--loading.store ram" in out_of_memory(torch.device("cpu"), 1, 64, store="vram")
-    assert "--micro-batch-size" not in out_of_memory(torch.device("cpu"), 1, 64, store="vram")
-    assert "--micro-batch-size 5," in out_of_memory(torch.device("cpu"), 15, 64, store="none")
+
+
+MIXED = ("--augment.mixup", "0.2", "--batch-size", "6", "--micro-batch-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "scoring", "named", "unnamed"),
+    [
+        (["--batch-size", "15"], False, ["--micro-batch-size 5", "--memory.checkpointing"], []),
+        (["--memory.checkpointing"], False, ["--micro-batch-size 16"], ["--memory.checkpointing"]),
+        (["--compile"], False, ["--memory.activation-budget 0.5"], ["--memory.checkpointing"]),
+        (MIXED, False, ["--memory.checkpointing"], ["--micro-batch-size"]),
+        (["--evaluation.batch-size", "9"], True, ["--evaluation.batch-size 4"], ["--micro-batch-size"]),
+        (["--batch-size", "1"], True, ["--image-size"], ["--evaluation.batch-size"]),
+    ],
+    ids=["plain", "checkpointing", "compile", "mixed", "scoring", "one"],
+)
+def test_the_ways_out_are_those_that_can_be_gone(
+    flags: list[str], scoring: bool, named: list[str], unnamed: list[str], tmp_path: Path
+) -> None:
+    """Each flag that is told is taken, by a new run or by the one that goes on."""
+    asked, cpu = parse(flags, "test"), torch.device("cpu")
+    said = out_of_memory(asked, cpu, 1, store="vram", scoring=scoring)
+    assert all(flag in said for flag in [*named, "--loading.store ram"]), said
+    assert not any(flag in said for flag in unnamed), said
+    goes_on = out_of_memory(asked, cpu, 1, store="vram", scoring=scoring, run=tmp_path)
+    now, _, anew = goes_on.partition("begin a new run")
+    assert f"--init run:{tmp_path} " in anew
+    micro = asked.batch_size if asked.micro_batch_size == "auto" else asked.micro_batch_size
+    (tmp_path / "config.yaml").write_text(dump(replace(asked, micro_batch_size=micro)))
+    for text in (said, now, anew):
+        for flag, value in re.findall(r"--([\w.-]*\w)(?: (ram|\d[\d.]*))?", text):
+            if flag not in ("image-size", "canvas", "init", "run-dir"):
+                changed = parse([*flags, f"--{flag}", *([value] if value else [])], "test")
+                if text is now:
+                    continue_from(replace(changed, run_dir=str(tmp_path)), RunFolder(tmp_path), 1)
+
+
+def test_what_several_ranks_held_and_could_hold() -> None:
+    asked, cpu = parse(["--batch-size", "32"], "test"), torch.device("cpu")
+    assert "for 16 photographs" in out_of_memory(asked, cpu, 2, store="none"), "the rank's part of the batch"
+    # Only where the stored micro batch does not divide the new part is it chosen anew.
+    said = out_of_memory(replace(asked, micro_batch_size=16), cpu, 2, store="none", run=Path("mine"))
+    assert "go on with 4 GPUs in all" in said
+    assert "--init run:./mine " in said
 
 
 def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) -> None:

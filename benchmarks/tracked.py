@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddr.tracking.wandb_run import FINISH_TIMEOUT, INIT_TIMEOUT
+from fastddr.tracking.wandb_run import FINISH_TIMEOUT, INIT_TIMEOUT, choose_mode
 
 #: Where the runs' files go, below the working directory, as those of training runs do.
 FOLDER = Path("runs") / "benchmarks"
@@ -61,8 +61,7 @@ def keep(record: Mapping[str, Any], result: Path, *, say: Callable[[str], None])
         result: where; its name is the run's.
         say: gets one line: the page of the run, or what to type to upload it, or why there is none.
     """
-    mode = os.environ.get("WANDB_MODE", "").lower()
-    if mode == "disabled":
+    if os.environ.get("WANDB_MODE", "").lower() == "disabled":  # before wandb is looked for, which may not be there
         say(f"W&B is off by WANDB_MODE; the figures are in {result.name}.")
         return
     try:
@@ -76,7 +75,7 @@ def keep(record: Mapping[str, Any], result: Path, *, say: Callable[[str], None])
         folder.mkdir(parents=True, exist_ok=True)
         if own_data_dir:  # where a table is staged; by default outside the folder
             os.environ["WANDB_DATA_DIR"] = str(folder)
-        said = _kept(wandb, mode, record, result, folder)
+        said = _kept(wandb, record, result, folder)
     except Exception as problem:  # noqa: BLE001  # wandb's errors derive from no class of its own
         said = f"W&B is off, the figures are in {result.name}: {_line(problem)}"
     finally:
@@ -85,11 +84,10 @@ def keep(record: Mapping[str, Any], result: Path, *, say: Callable[[str], None])
     say(said)
 
 
-def _kept(wandb: Any, mode: str, record: Mapping[str, Any], result: Path, folder: Path) -> str:
-    wandb.setup(settings=wandb.Settings(silent=True))
-    why = "WANDB_MODE"
-    if not mode:
-        mode, why = ("online", "") if _logged_in(wandb) else ("offline", "not logged in")
+def _kept(wandb: Any, record: Mapping[str, Any], result: Path, folder: Path) -> str:
+    mode, why = choose_mode(wandb)
+    if mode == "disabled":
+        return f"W&B is off by {why}; the figures are in {result.name}."
     try:
         run = _begun(wandb, mode, record, result, folder)
     except Exception as problem:  # wandb's errors again; offline it goes to the one above
@@ -130,13 +128,6 @@ def _begun(wandb: Any, mode: str, record: Mapping[str, Any], result: Path, folde
             silent=True, console="off", init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT
         ),
     )  # fmt: skip
-
-
-def _logged_in(wandb: Any) -> bool:
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except Exception:  # noqa: BLE001  # a key that is no key
-        return False
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -128,8 +129,12 @@ def device_name(device: torch.device) -> str:
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
+@cache
 def code_state() -> str | None:
-    """The commit of the checkout that this code lies in, with "-dirty" where files were changed; None without git."""
+    """The commit of the checkout that this code lies in, with "-dirty" where files were changed; None without git.
+
+    As it was when this was first asked: the checkout may move on while a run goes on with what it has loaded.
+    """
     package = Path(fastddr.__file__).parent
 
     def git(*arguments: str) -> str:

@@ -23,7 +23,9 @@ class EpochBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=quiet or not console.is_terminal,
+            # Disabled it redirects nothing: what a quiet rank writes to stderr must be seen. FORCE_COLOR, as in CI,
+            # makes rich take a log file for a terminal.
+            disable=quiet or console.quiet or not (console.is_terminal and console.file.isatty()),
         )
         self._bar = self._progress.add_task(title, total=total, completed=start, speed="")
 

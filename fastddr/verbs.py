@@ -91,7 +91,7 @@ class Check:
                 json.dump(checks.as_json(seen, listed), sys.stdout, indent=1)
                 print()
             else:
-                checks.show(seen, listed, Console(highlight=False, emoji=False), self.fix_list)
+                checks.show(seen, listed, Console(highlight=False, markup=False, emoji=False), self.fix_list)
             sys.stdout.flush()
         # The launcher ends all ranks when one ends with an error: they wait, and leave the verdict to rank 0.
         ranks.join()

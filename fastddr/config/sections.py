@@ -215,8 +215,8 @@ class TrackingConfig:
     """Weights & Biases; offline when there is no login or no network."""
     tensorboard: bool = True
     """TensorBoard files in the run folder."""
-    project: str = "fastddr"
-    """The W&B project."""
+    project: str | None = None
+    """The W&B project; by default that of WANDB_PROJECT, else fastddr."""
     group: str | None = None
     """The W&B group, for runs that belong together: the seeds of one setting, a sweep."""
     log_images: bool = False

@@ -35,6 +35,10 @@ _COLOURS = "inferno"
 _LEAST = 224
 #: Images whose maps are made at once; few, and not tuned.
 _TOGETHER = 8
+_NO_MAPS = (
+    "--explain: no layer of this model gives maps of the image, as those of convolutional networks do; leave "
+    "--explain out."
+)
 
 
 def check() -> None:
@@ -46,17 +50,24 @@ def check() -> None:
 def last_map(model: nn.Module, image: Float[Tensor, "b 3 s s"]) -> nn.Module:
     """The module whose output is explained: the last that gives maps (b, d, h, w) with more than one place.
 
-    Of modules that give the same map, the outermost, so that what follows it is pooling and the head.
+    Of modules that give the same map, the outermost, so that what follows it is pooling and the head. Maps that became
+    tokens again do not count: those of a patch embedding, or of attention between two places.
 
     Raises:
-        UserError: no module gives maps, as in most transformers.
+        UserError: no module gives maps that the head sees, as in most transformers.
     """
     found: list[nn.Module] = []
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
-        # Square images have square maps; with channels last (b, h, w, d) it is another dimension that differs.
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3] > 1:
-            found.append(module)
+        if not isinstance(output, Tensor):
+            return
+        # Square images have square maps. Windows and heads of attention are folded into the batch, and make it larger.
+        if output.ndim == 4 and output.shape[2] == output.shape[3] > 1:
+            if len(output) == len(image):
+                found.append(module)
+        # Tokens (b, n, d) or, with channels last, (b, h, w, d).
+        elif (output.ndim == 4 and output.shape[2:] != (1, 1)) or (output.ndim == 3 and output.shape[1] > 1):
+            found.clear()
 
     hooks = [module.register_forward_hook(look) for module in model.modules() if module is not model]
     try:
@@ -66,10 +77,7 @@ def last_map(model: nn.Module, image: Float[Tensor, "b 3 s s"]) -> nn.Module:
         for hook in hooks:
             hook.remove()
     if not found:
-        raise UserError(
-            "--explain: no layer of this model gives maps of the image, as those of convolutional networks do; leave "
-            "--explain out."
-        )
+        raise UserError(_NO_MAPS)
     return found[-1]
 
 
@@ -83,6 +91,9 @@ def heat(
         layer: of it, by `last_map`.
         image: normalised, as a loader gives it.
         grade: of each image, the one to explain.
+
+    Raises:
+        UserError: the layer does not give one map an image.
     """
     from captum.attr import LayerGradientXActivation
 
@@ -91,6 +102,8 @@ def heat(
 
     with torch.enable_grad():
         found = LayerGradientXActivation(log_probability, layer).attribute(image.float(), target=grade)
+    if len(found) != len(image):
+        raise UserError(_NO_MAPS)
     maps = found.detach().float().sum(1, keepdim=True).relu()
     maps = F.interpolate(maps, size=image.shape[2:], mode="bilinear")[:, 0]
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from fastddr.tracking import METRICS, read
 __all__ = ["ABOUT", "read_metrics", "summary", "write"]
 
 ABOUT = "about.json"
+#: Columns that no summary takes.
+_WIDE = 1000
 
 
 def write(
@@ -77,15 +79,15 @@ def write(
     # Which epoch is the best is more than its kappa: of equal ones the loss decides, of six classes macro F1.
     told = (re.match(r"best \(step \d+, epoch (\d+)\)", split.weights) for split in splits.values())
     best = next((int(match[1]) for match in told if match), None)
-    pictures = {"curves.png": plots.curves(logged, best)} if plots.has_curves(logged) else {}
-    pictures["confusion_matrix.png"] = plots.confusion({name: found[name] for name in shown})
-    pictures["roc.png"] = ranked.curves(shown, found)
-    pictures["reliability.png"] = plots.reliability(shown, found, temperature)
+    pictures: dict[str, Callable[[], bytes]] = {}
+    if plots.has_curves(logged):
+        pictures["curves.png"] = lambda: plots.curves(logged, best)
+    pictures["confusion_matrix.png"] = lambda: plots.confusion({name: found[name] for name in shown})
+    pictures["roc.png"] = lambda: ranked.curves(shown, found)
+    pictures["reliability.png"] = lambda: plots.reliability(shown, found, temperature)
     if shown:
-        name = "test" if "test" in shown else next(iter(shown))
-        pictures["worst.png"] = plots.worst(name, splits[name], root)
-    for name, picture in pictures.items():
-        _put(report / name, picture)
+        of = "test" if "test" in shown else next(iter(shown))
+        pictures["worst.png"] = lambda: plots.worst(of, splits[of], root)
     title = title or Path(run_dir).resolve().name
     about = {
         "run": title,
@@ -107,6 +109,9 @@ def write(
         _put(report / "left_out.csv", problems.write_list(left_out).encode("utf-8", "surrogateescape"))
     text = tables.markdown(title, found, facts, notes, list(pictures), left_out)
     _put(report / "report.md", text.encode())
+    # Last: a picture that cannot be drawn takes no figures with it.
+    for name, draw in pictures.items():
+        _put(report / name, draw())
     return report / "report.md"
 
 
@@ -141,7 +146,7 @@ def summary(
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     table.add_column("", no_wrap=True)
     for name in found:
-        table.add_column(_column(name), justify="right", no_wrap=True)
+        table.add_column(_column(name), justify="right", overflow="fold", min_width=len("100.0 %"))
     for label, cells in tables.rows(found, short=True):
         table.add_row(label, *cells)
     commands = [("report", shlex.quote(str(report / "report.md")))]
@@ -151,9 +156,13 @@ def summary(
     commands += [(word, command) for word, command in zip(("view", "upload"), wandb_commands, strict=True) if command]
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
     body = Group(table, Text(), *_weights(found), Text(), Text(tables.DISCLAIMER, style="dim"))
-    panel = Panel(body, title=run_dir.resolve().name, title_align="left", expand=False, padding=(1, 2))
-    console = console or Console(emoji=False)
-    console.print(panel)
+    panel = Panel(body, title=Text(run_dir.resolve().name), title_align="left", expand=False, padding=(1, 2))
+    console = console or Console(markup=False, emoji=False)
+    if console.measure(panel, options=console.options.update(max_width=_WIDE)).maximum <= console.width:
+        console.print(panel)
+    else:  # without the frame, so that nothing is cut off
+        table.padding = (0, 1, 0, 0)
+        console.print(panel.title, "", body, soft_wrap=True)
     # Outside the frame and unbroken, so that they can be copied whole.
     console.print(next_lines, soft_wrap=True)
 

@@ -90,8 +90,9 @@ def write(place: Path, root: Path | None = None) -> Path:
     order = ("train", "valid", "test", predictions.LAST, *found.splits)
     splits = {name: found.splits[name] for name in dict.fromkeys(order) if name in found.splits}
     where = root or (None if about["root"] is None else Path(about["root"]))
-    # Only a run's own report shows the course of its training.
-    run = folder.parent if folder.name == "report" else folder
+    # Only a run's own report shows the course of its training. A place like `.` has its name elsewhere.
+    named = folder if folder.name == "report" else folder.resolve()
+    run = named.parent if named.name == "report" else folder
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
         temperature=about.get("temperature"), fit=about.get("fit", True), title=about["run"], predicted=False,

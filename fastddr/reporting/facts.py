@@ -39,10 +39,10 @@ def facts(
     """
 
     def values(key: str) -> list[float]:
-        return [line[key] for line in logged if line.get(key) is not None]
+        return [line[key] for line in logged if isinstance(line.get(key), int | float)]
 
     shown: dict[str, Any] = {
-        "Command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "Command": command(sys.argv),
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
         "Begins at": (began_at or config.init or "random weights").removeprefix("init "),
         "Preset": config.preset,
@@ -66,7 +66,7 @@ def facts(
         },
         "Loss": {"name": config.loss.name, **_other(config.loss, LossConfig(config.loss.name))},
         "Augmentation": {"policy": config.augment.policy, **_other(config.augment, POLICIES[config.augment.policy])},
-        "Seed": config.seed,
+        "Seed": str(config.seed),  # to be copied, so without separators
         "Device": f"{device_name(runtime.device)}, {runtime.world} rank(s), {runtime.threads} threads each",
         "Precision": config.precision,
         "Loader": config.loader,
@@ -85,7 +85,15 @@ def facts(
     for key, label in MEMORY.items():
         if peaks := values(key):
             shown[label] = f"{max(peaks):.2f} GiB"
-    return shown | {"Versions": versions(), "Code": code_state() or "not a checkout of git"}
+    return shown | {"Versions": versions(), "Code at the last start": code_state() or "not a checkout of git"}
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line as it can be typed in any folder, however fastddr was started."""
+    program = Path(argv[0])
+    typed = {"__main__.py": ["fastddr"], "train.py": ["fastddr", "train"]}
+    ours = typed.get(program.name) if program.parent.name == "fastddr" else None
+    return shlex.join([*(ours or [program.name]), *argv[1:]])
 
 
 def _other(settings: LossConfig | AugmentConfig, usual: LossConfig | AugmentConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Colours are Okabe and Ito's (2008), which stay apart for colour-blind eyes.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,12 @@ def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> by
                 weight="normal",
                 pad=5,
             )
-            axes.text(0, TILE + 8, _middle(one_line(Path(split.paths[row]).name), 40), size=7, color=GREY, va="top")
-        return png(figure)
+            name = _middle(one_line(Path(split.paths[row]).name), 40)
+            axes.text(0, TILE + 8, name, size=7, color=GREY, va="top", parse_math=False)  # a $ is a $
+        with warnings.catch_warnings():
+            # Letters that the font lacks are drawn as boxes.
+            warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+            return png(figure)
 
 
 def _matrix(axes: Axes, split: str, values: Figures) -> Any:
@@ -243,8 +248,12 @@ def _by_epoch(epochs: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _points(logged: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and values of all lines that hold a number under a key."""
-    pairs = [(line["epoch"], line[key]) for line in logged if line.get(key) is not None]
+    """Epochs and values of all lines that hold a number under a key; somebody else may have written lines too."""
+    pairs = [
+        (line["epoch"], line[key])
+        for line in logged
+        if isinstance(line.get("epoch"), int | float) and isinstance(line.get(key), int | float)
+    ]
     epochs, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return epochs, values
 

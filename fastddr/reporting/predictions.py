@@ -63,7 +63,8 @@ def load(file: Path, weights: Mapping[str, str]) -> dict[str, SplitResult]:
             path, split, grade, _, *rest = row
             patient = rest.pop() if known and rest else ""
             probabilities = [float(value) for value in rest]
-            if len(probabilities) != classes or not 0 <= int(grade) < classes or min(probabilities) < 0:
+            known_grade = 0 <= int(grade) < classes
+            if len(probabilities) != classes or not known_grade or not all(0 <= p < np.inf for p in probabilities):
                 raise ValueError
             found.setdefault(split, []).append((path, int(grade), probabilities, patient))
         except ValueError:

@@ -138,8 +138,10 @@ class Tracker:
 
     def finish(self, *, failed: bool = False) -> None:
         """Close everything; a second call does nothing. `failed` marks the W&B run as failed."""
-        self._each(lambda copy: copy.finish(failed))
-        self._copies = []
+        copies, self._copies = self._copies, []
+        for copy in copies:
+            with self._guard(copy.name, copy.errors):
+                copy.finish(failed)
         lines, self._lines = self._lines, None
         if lines is not None:
             # A line that could not be written is still in the stream, and fails again; that was told when it first did.
@@ -173,7 +175,7 @@ class Tracker:
             self._say(said)
 
     def _each(self, do: Callable[[Copy], None]) -> None:
-        """Do something with each tracker, and drop the one that fails at it."""
+        """Do something with each tracker, and end the one that fails at it."""
         for copy in list(self._copies):
             with self._guard(copy.name, copy.errors, copy):
                 do(copy)
@@ -183,17 +185,33 @@ class Tracker:
         try:
             yield
         except errors as error:
-            if copy in self._copies:
-                self._copies.remove(copy)
             self._say(f"{name} is off from here on, {METRICS} goes on: {first_line(error)}")
+            if copy is not None and copy in self._copies:
+                self._copies.remove(copy)
+                with contextlib.suppress(*copy.errors):  # what it lacks is told already
+                    copy.finish(failed=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; none where there is no such file."""
+    """The whole lines of a `metrics.jsonl`; none where there is no such file.
+
+    Raises:
+        UserError: a line is broken, other than a last one that a killed process left unfinished.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if line.endswith("}"):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise _broken(path, number) from error
+    return found
+
+
+def _broken(path: Path, number: int) -> UserError:
+    return UserError(f"{path}, line {number}: not a line of figures; mend or remove it.")
 
 
 def truncate_to(path: Path, step: int, validated: bool = True) -> int:
@@ -214,7 +232,7 @@ def truncate_to(path: Path, step: int, validated: bool = True) -> int:
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not a line of figures; mend or remove it.") from error
+            raise _broken(path, number) from error
         # The figures of the end are of no step, and come again when the run gets there again.
         again = ("final/",) if validated or at < step else ("final/", "valid/")
         if at <= step and not any(name.startswith(again) for name in record) and line.endswith("\n"):

@@ -23,6 +23,8 @@ from fastddr.tracking.copies import Answers, first_line, short, thumbnail, write
 
 #: Seconds for W&B to come online before the run goes on offline, and to upload its rest at the end.
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 120
+#: Where neither the user nor WANDB_PROJECT names one.
+PROJECT = "fastddr"
 #: What the table of runs shows of a curve; of all others the last value.
 SUMMARIES = {
     "valid/qwk": "max",
@@ -84,6 +86,7 @@ class WandbRun:
         # a copy of the figures must never stop a run. Each is said, and ends this tracker.
         self.errors = (Exception,)
         self._run_dir, self._config, self._options = run_dir, config, options
+        self._project = options.project or os.environ.get("WANDB_PROJECT") or PROJECT
         self._run: Any = None
         #: Variables of the environment that this run has set.
         self._own: list[str] = []
@@ -106,17 +109,17 @@ class WandbRun:
             raise
 
     def _start(self) -> str | None:
-        mode, why = os.environ.get("WANDB_MODE", "").lower(), "WANDB_MODE"
-        if mode == "disabled":
+        if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             return None
         folder = self._run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         self._put("WANDB_DATA_DIR", folder)  # where artifacts are staged; by default outside the run folder
         if not _writable(Path(user_cache_dir("wandb"))):  # without its cache W&B makes no artifact
             self._put("WANDB_CACHE_DIR", folder / "cache")
-        self._wandb.setup(settings=self._wandb.Settings(silent=True))
-        if not mode:
-            mode, why = ("online", "") if self._logged_in() else ("offline", "not logged in")
+        mode, why = choose_mode(self._wandb)
+        if mode == "disabled":
+            self._give_back()
+            return None
         earlier = _parts(folder, _run_id(folder / "id.txt"))
         try:
             self._run = self._init(mode)
@@ -128,7 +131,7 @@ class WandbRun:
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
         if self._run.offline:
-            self._next = max(_next_of(earlier), self._known())
+            self._next = max(_next_of(earlier, self._project), self._known())
         else:
             self._next = self._run.starting_step
             # Those that were not uploaded: the run gets all their rows again.
@@ -246,18 +249,23 @@ class WandbRun:
                 value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
                 self._run.summary.update({name: {how: value}})
         finally:
-            self._run.finish(exit_code=int(failed))
-        self._keep()
+            try:
+                self._run.finish(exit_code=int(failed))
+            finally:
+                self._keep()
 
     def _keep(self) -> None:
-        """Keep how far this run is at W&B: parts that were uploaded may be deleted (`wandb clean`)."""
-        write_line(self._run_dir / "wandb" / "next.txt", f"{self._run.id} {self._next}")
+        """Keep how far this run is in its project: parts that were uploaded may be deleted (`wandb clean`)."""
+        write_line(self._run_dir / "wandb" / "next.txt", f"{self._run.id} {self._next} {self._project}")
 
     def _known(self) -> int:
-        """What was kept of this run; 0 without it."""
+        """What was kept of this run; 0 without it, or where it is of another project."""
         file = self._run_dir / "wandb" / "next.txt"
-        words = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
-        return int(words[1]) if len(words) == 2 and words[0] == self._run.id and words[1].isdecimal() else 0
+        words = file.read_text(encoding="utf-8", errors="replace").split(maxsplit=2) if file.is_file() else []
+        if len(words) < 2 or words[0] != self._run.id or not words[1].isdecimal():
+            return 0
+        # An earlier fastddr kept no project.
+        return int(words[1]) if len(words) == 2 or words[2].strip() == self._project else 0
 
     def _put(self, name: str, value: Path) -> None:
         """Set a variable of the environment, unless the user has."""
@@ -270,15 +278,9 @@ class WandbRun:
         while self._own:
             os.environ.pop(self._own.pop(), None)
 
-    def _logged_in(self) -> bool:
-        try:
-            return bool(self._wandb.login(prompt=False, verify=False))
-        except self.errors:  # a key that is no key
-            return False
-
     def _init(self, mode: Any) -> Any:
         return self._wandb.init(
-            project=self._options.project,
+            project=self._project,
             group=self._options.group,
             job_type="train",
             name=self._run_dir.name,
@@ -298,6 +300,20 @@ class WandbRun:
         )
 
 
+def choose_mode(wandb: Any) -> tuple[str, str]:
+    """W&B's mode, in lower case, and who chose it: WANDB_MODE, `wandb disabled` or `wandb offline`, or the login."""
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    if mode := os.environ.get("WANDB_MODE", "").lower():
+        return mode, "WANDB_MODE"
+    if settings.mode != "online":
+        return settings.mode, "W&B's settings"
+    try:
+        known = bool(wandb.login(prompt=False, verify=False))
+    except Exception:  # noqa: BLE001  # a key that is no key
+        known = False
+    return ("online", "") if known else ("offline", "not logged in")
+
+
 def _writable(folder: Path) -> bool:
     """Whether a folder, which may not be there yet, can be written to: not where the home folder is another's."""
     try:
@@ -314,10 +330,11 @@ def _parts(folder: Path, run_id: str) -> list[Path]:
     return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"), reverse=True)
 
 
-def _next_of(parts: Sequence[Path]) -> int:
+def _next_of(parts: Sequence[Path], project: str) -> int:
     """One more than W&B's own step of the last row in the parts of a run, the newest of them first; 0 without any.
 
-    Of several with rows two are read: the clock may have been set back. Parts without a row are put aside.
+    Of several with rows two are read: the clock may have been set back. Parts without a row are put aside, and those of
+    another project do not count: this one has none of their rows.
 
     Raises:
         RuntimeError: a part cannot be read.
@@ -332,11 +349,13 @@ def _next_of(parts: Sequence[Path]) -> int:
             why = (read.stderr.strip().splitlines() or ["no reason given"])[-1]
             place = short(part.parent.parent)
             raise RuntimeError(f"{short(part)} cannot be read ({why}); move {place} away to begin anew at W&B.")
-        records = (json.loads(line) for line in reversed(read.stdout.splitlines()))
+        records = [json.loads(line) for line in reversed(read.stdout.splitlines())]
         own = next((record["history"]["step"].get("num", 0) for record in records if record["type"] == "history"), None)
         if own is None:
             # `wandb sync` stumbles over a part that was killed before W&B wrote anything.
             _put_aside([part])
+            continue
+        if project not in [record["run"].get("project", project) for record in records if record["type"] == "run"]:
             continue
         found.append(int(own) + 1)
         if len(found) == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -48,6 +49,60 @@ def test_a_model_without_maps_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
     with pytest.raises(UserError, match="no layer of this model gives maps"):
         explain.last_map(model, torch.randn(1, 3, 8, 8))
+
+
+class _Tokens(nn.Module):
+    """Rows of a map (b, d, h, w) as tokens (b, n, d), with channels last (b, h, w, d), or as attention between tokens,
+    with its heads folded into the batch or not."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        tokens = maps.flatten(2).transpose(1, 2)
+        heads = tokens.unflatten(2, (2, -1)).transpose(1, 2)
+        found: dict[str, Callable[[], torch.Tensor]] = {
+            "tokens": lambda: tokens,
+            "channels last": lambda: maps.permute(0, 2, 3, 1),
+            "attention": lambda: heads @ heads.transpose(2, 3),
+            "heads in the batch": lambda: (heads @ heads.transpose(2, 3)).flatten(0, 1)[:, None],
+        }
+        return found[self.what]()
+
+
+class _Mixed(nn.Module):
+    """A patch embedding, something that is no map of the image, perhaps a map again, and a head."""
+
+    def __init__(self, *whats: str, again: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 5)
+        self.mixed = nn.ModuleList(_Tokens(what) for what in whats)
+        self.again = nn.Conv2d(6, 6, 1) if again else None
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        maps = self.embedding(image)
+        for part in self.mixed:
+            maps = maps + 1e-3 * part(maps).mean()
+        return self.head((maps if self.again is None else self.again(maps)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "whats", [("tokens",), ("channels last",), ("attention", "tokens"), ("tokens", "heads in the batch")]
+)
+def test_maps_that_became_tokens_are_no_maps(whats: tuple[str, ...]) -> None:
+    """As in ViT, Swin, CaiT and MViT; a hybrid makes a map of its tokens again."""
+    image = torch.randn(2, 3, 16, 16)
+    with pytest.raises(UserError, match="no layer of this model gives maps"):
+        explain.last_map(_Mixed(*whats, again=False), image[:1])
+    hybrid = _Mixed(*whats, again=True)
+    assert explain.last_map(hybrid, image[:1]) is hybrid.again
+
+
+def test_a_layer_that_gives_other_maps_than_one_an_image_is_refused() -> None:
+    model = _Mixed("heads in the batch", again=False)
+    with pytest.raises(UserError, match="no layer of this model gives maps"):
+        explain.heat(model, model.mixed[0], torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))
 
 
 class _Corner(nn.Module):

@@ -8,6 +8,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastddr import reporting
+from fastddr import meters, reporting
 from fastddr.data.grades import ICDR
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.reporting import again, plots, predictions, tables
+from fastddr.reporting import again, facts, plots, predictions, tables
 
 pytestmark = pytest.mark.pictures
 
@@ -60,7 +61,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "quickstart-synthetic"
+    run = tmp_path_factory.mktemp("runs") / "quickstart[lr=1]-synthetic"  # the brackets are text, no markup
     run.mkdir()
     photo = run / "photos" / "test" / "000.jpg"
     photo.parent.mkdir(parents=True)
@@ -157,6 +158,8 @@ def test_the_best_epoch_of_the_curves_is_that_of_the_weights() -> None:
     assert plots._best(logged, 3) == (3.0, 0.7)
     assert plots._best(logged, None) is None
     assert plots.curves(logged, 3) != plots.curves(logged, 2)
+    foreign = [{"step": 5, "valid/qwk": 0.9}, {"epoch": 4, "valid/qwk": "high"}, {"epoch": None, "valid/qwk": 1}]
+    assert plots._points([*logged, *foreign], "valid/qwk")[0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,24 @@ def test_little_is_enough_for_a_report(tmp_path: Path) -> None:
     assert not list((tmp_path / "report").glob(".*"))
 
 
+def test_a_picture_that_fails_takes_no_figures_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> bytes:
+        raise ValueError("cannot be drawn")
+
+    monkeypatch.setattr(plots, "confusion", fails)
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        reporting.write(tmp_path, {"test": split(np.diag([2, 1, 1]))}, {})
+    there = {path.name for path in (tmp_path / "report").iterdir()}
+    assert there == {"about.json", "metrics.json", "predictions.csv", "report.md"}
+
+
+def test_a_report_is_of_its_run_from_within_its_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the run it finds the curves."""
+    monkeypatch.setattr(reporting, "write", lambda run, *_, **__: run)
+    monkeypatch.chdir(run / "report")
+    assert again.write(run) == again.write(Path()).absolute() == run
+
+
 def test_a_report_made_again_is_the_same(run: Path, tmp_path: Path) -> None:
     """From what lies in the folder, without a model: to the last figure and picture."""
     copy = tmp_path / run.name
@@ -253,9 +274,10 @@ def test_what_is_no_report_is_one_sentence(run: Path, tmp_path: Path) -> None:
         again.write(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(run / "report", copy)
-    (copy / "predictions.csv").write_text("path,split,grade,predicted,p0,p1\na.jpg,test,0,0,0.5\n")
-    with pytest.raises(UserError, match=r"predictions\.csv, line 2"):
-        again.write(copy)
+    for row in ("0.5", "nan,0.5", "0.5,inf", "-0.5,1.5"):
+        (copy / "predictions.csv").write_text(f"path,split,grade,predicted,p0,p1\na.jpg,test,0,0,{row}\n")
+        with pytest.raises(UserError, match=r"predictions\.csv, line 2"):
+            again.write(copy)
     (copy / "predictions.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="not a list of predictions"):
         again.write(copy)
@@ -265,10 +287,11 @@ def test_what_is_no_report_is_one_sentence(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_text_and_a_probability_of_nothing(tmp_path: Path) -> None:
-    """A file's name may hold any bytes; a softmax may be exactly 0."""
+    """A file's name may hold any bytes, what Matplotlib takes for a formula, and letters that its font lacks; a softmax
+    may be exactly 0."""
     result = SplitResult(
-        torch.tensor([[900.0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]), torch.tensor([4, 1]), torch.arange(2),
-        [b"a\xff,\n.jpg".decode(errors="surrogateescape"), "b.jpg"], "best",
+        torch.tensor([[900.0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]), torch.tensor([4, 2]), torch.arange(2),
+        [b"a\xff,\n.jpg".decode(errors="surrogateescape"), "50$%$ \u773c.jpg"], "best",
     )  # fmt: skip
     (tmp_path / "p.csv").write_bytes(predictions.dump({"test": result}))
     read = predictions.load(tmp_path / "p.csv", {"test": "best"})["test"]
@@ -320,9 +343,12 @@ def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
     assert "wandb leet here" in text
     assert "tensorboard --logdir" in text
     assert tables.DISCLAIMER in text
+    assert run.name in text
     long = f"wandb sync {'a' * 120}"
     reporting.summary(run, wandb_commands=(None, long), console=(narrow := Console(file=io.StringIO(), width=80)))
     assert long in narrow.file.getvalue(), "what is to be copied is not broken"  # type: ignore[attr-defined]
+    reporting.summary(run, console=(narrow := Console(file=io.StringIO(), width=50)))
+    assert "…" not in narrow.file.getvalue(), "no figure is cut short"  # type: ignore[attr-defined]
     reporting.summary(run, tensorboard=False, console=(plain := Console(file=io.StringIO(), width=100)))
     assert "tensorboard" not in plain.file.getvalue()  # type: ignore[attr-defined]
     assert "wandb" not in plain.file.getvalue()  # type: ignore[attr-defined]
@@ -331,3 +357,15 @@ def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
 def test_a_torn_line_of_figures_is_not_read(run: Path) -> None:
     assert len(reporting.read_metrics(run)) == 36
     assert reporting.read_metrics(run / "nowhere") == []
+
+
+@pytest.mark.parametrize("program", ["/x/fastddr/__main__.py train", "fastddr/train.py", "/bin/fastddr train"])
+def test_the_command_of_a_run_can_be_typed(program: str) -> None:
+    assert facts.command([*program.split(), "--data", "my set"]) == "fastddr train --data 'my set'"
+
+
+def test_the_code_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkout may move on while a run goes on."""
+    before = meters.code_state()
+    monkeypatch.setattr(meters.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="another"))
+    assert meters.code_state() == before

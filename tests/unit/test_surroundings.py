@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastddr import checkpoints, control_groups, ranks, runs, runtime, saving
 from fastddr.checkpoints import Snapshot
 from fastddr.data import cache
 from fastddr.errors import UserError, any_terminal
+from fastddr.progress import EpochBar
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,20 @@ def test_threads_are_no_more_than_the_cores_that_are_allowed(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setattr(control_groups, "cpus", lambda: allowed)
     assert ranks.available_cores() == cores
+
+
+def test_a_bar_leaves_stderr_and_log_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a rank that says nothing, and where FORCE_COLOR makes rich take a file for a terminal."""
+    log, terminal = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    stderr = sys.stderr
+    for console in (
+        Console(quiet=True, force_terminal=True, file=terminal), Console(force_terminal=True, file=log)
+    ):  # fmt: skip
+        with EpochBar(console, "epoch", 10) as bar:
+            bar.update(3)
+            assert sys.stderr is stderr
+    assert log.getvalue() == ""
 
 
 def test_a_terminal_that_cannot_show_a_character_shows_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from PIL import Image
 from trackers import alone as alone  # a fixture of all these tests
 from trackers import events, inspect, lines, offline_files, start, the_answers
 
+from fastddr.config import TrackingConfig
 from fastddr.errors import UserError
-from fastddr.tracking import Tracker, truncate_to, wandb_run
+from fastddr.tracking import Tracker, read, truncate_to, wandb_run
 
 
 def test_a_line_is_flat_json_and_there_at_once(tmp_path: Path) -> None:
@@ -78,6 +80,9 @@ def test_truncating_counts_and_refuses_what_it_cannot_read(tmp_path: Path) -> No
         path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
         with pytest.raises(UserError, match="line 2"):
             truncate_to(path, 3)
+    path.write_text('{"step": 1}\nrubbish}\n{"step": 2')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+        read(path)
 
 
 def test_a_validation_that_comes_again_is_not_doubled(tmp_path: Path) -> None:
@@ -286,6 +291,23 @@ def test_wandb_mode_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     start(tmp_path, said, wandb=True).finish()
     assert said == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.delenv("WANDB_MODE")
+    disabled = SimpleNamespace(settings=SimpleNamespace(mode="disabled"))  # as after the command `wandb disabled`
+    monkeypatch.setattr("wandb.setup", lambda settings: disabled)
+    start(tmp_path, said, wandb=True).finish()
+    assert said == []
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "project"), [("mine", "other", "mine"), (None, "other", "other"), (None, None, "fastddr")]
+)
+def test_the_project_of_wandb(
+    asked: str | None, variable: str | None, project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("WANDB_PROJECT", variable)
+    assert wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=asked))._project == project
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), ConnectionResetError("Connection lost")])
@@ -296,12 +318,21 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path, err
     def fail(*_: Any) -> None:
         raise error
 
-    tracker._copies[0].log = fail  # type: ignore[method-assign]
+    board, ended = tracker._copies[0], list[bool]()
+    close = board.finish
+
+    def finish(failed: bool) -> None:
+        ended.append(failed)
+        close(failed)
+        raise error
+
+    board.log, board.finish = fail, finish  # type: ignore[method-assign]
     for step in (1, 2):
         tracker.log({"train/loss": 0.5}, step=step, epoch=0)
     tracker.finish()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert said == [f"TensorBoard is off from here on, metrics.jsonl goes on: {error}"]
+    assert ended == [True], "it is ended, and once"
 
 
 def test_a_tracker_that_cannot_start_is_said_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +353,8 @@ def test_a_tracker_that_cannot_start_is_said_and_left(tmp_path: Path, monkeypatc
 def test_no_key_lies_in_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    import wandb
+
     key = "f00d" * 10
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -334,3 +367,4 @@ def test_no_key_lies_in_the_run_folder(
     assert [str(file) for file in files if key.encode() in file.read_bytes()] == []
     out = capfd.readouterr()
     assert key not in out.out + out.err + "".join(said)
+    wandb.teardown()  # it keeps WANDB_MODE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -198,6 +199,21 @@ def test_parts_that_were_uploaded_and_deleted_are_not_sent_again(tmp_path: Path)
     assert [row["step"] for path in offline_files(run) for row in history(path)] == [2]
 
 
+def test_another_project_has_none_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"type": "run", "run": {"project": "a"}}, {"type": "history", "history": {"step": {"num": 6}}}]
+    read = SimpleNamespace(returncode=0, stdout="\n".join(map(json.dumps, records)))
+    monkeypatch.setattr(wandb_run.subprocess, "run", lambda *_, **__: read)
+    part = tmp_path / "wandb" / "offline-run-1" / "run-x.wandb"
+    part.parent.mkdir(parents=True)
+    assert [wandb_run._next_of([part], project) for project in ("a", "b")] == [7, 0]
+    for kept, known in (("x 7 a", [7, 0]), ("x 7", [7, 7]), ("y 7 a", [0, 0])):  # the second by an earlier fastddr
+        (tmp_path / "wandb" / "next.txt").write_text(f"{kept}\n")
+        for project, steps in zip("ab", known, strict=True):
+            copy = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=project))
+            copy._run = SimpleNamespace(id="x")
+            assert copy._known() == steps
+
+
 def test_a_part_that_cannot_be_read_is_said_and_ends_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -255,7 +271,8 @@ def test_a_replay_that_fails_ends_the_tracker(tmp_path: Path, monkeypatch: pytes
 
 
 def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts that were never uploaded get another name; the run has all their rows again."""
+    """Parts that were never uploaded get another name; the run has all their rows again. How far they came is kept,
+    though the end fails."""
     run = tmp_path / "run"
     tracker = start(run, wandb=True)
     for step in (1, 2):
@@ -263,9 +280,13 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     tracker.finish()
     (file,) = offline_files(run)
     sent: list[tuple[int, int]] = []
+
+    def lost(exit_code: int) -> None:
+        raise ConnectionResetError("no service")
+
     server = SimpleNamespace(
         offline=False, url="https://wandb.example/run", id="id", starting_step=6, define_metric=lambda *_, **__: None,
-        log=lambda row, step, commit: sent.append((row["step"], step)), summary={}, finish=lambda exit_code: None,
+        log=lambda row, step, commit: sent.append((row["step"], step)), summary={}, finish=lost,
     )  # fmt: skip
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb_run.WandbRun, "_init", lambda self, mode: server)
@@ -273,4 +294,5 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     tracker.log({"train/loss": 0.5}, step=3, epoch=3)
     tracker.finish()
     assert sent == [(2, 6), (3, 9)], "the server had the row of step 1"
+    assert (run / "wandb" / "next.txt").read_text() == "id 10 fastddr-tests\n"
     assert [path.name for path in run.glob("wandb/*offline-run-*")] == [f"replaced-{file.parent.name}"]

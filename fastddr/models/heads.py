@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +28,8 @@ class SingleLinear(_Single, nn.Linear):
     """A linear layer in float32, under autocast too."""
 
 
-@cache
-def _in_single(kind: type[nn.Module]) -> type[nn.Module]:
-    """That of another class: some of timm's classifiers are linear layers of its own, or convolutions."""
-    return SingleLinear if kind is nn.Linear else type(f"Single{kind.__name__}", (_Single, kind), {})
+#: Of a layer's class the one in float32: some of timm's classifiers are linear layers of its own, or convolutions.
+_SINGLE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SingleLinear}
 
 
 def single(model: nn.Module, heads: Iterable[str]) -> nn.Module:
@@ -42,6 +39,7 @@ def single(model: nn.Module, heads: Iterable[str]) -> nn.Module:
     for name in heads:
         head = model.get_submodule(name)
         # Not another layer in its place: names, weights and copies stay as they are.
-        if not isinstance(head, _Single):
-            head.__class__ = _in_single(type(head))
+        kind = type(head)
+        if not issubclass(kind, _Single):
+            head.__class__ = _SINGLE.setdefault(kind, type(f"Single{kind.__name__}", (_Single, kind), {}))
     return model

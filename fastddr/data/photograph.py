@@ -3,7 +3,7 @@
 Headers are read by Pillow. A JPEG is decoded by libjpeg-turbo (simplejpeg), which tells what Pillow and DALI pass over:
 damage inside the scan mostly decodes without an exception, to grey or shifted blocks, and leaves only a warning. Other
 formats are decoded by Pillow. All loaders give the same pixels for greyscale, CMYK, palettes, transparency and EXIF
-orientation (`tests/unit/test_loaders.py`); 16-bit photographs they do not, so these are refused.
+orientation (`tests/unit/test_loaders.py`); 16-bit photographs and a few rare kinds they do not, so these are refused.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from fastddr.data.problems import one_line
 
@@ -165,7 +166,7 @@ def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
         raise BadPhotograph("dimensions", f"its header claims more than {MAX_PIXELS:,} pixels ({error})") from None
     except UnidentifiedImageError:
         stream.seek(0)
-        raise _unknown(stream.read(4096)) from None
+        raise _unknown(stream.read(4096), stream) from None
     except DAMAGED as error:
         raise BadPhotograph(_kind(error), f"its header cannot be read ({error})") from None
 
@@ -196,6 +197,8 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     raw = args if isinstance(args, str) else args[0] if args else ""
     if image.mode.startswith(("I", "F")) or "16" in str(raw):
         raise BadPhotograph("16-bit", f"it has more than 8 bits a channel (mode {image.mode})")
+    if (rare := _unlike(image)) is not None:
+        raise BadPhotograph("format", f"it is {rare}, which decoders take for different colours")
     # For its EXIF Pillow decodes a PNG whole, since that may come last; most have none.
     without = image.format == "PNG" and not _png_has_exif(stream)
     orientation = 1 if without else image.getexif().get(_ORIENTATION, 1)
@@ -219,13 +222,29 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     return Header(width, height, "JPEG" if image.format == "MPO" else image.format, sampling, tuple(traits))
 
 
-def _unknown(start: bytes) -> BadPhotograph:
-    """What a file is that is no picture, from its first bytes."""
+def _unlike(image: Image.Image) -> str | None:
+    """What a photograph is of which Pillow and DALI make unlike pixels; None where they agree."""
+    if image.mode == "CMYK" and image.format != "TIFF" and "adobe" not in image.info:
+        return "a CMYK JPEG that does not say whether its inks are inverted"
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if image.mode == "LAB":
+            return "a CIELAB TIFF"
+        if image.mode in ("LA", "PA"):
+            return "a TIFF of one channel with transparency"
+        if 1 in image.tag_v2.get(TiffImagePlugin.EXTRASAMPLES, ()):
+            return "a TIFF with premultiplied transparency"
+    return None
+
+
+def _unknown(start: bytes, stream: io.BufferedReader | io.BytesIO) -> BadPhotograph:
+    """What a file is that Pillow does not know, from its first bytes; of a JPEG or TIFF, from its whole header."""
     if not start:
         return BadPhotograph("empty", "the file is empty")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:200].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return BadPhotograph("html", "it is a web page, not a photograph")
+    if _has_whole_header(start, stream):
+        return BadPhotograph("format", "its header is whole, but of a kind that is not read, or damaged")
     if start.startswith((b"\xff\xd8", b"\x89PNG", b"II*\0", b"MM\0*")):
         return BadPhotograph("truncated", "it breaks off in its header")
     if (known := next((name for at, mark, name in _OTHERS if start[at:].startswith(mark)), None)) is not None:
@@ -239,6 +258,22 @@ def _unknown(start: bytes) -> BadPhotograph:
     if b"\0" in start:
         return BadPhotograph("junk", "it is no picture of any kind")
     return BadPhotograph("text", "it is text, not a photograph")
+
+
+def _has_whole_header(start: bytes, stream: io.BufferedReader | io.BytesIO) -> bool:
+    """Whether a JPEG is there up to its scan, or a TIFF up to the end of its first directory; False for the rest."""
+    if start.startswith(b"\xff\xd8"):
+        stream.seek(2)
+        # Marker and length of one segment after the other.
+        while len(head := stream.read(4)) == 4 and head[0] == 0xFF and head[1] != 0xDA:
+            stream.seek(int.from_bytes(head[2:], "big") - 2, os.SEEK_CUR)
+        return head[:2] == b"\xff\xda"
+    if start.startswith((b"II*\0", b"MM\0*")):
+        order: Literal["little", "big"] = "little" if start[0] == ord("I") else "big"
+        stream.seek(int.from_bytes(start[4:8], order))
+        entries = 12 * int.from_bytes(stream.read(2), order)
+        return 0 < entries == len(stream.read(entries))
+    return False
 
 
 def _decode_jpeg(content: bytes) -> np.ndarray | None:

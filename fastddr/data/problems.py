@@ -29,7 +29,7 @@ ERRORS = {
     "junk": "fetch it again",
     "text": "fetch it again",
     "html": "fetch it again: it was a failed download",
-    "format": "save it as JPEG, PNG or TIFF",
+    "format": "save it as an RGB JPEG, PNG or TIFF",
     "dimensions": "replace it",
     "16-bit": "save it with 8 bits a channel",
     "encoding": "rename it",

@@ -165,6 +165,51 @@ def test_orientation_is_read_from_every_format(tmp_path: Path) -> None:
         assert found.traits == ("turned",)
 
 
+def _entry(tag: int, value: int) -> bytes:
+    """One short number in the directory of a TIFF."""
+    return struct.pack("<HHIHH", tag, 3, 1, value, 0)
+
+
+def _no_adobe(content: bytes) -> bytes:
+    marker = content.index(b"\xff\xee")
+    return content[:marker] + content[marker + 2 + int.from_bytes(content[marker + 2 : marker + 4], "big") :]
+
+
+def _deeper(content: bytes) -> bytes:
+    """A JPEG of 12 bits, by its header."""
+    return content.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c")
+
+
+#: What is drawn, what becomes of its bytes, and what is said of it.
+RARE: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
+    "inks without a word": ("JPEG", "CMYK", _no_adobe, "CMYK JPEG"),
+    "cielab": ("TIFF", "LAB", bytes, "CIELAB"),
+    "grey with alpha": ("TIFF", "LA", bytes, "one channel with transparency"),
+    "palette with alpha": ("TIFF", "PA", bytes, "one channel with transparency"),
+    "premultiplied": ("TIFF", "RGBA", lambda c: c.replace(_entry(338, 2), _entry(338, 1)), "premultiplied"),
+    "unknown tiff": ("TIFF", "RGB", lambda c: c.replace(_entry(262, 2), _entry(262, 77)), "header is whole"),
+    "12-bit jpeg": ("JPEG", "RGB", _deeper, "header is whole"),
+}
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_rare_kinds_are_refused_by_the_header_though_nothing_is_missing(what: str, tmp_path: Path) -> None:
+    format, mode, change, said = RARE[what]
+    path = draw(tmp_path / "rare.jpg", format=format, mode=mode)
+    content = path.read_bytes()
+    path.write_bytes(change(content))
+    assert (path.read_bytes() == content) == (change is bytes)
+    for read in (photograph.header, photograph.sound):
+        with photograph.strict_sizes(), pytest.raises(photograph.BadPhotograph) as caught:
+            read(str(path))
+        assert caught.value.kind == "format"
+        assert said in caught.value.reason
+    path.write_bytes(content[:30])
+    with photograph.strict_sizes(), pytest.raises(photograph.BadPhotograph) as caught:
+        photograph.header(str(path))
+    assert caught.value.kind == "truncated", "here something is"
+
+
 def test_a_photograph_that_may_not_be_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root everything may be read, so the refusal is made up there."""
     (data / FIRST).chmod(0)
@@ -261,7 +306,7 @@ def test_a_broken_cache_is_made_anew(data: Path) -> None:
         p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text(errors="surrogateescape")
     ]
     older = json.dumps(json.loads(stored.read_text()) | {"version": 0})
-    for content in ("", "{", "[]", '{"version": 1, "path": ["a"], "size": [1]}', older):
+    for content in ("", "{", "[]", '{"version": 2, "path": ["a"], "size": [1]}', older):
         stored.write_text(content)
         assert len(survey.take(data).undecoded()) == len(SET)
 

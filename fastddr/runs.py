@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from fastddr.config import Config, from_mapping, identity_changes, read_yaml
+from fastddr.config import Config, dump, from_mapping, identity_changes, read_yaml
 from fastddr.errors import UserError
 
 #: Keys that a run may leave to `auto` or None; what they became is stored, and used again.
@@ -134,6 +134,16 @@ class RunFolder:
         self.write(self.manifest, manifest)
         if taken:
             self.write(self.init, "\n".join(taken) + "\n")
+
+    def renew(self, config: Config) -> None:
+        """Write down the runtime keys of this start, as where the photographs lie now.
+
+        What `auto` became stays as the run began: fewer ranks than now may go on later.
+        """
+        stored = from_mapping(read_yaml(self.config), str(self.config))
+        kept: dict[str, Any] = {key: getattr(stored, key) for key in AUTO}
+        if (now := replace(config, **kept)) != stored:
+            self.write(self.config, dump(now))
 
     def set_status(self, state: State, step: int | None, reason: str = "") -> None:
         """What a scheduler reads. Where the step is not known, as in a start that failed, it is the last that was."""

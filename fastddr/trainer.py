@@ -199,6 +199,7 @@ class Trainer:
         readable = self.saver.readable(self.progress)
         with self.stopping.listening(), ranks.watched(), readable, enough_memory(self._too_small):
             if self.runtime.is_main:
+                self.run.renew(self.config)  # only now: nothing can refuse to go on any more
                 self.run.set_status("running", self.progress.step)
             try:
                 with models.levers.compiling(self.config, self.stopping.heard):

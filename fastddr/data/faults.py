@@ -71,6 +71,8 @@ def _corrupt(path: Path, rng: Rng) -> None:
     """Other bytes inside the scan: it still decodes, to shifted or grey blocks, and libjpeg only warns."""
     import simplejpeg  # here: nothing else of the generator needs it
 
+    from fastddr.data.photograph import DAMAGED
+
     data = path.read_bytes()
     scan = _scan(data)
     length = max(min(48, (len(data) - scan) // 8), 4)
@@ -83,7 +85,7 @@ def _corrupt(path: Path, rng: Rng) -> None:
         try:
             with Image.open(io.BytesIO(spoilt)) as image:
                 image.load()
-        except (OSError, SyntaxError, ValueError):  # what Pillow raises at damage: another place is tried
+        except DAMAGED:  # another place is tried
             continue
         try:
             simplejpeg.decode_jpeg(spoilt, strict=True)

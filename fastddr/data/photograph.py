@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from fastddr.data.problems import one_line
 
@@ -33,8 +33,13 @@ MIN_SIDE = 8
 LONGEST = 8
 #: What is read, by Pillow's name. MPO is a JPEG with a second picture behind the first.
 _FORMATS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "TIFF": (".tif", ".tiff")}
-#: EXIF orientations (tag 0x0112) that turn a photograph on its side.
+#: EXIF orientations (tag 0x0112), by what makes a photograph upright; of some it lies on its side.
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 #: Files that people take for photographs and Pillow does not know: offset, mark, name.
 _OTHERS = (
     (128, b"DICM", "a DICOM file"),
@@ -43,9 +48,10 @@ _OTHERS = (
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"\x1f\x8b", "a gzip archive"),
 )
-#: What Pillow raises at damaged bytes: its decoders, and its parsers of headers and EXIF.
+#: What Pillow raises at damaged bytes: its decoders, its parsers of headers and EXIF, and its limit of pixels.
 DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError, struct.error,
+    Image.DecompressionBombError,
 )  # fmt: skip
 _SAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 
@@ -150,12 +156,22 @@ def _decoded(file: str) -> tuple[Header, np.ndarray]:
 
 
 def upright(file: str) -> Image.Image:
-    """A photograph as upright RGB, decoded by Pillow. What it raises is Pillow's."""
+    """A photograph as upright RGB, decoded by Pillow. What it raises is Pillow's, one of `DAMAGED`."""
     with Image.open(file) as image:
-        # In place, and converted only where need be: each would copy all pixels.
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return turned(image)
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """An opened photograph as upright RGB. What it raises is one of `DAMAGED`.
+
+    Not by Pillow's `exif_transpose`: that writes all EXIF again, and fails at one mistyped tag where the pixels are
+    sound.
+    """
+    image.load()  # by which Pillow turns a TIFF itself, and forgets its orientation
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    # Only where need be: each would copy all pixels.
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:

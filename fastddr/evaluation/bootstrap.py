@@ -120,7 +120,9 @@ def share(value: float, n: float) -> list[float]:
     # SciPy's has whole numbers alone.
     z2 = NormalDist().inv_cdf(0.5 + LEVEL / 2) ** 2
     middle, half = value + z2 / (2 * n), math.sqrt(z2 * (value * (1 - value) / n + z2 / (4 * n * n)))
-    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
+    low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    # It holds the share; at 0 and 1 a bound is just that, which rounding may miss.
+    return [min(value, max(0.0, low)), max(value, min(1.0, high))]
 
 
 def independent(right: Bool[np.ndarray, " m"], groups: Int[np.ndarray, " m"]) -> float:
@@ -171,12 +173,13 @@ def _drawn(models: Sequence[Tensor], grades: Tensor, groups: Int[np.ndarray, " n
     """Each model's figures of the same samples."""
     truth = grades.detach().cpu().long()
     weighed = [_Weighed(logits.detach().cpu().double(), truth) for logits in models]
+    few = len(np.unique(groups)) < min(FEWEST, len(groups))
     blocks: list[list[Sampled]] = [[] for _ in models]
-    for counts in _counts(groups, samples(len(truth)), seed):
+    # Of few patients one sample, for the shape alone.
+    for counts in _counts(groups, 1 if few else samples(len(truth)), seed):
         for model, found in zip(weighed, blocks, strict=True):
             found.append(model.figures(counts))
     drawn = [_joined(found, np.concatenate) for found in blocks]
-    few = len(np.unique(groups)) < min(FEWEST, len(groups))
     return [_joined([one], lambda values: np.full_like(values[0], np.nan)) for one in drawn] if few else drawn
 
 

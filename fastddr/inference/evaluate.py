@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -31,8 +32,17 @@ from fastddr.runtime import Runtime
 
 
 def settings(asked: Evaluate) -> Config:
-    """The run's configuration, with what is asked for of scoring and of data."""
+    """The run's configuration, with what is asked for of scoring and of data.
+
+    Raises:
+        UserError: there is no such run, a value cannot be, or the run's photographs are not where they were.
+    """
     config = restore.settings(asked)
+    if asked.data is None and config.data != "synthetic" and not os.path.exists(os.path.expanduser(config.data)):
+        raise UserError(
+            f"{RunFolder(asked.run).config}: it has the photographs in {config.data}, and there is no such folder; "
+            "say with --data where they are now."
+        )
     other: dict[str, Any] = {}
     if asked.data is not None:
         other = {"data": asked.data, "exclude": None}

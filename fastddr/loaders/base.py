@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastddr import sampling
 from fastddr.config import AugmentConfig
+from fastddr.data.photograph import DAMAGED
 from fastddr.errors import UserError
 
 #: Where the resident loader keeps decoded photographs.
@@ -305,6 +306,6 @@ def name_unreadable(files: Sequence[str]) -> str | None:
         try:
             with Image.open(file) as image:
                 image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except DAMAGED as error:
             return f"{file} ({' '.join(str(error).split())})"
     return None

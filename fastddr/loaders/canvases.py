@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastddr import sampling
-from fastddr.data.photograph import upright
+from fastddr.data.photograph import DAMAGED, upright
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Task, name_unreadable, undecodable
 
@@ -60,7 +60,7 @@ class PillowCanvases:
         file = self._task.files[id_]
         try:
             photograph = upright(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except DAMAGED:
             raise undecodable(name_unreadable([file]) or file) from None
         size = (int(self._width[id_]), int(self._height[id_]))
         if photograph.size != size:

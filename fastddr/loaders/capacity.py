@@ -111,7 +111,7 @@ def _free_disk(path: Path) -> int:
 
 def decoding_ms(task: Task, most: int = 8) -> float:
     """What it costs to decode a photograph, in milliseconds of one core, from some of them; 0 if none can be."""
-    from fastddr.data.photograph import upright
+    from fastddr.data.photograph import DAMAGED, upright
 
     ids = task.ids[:: max(1, len(task.ids) // most)][:most]
     took = []
@@ -119,7 +119,7 @@ def decoding_ms(task: Task, most: int = 8) -> float:
         began = time.perf_counter()
         try:
             upright(task.files[id_])
-        except (OSError, SyntaxError, ValueError):
+        except DAMAGED:
             # Whoever loads it says what is wrong with it.
             continue
         took.append(time.perf_counter() - began)

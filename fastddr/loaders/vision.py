@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastddr import ranks, sampling
-from fastddr.data.photograph import upright
+from fastddr.data.photograph import DAMAGED, upright
 from fastddr.errors import UserError
 from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable, undecodable
 
@@ -89,7 +89,7 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
     """
     try:
         photograph = upright(item.file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGED:
         raise undecodable(name_unreadable([item.file]) or item.file) from None
     pixels = _window(photograph, item, size) if only_crops else _warped(photograph, item, size)
     # Whole rows at a time: a loop over three channels for each pixel costs more than the arithmetic.

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 
 from fastddr.data.grades import ICDR
+from fastddr.data.photograph import DAMAGED, turned
 from fastddr.data.problems import one_line
 from fastddr.evaluation import metrics
 from fastddr.reporting.tables import Figures, cell, names, title
@@ -263,8 +264,8 @@ def _tile(path: str, root: Path | None) -> np.ndarray | None:
     try:
         with Image.open((root or Path()) / path) as photo:
             photo.draft("RGB", (2 * TILE, 2 * TILE))  # JPEG: decode at a fraction of the size
-            return np.asarray(ImageOps.pad(ImageOps.exif_transpose(photo).convert("RGB"), (TILE, TILE)))
-    except (OSError, ValueError, Image.DecompressionBombError):
+            return np.asarray(ImageOps.pad(turned(photo), (TILE, TILE)))
+    except DAMAGED:
         return None
 
 

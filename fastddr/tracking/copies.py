@@ -11,7 +11,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
+
+from fastddr.data.photograph import DAMAGED, turned
 
 #: Longest side of a photograph in a tracker, in pixels.
 THUMBNAIL = 512
@@ -88,8 +90,8 @@ def thumbnail(file: Path) -> Image.Image:
     try:
         with Image.open(file) as photograph:
             photograph.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # JPEG: decode at a fraction of the size
-            small = ImageOps.exif_transpose(photograph).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+            small = turned(photograph)
+    except DAMAGED:
         return Image.new("RGB", (THUMBNAIL, THUMBNAIL), (225, 225, 225))
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small

@@ -142,7 +142,7 @@ def test_threads_are_no_more_than_the_cores_of_the_machine_that_scores(
 
 
 def test_a_run_finds_its_photographs_from_any_folder(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tiny.parent)
     bad = sorted((tiny / "DR_grading" / "train").glob("*.jpg"))[0]
@@ -152,6 +152,10 @@ def test_a_run_finds_its_photographs_from_any_folder(
     monkeypatch.chdir(tmp_path)
     figures, _, _ = evaluated(Path("run"), "--split", "all")
     assert figures["all"]["n"] == 26 + 11 + 13
+    stored = restore.stored(Path("run"))
+    monkeypatch.setattr(restore, "stored", lambda place: replace(stored, data="/gone"))
+    assert main(["evaluate", "run"]) == EXIT_USER_ERROR
+    assert "run/config.yaml: it has the photographs in /gone" in capsys.readouterr().err
 
 
 def test_probabilities_are_averaged_over_the_views(run: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -246,7 +247,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             patch.setattr(Saver, "save", save_and_die)
             with pytest.raises(Killed):
                 train(tiny, folder, "--save-every-steps", "2")
-    train(tiny, folder, "--save-every-steps", "2")
+    moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
+    train(moved, folder, "--save-every-steps", "2")
+    assert config.load_preset(str(folder / "config.yaml")).data == str(moved), "where `fastddr evaluate` looks"
     one, two = weights(run), weights(folder)
     assert all(torch.equal(one[name], two[name]) for name in one)
     logged, whole = lines(folder), lines(run)
@@ -275,6 +278,9 @@ def test_auto_is_chosen_anew_where_as_many_ranks_cannot_hold_what_one_held(tiny:
     folder.write(folder.config, config.dump(dataclasses.replace(asked, micro_batch_size=8)))
     assert runs.continue_from(asked, folder, world=1).micro_batch_size == 8
     assert runs.continue_from(asked, folder, world=2).micro_batch_size == "auto"
+    folder.renew(dataclasses.replace(asked, micro_batch_size=4, data="elsewhere"))
+    stored = config.load_preset(str(folder.config))
+    assert (stored.micro_batch_size, stored.data) == (8, "elsewhere"), "one rank may go on as it began"
     # Its own config.yaml as the preset, as the README has it.
     again = dataclasses.replace(asked, micro_batch_size=8)
     assert runs.continue_from(again, folder, world=1).micro_batch_size == 8
@@ -320,8 +326,6 @@ def test_a_run_does_not_go_on_with_other_settings(run: Path, tiny: Path, more: S
 
 
 def test_a_run_does_not_go_on_with_other_data(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     data, folder = Path(shutil.copytree(tiny, tmp_path / "data")), tmp_path / "run"
     with monkeypatch.context() as patch:
 
@@ -333,8 +337,10 @@ def test_a_run_does_not_go_on_with_other_data(tiny: Path, tmp_path: Path, monkey
             train(data, folder)
     photograph = next((data / "DR_grading" / "test").iterdir())
     photograph.write_bytes(photograph.read_bytes() + b"\0")
+    before = (folder / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="not those that this run began with"):
-        train(data, folder)
+        train(data, folder, "--max-hours", "5")
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny: Path, tmp_path: Path) -> None:

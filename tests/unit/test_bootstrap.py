@@ -212,8 +212,16 @@ def test_one_more_that_is_wrong_makes_no_lower_bound_better(patients: int) -> No
     assert bounds == sorted(bounds, reverse=True)
 
 
-def test_of_few_patients_only_shares_have_intervals() -> None:
+def test_of_few_patients_only_shares_have_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, grades = answers(60)
+    counted: list[int] = []
+    figured = bootstrap._Weighed.figures
+
+    def count(self: Any, counts: np.ndarray) -> Any:
+        counted.append(len(counts))
+        return figured(self, counts)
+
+    monkeypatch.setattr(bootstrap._Weighed, "figures", count)
     patients = [f"p{row % 9}" for row in range(60)]
     found = bootstrap.intervals(logits, grades, figures(logits, grades), patients=patients)
     assert found["qwk"] is None
@@ -221,6 +229,7 @@ def test_of_few_patients_only_shares_have_intervals() -> None:
     assert found["accuracy"] is not None
     drawn = bootstrap.differences(logits, logits.roll(1, 0), grades, patients=patients)["qwk"]
     assert bootstrap.interval(drawn) is None
+    assert counted == [1, 1, 1], "nothing is drawn that is not told"
     enough = [f"p{row % 10}" for row in range(60)]
     assert bootstrap.intervals(logits, grades, figures(logits, grades), patients=enough)["qwk"] is not None
 
@@ -241,7 +250,9 @@ def test_photographs_are_worth_at_most_their_number(rows: list[tuple[bool, int]]
 def test_an_interval_of_a_share_is_scipys(n: int, part: float) -> None:
     hits = round(part * n)
     expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    assert bootstrap.share(hits / n, n) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    found = bootstrap.share(hits / n, n)
+    assert found == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert (found[0] == 0, found[1] == 1) == (hits == 0, hits == n), "without a rounding error"
 
 
 def test_new_photographs_have_another_mix_of_grades() -> None:

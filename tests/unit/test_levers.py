@@ -202,7 +202,6 @@ import torch
 from fastddr import models
 from fastddr.config import Config
 from fastddr.models import levers
-from fastddr.stopping import Stopping, StopRequested
 torch.compile = functools.partial(torch.compile, backend="eager")
 model = models.build("convmixer", num_classes=5, image_size=32, dim=8, depth=2, kernel_size=3, patch_size=4)
 compiled = levers.compiled(model, replace(Config(), compile=True))

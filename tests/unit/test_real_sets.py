@@ -170,6 +170,30 @@ def test_a_photograph_in_two_splits_of_one_table(tmp_path: Path) -> None:
     assert [(e.path, e.split) for e in listing.entries if e.path == "0.jpg"] == [("0.jpg", "test")]
 
 
+@pytest.mark.parametrize(
+    ("named", "held", "lines"),
+    [
+        (("train", "train", "test"), "test", 2),
+        (("train", "valid", "valid", "test"), "test", 3),
+        (("train", "test", "test"), None, 1),
+    ],
+)
+def test_the_order_of_lines_decides_on_no_photograph(
+    named: tuple[str, ...], held: str | None, lines: int, tmp_path: Path
+) -> None:
+    """Held out by one line it stays, however often the splits below name it; by two it is in doubt itself."""
+    for number in range(4):
+        draw(tmp_path / f"{number}.jpg", number)
+    for order in set(itertools.permutations(named)):
+        rows = ["0.jpg,0,train", *(f"1.jpg,1,{split}" for split in order), "2.jpg,2,valid", "3.jpg,3,test"]
+        table(tmp_path, "path,grade,split", *rows)
+        of = [problem.path for problem in layouts.find(tmp_path).problems]
+        assert sum(path.startswith("labels.csv, line") for path in of) == lines
+        assert ("1.jpg" in of) == (held is None)
+        left = manifest.read(tmp_path, on_bad="exclude")
+        assert dict(zip(left.path, left.split, strict=True)).get("1.jpg") == held
+
+
 def test_a_photograph_in_two_lists_of_gdrbench(tmp_path: Path) -> None:
     root = gdrbench(tmp_path)
     of_train, of_valid = (root / "splits" / f"DDR_{name}.txt" for name in ("train", "crossval"))
@@ -270,6 +294,12 @@ def test_a_table_with_a_cell_without_end_is_told_as_one(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text(f'path,grade\n"a.jpg,{"x" * 200_000}\n')
     with pytest.raises(UserError, match=r"labels\.csv: this table cannot be read \(field larger"):
         layouts.find(tmp_path)
+
+
+def test_a_link_to_itself_hides_no_folder(tmp_path: Path) -> None:
+    root = folders(tmp_path / "data")
+    (root / "loop").symlink_to("loop")
+    assert len(layouts.find(tmp_path).entries) == len(layouts.find(root).entries) > 0
 
 
 def test_a_table_that_is_a_link_is_read_where_the_link_is(tmp_path: Path) -> None:

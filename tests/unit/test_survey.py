@@ -22,6 +22,9 @@ from fastddr.data import cache, crop, manifest, photograph, problems, survey
 from fastddr.data.problems import ERRORS, NOTES, Problem
 from fastddr.data.survey import Survey
 from fastddr.errors import UserError
+from fastddr.loaders import vision
+from fastddr.reporting import plots
+from fastddr.tracking import copies
 
 
 def checked(root: Path, **settings: object) -> Survey:
@@ -526,3 +529,20 @@ def test_exif_that_breaks_off_is_a_fault_of_its_photograph(data: Path) -> None:
     assert found_in(checked(data))[SPOILED] == {"corrupt"}
     with pytest.raises(photograph.BadPhotograph, match="the decoder complains"):
         crop.master(str(data / FIRST), 32, "jpeg", whole=True)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        vision.render(vision._Item(str(data / FIRST), np.eye(2, 3), np.eye(3, 4), 40, 32), 32, only_crops=False)
+
+
+def test_a_mistyped_tag_spoils_no_turned_photograph(tmp_path: Path) -> None:
+    """Pillow's `exif_transpose` writes all EXIF again, and cannot where a width is a text."""
+    path = draw(tmp_path / "a.jpg")
+    upright = np.asarray(Image.open(path).transpose(Image.Transpose.ROTATE_270))
+    width = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc\0")
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"\xff\xe1" + struct.pack(">H", 46) + b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width + orientation
+    path.write_bytes(b"\xff\xd8" + exif + bytes(4) + path.read_bytes()[2:])
+    with photograph.strict_sizes():
+        assert photograph.sound(str(path)).traits == ("turned",)
+    assert np.array_equal(photograph.upright(str(path)), upright)
+    assert copies.thumbnail(path).size == (32, 40)
+    assert plots._tile("a.jpg", tmp_path) is not None

@@ -137,10 +137,17 @@ def subfolders(folder: Path) -> list[Path]:
     """Folders in a folder, sorted, without those that hold no data and what may not be read."""
     try:
         with os.scandir(folder) as found:
-            names = sorted(entry.name for entry in found if entry.is_dir())
+            names = sorted(entry.name for entry in found if _is_folder(entry))
     except OSError:
         return []
     return [folder / name for name in names if not _aside(str(folder), name)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; its neighbours may be folders
+        return False
 
 
 def _aside(folder: str, name: str) -> bool:
@@ -209,32 +216,45 @@ class Named:
     def __init__(self, listing: Listing) -> None:
         self._listing = listing
         self._places: dict[str, int] = {}
+        #: All entries of a photograph that is named more than once.
+        self._again: dict[int, list[Entry]] = {}
 
     def add(self, entry: Entry) -> None:
-        """Add an entry to the listing, or say where its photograph is named already.
-
-        Named in two splits it stays in the one that is held out further, and the other line is the error: left out, it
-        takes nothing from the held-out photographs. Named twice in one split, both lines are in doubt.
-        """
+        """Add an entry to the listing, where its photograph is new."""
         entries = self._listing.entries
         place = self._places.setdefault(entry.path, len(entries))
         if place == len(entries):
             entries.append(entry)
-            return
-        other = entries[place]
-        if entry.split == other.split:
-            there = f"line {other.line}" if entry.label == other.label else f"{other.label}, line {other.line}"
-            self._say(entry.path, f"{entry.label}, line {entry.line}: {entry.token} stands already in {there}")
-            return
-        less, more = sorted((other, entry), key=lambda one: SPLITS.index(one.split or "train"))
-        entries[place] = more
-        self._say(
-            f"{less.label}, line {less.line}",
-            f"{less.token} is in {more.split} too, by {more.label}, line {more.line}, and counts there",
-        )
+        else:
+            self._again.setdefault(place, [entries[place]]).append(entry)
+
+    def judge(self) -> None:
+        """Say what is named more than once; to be called when all is added, so that the order decides on nothing.
+
+        A photograph stays in the split that is held out furthest, and its lines of other splits are the errors: left
+        out, they take nothing from the held-out photographs. Named there more than once, it is in doubt itself.
+        """
+        for place, named in self._again.items():
+            furthest = max(_held_out(entry) for entry in named)
+            first, *more = (entry for entry in named if _held_out(entry) == furthest)
+            self._listing.entries[place] = first
+            for entry in more:
+                there = f"line {first.line}" if entry.label == first.label else f"{first.label}, line {first.line}"
+                self._say(entry.path, f"{entry.label}, line {entry.line}: {entry.token} stands already in {there}")
+            for entry in named:
+                if _held_out(entry) < furthest:
+                    self._say(
+                        f"{entry.label}, line {entry.line}",
+                        f"{entry.token} is in {first.split} too, by {first.label}, line {first.line}, and counts there",
+                    )
 
     def _say(self, path: str, reason: str) -> None:
         self._listing.problems.append(Problem(path, "doubled", one_line(reason)))
+
+
+def _held_out(entry: Entry) -> int:
+    """How far an entry's split is held out."""
+    return SPLITS.index(entry.split or "train")
 
 
 def some(names: Sequence[str]) -> str:

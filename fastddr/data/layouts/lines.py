@@ -42,6 +42,7 @@ def official(folder: Path) -> Listing | None:
         if not named:
             _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
         _orphans(listing, names, split, {path.rpartition("/")[2] for path in named}, f"{split}.txt")
+    known.judge()
     return listing
 
 
@@ -82,6 +83,7 @@ def gdrbench(folder: Path) -> Listing | None:
             named |= _read(label_file, split, locate, wanted, listing, names, known)
         elif split == "test":
             listing.notes.append("There is no test split (GDRBench has none), so nothing is scored on it.")
+    known.judge()
     if not named:
         what = f"the lists of {chosen} are empty; their lines should be `path grade`"
         _refuse_empty(listing, folder / "splits", what)

@@ -227,6 +227,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
                 f"{one.file.name} is Messidor's, and its grades are on Messidor's own scale of 0-3, where 3 holds "
                 "proliferative retinopathy too: they are not ICDR grades, and scores on them compare with none on such."
             )
+    known.judge()
     labels = ", ".join(t.file.name for t in found)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")

@@ -40,6 +40,12 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+#: What is before EXIF in its segment of a JPEG.
+_EXIF = b"Exif\0\0"
+#: Entries of EXIF that make DALI believe nothing of it where what they point at lies beyond its end: texts, and the
+#: bytes of rational numbers.
+_TEXTS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298)
+_RATIONALS = {0x011A: 8, 0x011B: 8, 0x013E: 16, 0x013F: 48, 0x0211: 24, 0x0214: 48}
 #: Files that people take for photographs and Pillow does not know: offset, mark, name.
 _OTHERS = (
     (128, b"DICM", "a DICOM file"),
@@ -167,11 +173,56 @@ def turned(image: Image.Image) -> Image.Image:
     Not by Pillow's `exif_transpose`: that writes all EXIF again, and fails at one mistyped tag where the pixels are
     sound.
     """
-    image.load()  # by which Pillow turns a TIFF itself, and forgets its orientation
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    if image.format == "TIFF":
+        # Pillow turns it by itself, and would by XMP too.
+        image.info.pop("xmp", None)
+    image.load()  # after which a TIFF has no orientation any more
+    turn = _TURNS.get(orientation(image))
     # Only where need be: each would copy all pixels.
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """How an opened photograph lies, as DALI reads it: from its EXIF alone; 1 where that says nothing.
+
+    Pillow's `getexif` does not do: it also believes XMP and texts of a PNG, and goes by the type of an entry. A PNG
+    whose EXIF comes last has to be loaded before.
+    """
+    return next(iter(_orientations(image)), 1)
+
+
+def _orientations(image: Image.Image) -> list[int]:
+    """What each block of EXIF says that says it."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return [int(image.tag_v2.get(_ORIENTATION, 1))]
+    blocks = [image.info.get("exif", b"")]
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        blocks = [content for _, content in image.applist if content.startswith(_EXIF)]
+    return [said for block in blocks if (said := _orientation_in(block.removeprefix(_EXIF))) is not None]
+
+
+def _orientation_in(block: bytes) -> int | None:
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    if order is None:
+        return None
+    found = None
+    try:
+        (start,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for place in range(start + 2 + 12 * (count - 1), start, -12):  # of two the first counts
+            (tag,) = struct.unpack_from(f"{order}H", block, place)
+            if tag == _ORIENTATION:
+                # Whatever its type.
+                (found,) = struct.unpack_from(f"{order}H", block, place + 8)
+            elif tag in _TEXTS or tag in _RATIONALS:
+                length, where = struct.unpack_from(f"{order}II", block, place + 4)
+                length = _RATIONALS.get(tag, length)
+                if length > 4 and where + length > len(block):
+                    return None
+    except struct.error:
+        return None
+    return found
 
 
 def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
@@ -215,22 +266,27 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
         raise BadPhotograph("16-bit", f"it has more than 8 bits a channel (mode {image.mode})")
     if (rare := _unlike(image)) is not None:
         raise BadPhotograph("format", f"it is {rare}, which decoders take for different colours")
-    # For its EXIF Pillow decodes a PNG whole, since that may come last; most have none.
-    without = image.format == "PNG" and not _png_has_exif(stream)
-    orientation = 1 if without else image.getexif().get(_ORIENTATION, 1)
+    # EXIF of a PNG may come last, so that it has to be decoded whole; most have none.
+    if image.format == "PNG" and "exif" not in image.info and _png_has_exif(stream):
+        image.load()
+    said = _orientations(image)
+    if len(set(said)) > 1:
+        # DALI may die of it.
+        raise BadPhotograph("corrupt", "its EXIF says twice how it lies, and not the same")
+    lies = said[0] if said else 1
     traits = []
     if image.mode in ("L", "LA", "1"):
         traits.append("greyscale")
     if image.mode == "CMYK":
         traits.append("cmyk")
-    if orientation in range(2, 9):
+    if lies in _TURNS:
         traits.append("turned")
     if image.info.get("progressive"):
         traits.append("progressive")
     if os.path.splitext(file)[1].lower() not in _FORMATS[image.format]:
         traits.append("extension")
     # Pillow turns a TIFF by itself, and its size is that of the upright picture already.
-    if image.format != "TIFF" and orientation in _SIDEWAYS:
+    if image.format != "TIFF" and lies in _SIDEWAYS:
         width, height = height, width
     sampling = ""
     if isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode != "L":

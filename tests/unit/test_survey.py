@@ -94,6 +94,14 @@ def _link(path: Path) -> None:
     path.symlink_to("nowhere.jpg")
 
 
+def _turned_twice(path: Path) -> None:
+    """By two blocks of EXIF, to its side and upside down."""
+    blocks = [draw(path, 99, orientation=way).read_bytes() for way in (6, 3)]
+    start = [content.index(b"\xff\xe1") for content in blocks]
+    end = start[0] + 2 + int.from_bytes(blocks[0][start[0] + 2 : start[0] + 4], "big")
+    path.write_bytes(blocks[0][:end] + blocks[1][start[1] :])
+
+
 FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "empty": ("empty", _bytes(lambda content: b"")),
     "half": ("truncated", _bytes(lambda content: content[: len(content) // 2])),
@@ -103,6 +111,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "text": ("text", _bytes(lambda content: "name,grade\nnaïve,3\n".encode() * 500)),
     "html": ("html", _bytes(lambda content: b"\xef\xbb\xbf\n<!DOCTYPE html><html>404</html>")),
     "scan": ("corrupt", _bytes(_scan)),
+    "two orientations": ("corrupt", _turned_twice),
     "gif": ("format", lambda path: draw(path, 99, format="GIF")),
     "webp": ("format", lambda path: draw(path, 99, format="WEBP")),
     "bomb": ("dimensions", _rgb_png(60_000, 60_000, 8, b"\0" * 64)),

@@ -16,6 +16,9 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     from fastddr.data.manifest import Manifest
 
+# As many workers as cores, each with threads of its own, wait for each other: it takes half as long again and more.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything of fastddr is imported: every jaxtyping annotation of the package is checked in every test.
 install_import_hook("fastddr", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 os.environ["WANDB_MODE"] = "offline"

@@ -100,11 +100,12 @@ def square(disc: Disc, width: int, height: int) -> tuple[int, int, int]:
 
 
 def _light(pixels: UInt8[np.ndarray, "h w 3"], step: int) -> _Light | None:
-    """The light of a reduced copy, or None where nothing stands out from its border."""
+    """The light of a reduced copy, or None where nothing stands out from its border, or the border is the lightest."""
     red, green, blue = Image.fromarray(pixels).reduce(step).split()
     small = np.asarray(ImageChops.lighter(ImageChops.lighter(red, green), blue))
     level = ndimage.gaussian_filter(small.astype(np.float32), min(1.0, max(small.shape) / 100), truncate=3)
-    bright = float(np.percentile(level[::2, ::2], 95))
+    some = level[::2, ::2]
+    bright = float(np.percentile(some, 95))
     # The border is where a walk round the frame is darkest: a flare may light the rest of it.
     walk = np.concatenate([level[0], level[:, -1], level[-1, ::-1], level[::-1, 0]])
     length = max(3, len(walk) // 40)
@@ -113,6 +114,9 @@ def _light(pixels: UInt8[np.ndarray, "h w 3"], step: int) -> _Light | None:
     dark = float(mean[darkest])
     noise = float(walk.take(np.arange(length) + darkest - length // 2, mode="wrap").std())
     if bright - dark < 0.5:
+        return None
+    # On a light ground no light drops at the rim: the circles that are found lie within the retina.
+    if np.median(walk) >= max(float(np.median(some)), (bright + dark) / 2):
         return None
     return _Light((level - np.float32(dark)) / np.float32(bright - dark), noise / (bright - dark))
 

@@ -213,10 +213,19 @@ class Output:
             text = (self.folder / "prepared.csv").read_bytes().decode("utf-8", "surrogateescape")
         except FileNotFoundError:
             return found
-        _, *rows = csv.reader(io.StringIO(text, newline=""))
-        for path, source, source_bytes, size, left, top, side, *disc in rows:
-            row = Row(path, source, int(source_bytes), int(size), int(left), int(top), int(side), *disc)
-            found.setdefault(path, []).append(row)
+        try:
+            _, *rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        except (ValueError, csv.Error):
+            return found
+        for cells in rows:
+            try:
+                path, source, *numbers = cells[:7]
+                source_bytes, size, left, top, side = map(int, numbers)
+                row = Row(path, source, source_bytes, size, left, top, side, *cells[7:])
+            except (ValueError, TypeError):
+                # Torn or written over: it counts as not made, as in a journal.
+                continue
+            found.setdefault(row.path, []).append(row)
         return found
 
 

@@ -3,7 +3,7 @@
 Headers are read by Pillow. A JPEG is decoded by libjpeg-turbo (simplejpeg), which tells what Pillow and DALI pass over:
 damage inside the scan mostly decodes without an exception, to grey or shifted blocks, and leaves only a warning. Other
 formats are decoded by Pillow. All loaders give the same pixels for greyscale, CMYK, palettes, transparency and EXIF
-orientation (`tests/unit/test_loaders.py`); 16-bit photographs they do not, so these are refused.
+orientation (`tests/unit/test_loaders.py`); 16-bit photographs and a few rare kinds they do not, so these are refused.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from fastddr.data.problems import one_line
 
@@ -39,6 +40,12 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+#: What is before EXIF in its segment of a JPEG.
+_EXIF = b"Exif\0\0"
+#: Entries of EXIF that make DALI believe nothing of it where what they point at lies beyond its end: texts, and the
+#: bytes of rational numbers.
+_TEXTS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298)
+_RATIONALS = {0x011A: 8, 0x011B: 8, 0x013E: 16, 0x013F: 48, 0x0211: 24, 0x0214: 48}
 #: Files that people take for photographs and Pillow does not know: offset, mark, name.
 _OTHERS = (
     (128, b"DICM", "a DICOM file"),
@@ -166,11 +173,56 @@ def turned(image: Image.Image) -> Image.Image:
     Not by Pillow's `exif_transpose`: that writes all EXIF again, and fails at one mistyped tag where the pixels are
     sound.
     """
-    image.load()  # by which Pillow turns a TIFF itself, and forgets its orientation
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    if image.format == "TIFF":
+        # Pillow turns it by itself, and would by XMP too.
+        image.info.pop("xmp", None)
+    image.load()  # after which a TIFF has no orientation any more
+    turn = _TURNS.get(orientation(image))
     # Only where need be: each would copy all pixels.
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """How an opened photograph lies, as DALI reads it: from its EXIF alone; 1 where that says nothing.
+
+    Pillow's `getexif` does not do: it also believes XMP and texts of a PNG, and goes by the type of an entry. A PNG
+    whose EXIF comes last has to be loaded before.
+    """
+    return next(iter(_orientations(image)), 1)
+
+
+def _orientations(image: Image.Image) -> list[int]:
+    """What each block of EXIF says that says it."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return [int(image.tag_v2.get(_ORIENTATION, 1))]
+    blocks = [image.info.get("exif", b"")]
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        blocks = [content for _, content in image.applist if content.startswith(_EXIF)]
+    return [said for block in blocks if (said := _orientation_in(block.removeprefix(_EXIF))) is not None]
+
+
+def _orientation_in(block: bytes) -> int | None:
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    if order is None:
+        return None
+    found = None
+    try:
+        (start,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for place in range(start + 2 + 12 * (count - 1), start, -12):  # of two the first counts
+            (tag,) = struct.unpack_from(f"{order}H", block, place)
+            if tag == _ORIENTATION:
+                # Whatever its type.
+                (found,) = struct.unpack_from(f"{order}H", block, place + 8)
+            elif tag in _TEXTS or tag in _RATIONALS:
+                length, where = struct.unpack_from(f"{order}II", block, place + 4)
+                length = _RATIONALS.get(tag, length)
+                if length > 4 and where + length > len(block):
+                    return None
+    except struct.error:
+        return None
+    return found
 
 
 def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
@@ -181,7 +233,7 @@ def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
         raise BadPhotograph("dimensions", f"its header claims more than {MAX_PIXELS:,} pixels ({error})") from None
     except UnidentifiedImageError:
         stream.seek(0)
-        raise _unknown(stream.read(4096)) from None
+        raise _unknown(stream.read(4096), stream) from None
     except DAMAGED as error:
         raise BadPhotograph(_kind(error), f"its header cannot be read ({error})") from None
 
@@ -212,22 +264,29 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     raw = args if isinstance(args, str) else args[0] if args else ""
     if image.mode.startswith(("I", "F")) or "16" in str(raw):
         raise BadPhotograph("16-bit", f"it has more than 8 bits a channel (mode {image.mode})")
-    # For its EXIF Pillow decodes a PNG whole, since that may come last; most have none.
-    without = image.format == "PNG" and not _png_has_exif(stream)
-    orientation = 1 if without else image.getexif().get(_ORIENTATION, 1)
+    if (rare := _unlike(image)) is not None:
+        raise BadPhotograph("format", f"it is {rare}, which decoders take for different colours")
+    # EXIF of a PNG may come last, so that it has to be decoded whole; most have none.
+    if image.format == "PNG" and "exif" not in image.info and _png_has_exif(stream):
+        image.load()
+    said = _orientations(image)
+    if len(set(said)) > 1:
+        # DALI may die of it.
+        raise BadPhotograph("corrupt", "its EXIF says twice how it lies, and not the same")
+    lies = said[0] if said else 1
     traits = []
     if image.mode in ("L", "LA", "1"):
         traits.append("greyscale")
     if image.mode == "CMYK":
         traits.append("cmyk")
-    if orientation in range(2, 9):
+    if lies in _TURNS:
         traits.append("turned")
     if image.info.get("progressive"):
         traits.append("progressive")
     if os.path.splitext(file)[1].lower() not in _FORMATS[image.format]:
         traits.append("extension")
     # Pillow turns a TIFF by itself, and its size is that of the upright picture already.
-    if image.format != "TIFF" and orientation in _SIDEWAYS:
+    if image.format != "TIFF" and lies in _SIDEWAYS:
         width, height = height, width
     sampling = ""
     if isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode != "L":
@@ -235,13 +294,29 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     return Header(width, height, "JPEG" if image.format == "MPO" else image.format, sampling, tuple(traits))
 
 
-def _unknown(start: bytes) -> BadPhotograph:
-    """What a file is that is no picture, from its first bytes."""
+def _unlike(image: Image.Image) -> str | None:
+    """What a photograph is of which Pillow and DALI make unlike pixels; None where they agree."""
+    if image.mode == "CMYK" and image.format != "TIFF" and "adobe" not in image.info:
+        return "a CMYK JPEG that does not say whether its inks are inverted"
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if image.mode == "LAB":
+            return "a CIELAB TIFF"
+        if image.mode in ("LA", "PA"):
+            return "a TIFF of one channel with transparency"
+        if 1 in image.tag_v2.get(TiffImagePlugin.EXTRASAMPLES, ()):
+            return "a TIFF with premultiplied transparency"
+    return None
+
+
+def _unknown(start: bytes, stream: io.BufferedReader | io.BytesIO) -> BadPhotograph:
+    """What a file is that Pillow does not know, from its first bytes; of a JPEG or TIFF, from its whole header."""
     if not start:
         return BadPhotograph("empty", "the file is empty")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:200].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return BadPhotograph("html", "it is a web page, not a photograph")
+    if _has_whole_header(start, stream):
+        return BadPhotograph("format", "its header is whole, but of a kind that is not read, or damaged")
     if start.startswith((b"\xff\xd8", b"\x89PNG", b"II*\0", b"MM\0*")):
         return BadPhotograph("truncated", "it breaks off in its header")
     if (known := next((name for at, mark, name in _OTHERS if start[at:].startswith(mark)), None)) is not None:
@@ -255,6 +330,22 @@ def _unknown(start: bytes) -> BadPhotograph:
     if b"\0" in start:
         return BadPhotograph("junk", "it is no picture of any kind")
     return BadPhotograph("text", "it is text, not a photograph")
+
+
+def _has_whole_header(start: bytes, stream: io.BufferedReader | io.BytesIO) -> bool:
+    """Whether a JPEG is there up to its scan, or a TIFF up to the end of its first directory; False for the rest."""
+    if start.startswith(b"\xff\xd8"):
+        stream.seek(2)
+        # Marker and length of one segment after the other.
+        while len(head := stream.read(4)) == 4 and head[0] == 0xFF and head[1] != 0xDA:
+            stream.seek(int.from_bytes(head[2:], "big") - 2, os.SEEK_CUR)
+        return head[:2] == b"\xff\xda"
+    if start.startswith((b"II*\0", b"MM\0*")):
+        order: Literal["little", "big"] = "little" if start[0] == ord("I") else "big"
+        stream.seek(int.from_bytes(start[4:8], order))
+        entries = 12 * int.from_bytes(stream.read(2), order)
+        return 0 < entries == len(stream.read(entries))
+    return False
 
 
 def _decode_jpeg(content: bytes) -> np.ndarray | None:

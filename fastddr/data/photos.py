@@ -23,7 +23,7 @@ from fastddr.data.layouts.common import PHOTOGRAPHS, folders_below
 from fastddr.data.manifest import Manifest
 from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import one_line
+from fastddr.data.problems import delimiter, one_line
 from fastddr.errors import UserError
 
 #: Called with (what is done, done, total).
@@ -108,7 +108,9 @@ def _below(folder: str) -> Iterator[str]:
 def _listed(file: str) -> Iterator[str]:
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows = [row for row in csv.reader(stream) if row]
+            mark = delimiter(stream.readline())
+            stream.seek(0)
+            rows = [row for row in csv.reader(stream, delimiter=mark, strict=True) if row]
     except (OSError, csv.Error) as error:
         raise UserError(
             f"{file}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
@@ -118,6 +120,8 @@ def _listed(file: str) -> Iterator[str]:
     for number, row in enumerate(rows[headed:], 1 + headed):
         if len(row) <= column or not row[column]:
             raise UserError(f"{file}: its row {number} has no path; mend it.")
+        if "\0" in row[column]:
+            raise UserError(f"{file}: its row {number} holds a NUL, as in UTF-16; save the list as CSV in UTF-8.")
         yield os.path.join(os.path.dirname(file), row[column])
 
 

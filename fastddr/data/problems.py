@@ -29,7 +29,7 @@ ERRORS = {
     "junk": "fetch it again",
     "text": "fetch it again",
     "html": "fetch it again: it was a failed download",
-    "format": "save it as JPEG, PNG or TIFF",
+    "format": "save it as an RGB JPEG, PNG or TIFF",
     "dimensions": "replace it",
     "16-bit": "save it with 8 bits a channel",
     "encoding": "rename it",
@@ -149,6 +149,13 @@ def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) ->
     return kept, len(lacking) - len(kept)
 
 
+def delimiter(first: str) -> str:
+    """What separates the cells of a list of photographs with this first line: a comma, else a semicolon or a tab."""
+    mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+    # A mark of a list that is just paths is part of them.
+    return mark if "path" in [cell.strip().strip('"') for cell in first.split(mark)] else ","
+
+
 def read_list(file: str | Path) -> frozenset[str]:
     """The paths of a list for `--exclude`: CSV with a column `path`, or just a path a line.
 
@@ -159,10 +166,7 @@ def read_list(file: str | Path) -> frozenset[str]:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             first = stream.readline()
             stream.seek(0)
-            mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
-            # A mark of a list that is just paths is part of them.
-            spelled = [cell.strip().strip('"') for cell in first.split(mark)]
-            rows = list(csv.reader(stream, delimiter=mark if "path" in spelled else ","))
+            rows = list(csv.reader(stream, delimiter=delimiter(first), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
     if rows and "path" in rows[0]:

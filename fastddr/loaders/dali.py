@@ -118,7 +118,7 @@ class DaliLoader(Loader):
         except RuntimeError as error:
             # The pipeline cannot go on after an error.
             self._pipeline = None
-            found = dali_decoder.explained(error, [self.task.files[id_] for id_ in requests.id[k]], self.task)
+            found = dali_decoder.explained(error, requests.id[k].tolist(), self.task)
             if found is error:
                 raise
             raise found from error

@@ -135,17 +135,46 @@ def named(task: Task) -> str:
     return " ".join(parts)
 
 
-def explained(error: RuntimeError, files: Sequence[str], task: Task) -> Exception:
-    """What to raise for an error of a pipeline that read these files: its own messages do not always name the file."""
+def explained(error: RuntimeError, ids: Sequence[int], task: Task) -> Exception:
+    """What to raise for an error of a pipeline that read these photographs: it does not always say which it was."""
     if is_out_of_memory(error):
         return error
-    bad = name_unreadable(files)
+    bad = name_unreadable([task.files[id_] for id_ in ids])
     if bad is not None:
         return undecodable(bad)
     # A decoder that gets no memory says only that it failed.
     if task.device.type == "cuda" and torch.cuda.mem_get_info(task.device)[0] < _SCARCE:
         return torch.OutOfMemoryError(f"{IN_DALI}: {' '.join(str(error).split())}")
-    return error
+    refused = name_refused(ids, task)
+    return error if refused is None else UserError(f"{refused}; save it anew as an RGB JPEG, or --loader torchvision.")
+
+
+def name_refused(ids: Sequence[int], task: Task) -> str | None:
+    """The first of these photographs that DALI, given it alone, does not decode, or not to the size that its header
+    says; None where there is none."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(
+        batch_size=1, num_threads=1, device_id=device_id(task), prefetch_queue_depth=1, exec_dynamic=True, seed=0
+    )
+    with pipeline:
+        path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(read(path), output_type=types.RGB, **decoding(task)))
+    built(pipeline)
+    paths = paths_of(task)
+    for id_ in ids:
+        pipeline.feed_input("path", paths[id_ : id_ + 1])
+        try:
+            (output,) = pipeline.run()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return None
+            return f"{task.files[id_]}: DALI cannot decode this photograph"
+        height, width, _ = output.shape()[0]
+        if (width, height) != (task.widths[id_], task.heights[id_]):
+            expected = f"{task.widths[id_]} × {task.heights[id_]} were expected"
+            return f"{task.files[id_]}: DALI decodes it to {width} × {height} pixels, and {expected}"
+    return None
 
 
 def too_large(task: Task, room: int) -> str | None:
@@ -249,7 +278,7 @@ class Canvases:
                 except RuntimeError as error:
                     # It may be of those after this one, which are already on their way.
                     near = np.concatenate(chunks[number : number + 3])
-                    found = explained(error, [task.files[id_] for id_ in near], task)
+                    found = explained(error, near.tolist(), task)
                     if found is error:
                         raise
                     raise found from error

@@ -160,6 +160,16 @@ def test_without_a_dark_border_the_frame_is_taken(vignette: float) -> None:
     assert square(disc, 300, 200) == (0, -50, 300)
 
 
+@pytest.mark.parametrize(("light", "ground"), [(130, 255), (180, 255), (250, 255), (180, 215)])
+def test_on_a_light_ground_the_frame_is_taken(light: float, ground: int) -> None:
+    """The circles that are found there lie within the retina."""
+    pixels = draw(384, 288, 192, 144, 170, light=light, vignette=0.8)
+    assert find_disc(pixels).method == "edge"
+    rows, columns = np.indices(pixels.shape[:2]) + 0.5
+    pixels[np.hypot(columns - 192, rows - 144) > 172] = ground
+    assert find_disc(pixels) == Disc(192, 144, 192, 0.0, "frame")
+
+
 @pytest.mark.parametrize("border", [(60, 60), (60, 0), (0, 60)])
 def test_a_rectangle_of_light_is_no_disc(border: tuple[int, int]) -> None:
     rows, columns = border

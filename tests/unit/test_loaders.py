@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photographs import ODD, picture
-from PIL import Image, ImageOps
+from photographs import ODD, draw, picture
+from PIL import Image, ImageOps, PngImagePlugin
 from reference import REAL, compared, needs_dali
 from tests_support import batches, same, task
 
 from fastddr import loaders, sampling
 from fastddr.config import AugmentConfig
-from fastddr.data import manifest
+from fastddr.data import manifest, photograph
 from fastddr.errors import UserError
 from fastddr.loaders import dali, dali_decoder
 from fastddr.meters import is_out_of_memory
@@ -194,15 +195,36 @@ def test_a_decoder_without_memory_is_told_from_a_bad_photograph(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 2**35))
     wanted = task(odd)
     on_card = replace(wanted, device=torch.device("cuda", 0))
-    whole, broken = list(odd.files())[:2], tmp_path / "broken.jpg"
+    monkeypatch.setattr(dali_decoder, "name_refused", lambda ids, task: None)
+    broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no photograph")
-    assert dali_decoder.explained(failed, whole, on_card) is failed
+    assert dali_decoder.explained(failed, [0, 1], on_card) is failed
     free[0] = 2**20
-    assert is_out_of_memory(dali_decoder.explained(failed, whole, on_card))
-    assert dali_decoder.explained(failed, whole, wanted) is failed, "a CPU has its own words for it"
-    found = dali_decoder.explained(failed, [*whole, str(broken)], on_card)
+    assert is_out_of_memory(dali_decoder.explained(failed, [0, 1], on_card))
+    assert dali_decoder.explained(failed, [0, 1], wanted) is failed, "a CPU has its own words for it"
+    files = [*list(odd.files())[:2], str(broken), *list(odd.files())[3:]]
+    found = dali_decoder.explained(failed, [0, 1, 2], replace(on_card, files=files))
     assert isinstance(found, UserError)
     assert "broken.jpg" in str(found)
+
+
+@needs_dali
+def test_what_dali_alone_does_not_decode_is_named(found: manifest.Manifest, tmp_path: Path) -> None:
+    bits = tmp_path / "bits.tif"
+    Image.new("1", (80, 80)).save(bits)
+    files = list(found.files())
+    files[5] = str(bits)
+    wanted = task(found, files=files, ids=np.arange(8), batch_size=8)
+    loader = loaders.build("dali", wanted)
+    with pytest.raises(UserError, match=r"bits\.tif: DALI cannot decode .* --loader torchvision"):
+        list(loader.epoch(0))
+    loader.close()
+    wide = np.array(wanted.widths)
+    wide[2] += 1
+    said = dali_decoder.name_refused(range(5), replace(wanted, widths=wide))
+    assert said is not None
+    assert said.startswith(f"{files[2]}: DALI decodes it to 80 × 80 pixels, and 81 × 80 were expected")
+    assert dali_decoder.name_refused(range(5), wanted) is None
 
 
 @needs_dali
@@ -479,6 +501,72 @@ def test_odd_photographs_give_the_pixels_of_pillow_in_every_loader(name: str, od
         expected = (window / 255 - wanted.augment.mean) / wanted.augment.std
         levels = (batch.image[b] - torch.from_numpy(expected).permute(2, 0, 1)) * STD[0]
         assert levels.abs().max() < 1e-3, odd.path[id_]
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>'
+
+
+def _exif(order: str, *entries: tuple[int, int, int, bytes]) -> bytes:
+    """A block of EXIF with these entries: tag, type, count and value."""
+    block = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        block += struct.pack(f"{order}HHI", tag, kind, count) + value
+    return b"Exif\0\0" + block + bytes(4)
+
+
+def _text(name: str, text: bytes) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(name, text.decode()) if name.startswith("XML") else info.add_text(name, text.decode())
+    return info
+
+
+def _profile(raw: bytes) -> bytes:
+    return b"\nexif\n%8d\n%s\n" % (len(raw), raw.hex().encode())
+
+
+SIX = _exif("<", (0x0112, 3, 1, b"\6\0\0\0"))
+#: What says how a photograph lies, and whether DALI believes it.
+LIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "exif": ("JPEG", True, {"exif": SIX}),
+    "exif of a png": ("PNG", True, {"exif": SIX}),
+    "a long, little end first": ("JPEG", True, {"exif": _exif("<", (0x0112, 4, 1, b"\6\0\0\0"))}),
+    "a long, big end first": ("JPEG", False, {"exif": _exif(">", (0x0112, 4, 1, b"\0\0\0\6"))}),
+    "a text that lies beyond": (
+        "JPEG", False, {"exif": _exif("<", (0x010F, 2, 9, b"\xff\0\0\0"), (0x0112, 3, 1, b"\6\0\0\0"))}
+    ),
+    "xmp": ("JPEG", False, {"xmp": XMP % 6}),
+    "xmp, upside down": ("JPEG", False, {"xmp": XMP % 3}),
+    "xmp of a png": ("PNG", False, {"pnginfo": _text("XML:com.adobe.xmp", XMP % 6)}),
+    "text of a png": ("PNG", False, {"pnginfo": _text("Raw profile type exif", _profile(SIX[6:]))}),
+    "tiff": ("TIFF", True, {"tiffinfo": {0x0112: 6}}),
+    "xmp of a tiff": ("TIFF", False, {"tiffinfo": {700: XMP % 6}}),
+}  # fmt: skip
+
+
+def test_a_photograph_lies_as_dali_reads_it(tmp_path: Path, found: manifest.Manifest) -> None:
+    """Where only Pillow believes what is said, loaders would give other pixels, or squeezed ones."""
+    files, sizes, uprights = [], [], []
+    for number, (name, (format, believed, settings)) in enumerate(LIES.items()):
+        path = draw(tmp_path / f"{name}.jpg", number)
+        with Image.open(path) as image:
+            pixels = Image.fromarray(np.asarray(image))
+        pixels.save(path, format, **settings)
+        with photograph.strict_sizes():
+            header = photograph.header(str(path))
+            upright = photograph.upright(str(path))
+        assert (header.width, header.height) == upright.size == ((32, 40) if believed else (40, 32)), name
+        assert ("turned" in header.traits) == believed, name
+        files.append(str(path))
+        sizes.append(upright.size)
+        uprights.append(np.asarray(upright))
+    if dali_decoder.installed():
+        width, height = np.array(sizes).T
+        ids = np.arange(len(files))
+        theirs = {"files": files, "grades": ids, "ids": ids, "widths": width, "heights": height}
+        wanted = task(found, **theirs, canvas=32, batch_size=1, image_size=32)
+        for part in dali_decoder.Canvases(wanted, 4).walk(ids):
+            for id_, canvas in part:
+                assert np.array_equal(canvas.numpy(), uprights[id_]), files[id_]
 
 
 @needs_dali

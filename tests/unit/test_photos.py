@@ -11,6 +11,7 @@ from photographs import draw, official, write_csv
 
 from fastddr.data import cache, manifest, masters, photos, prepare
 from fastddr.data.masters import Recipe
+from fastddr.data.problems import read_list
 from fastddr.errors import UserError
 
 RECIPE = Recipe(prepare.VERSION, 48, "jpeg")
@@ -41,6 +42,8 @@ def test_folders_globs_files_and_lists(folder: Path) -> None:
     assert names(photos.find([f"{folder}/notes.txt"]), folder) == ["notes.txt"], "what is named by itself is taken"
     write_csv(folder / "some.csv", ["grade", "path"], [["1", "below/c.png"], ["2", "gone.jpg"]])
     assert names(photos.find([str(folder / "some.csv")]), folder) == ["below/c.png", "gone.jpg"]
+    (folder / "semicolons.csv").write_text("grade;path\n1;b.jpg\n")
+    assert names(photos.find([str(folder / "semicolons.csv")]), folder) == ["b.jpg"]
     (folder / "bare.csv").write_text("b.jpg\na.JPG\n")
     assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG"]
 
@@ -54,9 +57,19 @@ def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:
 def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.csv").write_text("path,grade\n,1\n")
-    for name, said in (("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no")):
+    (tmp_path / "quote.csv").write_text('path,grade\na.jpg,"1\nb.jpg,2\n')
+    (tmp_path / "wide.csv").write_text("path\na.jpg\n", encoding="utf-16")
+    for name, said in (
+        ("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no"),
+        ("quote.csv", "cannot be read"), ("wide.csv", "row 1 holds a NUL"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             photos.find([str(tmp_path / name)])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_list(tmp_path / "quote.csv")
+    (tmp_path / "labels.csv").write_text('path,grade,seen by\na.jpg,1,"me\nb.jpg,2,me\n')
+    with pytest.raises(UserError, match="save it as CSV anew"):
+        manifest.read(tmp_path / "labels.csv")
 
 
 def test_a_bad_photograph_keeps_its_place_and_gets_its_reason(folder: Path) -> None:

@@ -188,6 +188,19 @@ def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "out/DR_grading/train/n1.jpg").write_bytes(b"half")
     assert run(data, tmp_path / "out").done == 2
     assert content(tmp_path / "out") == before
+    # So is what the table does not tell, emptied, torn in the middle or in its last row, or written over.
+    table = tmp_path / "out" / "prepared" / "prepared.csv"
+    text = table.read_text()
+    lines = text.splitlines(keepends=True)
+    for torn, lost in (
+        ("", len(lines) - 1),
+        (text[:-9], 1),
+        ("".join([*lines[:-2], '"', *lines[-2:]]), 2),
+        ("".join([*lines[:-2], "x" + lines[-2].replace(",", ",x", 3), lines[-1]]), 1),
+    ):
+        table.write_text(torn)
+        assert run(data, tmp_path / "out").done == lost
+        assert content(tmp_path / "out") == before
 
 
 # ------------------------------------------------------------------------------------------------ faults

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from photographs import LAYOUTS, SET, Photo, draw, folders, labelled, official, write_csv
 from PIL import Image
 
-from fastddr.data import cache, crop, manifest, photograph, problems, survey
+from fastddr.data import cache, manifest, photograph, problems, survey
 from fastddr.data.problems import ERRORS, NOTES, Problem
 from fastddr.data.survey import Survey
 from fastddr.errors import UserError
-from fastddr.loaders import vision
 from fastddr.reporting import plots
 from fastddr.tracking import copies
 
@@ -95,6 +94,14 @@ def _link(path: Path) -> None:
     path.symlink_to("nowhere.jpg")
 
 
+def _turned_twice(path: Path) -> None:
+    """By two blocks of EXIF, to its side and upside down."""
+    blocks = [draw(path, 99, orientation=way).read_bytes() for way in (6, 3)]
+    start = [content.index(b"\xff\xe1") for content in blocks]
+    end = start[0] + 2 + int.from_bytes(blocks[0][start[0] + 2 : start[0] + 4], "big")
+    path.write_bytes(blocks[0][:end] + blocks[1][start[1] :])
+
+
 FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "empty": ("empty", _bytes(lambda content: b"")),
     "half": ("truncated", _bytes(lambda content: content[: len(content) // 2])),
@@ -104,6 +111,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "text": ("text", _bytes(lambda content: "name,grade\nnaïve,3\n".encode() * 500)),
     "html": ("html", _bytes(lambda content: b"\xef\xbb\xbf\n<!DOCTYPE html><html>404</html>")),
     "scan": ("corrupt", _bytes(_scan)),
+    "two orientations": ("corrupt", _turned_twice),
     "gif": ("format", lambda path: draw(path, 99, format="GIF")),
     "webp": ("format", lambda path: draw(path, 99, format="WEBP")),
     "bomb": ("dimensions", _rgb_png(60_000, 60_000, 8, b"\0" * 64)),
@@ -166,6 +174,51 @@ def test_orientation_is_read_from_every_format(tmp_path: Path) -> None:
             found = photograph.header(str(path))
         assert (found.width, found.height) == photograph.upright(str(path)).size == (32, 40)
         assert found.traits == ("turned",)
+
+
+def _entry(tag: int, value: int) -> bytes:
+    """One short number in the directory of a TIFF."""
+    return struct.pack("<HHIHH", tag, 3, 1, value, 0)
+
+
+def _no_adobe(content: bytes) -> bytes:
+    marker = content.index(b"\xff\xee")
+    return content[:marker] + content[marker + 2 + int.from_bytes(content[marker + 2 : marker + 4], "big") :]
+
+
+def _deeper(content: bytes) -> bytes:
+    """A JPEG of 12 bits, by its header."""
+    return content.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c")
+
+
+#: What is drawn, what becomes of its bytes, and what is said of it.
+RARE: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
+    "inks without a word": ("JPEG", "CMYK", _no_adobe, "CMYK JPEG"),
+    "cielab": ("TIFF", "LAB", bytes, "CIELAB"),
+    "grey with alpha": ("TIFF", "LA", bytes, "one channel with transparency"),
+    "palette with alpha": ("TIFF", "PA", bytes, "one channel with transparency"),
+    "premultiplied": ("TIFF", "RGBA", lambda c: c.replace(_entry(338, 2), _entry(338, 1)), "premultiplied"),
+    "unknown tiff": ("TIFF", "RGB", lambda c: c.replace(_entry(262, 2), _entry(262, 77)), "header is whole"),
+    "12-bit jpeg": ("JPEG", "RGB", _deeper, "header is whole"),
+}
+
+
+@pytest.mark.parametrize("what", RARE)
+def test_rare_kinds_are_refused_by_the_header_though_nothing_is_missing(what: str, tmp_path: Path) -> None:
+    format, mode, change, said = RARE[what]
+    path = draw(tmp_path / "rare.jpg", format=format, mode=mode)
+    content = path.read_bytes()
+    path.write_bytes(change(content))
+    assert (path.read_bytes() == content) == (change is bytes)
+    for read in (photograph.header, photograph.sound):
+        with photograph.strict_sizes(), pytest.raises(photograph.BadPhotograph) as caught:
+            read(str(path))
+        assert caught.value.kind == "format"
+        assert said in caught.value.reason
+    path.write_bytes(content[:30])
+    with photograph.strict_sizes(), pytest.raises(photograph.BadPhotograph) as caught:
+        photograph.header(str(path))
+    assert caught.value.kind == "truncated", "here something is"
 
 
 def test_a_photograph_that_may_not_be_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +317,7 @@ def test_a_broken_cache_is_made_anew(data: Path) -> None:
         p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text(errors="surrogateescape")
     ]
     older = json.dumps(json.loads(stored.read_text()) | {"version": 0})
-    for content in ("", "{", "[]", '{"version": 1, "path": ["a"], "size": [1]}', older):
+    for content in ("", "{", "[]", '{"version": 2, "path": ["a"], "size": [1]}', older):
         stored.write_text(content)
         assert len(survey.take(data).undecoded()) == len(SET)
 
@@ -476,16 +529,13 @@ def test_links_within_the_data_are_followed(data: Path) -> None:
     assert found_in(checked(data)) == {SPOILED: {"outside"}}, "a part of it alone is a narrower one"
 
 
-def test_exif_that_breaks_off_is_a_fault_of_its_photograph(data: Path) -> None:
-    """Pillow raises `struct.error` there, which is none of its own errors."""
+def test_exif_that_breaks_off_turns_nothing(data: Path) -> None:
+    """Pillow raises `struct.error` there, DALI passes over it."""
     broken = b"Exif\0\0II*\0"
     draw(data / FIRST, 99, format="PNG")
     Image.open(data / FIRST).save(data / FIRST, "PNG", exif=broken)
-    assert found_in(checked(data))[SPOILED] == {"corrupt"}
-    with pytest.raises(photograph.BadPhotograph, match="the decoder complains"):
-        crop.master(str(data / FIRST), 32, "jpeg", whole=True)
-    with pytest.raises(UserError, match="cannot be decoded"):
-        vision.render(vision._Item(str(data / FIRST), np.eye(2, 3), np.eye(3, 4), 40, 32), 32, only_crops=False)
+    assert found_in(checked(data))[SPOILED] == {"extension"}
+    assert photograph.upright(str(data / FIRST)).size == (40, 32)
 
 
 def test_a_mistyped_tag_spoils_no_turned_photograph(tmp_path: Path) -> None:

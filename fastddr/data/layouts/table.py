@@ -145,7 +145,7 @@ def _read(file: Path, asked: bool = False) -> _Table | None:
         if layout is None:
             return None
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=mark)
+            reader = csv.reader(stream, delimiter=mark, strict=True)
             next(reader)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:

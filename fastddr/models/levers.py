@@ -143,8 +143,28 @@ def compiled(model: nn.Module, config: Config) -> nn.Module:
 
 
 @contextmanager
+def deterministic(config: Config) -> Iterator[None]:
+    """Within it an operation that PyTorch has in no deterministic form on a GPU ends the run in one sentence.
+
+    Raises:
+        UserError: the model needs one, and `config.deterministic` forbids it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not config.deterministic or "does not have a deterministic implementation" not in said:
+            raise
+        raise UserError(
+            f"--deterministic: PyTorch has no deterministic {said.split()[0]}, which {config.model} needs here; take "
+            "another model, or leave --deterministic off."
+        ) from error
+
+
+@contextmanager
 def compiling(config: Config, heard: Callable[[], None]) -> Iterator[None]:
-    """Within it a compiler that fails ends the run in one sentence; it works at the first step, not before.
+    """Within it a compiler that fails ends the run in one sentence, which is at the first step and not before; and so
+    does what `deterministic` forbids.
 
     `heard` raises where the run was asked to stop: Ctrl-C and schedulers signal the compiler's processes too, which end
     at once and look as if they had failed.
@@ -153,13 +173,15 @@ def compiling(config: Config, heard: Callable[[], None]) -> Iterator[None]:
         UserError: the model cannot be compiled on this machine.
     """
     if not config.compile:
-        yield
+        with deterministic(config):
+            yield
         return
     import torch._dynamo.config
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     try:
-        yield
+        with deterministic(config):
+            yield
     except TorchDynamoException as error:
         heard()
         if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, torch.OutOfMemoryError):

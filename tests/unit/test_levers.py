@@ -249,6 +249,18 @@ def test_a_compiler_that_a_stop_has_ended_has_not_failed(tmp_path: Path) -> None
         failing(RuntimeError("g++: terminated"))(torch.zeros(1, 2))
 
 
+def test_what_has_no_deterministic_form_is_one_sentence() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        for asked, kind, said in (True, UserError, "no deterministic put_.*convmixer"), (False, RuntimeError, "put_ "):
+            with pytest.raises(kind, match=said), levers.compiling(replace(Config(), deterministic=asked), unasked):
+                torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.raises(RuntimeError, match="another"), levers.compiling(replace(Config(), deterministic=True), unasked):
+        raise RuntimeError("another")
+
+
 def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that() -> None:
     config = replace(Config(), compile=True)
     words = r"cannot compile convmixer here: .*ValueError: no such instruction; leave"

@@ -129,10 +129,9 @@ def last_value(arguments: Sequence[str], flag: str) -> str | None:
     """What the flag is set to where it stands last, before the command line is parsed; None where it does not."""
     found = None
     for argument, following in zip_longest(arguments, arguments[1:]):
-        if argument == flag:
-            found = following
-        elif argument.startswith(flag + "="):
-            found = argument.removeprefix(flag + "=")
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else following
     return found
 
 

@@ -179,6 +179,7 @@ def out_of_memory(
     need: float | None = None,
     scoring: bool = False,
     run: Path | None = None,
+    named: bool = True,
 ) -> str:
     """What to tell the user whose card was too small, and the ways out, the one that changes least first.
 
@@ -189,7 +190,8 @@ def out_of_memory(
         store: where the loader keeps photographs.
         need: GiB that were predicted for PyTorch, None where nothing was.
         scoring: whether a split was scored, and not trained on.
-        run: the run's folder, where the same command goes on with it, and so cannot with other settings.
+        run: the run's folder where it can go on, and so cannot with other settings.
+        named: whether the same command goes on with it, or has to be given that folder.
     """
     micro = config.micro_batch_size
     held = max(1, config.batch_size // world) if micro == "auto" else int(micro)
@@ -204,7 +206,8 @@ def out_of_memory(
         told = f" ({predicted}PyTorch held up to {gib[0]} of {gib[1]}; {gib[2]} are free now)"
     when, ways = " as a split is scored" if scoring else "", ", or ".join(_ways(config, held, store, scoring, run))
     what = f"{held} photographs of {config.image_size} px at once"
-    return f"the memory of {device} is too small for {what}{when}{told}: {ways}."
+    again = "" if run is None or named else f"give the command again with --run-dir {run} to go on, and "
+    return f"the memory of {device} is too small for {what}{when}{told}: {again}{ways}."
 
 
 def _ways(config: Config, held: int, store: str, scoring: bool, run: Path | None) -> Iterator[str]:

@@ -183,11 +183,11 @@ class Trainer:
 
     def _too_small(self) -> str:
         store, state = self.loaders.choice.store if self.loaders else "none", runtime.join()
-        run = self.run.path if self._resuming or (self._named and self._began) else None
-        need, scoring = self.predicted_gib, self._scoring
+        kept = self._resuming or (self._began and (self._named or (self.run.checkpoints / "last").exists()))
         return out_of_memory(
-            self.config, state.device, state.num_processes, store=store, need=need, scoring=scoring, run=run
-        )
+            self.config, state.device, state.num_processes, store=store, need=self.predicted_gib,
+            scoring=self._scoring, run=self.run.path if kept else None, named=self._resuming or self._named,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ the loop
 

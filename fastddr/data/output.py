@@ -264,12 +264,20 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
+def followed(out: Path) -> Path:
+    """Where `--out` leads, so that a link stays one. Raises `UserError` where it leads to itself."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+        raise UserError(f"--out {out}: this link leads nowhere ({error}); give another place.") from None
+
+
 def check_place(out: Path) -> None:
     """Raise `UserError` where the file of `--out` cannot be put; before the work, which would be for nothing.
 
     A link is followed, as by whoever writes there.
     """
-    folder = out.resolve().parent
+    folder = followed(out).parent
     if not folder.is_dir():
         raise UserError(f"--out {out}: its folder is not there; make it first.")
     try:

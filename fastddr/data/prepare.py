@@ -43,7 +43,7 @@ from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
 #: Of the outputs. Raise it with every change of a byte of them.
-VERSION = 1
+VERSION = 2
 #: Where class folders without splits go: beside them a folder `prepared` would be taken for a misspelt grade.
 _INNER = "photographs/"
 #: Sides that make sense, in pixels.

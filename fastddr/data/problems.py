@@ -169,6 +169,8 @@ def read_list(file: str | Path) -> frozenset[str]:
             rows = list(csv.reader(stream, delimiter=delimiter(first), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
+    if any("\0" in cell for row in rows for cell in row):
+        raise UserError(f"--exclude {file}: it holds NULs, as in UTF-16; save the list as CSV in UTF-8.")
     if rows and "path" in rows[0]:
         column = rows[0].index("path")
         rows = rows[1:]

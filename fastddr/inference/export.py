@@ -29,7 +29,7 @@ from rich.console import Console
 from fastddr import loaders, models, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
-from fastddr.data import masters, photos, source
+from fastddr.data import masters, output, photos, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.evaluation import grading
@@ -57,7 +57,7 @@ def export(asked: Export) -> Path:
             no photographs to check it on, or the file gives other answers.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    out = asked.out or asked.run / "exports" / asked.format
+    out = output.followed(asked.out or asked.run / "exports" / asked.format)
     config = _settings(asked)
     formats.check(asked.format)
     if out.exists() and not (asked.overwrite and (out / "export.json").is_file()):

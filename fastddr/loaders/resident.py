@@ -52,7 +52,7 @@ class ResidentLoader(Loader):
         super().__init__(task)
         lacks = kernels.triton_lacks() if task.device.type == "cuda" else None
         if lacks is not None:
-            raise UserError(f"--loader resident lacks {lacks}; install that, or take --loader dali.")
+            raise UserError(f"--loader resident lacks {lacks}; install that, or for a new run take --loader dali.")
         self._say = say or (lambda line: None)
         self._store = stores.build(task, canvases.decoder(task))
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))

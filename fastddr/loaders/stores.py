@@ -32,7 +32,7 @@ from fastddr.errors import UserError
 from fastddr.loaders.base import Task
 
 #: Of the file. Raise it whenever the form of the file, or what a canvas is, changes: older files are then not used.
-VERSION = 1
+VERSION = 2
 _MAGIC = "fastddr store"
 #: What a file system without hard links says.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)

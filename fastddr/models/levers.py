@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
@@ -152,11 +153,11 @@ def deterministic(config: Config) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if not config.deterministic or "does not have a deterministic implementation" not in said:
+        found = re.search(r"([\w ]+?) does not have a deterministic implementation", str(error))
+        if not config.deterministic or found is None:
             raise
         raise UserError(
-            f"--deterministic: PyTorch has no deterministic {said.split()[0]}, which {config.model} needs here; take "
+            f"--deterministic: PyTorch has no deterministic {found[1].strip()}, which {config.model} needs here; take "
             "another model, or leave --deterministic off."
         ) from error
 

@@ -249,10 +249,9 @@ class WandbRun:
                 value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
                 self._run.summary.update({name: {how: value}})
         finally:
-            try:
-                self._run.finish(exit_code=int(failed))
-            finally:
-                self._keep()
+            self._run.finish(exit_code=int(failed))
+        # Not where that fails: rows that W&B had not written come again.
+        self._keep()
 
     def _keep(self) -> None:
         """Keep how far this run is in its project: parts that were uploaded may be deleted (`wandb clean`)."""
@@ -302,8 +301,11 @@ class WandbRun:
 
 def choose_mode(wandb: Any) -> tuple[str, str]:
     """W&B's mode, in lower case, and who chose it: WANDB_MODE, `wandb disabled` or `wandb offline`, or the login."""
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if mode:
+        os.environ["WANDB_MODE"] = mode  # W&B itself takes no capital letters
     settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
-    if mode := os.environ.get("WANDB_MODE", "").lower():
+    if mode:
         return mode, "WANDB_MODE"
     if settings.mode != "online":
         return settings.mode, "W&B's settings"

@@ -156,9 +156,12 @@ def test_an_earlier_export_is_replaced_only_when_asked(
     assert main(asked) == 2
     assert "it is there already" in capsys.readouterr().err
     (out / "export.json").write_text("{}")
-    assert main([*asked, "--overwrite"]) == 0
+    link = tmp_path / "link"
+    link.symlink_to("out")
+    assert main([*asked[:-1], str(link), "--overwrite"]) == 0
     assert json.loads((out / "export.json").read_text())["format"] == "safetensors"
-    assert list(tmp_path.iterdir()) == [out]
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, out]
     (out / "serve.py").write_text("mine")
     assert main([*asked, "--overwrite"]) == 2
     assert "serve.py is no file of an export; move it, or give another folder" in capsys.readouterr().err

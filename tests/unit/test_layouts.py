@@ -171,6 +171,16 @@ def test_a_class_folder_that_may_not_be_read_is_a_problem(tmp_path: Path, monkey
 # ------------------------------------------------------------------------------------------ tables
 
 
+def test_a_link_to_itself_is_one_bad_photograph_of_its_class(tmp_path: Path) -> None:
+    root = folders(tmp_path)
+    whole = layouts.find(root)
+    place = root / whole.entries[0].path
+    (place.parent / "loop.jpg").symlink_to("loop.jpg")
+    found = layouts.find(root)
+    assert len(found.entries) == len(whole.entries) + 1
+    assert found.problems == whole.problems, "the folder can be read"
+
+
 def test_a_table_made_on_windows(tmp_path: Path) -> None:
     draw(tmp_path / "clinic" / "a.jpg", 1)
     draw(tmp_path / "clinic" / "b.jpg", 2)

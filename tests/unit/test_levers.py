@@ -252,13 +252,19 @@ def test_a_compiler_that_a_stop_has_ended_has_not_failed(tmp_path: Path) -> None
 def test_what_has_no_deterministic_form_is_one_sentence() -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        for asked, kind, said in (True, UserError, "no deterministic put_.*convmixer"), (False, RuntimeError, "put_ "):
-            with pytest.raises(kind, match=said), levers.compiling(replace(Config(), deterministic=asked), unasked):
+        for ours, kind, said in (True, UserError, "no deterministic put_.*convmixer"), (False, RuntimeError, "put_ "):
+            with pytest.raises(kind, match=said), levers.compiling(replace(Config(), deterministic=ours), unasked):
                 torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     finally:
         torch.use_deterministic_algorithms(False)
-    with pytest.raises(RuntimeError, match="another"), levers.compiling(replace(Config(), deterministic=True), unasked):
+    asked = replace(Config(), deterministic=True)
+    with pytest.raises(RuntimeError, match="another"), levers.compiling(asked, unasked):
         raise RuntimeError("another")
+    # As it comes out of a trace.
+    words = "backend='x' raised:\nRuntimeError: median CUDA with output does not have a deterministic implementation"
+    compiled = levers.compiling(replace(asked, compile=True), unasked)
+    with pytest.raises(UserError, match="no deterministic median CUDA with output,"), compiled:
+        raise RuntimeError(words)
 
 
 def test_a_compiler_that_fails_is_one_sentence_and_full_memory_stays_that() -> None:

@@ -527,7 +527,8 @@ def test_the_canvas_is_the_trainings_unless_the_image_is_larger(tmp_path: Path) 
     preset = tmp_path / "my.yaml"
     for canvas, size, expected in ((768, 512, 768), (288, 256, 288), (288, 512, 512)):
         preset.write_text(f"image_size: 256\ncanvas: {canvas}\n")
-        assert questions.configured(["--preset", str(preset), "--image-size", str(size)]).canvas == expected
+        for flag in ("--image-size", "--image_size"):
+            assert questions.configured(["--preset", str(preset), flag, str(size)]).canvas == expected
 
 
 def test_an_image_that_does_not_suit_the_model_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:

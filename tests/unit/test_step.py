@@ -306,6 +306,8 @@ def test_what_several_ranks_held_and_could_hold() -> None:
     said = out_of_memory(replace(asked, micro_batch_size=16), cpu, 2, store="none", run=Path("mine"))
     assert "go on with 4 GPUs in all" in said
     assert "--init run:./mine " in said
+    unnamed = out_of_memory(asked, cpu, 2, store="none", scoring=True, run=Path("runs/mine"), named=False)
+    assert "give the command again with --run-dir runs/mine to go on, and score fewer photographs" in unnamed
 
 
 def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) -> None:

@@ -465,6 +465,9 @@ def test_a_plain_list_of_paths(tmp_path: Path) -> None:
     assert problems.read_list(tmp_path / "list.txt") == {"train/a.jpg", "train/b c.jpg"}
     with pytest.raises(UserError, match="cannot be read"):
         problems.read_list(tmp_path / "nowhere.csv")
+    (tmp_path / "list.txt").write_text("path\ntrain/a.jpg\n", encoding="utf-16")
+    with pytest.raises(UserError, match="UTF-16"):
+        problems.read_list(tmp_path / "list.txt")
 
 
 def test_what_is_left_out_moves_no_other_photograph_between_splits(tmp_path: Path) -> None:

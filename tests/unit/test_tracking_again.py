@@ -271,8 +271,8 @@ def test_a_replay_that_fails_ends_the_tracker(tmp_path: Path, monkeypatch: pytes
 
 
 def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts that were never uploaded get another name; the run has all their rows again. How far they came is kept,
-    though the end fails."""
+    """Parts that were never uploaded get another name; the run has all their rows again. Where the end fails, how far
+    this life came is not known."""
     run = tmp_path / "run"
     tracker = start(run, wandb=True)
     for step in (1, 2):
@@ -294,5 +294,5 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     tracker.log({"train/loss": 0.5}, step=3, epoch=3)
     tracker.finish()
     assert sent == [(2, 6), (3, 9)], "the server had the row of step 1"
-    assert (run / "wandb" / "next.txt").read_text() == "id 10 fastddr-tests\n"
+    assert (run / "wandb" / "next.txt").read_text() == "id 6 fastddr-tests\n"
     assert [path.name for path in run.glob("wandb/*offline-run-*")] == [f"replaced-{file.parent.name}"]

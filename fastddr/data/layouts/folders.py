@@ -93,8 +93,8 @@ def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
     relative = folder.relative_to(listing.root).as_posix()
     try:
         with os.scandir(folder) as found:
-            # A link to nothing is no file, but it was meant to be one.
-            names = sorted(e.name for e in found if (e.is_file() or e.is_symlink()) and not e.name.startswith("."))
+            # A link to nothing, or to itself, is no file, but it was meant to be one.
+            names = sorted(e.name for e in found if (e.is_symlink() or e.is_file()) and not e.name.startswith("."))
     except OSError as error:
         listing.problems.append(Problem(relative, "unreadable", f"this folder cannot be read ({error.strerror})"))
         return

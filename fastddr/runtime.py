@@ -200,6 +200,11 @@ def join() -> PartialState:
             f"srun or mpirun started {tasks} tasks that know nothing of each other: start one on each machine, which "
             "starts its ranks by itself (launch/slurm.sbatch, launch/multi_node.sh)."
         )
+    if ranks.world() > 1 and not os.environ.get("LOCAL_RANK"):
+        raise UserError(
+            f"WORLD_SIZE is {ranks.world()} here, but nothing says which process of its machine this is: start it with "
+            "`accelerate launch` (launch/multi_node.sh), or unset WORLD_SIZE."
+        )
     for name, what in _OTHERS.items():
         if os.environ.get(name, "").lower() == "true":
             raise UserError(

@@ -19,14 +19,17 @@ from fastddr.errors import UserError
 from fastddr.meters import versions
 from fastddr.runs import Progress, RunFolder
 
-#: What the system says where a place cannot be written to or is full.
-_CANNOT_WRITE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EBUSY,
-    # Of file systems of a network, whose server is away or knows no such thing.
-    errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO, errno.EOPNOTSUPP, errno.ENOSYS,
-    errno.ENOLCK,
-)  # fmt: skip
+#: What the system says where a place cannot be written to or is full; not every system knows each of them.
+_CANNOT_WRITE = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOENT", "ENOTDIR", "EISDIR",
+        "ENOTEMPTY", "ENAMETOOLONG", "EBUSY",
+        # Of file systems of a network, whose server is away or knows no such thing.
+        "ESHUTDOWN", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EREMOTEIO", "EOPNOTSUPP", "ENOSYS", "ENOLCK",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
 
 
 def unusable(error: BaseException, where: Path) -> str | None:
@@ -84,7 +87,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     def newest() -> Any:
         found = checkpoints.load_newest(run.checkpoints, say)
         if found is not None:
-            return found.path
+            return _seen_by_all(run, found.path)
         if checkpoints.standing(run.checkpoints):
             # To begin anew would throw away the figures, and these folders, in which a reader may find more than we.
             raise UserError(
@@ -119,6 +122,12 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     return progress
 
 
+def _seen_by_all(run: RunFolder, found: Path) -> Path:
+    """A checkpoint by the path of the run that was given: where links on the way lead may be rank 0's machine's own."""
+    given = run.checkpoints / found.name
+    return given if given.exists() and given.samefile(found) else found
+
+
 def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> bool:
     """Whether the best checkpoint that training knows of is there; else its link goes."""
     link = run.checkpoints / "best"
@@ -147,13 +156,13 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> chec
     def choose() -> Any:
         for name in ("best", "last"):
             try:
-                return str(checkpoints.load(run.checkpoints / name).path)
+                return _seen_by_all(run, checkpoints.load(run.checkpoints / name).path)
             except UserError as error:
                 problem = error
                 say(f"the {name} checkpoint is lost: {error}")
         raise problem
 
-    found = checkpoints.load(Path(runtime.from_main(choose)))
+    found = checkpoints.load(runtime.from_main(choose))
     known = found.state["progress"]
     progress.best_step, progress.best_epoch = known["step"], known["epoch"]
     return found

@@ -24,7 +24,7 @@ if ((ranks == 1)); then
   # Without a launcher, which as the first process of a container would keep SIGTERM to itself.
   exec python "$root/fastddr/train.py" "$@"
 fi
-# Seconds that the ranks have to save and to end trackers when this is asked to stop.
+# Seconds that the ranks have to save and to end trackers when this is asked to stop; PyTorch 2.11 always gives 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec accelerate launch --multi_gpu --num_machines 1 --num_processes "$ranks" --mixed_precision no \
   --dynamo_backend no --main_process_port "${PORT:-0}" "$root/fastddr/train.py" "$@"

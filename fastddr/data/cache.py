@@ -103,11 +103,14 @@ def load(root: Path) -> dict[str, Record]:
         return {}  # no cache yet, or a broken one: it is made anew
 
 
-def store(root: Path, records: Mapping[str, Record]) -> None:
-    """Keep the records; those of photographs that are not named are forgotten."""
+def store(root: Path, records: Mapping[str, Record]) -> str | None:
+    """Keep the records; those of photographs that are not named are forgotten. Says why they could not be kept."""
     # By column: a list a field is read twice as fast as a list a photograph.
     columns = dict(zip(Record._fields, zip(*records.values(), strict=True), strict=True)) if records else {}
     whole = {"version": _VERSION, "root": str(root), "path": list(records), **columns}
     text = json.dumps(whole, ensure_ascii=False)
-    with suppress(OSError):  # without a cache every start looks at the photographs again: slower, but right
+    try:
         keep(_file(root), text)
+    except OSError as error:  # without a cache every start looks at the photographs again: slower, but right
+        return f"{error.filename or _file(root)}: {error.strerror}"
+    return None

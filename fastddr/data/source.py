@@ -75,9 +75,10 @@ def decode(seen: Survey, console: Console) -> None:
     mine = ranks.share(paths)
     with EpochBar(console, "decoding each photograph once", len(mine)) as bar:
         found = seen.decode(mine, ranks.cores(), lambda done, _: bar.update(done), keep=ranks.rank() == 0)
-    seen.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
+    lost = seen.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
     seconds = time.perf_counter() - began
-    console.print(f"  checked: {len(paths):,} photographs decoded in {seconds:.1f} s, which is remembered")
+    kept = "which is remembered" if lost is None else f"and again at the next start ({lost}; set FASTDDR_CACHE)"
+    console.print(f"  checked: {len(paths):,} photographs decoded in {seconds:.1f} s, {kept}")
 
 
 def _synthetic(config: Config, console: Console) -> Path:

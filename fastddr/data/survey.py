@@ -174,11 +174,10 @@ class Survey:
         except BadPhotograph as bad:
             return record._replace(kind=bad.kind, reason=bad.reason)
 
-    def learn(self, found: dict[str, Record], *, keep: bool = True) -> None:
-        """Take over what was found, here or on another rank."""
+    def learn(self, found: dict[str, Record], *, keep: bool = True) -> str | None:
+        """Take over what was found, here or on another rank. Says why it could not be kept for the next start."""
         self.records.update(found)
-        if keep:
-            _keep(self.root, self.records, cache.load(self.root))
+        return _keep(self.root, self.records, cache.load(self.root)) if keep else None
 
 
 _TRAITS = {
@@ -344,7 +343,7 @@ def _headers(
     return records
 
 
-def _keep(root: Path, records: dict[str, Record], before: dict[str, Record]) -> None:
+def _keep(root: Path, records: dict[str, Record], before: dict[str, Record]) -> str | None:
     """Store what is known, over what was known: a header alone does not displace what decoding has told."""
     # What this list of --exclude leaves out stays known.
     after = dict(before)
@@ -353,8 +352,7 @@ def _keep(root: Path, records: dict[str, Record], before: dict[str, Record]) -> 
         same = old is not None and (old.size, old.changed) == (record.size, record.changed)
         if record.decoded or not (same and old is not None and old.decoded):
             after[path] = record
-    if after != before:
-        cache.store(root, after)
+    return cache.store(root, after) if after != before else None
 
 
 def _lasting(records: dict[str, Record]) -> dict[str, Record]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from fastddr.data.cache import folder
 from fastddr.errors import UserError
 from fastddr.kernels.warp import fails, triton_lacks
 from fastddr.loaders import dali_decoder, stores
@@ -87,7 +88,10 @@ def _place(tasks: Sequence[Task], free: Free) -> tuple[StoreName | None, str]:
         allowed = free.allowed(where, budget)
         if need <= allowed:
             return where, f"{_gib(need)} of decoded photographs fit into {where} ({_gib(allowed)} allowed)"
-        refused.append(f"{where} {_gib(allowed)}")
+        why = ""
+        if where == "mmap" and not free.mmap:
+            why = f": {folder() / 'resident'} is full or may not be written to"
+        refused.append(f"{where} {_gib(allowed)}{why}")
     return None, f"{_gib(need)} of decoded photographs are more than is allowed ({', '.join(refused)})"
 
 

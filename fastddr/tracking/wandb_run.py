@@ -130,6 +130,8 @@ class WandbRun:
             self._wandb.teardown()
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
+        # An agent of a sweep gives a run another id than was asked for; by that one it goes on.
+        _keep_id(folder / "id.txt", self._run.id)
         if self._run.offline:
             self._next = max(_next_of(earlier, self._project), self._known())
         else:
@@ -379,3 +381,8 @@ def _run_id(path: Path) -> str:
         known = secrets.token_hex(4)
         write_line(path, known)
     return known
+
+
+def _keep_id(path: Path, own: str) -> None:
+    if own != _run_id(path):
+        write_line(path, own)

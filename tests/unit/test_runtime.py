@@ -237,6 +237,7 @@ def test_no_two_ranks_on_one_card(cards: int, local: str, refused: bool, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     monkeypatch.setenv("WORLD_SIZE", local)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     if not refused:
         runtime.join()
         return

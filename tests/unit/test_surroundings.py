@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests_support import printed
 
 from fastddr import checkpoints, control_groups, ranks, runs, runtime, saving
 from fastddr.checkpoints import Snapshot
-from fastddr.data import cache
+from fastddr.data import cache, source, survey
 from fastddr.errors import UserError, any_terminal
 from fastddr.progress import EpochBar
 
@@ -161,6 +162,45 @@ def test_a_run_whose_links_were_followed_goes_on(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "own" / "step-00000003", copied / "last")
     checkpoints.point(copied, copied / "step-00000009", best=False)
     assert checkpoints.load(copied / "last-copied").state["progress"]["step"] == 3
+
+
+def test_ranks_are_told_a_checkpoint_by_the_path_that_was_given(tmp_path: Path) -> None:
+    """Links on the way to a run may be of one machine alone."""
+    _written(tmp_path / "real" / "checkpoints", 3, best=True)
+    (tmp_path / "link").symlink_to("real")
+    run = runs.RunFolder(tmp_path / "link")
+    found = checkpoints.load(run.checkpoints / "best").path
+    assert found == tmp_path / "real" / "checkpoints" / "step-00000003"
+    assert saving._seen_by_all(run, found) == run.checkpoints / "step-00000003"
+    elsewhere = found.rename(tmp_path / "on-another-disk")
+    assert saving._seen_by_all(run, elsewhere) == elsewhere
+
+
+def test_a_system_that_knows_fewer_errors_trains_all_the_same() -> None:
+    """macOS, for one."""
+    printed("import errno; del errno.EREMOTEIO; import fastddr.saving")
+
+
+def test_a_world_without_local_ranks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2 here"):
+        runtime.join()
+
+
+def test_photographs_that_cannot_be_remembered_are_said(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "cache.json"))
+
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "keep", refuse)
+    seen = survey.take(tiny)
+    file = io.StringIO()
+    source.decode(seen, Console(file=file, width=300))
+    said = f"and again at the next start ({tmp_path}/cache.json: Permission denied; set FASTDDR_CACHE)"
+    assert said in file.getvalue()
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has names in UTF-8 alone")

@@ -295,4 +295,5 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     tracker.finish()
     assert sent == [(2, 6), (3, 9)], "the server had the row of step 1"
     assert (run / "wandb" / "next.txt").read_text() == "id 6 fastddr-tests\n"
+    assert (run / "wandb" / "id.txt").read_text() == "id\n", "an agent of a sweep names a run itself"
     assert [path.name for path in run.glob("wandb/*offline-run-*")] == [f"replaced-{file.parent.name}"]

@@ -20,11 +20,18 @@ from fastddr.tracking import Answers, Mistake, Tracker
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No login, no network, no home: W&B has only what a test gives it."""
+    forget_wandb(monkeypatch, tmp_path)
+
+
+def forget_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """As on a machine where W&B was never used, also in this process, which keeps the first settings that it reads."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
     for name in [name for name in os.environ if name.startswith("WANDB") and "SERVICE" not in name]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
 
 
 def start(run: Path, said: list[str] | None = None, **options: Any) -> Tracker:

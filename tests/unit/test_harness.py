@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trackers import forget_wandb
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS = [
@@ -240,11 +241,7 @@ def test_versions_are_those_that_are_imported(harness: Any, monkeypatch: pytest.
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No login, no network, no home, and a working directory of its own."""
-    for name in [name for name in os.environ if name.startswith("WANDB") and "SERVICE" not in name]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    forget_wandb(monkeypatch, tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

@@ -22,11 +22,14 @@ predicted to measured), and the predicted kinds. The last rows are the median an
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +47,7 @@ from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import Allowance
 from fastddr.memory.predicting import COMPILED, goes_through, usable
 from fastddr.memory.tape import KINDS, Tape
-from fastddr.memory.tracing import Steps, Training, trace
+from fastddr.memory.tracing import BATCHES, Steps, Training, trace
 from fastddr.meters import is_out_of_memory
 
 GIB = 2**30
@@ -222,9 +225,35 @@ def works(trial: Trial) -> bool:
     return not reason
 
 
+def _hide_card() -> None:
+    """Of the process that traces: every step of an optimizer would ask for the card, also that of a trace."""
+    harness.end_with_parent()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@cache
+def _tracer() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_hide_card)
+
+
+def _trace(trial: Trial, batches: Sequence[int]) -> Tape:
+    return trace(trial.make, trial.steps, batches)
+
+
+def traced(trial: Trial, batches: Sequence[int] = BATCHES) -> Tape:
+    """The tape of its step.
+
+    Where there is a card, from a process that does not see it: here a trace would take a context on it, which trials
+    would count as theirs, and which they could not use.
+    """
+    if torch.cuda.is_available():
+        return _tracer().submit(_trace, trial, batches).result()
+    return _trace(trial, batches)
+
+
 @lru_cache(maxsize=64)
 def _tape(trial: Trial) -> Tape:
-    return estimated(trace(trial.make, trial.steps, (2, 3)), compiled=trial.compiled)
+    return estimated(traced(trial, (2, 3)), compiled=trial.compiled)
 
 
 def estimated(tape: Tape, *, compiled: bool) -> Tape:
@@ -275,7 +304,7 @@ def row(trial: Trial, *, gpu: bool) -> dict[str, Any]:
     found = in_process(trial)
     if "failed" in found:
         return described | {"failed": found["failed"]}
-    tape = estimated(trace(trial.make, trial.steps), compiled=trial.compiled)
+    tape = estimated(traced(trial), compiled=trial.compiled)
     peak = tape.peak(trial.batch_size)
     spread = harness.spread([size / GIB for size in found["allocated"]])
     described |= spread | {"unit": "GiB", "predicted_gib": peak.held / GIB}

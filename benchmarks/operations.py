@@ -4,8 +4,9 @@
     python benchmarks/operations.py --kernels 9 --dtypes bf16 --channels 512
     python benchmarks/operations.py --tiny                 # a rehearsal, under 20 s on a CPU
 
-Each operation is called often enough that a round of it lasts some milliseconds; all operations of one width and kind
-of numbers take turns, round after round. A convolution's data gradient and weight gradient are measured apart
+Each operation is called often enough that a round of it lasts some milliseconds (on a GPU at most 128 times, all of
+them queued before the first begins, so that Python's time to send them is no part of it); all operations of one width
+and kind of numbers take turns, round after round. A convolution's data gradient and weight gradient are measured apart
 (`aten.convolution_backward`, one output at a time), without bias; BatchNorm keeps float32 weights, as autocast does.
 
 How to read it: the median is microseconds a call. GB/s and FLOP/s count what the operation must move and compute at
@@ -362,7 +363,7 @@ def main(options: Options) -> None:
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
     with harness.writing("operations", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         for precision, shape in product(dtypes, shapes):
-            found = race(shape, precision, options, ceilings, Clock(device), say)
+            found = race(shape, precision, options, ceilings, Clock(device, queued=True), say)
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])
             rows += found
             if gpu:

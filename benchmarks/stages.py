@@ -19,14 +19,16 @@ from unittest.mock import patch
 
 import harness
 import numpy as np
-import torch
 from PIL import Image
+from timing import Clock, in_turn
 
 from fastddr.data.photograph import upright
 from fastddr.loaders import Loader, Task, dali, vision
 
 #: Rounds in which the stages are timed, in turn.
 ROUNDS = 5
+#: Of the kernel alone, in turn.
+_BATCHES = 24
 #: Stages of DALI's operators; what is not named here is geometry.
 _OPERATORS = {
     "Read": "read",
@@ -267,7 +269,8 @@ def kernel(loader: Any, seconds: float) -> list[float]:
     """Images a second of the kernel that makes a batch from a store on the GPU, and nothing else.
 
     Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already. Measured by the
-    GPU's clock.
+    GPU's clock, and queued before the first begins: Python may take longer to send a batch than the kernel to make it.
+    A round lasts about `seconds`, the queueing included.
     """
     from fastddr.loaders import resident
 
@@ -279,20 +282,13 @@ def kernel(loader: Any, seconds: float) -> list[float]:
         return whole(*arguments)
 
     with patch.object(resident.kernels, "warp", noted):
-        for _ in itertools.islice(loader.epoch(0), 24):
+        for _ in itertools.islice(loader.epoch(0), _BATCHES):
             pass
     rates = []
-    batch, times = loader.task.micro_batch_size, max(24, len(calls))
+    clock, call = Clock(loader.task.device, queued=True), in_turn([partial(whole, *arguments) for arguments in calls])
     for _ in range(ROUNDS + 1):
-        images, milliseconds = 0, 0.0
-        while milliseconds < 1000 * seconds:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for number in range(times):
-                whole(*calls[number % len(calls)])
-            end.record()
-            end.synchronize()
-            images += times * batch
-            milliseconds += start.elapsed_time(end)
-        rates.append(1000 * images / milliseconds)
+        took, began = [], time.perf_counter()
+        while not took or time.perf_counter() - began < seconds:
+            took.append(clock.seconds(call, _BATCHES))
+        rates.append(loader.task.micro_batch_size * len(took) / sum(took))
     return rates[1:]

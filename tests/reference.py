@@ -6,14 +6,20 @@ A loader that is to be compared belongs in `REAL`, which all tests of loaders sh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
+from tests_support import task
 
 from fastddr import loaders
+from fastddr.config import AugmentConfig
+from fastddr.data import manifest
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Requests
 
@@ -86,3 +92,35 @@ def compared(batch: loaders.Batch, task: loaders.Task, requests: Requests, k: in
         point = seen_at(affine, task.image_size)
         inside = np.minimum(point, np.array(size) - point).min(axis=-1)
         yield Compared(id_, (image - expected) @ np.linalg.inv(colour[:, :3]).T, inside)
+
+
+def furthest(
+    name: str, data: str, canvas: int, augment: dict[str, Any], dtype: str, batch_size: int, device: str = "cuda:0",
+    **changes: Any,
+) -> tuple[float, float]:  # fmt: skip
+    """Largest and mean difference in grey levels, over all photographs of train, of a loader's images on a device.
+
+    Args:
+        data, augment, dtype: as JSON has them, which has no tuples.
+        changes: settings of the task.
+    """
+    found = manifest.read(Path(data))
+    chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in augment.items()}
+    wanted = task(found, canvas=canvas, batch_size=batch_size, augment=AugmentConfig(**chosen), threads=2)
+    wanted = replace(wanted, device=torch.device(device), dtype=getattr(torch, dtype), **changes)
+    loader = loaders.build(name, wanted)
+    most, total, count, seen = 0.0, 0.0, 0, []
+    for k, batch in enumerate(loader.epoch()):
+        assert {part.device.type for part in (batch.image, batch.grade, batch.valid)} == {wanted.device.type}
+        assert batch.image.dtype == wanted.dtype
+        assert batch.image.is_contiguous(memory_format=torch.channels_last)
+        for image in compared(batch, wanted, wanted.requests(0), k):
+            levels = np.abs(image.levels)
+            # At the very edge of a scaled canvas filters are cut off differently.
+            within = levels if wanted.canvas_is_source else levels[np.abs(image.inside) > 1.5]
+            most, total, count = max(most, within.max()), total + within.sum(), count + within.size
+            seen.append(image.id)
+    loader.close()
+    # An epoch leaves out the last partial batch.
+    assert sorted(seen) == sorted(wanted.ids.tolist()), f"{len(seen)} of {len(wanted.ids)} photographs were compared"
+    return float(most), float(total / count)

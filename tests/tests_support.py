@@ -134,6 +134,32 @@ def batches(name: str, wanted: loaders.Task, epoch: int = 0, start: int = 0) -> 
         loader.close()
 
 
+def runs_ahead(loader: loaders.Loader, epoch: int = 0) -> None:
+    """An epoch of few batches on a card is handed out behind a training that does not begin for seconds."""
+    training = torch.cuda.Event()
+    for number, batch in enumerate(loader.epoch(epoch)):
+        assert batch.image.device.type == "cuda"
+        batch.image.sum()
+        if number == 0:
+            torch.cuda._sleep(10**10)
+            training.record()
+        else:
+            assert not training.query(), "the host has waited for the training"
+    torch.cuda.synchronize()
+
+
+def warm_for_running_ahead(loader: loaders.Loader) -> None:
+    """What a loader does only at first, which may wait for the card: it compiles, builds, and takes pinned memory.
+
+    Of that as much as several batches need at once: in the second epoch the card is kept behind for half a second.
+    """
+    list(loader.epoch(1))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)
+    list(loader.epoch(1))
+    torch.cuda.synchronize()
+
+
 def same(one: loaders.Batch, other: loaders.Batch) -> bool:
     """To the bit."""
     return all(torch.equal(getattr(one, f), getattr(other, f)) for f in ("image", "grade", "id", "valid"))

@@ -34,10 +34,13 @@ class PillowCanvases:
     def __init__(self, task: Task, together: int) -> None:
         self._task = task
         self._together = together
+        # For the card itself: a copy from pageable memory would wait for all the training that is queued. PyTorch keeps
+        # pinned memory until the copy is done, and uses it again.
+        self._pinned = task.device.type == "cuda" and task.store in ("vram", "none")
         self._width, self._height = sampling.canvas_size(task.widths, task.heights, task.canvas)
 
     def walk(self, ids: Int[np.ndarray, " n"]) -> Generator[list[tuple[int, Tensor]], None, None]:
-        """Yields (id, canvas (height, width, 3)) of some photographs at a time.
+        """Yields (id, canvas (height, width, 3)) of some photographs at a time, in the host's memory.
 
         Raises:
             UserError: a photograph that cannot be decoded, by name.
@@ -65,4 +68,5 @@ class PillowCanvases:
         size = (int(self._width[id_]), int(self._height[id_]))
         if photograph.size != size:
             photograph = photograph.resize(size, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(photograph))
+        canvas = torch.from_numpy(np.array(photograph))
+        return canvas.pin_memory() if self._pinned else canvas

@@ -158,7 +158,9 @@ class Memory(Store):
         return ~self._there[ids]
 
     def put(self, id_: int, canvas: UInt8[Tensor, "h w 3"]) -> None:
-        self.get(id_).copy_(canvas)
+        # To a GPU: the host would wait for all that is queued there. Into its own memory it has to, or batches would be
+        # gathered from what has not arrived.
+        self.get(id_).copy_(canvas, non_blocking=self.device.type == "cuda")
         self._there[id_] = True
 
     def close(self) -> None:
@@ -180,7 +182,7 @@ class Transient(Store):
         return np.array([int(id_) not in self._canvases for id_ in ids], dtype=bool)
 
     def put(self, id_: int, canvas: UInt8[Tensor, "h w 3"]) -> None:
-        self._canvases[id_] = canvas.to(self.device)
+        self._canvases[id_] = canvas.to(self.device, non_blocking=self.device.type == "cuda")
 
     def release(self, ids: Int[np.ndarray, " n"]) -> None:
         for id_ in ids.tolist():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference import needs_dali
-from tests_support import batches, same, task
+from tests_support import batches, runs_ahead, same, task, warm_for_running_ahead
 
 from fastddr import loaders
 from fastddr.data import manifest
@@ -22,6 +22,7 @@ CARD = torch.device("cuda", 0)
 DECODING = [pytest.param("dali", marks=needs_dali), "resident"]
 
 
+@pytest.mark.alone
 @needs_dali
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_batch_of_dali_that_is_dropped_is_read_before_it_is_written_over(dtype: torch.dtype, tiny: Path) -> None:
@@ -38,21 +39,14 @@ def test_a_batch_of_dali_that_is_dropped_is_read_before_it_is_written_over(dtype
     loader.close()
 
 
+@pytest.mark.alone
 @needs_dali
 def test_dali_runs_ahead_of_training(tiny: Path) -> None:
     """As far as `_hold_back` lets it: three batches are handed out behind a training that has not begun."""
     found = manifest.read(tiny)
     loader = loaders.build("dali", task(found, device=CARD, ids=found.ids("train")[:24], batch_size=8))
-    list(loader.epoch(1))  # builds the pipeline
-    training = torch.cuda.Event()
-    for number, batch in enumerate(loader.epoch(0)):
-        batch.image.sum()
-        if number == 0:
-            torch.cuda._sleep(10**10)
-            training.record()
-        else:
-            assert not training.query(), "the host has waited for the training"
-    torch.cuda.synchronize()
+    warm_for_running_ahead(loader)
+    runs_ahead(loader)
     loader.close()
 
 

@@ -37,6 +37,7 @@ def test_peers_give_normalised_batches_on_the_card(name: str, load: Callable[[st
     assert -2.2 < images.min() < 0 < images.max() < 2.7
 
 
+@pytest.mark.alone
 @needs_dali
 def test_a_model_that_takes_its_time_is_no_waiting_for_data(
     load: Callable[[str], Any], tiny: Path, monkeypatch: pytest.MonkeyPatch

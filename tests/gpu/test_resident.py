@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from reference import DECODED, DECODED_MEAN
-from tests_support import task
+from tests_support import runs_ahead, task, warm_for_running_ahead
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
 from fastddr.data import manifest
 from fastddr.kernels import warp as kernels
+from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Batch, Task
 
 pytestmark = pytest.mark.gpu
@@ -115,22 +116,21 @@ def test_slots_are_not_written_over_while_they_are_read(store: Any, wanted: Task
     loader.close()
 
 
-@pytest.mark.parametrize("store", ["ram", "mmap"])
-def test_a_host_that_keeps_what_is_decoded_does_not_wait_for_training(store: Any, wanted: Task) -> None:
-    """In the first epoch, where each photograph that the card has decoded is copied to the host."""
+@pytest.mark.alone
+@pytest.mark.parametrize("store", ["ram", "mmap", "none"])
+def test_a_host_that_has_photographs_decoded_does_not_wait_for_training(
+    store: Any, wanted: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first epoch, where each photograph that the card has decoded is copied to the host; or, without DALI and
+    a store, each that the host has decoded to the card."""
+    if store == "none":
+        monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     wanted = replace(wanted, store=store, ids=wanted.ids[:24], batch_size=8)
-    batches(replace(wanted, canvas=wanted.canvas - 2), epochs=1)  # compiles, and loads libraries
+    other = loaders.build("resident", replace(wanted, canvas=wanted.canvas - 2))
+    warm_for_running_ahead(other)
+    other.close()
     loader = loaders.build("resident", wanted)
-    training = torch.cuda.Event()
-    for number, batch in enumerate(loader.epoch(0)):
-        assert batch.image.device.type == "cuda"
-        if number == 0:
-            # Some seconds of training, behind which the other batches are decoded.
-            torch.cuda._sleep(10**10)
-            training.record()
-        else:
-            assert not training.query(), "the host has waited for the training"
-    torch.cuda.synchronize()
+    runs_ahead(loader)
     loader.close()
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +87,33 @@ def test_what_fails_otherwise_is_a_row_without_a_figure(memory: Any, card: Calla
     row = memory.largest(trial, "batch", WHOLE)
     assert "no kernel image" in row["failed"]
     assert "median" not in row
+
+
+def test_only_a_process_that_does_not_see_the_card_traces(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's optimizers ask for the card in every step, also of a trace: a context that trials would count."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen: list[str] = []
+
+    class Pool:
+        def __init__(self, count: int, context: Any, initializer: Callable[[], None]) -> None:
+            assert (count, context.get_start_method()) == (1, "spawn"), "a fork would have the parent's CUDA"
+            self.begin = initializer
+
+        def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+                self.begin()
+                return SimpleNamespace(result=partial(lambda found: found, work(*arguments)))
+
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(memory, "_tracer", memory._tracer.__wrapped__)
+    monkeypatch.setattr(memory.harness, "end_with_parent", lambda: None)
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "trace", lambda *arguments: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    memory.traced(memory.Trial("convmixer-16-2-k3-p8", 32, 4, "fp32", False))
+    assert seen == [""]
+    # Trials have this process's environment.
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
 
 def test_a_compiled_step_is_held_against_the_plans_estimate(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

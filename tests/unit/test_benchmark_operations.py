@@ -7,13 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from fastddr.kernels import warp as kernels
+from fastddr.loaders import resident
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
@@ -51,6 +55,62 @@ def test_ceilings_say_what_they_leave_out(benchmark: Any, monkeypatch: pytest.Mo
     ]  # fmt: skip
     assert found.peak("fp32") == pytest.approx(1e9 * found.rows()[1]["median"])
     assert found.peak("bf16") is None
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a card that there is not is told: cycles to sleep, and events; each lasts a tenth of a second."""
+    told: list[Any] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("event")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 100.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", told.append)
+    return told
+
+
+def test_short_calls_wait_for_the_card_together(benchmark: Any, on_card: list[Any]) -> None:
+    """Before the first event, so that neither the sleep nor Python's time to send them is measured."""
+    timing, card = benchmark("timing"), torch.device("cuda", 0)
+    clock = timing.Clock(card, queued=True)
+    assert clock.seconds(lambda: on_card.append("call"), 3) == pytest.approx(0.1 / 3)
+    assert on_card == [3 * timing._SENT, "event", *["call"] * 3, "event"]
+    assert clock.repeats(int, 100.0)[0] == timing._QUEUED
+    on_card.clear()
+    plain = timing.Clock(card)
+    plain.seconds(int)
+    assert on_card == ["event", "event"], "of a step Python's time is a part"
+    assert plain.repeats(int, 100.0)[0] > timing._QUEUED
+
+
+def test_the_kernel_alone_is_timed_behind_a_queue(
+    benchmark: Any, on_card: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = benchmark("stages")
+    warped: list[int] = []
+    monkeypatch.setattr(kernels, "warp", warped.append)
+
+    def epoch(number: int) -> Iterator[None]:
+        for batch in range(5):
+            yield resident.kernels.warp(batch)
+
+    loader = SimpleNamespace(epoch=epoch, task=SimpleNamespace(device=torch.device("cuda", 0), micro_batch_size=50))
+    # 24 batches of 50 in a tenth of a second.
+    assert stages.kernel(loader, 0.0) == pytest.approx([12_000.0] * stages.ROUNDS)
+    assert warped == [batch % 5 for batch in range(5 + 24 * (stages.ROUNDS + 1))]
+    assert on_card[::3] == [24 * benchmark("timing")._SENT] * (stages.ROUNDS + 1)
 
 
 def test_shares_of_an_operation(benchmark: Any) -> None:

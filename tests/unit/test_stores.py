@@ -59,6 +59,30 @@ def test_what_was_put_is_got(name: Any, wanted: Task) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("name", ["ram", "vram", "none"])
+def test_no_photograph_on_its_way_to_the_card_waits_for_training(
+    name: Any, wanted: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without DALI. Copies from pageable memory would wait, and copies into it have to."""
+    store = stores.build(replace(wanted, store=name), "test 1")
+    if name != "ram":
+        store.device = torch.device("cuda")
+    given = replace(wanted, store=name, device=torch.device("cuda"))
+    seen: list[object] = []
+    # PyTorch pins nothing where there is no card.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
+
+    def copied(self: torch.Tensor, *arguments: object, non_blocking: bool = False) -> torch.Tensor:
+        seen.append(non_blocking)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    [[(id_, made)]] = canvases.PillowCanvases(given, 1).walk(wanted.ids[:1])
+    store.put(id_, made)
+    assert seen == ([False] if name == "ram" else ["pinned", True])
+
+
 def opened(wanted: Task, decoder: str = "test 1") -> stores.Mapped:
     return stores.Mapped(wanted, decoder)
 

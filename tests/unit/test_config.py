@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -53,6 +54,7 @@ def test_preset_headers_give_command_time_and_result() -> None:
         assert "TIME" not in header, f"{file.name} is not filled in"
 
 
+@hypothesis.settings(max_examples=50)
 @given(
     st.builds(
         replace,

@@ -166,8 +166,9 @@ def test_a_file_that_is_not_ours_is_made_anew(damage: str, wanted: Task) -> None
         case "longer":
             content += b"x"
         case "version":
-            at = content.index(b'"version": 1')
-            content[at : at + 12] = b'"version": 0'
+            now = f'"version": {stores.VERSION}'.encode()
+            at = content.index(now)
+            content[at : at + len(now)] = now[:-1] + b"0"
         case "junk":
             content[:4096] = b"\xff" * 4096
         case "empty":

@@ -204,10 +204,11 @@ def out_of_memory(
         gib = [f"{size / 2**30:.1f} GiB" for size in (peak, total, free)]
         predicted = "" if need is None else f"{need:.1f} GiB were predicted; "
         told = f" ({predicted}PyTorch held up to {gib[0]} of {gib[1]}; {gib[2]} are free now)"
-    when, ways = " as a split is scored" if scoring else "", ", or ".join(_ways(config, held, store, scoring, run))
+    when, ways = " as a split is scored" if scoring else "", list(_ways(config, held, store, scoring, run))
     what = f"{held} photographs of {config.image_size} px at once"
-    again = "" if run is None or named else f"give the command again with --run-dir {run} to go on, and "
-    return f"the memory of {device} is too small for {what}{when}{told}: {again}{ways}."
+    # The last way of a run that could go on is a new run.
+    on = "" if run is None or named or len(ways) < 2 else f"give the command again with --run-dir {run} to go on, and "
+    return f"the memory of {device} is too small for {what}{when}{told}: {on}{', or '.join(ways)}."
 
 
 def _ways(config: Config, held: int, store: str, scoring: bool, run: Path | None) -> Iterator[str]:

@@ -124,8 +124,9 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
 
 def _seen_by_all(run: RunFolder, found: Path) -> Path:
     """A checkpoint by the path of the run that was given: where links on the way lead may be rank 0's machine's own."""
-    given = run.checkpoints / found.name
-    return given if given.exists() and given.samefile(found) else found
+    # Also by its name there, which says its step: the folder that a link leads to may have any.
+    there = (*checkpoints.standing(run.checkpoints), run.checkpoints / found.name)
+    return next((path for path in there if path.exists() and path.samefile(found)), found)
 
 
 def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> bool:

@@ -112,5 +112,5 @@ def store(root: Path, records: Mapping[str, Record]) -> str | None:
     try:
         keep(_file(root), text)
     except OSError as error:  # without a cache every start looks at the photographs again: slower, but right
-        return f"{error.filename or _file(root)}: {error.strerror}"
+        return f"{_file(root)}: {error.strerror}"
     return None

@@ -267,9 +267,12 @@ def _json(values: Mapping[str, Any]) -> bytes:
 def followed(out: Path) -> Path:
     """Where `--out` leads, so that a link stays one. Raises `UserError` where it leads to itself."""
     try:
-        return out.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
-        raise UserError(f"--out {out}: this link leads nowhere ({error}); give another place.") from None
+        place = out.resolve()
+    except (OSError, RuntimeError):  # before Python 3.13, which gives the link itself
+        place = out
+    if place.is_symlink():
+        raise UserError(f"--out {out}: this link leads to itself; give another place.")
+    return place
 
 
 def check_place(out: Path) -> None:

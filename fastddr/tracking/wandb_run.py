@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from platformdirs import user_cache_dir
@@ -86,7 +86,9 @@ class WandbRun:
         # a copy of the figures must never stop a run. Each is said, and ends this tracker.
         self.errors = (Exception,)
         self._run_dir, self._config, self._options = run_dir, config, options
-        self._project = options.project or os.environ.get("WANDB_PROJECT") or PROJECT
+        #: Of a sweep's run also the project and the entity that its agent gave it.
+        self._kept = _read_id(run_dir / "wandb" / "id.txt")
+        self._project = options.project or os.environ.get("WANDB_PROJECT") or self._kept.project or PROJECT
         self._run: Any = None
         #: Variables of the environment that this run has set.
         self._own: list[str] = []
@@ -120,7 +122,8 @@ class WandbRun:
         if mode == "disabled":
             self._give_back()
             return None
-        earlier = _parts(folder, _run_id(folder / "id.txt"))
+        self._kept = _with_id(self._kept, folder / "id.txt")
+        earlier = _parts(folder, self._kept.id)
         try:
             self._run = self._init(mode)
         except self.errors as error:
@@ -130,8 +133,9 @@ class WandbRun:
             self._wandb.teardown()
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
-        # An agent of a sweep gives a run another id than was asked for; by that one it goes on.
-        _keep_id(folder / "id.txt", self._run.id)
+        if self._run.id != self._kept.id:  # an agent of a sweep has its own, and the run goes on by them
+            self._kept, self._project = Kept(self._run.id, self._run.entity, self._run.project), self._run.project
+            write_line(folder / "id.txt", " ".join(self._kept))
         if self._run.offline:
             self._next = max(_next_of(earlier, self._project), self._known())
         else:
@@ -251,7 +255,13 @@ class WandbRun:
                 value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
                 self._run.summary.update({name: {how: value}})
         finally:
-            self._run.finish(exit_code=int(failed))
+            try:
+                self._run.finish(exit_code=int(failed))
+            except TimeoutError:
+                place = shlex.quote(short(self._run_dir / "wandb"))
+                raise TimeoutError(
+                    f"not all was uploaded within {FINISH_TIMEOUT} s; for the rest: wandb sync {place}/*run-*"
+                ) from None
         # Not where that fails: rows that W&B had not written come again.
         self._keep()
 
@@ -286,7 +296,8 @@ class WandbRun:
             job_type="train",
             name=self._run_dir.name,
             dir=str(self._run_dir),
-            id=_run_id(self._run_dir / "wandb" / "id.txt"),
+            id=self._kept.id,
+            entity=os.environ.get("WANDB_ENTITY") or self._kept.entity or None,
             resume="allow",
             reinit="create_new",  # never a run that someone else began in this process
             mode=mode,
@@ -297,6 +308,7 @@ class WandbRun:
                 console="off",  # our progress bars are nothing to record
                 init_timeout=INIT_TIMEOUT,
                 finish_timeout=FINISH_TIMEOUT,
+                finish_timeout_raises=True,
             ),
         )
 
@@ -374,15 +386,21 @@ def _put_aside(parts: Sequence[Path]) -> None:
             part.parent.rename(part.parent.with_name(f"replaced-{part.parent.name}"))
 
 
-def _run_id(path: Path) -> str:
-    """The id kept in a file, or a new one, kept there. From the system's randomness: no seed moves."""
-    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    if not known:
-        known = secrets.token_hex(4)
-        write_line(path, known)
-    return known
+class Kept(NamedTuple):
+    """What a run goes on by at W&B; empty where it is not known."""
+
+    id: str = ""
+    entity: str = ""
+    project: str = ""
 
 
-def _keep_id(path: Path, own: str) -> None:
-    if own != _run_id(path):
-        write_line(path, own)
+def _with_id(kept: Kept, path: Path) -> Kept:
+    """With a new id, kept there, where there is none. From the system's randomness: no seed moves."""
+    if not kept.id:
+        kept = Kept(secrets.token_hex(4))
+        write_line(path, kept.id)
+    return kept
+
+
+def _read_id(path: Path) -> Kept:
+    return Kept(*(path.read_text(encoding="utf-8").strip().split(maxsplit=2) if path.exists() else ()))

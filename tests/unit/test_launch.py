@@ -213,7 +213,8 @@ class Slurm:
         machine.gpus(gpus)
         machine.stub(
             "scontrol",
-            f'if [[ $2 == job ]]; then echo "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime={preempted}"\n'
+            f'when=None; [[ -e $RUN/begun ]] && when="{preempted}"\n'
+            'if [[ $2 == job ]]; then echo "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$when"\n'
             'elif [[ $1 == show ]]; then printf "n1\\nn2\\nn3\\n" | head -n "$SLURM_JOB_NUM_NODES"; fi\n',
         )
         machine.stub("srun", 'while [[ $1 == -* ]]; do shift; done\n'
@@ -323,6 +324,10 @@ def test_a_job_that_slurm_preempts_with_a_time_of_grace_is_queued_again(machine:
     job.trains("preempted")
     said, _ = job.start().communicate(timeout=60)
     assert job.requeued, said
+    # In its next life that time stands there still, and a request of the user's is one.
+    job.machine.calls_file.write_text("")
+    said, _ = job.start().communicate(timeout=60)
+    assert not job.requeued, said
 
 
 def test_a_flag_in_the_place_of_the_run_folder_is_told(machine: Machine, tmp_path: Path) -> None:

@@ -308,6 +308,8 @@ def test_what_several_ranks_held_and_could_hold() -> None:
     assert "--init run:./mine " in said
     unnamed = out_of_memory(asked, cpu, 2, store="none", scoring=True, run=Path("runs/mine"), named=False)
     assert "give the command again with --run-dir runs/mine to go on, and score fewer photographs" in unnamed
+    least = parse(["--batch-size", "1", "--memory.checkpointing"], "test")
+    assert "to go on" not in out_of_memory(least, cpu, 1, store="none", run=Path("runs/mine"), named=False)
 
 
 def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) -> None:

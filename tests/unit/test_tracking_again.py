@@ -25,9 +25,10 @@ from fastddr.tracking import Tracker, wandb_run
 def test_an_id_of_wandb_that_a_kill_left_empty_is_made_anew(tmp_path: Path) -> None:
     file = tmp_path / "id.txt"
     file.touch()
-    made = wandb_run._run_id(file)
-    assert len(made) == 8
-    assert (wandb_run._run_id(file), file.read_text()) == (made, f"{made}\n")
+    made = wandb_run._with_id(wandb_run._read_id(file), file)
+    assert (len(made.id), made.project) == (8, "")
+    again = wandb_run._with_id(wandb_run._read_id(file), file)
+    assert (again, file.read_text()) == (made, f"{made.id}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["id.txt"]
 
 
@@ -285,7 +286,8 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
         raise ConnectionResetError("no service")
 
     server = SimpleNamespace(
-        offline=False, url="https://wandb.example/run", id="id", starting_step=6, define_metric=lambda *_, **__: None,
+        offline=False, url="https://wandb.example/run", id="id", entity="lab", project="sweeps", starting_step=6,
+        define_metric=lambda *_, **__: None,
         log=lambda row, step, commit: sent.append((row["step"], step)), summary={}, finish=lost,
     )  # fmt: skip
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -294,6 +296,13 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     tracker.log({"train/loss": 0.5}, step=3, epoch=3)
     tracker.finish()
     assert sent == [(2, 6), (3, 9)], "the server had the row of step 1"
-    assert (run / "wandb" / "next.txt").read_text() == "id 6 fastddr-tests\n"
-    assert (run / "wandb" / "id.txt").read_text() == "id\n", "an agent of a sweep names a run itself"
+    assert (run / "wandb" / "next.txt").read_text() == "id 6 sweeps\n"
+    assert (run / "wandb" / "id.txt").read_text() == "id lab sweeps\n", "an agent of a sweep names a run itself"
+    asked: dict[str, Any] = {}
+    monkeypatch.undo()
+    monkeypatch.setattr("wandb.init", lambda **options: asked.update(options))
+    again = wandb_run.WandbRun(run, {}, TrackingConfig())
+    again._init("online")
+    assert [asked[name] for name in ("id", "entity", "project")] == ["id", "lab", "sweeps"], "and goes on there"
+    assert asked["settings"].finish_timeout_raises
     assert [path.name for path in run.glob("wandb/*offline-run-*")] == [f"replaced-{file.parent.name}"]

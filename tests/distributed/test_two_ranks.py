@@ -143,10 +143,8 @@ def test_validation_while_training_is_that_of_the_saved_weights(
 @pytest.mark.slow
 def test_a_mistake_is_told_and_no_rank_hangs(tiny: Path, tmp_path: Path) -> None:
     script = ROOT / "fastddr" / "train.py"
-    done = launch(2, script, "--data", str(tiny), "--run-dir", "r", "--batch-size", "9", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "batch_size 9 (the global batch) cannot be divided by 2 ranks" in done.stderr
     done = launch(2, script, "--data", "nowhere", cwd=tmp_path)
+    assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("fastddr:")]
     assert len(ours) == 2, "both ranks end in the same sentence"
     assert all("nowhere: there is no such folder" in line for line in ours)

@@ -146,11 +146,9 @@ def explained(error: RuntimeError, ids: Sequence[int], task: Task) -> Exception:
     if task.device.type == "cuda" and torch.cuda.mem_get_info(task.device)[0] < _SCARCE:
         return torch.OutOfMemoryError(f"{IN_DALI}: {' '.join(str(error).split())}")
     refused = name_refused(ids, task)
-    return (
-        error
-        if refused is None
-        else UserError(f"{refused}; save it anew as an RGB JPEG or take --loader torchvision, in a new run.")
-    )
+    if refused is None:
+        return error
+    return UserError(f"{refused}; save it anew as an RGB JPEG or take --loader torchvision, in a new run.")
 
 
 def name_refused(ids: Sequence[int], task: Task) -> str | None:

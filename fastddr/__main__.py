@@ -6,7 +6,8 @@ import importlib
 import sys
 
 from fastddr.collector import no_collector
-from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, any_terminal, nearest
+from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, nearest
+from fastddr.terminal import any_terminal, unread
 
 USAGE = """usage: fastddr VERB [options]
 
@@ -33,10 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a verb; its exit code is the command's: 0, or 2 for a mistake of the user's."""
     any_terminal()
     try:
-        return _main(arguments)
+        try:
+            return _main(arguments)
+        finally:
+            print(end="", flush=True)  # what nobody reads is an error here, and not at Python's end
     except KeyboardInterrupt:
         print("\nfastddr: interrupted; the same command begins again, or goes on.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not unread():
+            raise
+        return 1
 
 
 def _main(arguments: list[str] | None) -> int:

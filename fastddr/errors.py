@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
-import sys
 from collections.abc import Iterable
 
 #: Exit code of every command for a mistake of the user's.
@@ -20,12 +18,6 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with `EXIT_USER_ERROR`.
     """
-
-
-def any_terminal() -> None:
-    """What the terminal cannot show, as in a language setting without UTF-8, becomes `?` and ends nothing."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
 """When a run is asked to stop: by a signal, by a file, or by the clock. It then saves and ends, and can go on later.
 The clock may also ask for a checkpoint alone.
 
-SIGTERM is what schedulers and `kill` send, SIGINT is Ctrl-C. Under `accelerate launch` of several processes a signal to
-the launcher reaches the ranks more than once and not at the same moment, and SLURM's warning signals do not reach them
-at all: hence the file, and the agreement among ranks on the step.
+SIGTERM is what schedulers and `kill` send, SIGINT is Ctrl-C, SIGHUP comes when the terminal is closed. Under
+`accelerate launch` of several processes a signal to the launcher reaches the ranks more than once and not at the same
+moment, and SLURM's warning signals do not reach them at all: hence the file, and the agreement among ranks on the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COPIES = 1.0
 _LOOK = 1.0
 #: About when the process began: this is imported at its start.
 _BEGAN = time.monotonic()
-_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
 
 
 class StopRequested(Exception):
@@ -86,11 +86,13 @@ class Stopping:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as requests; outside of the main thread, where Python forbids it, leave them."""
+        """Take the signals of `_NAMES` as requests; outside of the main thread, where Python forbids it, leave them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in _NAMES}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup
+        numbers = [number for number in _NAMES if number != signal.SIGHUP or not ignored]
+        before = {number: signal.signal(number, self._hear) for number in numbers}
         try:
             yield
         finally:
@@ -110,7 +112,8 @@ class Stopping:
             if self._rank == 0:
                 # Past Python's streams, which may be in the midst of a line.
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-                os.write(2, f"\n{self._asked}: the run saves a checkpoint and ends{again}\n".encode())
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"\n{self._asked}: the run saves a checkpoint and ends{again}\n".encode())
 
     def _reason(self) -> str | None:
         """Why this rank would stop; None if it would not."""

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None, prog: str = "fastddr/train.py") -> int:
     """Parse, train, and return the exit code: 0; 1 = a rank is lost; 2 = a mistake of the user's; 3 = stopped."""
     from fastddr.collector import no_collector
-    from fastddr.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, any_terminal
+    from fastddr.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
     from fastddr.ranks import RankLost, die_with_parent
+    from fastddr.terminal import any_terminal, to_nobody
 
     # Before what takes seconds to import: a launcher that dies meanwhile would leave this process behind.
     die_with_parent()
     any_terminal()
+    to_nobody()
     try:
         from fastddr.cli import parse
 

@@ -83,6 +83,23 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return manifest.read(photographs.odd(tmp_path_factory.mktemp("data") / "odd"))
 
 
+@pytest.fixture(scope="session")
+def reduced(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """White noise, oblong and 6 to 9 times as large as its canvas: what a wrong filter would show in."""
+    import numpy as np
+    import photographs
+
+    from fastddr.data import manifest
+
+    root = tmp_path_factory.mktemp("reduced")
+    rng = np.random.default_rng(3)
+    for number, (width, height) in enumerate([(480, 480), (700, 560), (300, 720), (1100, 500)]):
+        for split in ("train", "valid", "test"):
+            noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            photographs.picture(root / split / str(number) / f"{number}.jpg", noise)
+    return manifest.read(root)
+
+
 @pytest.fixture(autouse=True)
 def _blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Most of a tiny run goes into the pictures of its report: they stay blank, but where a test is of `pictures`.

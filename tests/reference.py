@@ -27,6 +27,16 @@ needs_dali = pytest.mark.skipif(not dali_decoder.installed(), reason="NVIDIA DAL
 #: The loaders that make pixels. All of them must agree with `reference`.
 REAL: list[Any] = [pytest.param("dali", marks=needs_dali), "resident", "torchvision"]
 
+#: No augmentation, the report's, and one that turns, scales and colours.
+POLICIES = {
+    "none": AugmentConfig(hflip=False, vflip=False),
+    "report": AugmentConfig(),
+    "fundus": AugmentConfig(rotate=180, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
+}
+#: Grey levels by which a loader may be off where nothing is scaled.
+EXACT = 0.02
+#: What scaling to the canvas adds: each of PIL's two passes rounds to whole levels, others round once.
+SCALED = 1.01
 #: Grey levels by which a card's JPEG decoder may be off libjpeg's: at worst, and on average. One that computed IDCT and
 #: colours in floats, without an error, would be off by 3 and 0.42, since libjpeg rounds in between. Twice the one is
 #: let pass, and half as much again of the other. Without fancy upsampling it would be 22. Not measured on a card yet.

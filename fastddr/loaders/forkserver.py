@@ -7,4 +7,5 @@ on their way would be missing, and the run could not save. The trainer's end end
 
 import signal
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SIGINT is ignored by multiprocessing itself
+for number in (signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored by multiprocessing itself
+    signal.signal(number, signal.SIG_IGN)

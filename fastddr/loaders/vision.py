@@ -167,7 +167,8 @@ def _begin_worker(worker: int) -> None:
 
     PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     known = parent is not None and hasattr(signal, "sigwaitinfo")  # macOS has it not
     if known:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -113,13 +115,16 @@ def test_hours_and_the_file(tiny: Path, tmp_path: Path) -> None:
     assert status(run)["step"] == 2
 
 
+def endless(data: Path) -> list[str]:
+    """The command of a run, in the folder `run`, that ends by a request alone."""
+    command = [sys.executable, str(ROOT / "fastddr" / "train.py"), "--data", str(data), "--run-dir", "run", *SMALL]
+    return [*command, "--epochs", "100000"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_command(number: int, undisturbed: Path, tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "fastddr" / "train.py"), "--data", str(tiny), "--run-dir", "run", *SMALL]
-    process = subprocess.Popen(
-        [*command, "--epochs", "100000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_a_signal_stops_the_command(number: int, tiny: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(endless(tiny), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 2/"):
@@ -135,6 +140,25 @@ def test_a_signal_stops_the_command(number: int, undisturbed: Path, tiny: Path, 
     assert (found["state"], found["reason"]) == ("preempted", said)
     assert found["step"] >= 6
     assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"]
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_the_command(tiny: Path, tmp_path: Path) -> None:
+    """A connection that is lost takes the terminal away: a signal comes, and nothing can be written any more."""
+    window, terminal = os.openpty()
+    process = subprocess.Popen(
+        endless(tiny), cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    while b"epoch 2/" not in seen:
+        seen += os.read(window, 4096)
+    os.close(window)
+    assert process.wait(timeout=120) == 3
+    found = status(tmp_path / "run")
+    assert (found["state"], found["reason"]) == ("preempted", "SIGHUP")
+    assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"] >= 3
 
 
 def test_a_launchers_sigterm_does_not_cut_short_what_a_failing_run_writes(
@@ -187,6 +211,22 @@ def test_a_second_ctrl_c_stops_at_once_and_a_copy_of_the_first_does_not(
     said = capfd.readouterr().err.strip()
     assert said == "Ctrl-C: the run saves a checkpoint and ends; Ctrl-C again stops at once", "once"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nohup_is_obeyed(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        asked = listener(tmp_path)
+        with asked.listening():
+            signal.raise_signal(signal.SIGHUP)
+            assert asked.ask() is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with asked.listening():
+            signal.raise_signal(signal.SIGHUP)
+            assert asked.ask() == "SIGHUP"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:

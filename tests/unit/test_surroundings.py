@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tests_support import printed
+from tests_support import ROOT, printed
 
 from fastddr import checkpoints, control_groups, ranks, runs, runtime, saving
 from fastddr.checkpoints import Snapshot
 from fastddr.data import cache, source, survey
-from fastddr.errors import UserError, any_terminal
+from fastddr.errors import UserError
 from fastddr.progress import EpochBar
+from fastddr.terminal import any_terminal
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,54 @@ def test_a_terminal_that_cannot_show_a_character_shows_another(monkeypatch: pyte
     any_terminal()
     print("writing the report … 512×512", flush=True)
     assert written.getvalue().decode("latin-1") == "writing the report ? 512×512\n"
+
+
+#: Says something, twice more when nobody hears it, and what it knows of that by its exit code.
+TALKER = """
+import sys
+from fastddr.terminal import to_nobody
+to_nobody()
+print("begun", flush=True)
+sys.stdin.read()
+for stream in (sys.stdout, sys.stderr):
+    print("x" * 100_000, file=stream, flush=True)
+sys.exit(7)
+"""
+
+
+def talker(**streams: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", TALKER], text=True, env=environment, stdin=subprocess.PIPE, **streams
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_training_goes_on_where_nobody_listens_any_more() -> None:
+    """A pipe whose reader has ended, and the full disk of a log."""
+    with talker(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "begun\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(60) == 7
+    with open("/dev/full", "w") as full, talker(stdout=full, stderr=full) as process:
+        process.communicate("", timeout=60)
+        assert process.returncode == 7
+
+
+@pytest.mark.parametrize("words", [["--help"], ["check", "--help"]])
+def test_a_verb_that_nobody_reads_ends_without_a_word(words: list[str]) -> None:
+    """As in `fastddr check DDR-dataset | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(
+        [sys.executable, "-m", "fastddr", *words], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (1, "")
 
 
 def test_a_cache_without_a_home_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -37,11 +37,15 @@ _REASON, _WAITED = "fastddr/ended/", "fastddr/waited/"
 _PATIENCE = 3.0
 #: A group over the CPU for calls, and for waits that may be long, once `expect` was called.
 _roll_call: Any = None
+#: An address that no machine has (RFC 5737).
+_ANYWHERE = "192.0.2.1"
 #: Why a rank ends that was asked to and cannot save.
 INTERRUPTED = "interrupted"
 #: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 _TIMED_OUT = "Timed out"
+#: Of two ranks that never met.
+_UNREACHED = "connectFullMesh failed"
 #: What NCCL's errors say where another rank is why; all others are of this machine.
 _NCCL_LOST = (
     "ncclRemoteError", "remote process", "closed by remote peer", "closed by peer", "reset by peer", "aborted",
@@ -231,21 +235,43 @@ def _why(error: RuntimeError) -> str:
     if _TIMED_OUT in str(error):
         _note(_WAITED, "")
         # One that has said why it ends does not answer either, while it writes that down.
-        told = ((other, _noted(_REASON, other)) for other in range(world()) if other != rank())
-        return next((f"rank {other} ended: {why}" for other, why in told if why is not None), None) or _too_late()
+        return _in_time(_reason) or _too_late()
     ends = time.monotonic() + _PATIENCE
     while time.monotonic() < ends:
-        for other in range(world()):
-            if other != rank() and (found := _noted(_REASON, other)) is not None:
-                return f"rank {other} ended: {found}"
+        if (found := _in_time(_reason)) is not None:
+            return found
         # Who has waited in vain leaves the others, to whom that looks as if it had ended.
-        if any(other != rank() and _noted(_WAITED, other) is not None for other in range(world())):
+        if _in_time(lambda: any(_noted(_WAITED, other) is not None for other in _others())):
             return _too_late()
         time.sleep(0.1)
+    if _UNREACHED in str(error):
+        return (
+            f"this machine and another one of the job do not reach each other over gloo ({_last_line(error)}); set "
+            "GLOO_SOCKET_IFNAME on each to the network that they share, which `ip -brief address` lists."
+        )
     return (
         "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed "
         f"(what was seen of it here: {_last_line(error)})."
     )
+
+
+def _others() -> Iterator[int]:
+    return (other for other in range(world()) if other != rank())
+
+
+def _reason() -> str | None:
+    """Why another rank has ended, if one has said so."""
+    told = ((other, _noted(_REASON, other)) for other in _others())
+    return next((f"rank {other} ended: {why}" for other, why in told if why is not None), None)
+
+
+def _in_time(ask: Callable[[], T]) -> T | None:
+    """What is answered; None where nothing is: over a network that is cut, one would wait for ever."""
+    found: list[T] = []
+    asking = threading.Thread(target=lambda: found.append(ask()), daemon=True)
+    asking.start()
+    asking.join(2 * _PATIENCE)
+    return found[0] if found else None
 
 
 def _noted(kind: str, other: int) -> str | None:
@@ -272,18 +298,15 @@ def _silent() -> str:
 
     if _roll_call is None:
         return "another rank"
-    found: list[str] = []
 
-    def call() -> None:
+    def call() -> list[str]:
         try:
             dist.monitored_barrier(_roll_call, timeout=timedelta(seconds=_PATIENCE), wait_all_ranks=True)
         except RuntimeError as error:
-            found.extend(re.findall(r"Ranks ([\d, ]+) failed", str(error)))
+            return re.findall(r"Ranks ([\d, ]+) failed", str(error))
+        return []
 
-    # The timeout is rank 0's alone: where the network to it is cut, the others would wait for ever.
-    calling = threading.Thread(target=call, daemon=True)
-    calling.start()
-    calling.join(2 * _PATIENCE)
+    found = _in_time(call)  # the timeout is rank 0's alone
     return f"rank {found[0]}" if found else "another rank"
 
 
@@ -333,16 +356,30 @@ def name_network() -> None:
     By itself it takes the address of the machine's name, which on many systems is 127.0.1.1. To be called before ranks
     meet.
     """
-    if world() == local_world() or "GLOO_SOCKET_IFNAME" in os.environ:
+    first = os.environ.get("MASTER_ADDR", "")
+    # Where the first machine calls itself so, nobody else is there.
+    if world() == local_world() or "GLOO_SOCKET_IFNAME" in os.environ or first.startswith(("127.", "localhost")):
         return
     import psutil
 
+    networks = {
+        one.address: name
+        for name, found in psutil.net_if_addrs().items()
+        for one in found
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    }
+    # The first machine's own name may be 127.0.1.1 to it: then the network of its way to everywhere, or its only one.
+    only = next(iter(networks)) if len(networks) == 1 else None
+    here = _address_towards(first) or _address_towards(_ANYWHERE) or only
+    if here in networks:
+        os.environ["GLOO_SOCKET_IFNAME"] = networks[here]
+
+
+def _address_towards(place: str) -> str | None:
+    """This machine's address on the way to a place; None where there is no way, or it is this machine itself."""
     # Nothing is sent; the system says from which address it would be.
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ.get("MASTER_ADDR", ""), 9))
-        here = probe.getsockname()[0]
-        if here.startswith("127."):
-            return  # the first machine may call itself so, where the others cannot reach it
-        names = (name for name, found in psutil.net_if_addrs().items() if any(one.address == here for one in found))
-        if (name := next(names, None)) is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+        probe.connect((place, 9))
+        here: str = probe.getsockname()[0]
+        return None if here.startswith("127.") else here
+    return None

@@ -22,7 +22,10 @@ from tests_support import ROOT, SMALL, environment
 
 from fastddr import checkpoints
 
-ADDRESSES = ("10.77.31.1", "10.77.31.2")
+#: Greater than 127.0.0.1: of two addresses gloo lets the greater one connect.
+ADDRESSES = ("192.168.77.1", "192.168.77.2")
+#: The first machine's name, which is 127.0.1.1 to itself, as on Debian and in many clouds.
+FIRST = "fastddr-first"
 #: Minutes after which a rank that does not answer is given up, and seconds in which all must have ended after that: the
 #: launcher gives its processes half a minute.
 TIMEOUT, GRACE = 0.25, 90
@@ -46,7 +49,7 @@ def why_not() -> str | None:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[tuple[str, str]]:
-    """Names of two network namespaces; in each the cable is called `cable`."""
+    """Names of two network namespaces; in each the cable is called `cable`, and /etc/hosts is its own."""
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -55,6 +58,11 @@ def machines() -> Iterator[tuple[str, str]]:
         for name in names:
             ip("netns", "add", name)
             stack.callback(subprocess.run, ["ip", "netns", "delete", name], check=False)
+        for name, first in zip(names, ("127.0.1.1", ADDRESSES[0]), strict=True):
+            own = Path("/etc/netns") / name  # `ip netns exec` lays it over /etc
+            own.mkdir(parents=True)
+            stack.callback(shutil.rmtree, own)
+            (own / "hosts").write_text(f"127.0.0.1 localhost\n{first} {FIRST}\n")
         ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
@@ -67,7 +75,7 @@ def machines() -> Iterator[tuple[str, str]]:
 def job(machines: tuple[str, str], cwd: Path, name: str, *arguments: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`launch/multi_node.sh` on both, as launch/README.md has it; what machine N says goes into the file `NAME-N`."""
     processes = []
-    many = environment() | {"NODES": "2", "HOST": ADDRESSES[0], "RANKS": "2"}
+    many = environment() | {"NODES": "2", "HOST": FIRST, "RANKS": "2"}
     many["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{many['PATH']}"
     for number, machine in enumerate(machines):
         command = ["ip", "netns", "exec", machine, str(ROOT / "launch" / "multi_node.sh"), *arguments]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import socket
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,8 +249,8 @@ def test_no_two_ranks_on_one_card(cards: int, local: str, refused: bool, monkeyp
 @pytest.mark.parametrize(
     ("address", "given", "local", "named"),
     [("HERE", None, "2", "net7"), ("HERE", "eth7", "2", "eth7"), ("HERE", None, "4", None),
-     ("127.0.0.1", None, "2", None),
-     ("no-such-host.invalid", None, "2", None)],
+     ("127.0.0.1", None, "2", None), ("first", None, "2", "net7"),
+     ("no-such-host.invalid", None, "2", "net7"), ("alone", None, "2", "net7"), ("lost", None, "2", None)],
 )  # fmt: skip
 def test_gloo_takes_the_network_on_which_the_first_machine_is(
     address: str, given: str | None, local: str, named: str | None, monkeypatch: pytest.MonkeyPatch
@@ -263,14 +264,15 @@ def test_gloo_takes_the_network_on_which_the_first_machine_is(
         def __exit__(self, *_: object) -> None: ...
 
         def connect(self, place: tuple[str, int]) -> None:
-            if place[0].endswith("invalid"):
+            if place[0].endswith("invalid") or (address in ("alone", "lost") and place[0] != address):
                 raise OSError("unknown")
             self.to = place[0]
 
         def getsockname(self) -> tuple[str, int]:
-            return ("10.0.0.3" if self.to == "HERE" else self.to, 1)
+            return ("127.0.1.1" if self.to in ("first", "alone", "lost") else "10.0.0.3", 1)
 
-    networks = {"lo": [SimpleNamespace(address="127.0.0.1")], "net7": [SimpleNamespace(address="10.0.0.3")]}
+    addresses = {"lo": "127.0.0.1", "net7": "10.0.0.3"} | ({"net8": "10.0.1.3"} if address == "lost" else {})
+    networks = {name: [SimpleNamespace(address=one, family=socket.AF_INET)] for name, one in addresses.items()}
     monkeypatch.setattr("psutil.net_if_addrs", lambda: networks)
     monkeypatch.setattr(ranks.socket, "socket", lambda *_: Probe())
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
@@ -308,6 +310,12 @@ class _Store:
         # Rank 1 still writes down why it ends.
         ("Timed out waiting 15000ms for recv operation to complete", {"ended": "UserError: no"}, "rank 1 ended: UserE"),
         ("Connection closed by peer", {}, "another rank ended without a word"),
+        (
+            "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: "
+            "Connection refused, remote=[127.0.1.1]:22923",
+            {},
+            "this machine and another one of the job do not reach each other",
+        ),
     ],
 )
 def test_the_reason_of_a_broken_job(
@@ -322,6 +330,25 @@ def test_the_reason_of_a_broken_job(
     with pytest.raises(ranks.RankLost, match=f"^{expected}"), ranks.watched():
         raise RuntimeError(error)
     assert ("fastddr/waited/0" in store.told) == error.startswith("Timed out")
+
+
+@pytest.mark.parametrize("error", ["Timed out waiting", "Connection closed by peer"])
+def test_what_the_network_no_longer_answers_is_not_waited_for(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cable that is cut closes no connection."""
+    over, before = threading.Event(), set(threading.enumerate())
+    store = SimpleNamespace(check=lambda keys: over.wait(), get=lambda key: b"", set=lambda key, text: None)
+    monkeypatch.setattr(ranks, "_store", lambda: store)
+    monkeypatch.setattr(ranks, "_silent", lambda: "rank 2")
+    monkeypatch.setattr(ranks, "_met", lambda: True)
+    monkeypatch.setattr(ranks, "_PATIENCE", 0.1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    try:
+        with pytest.raises(ranks.RankLost, match="did not answer|without a word"), ranks.watched():
+            raise RuntimeError(error)
+    finally:
+        over.set()
+        for asking in set(threading.enumerate()) - before:
+            asking.join()
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

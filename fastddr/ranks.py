@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from fastddr import control_groups
+from fastddr.errors import UserError
 
 T = TypeVar("T")
 
@@ -143,6 +144,16 @@ def gather(items: list[T]) -> list[T]:
     join()
     found: list[T] = gather_object(items)
     return found
+
+
+def agree(what: Callable[[], str], otherwise: str) -> None:
+    """To be called by all ranks, with what each has of its own and must be the same.
+
+    Raises:
+        UserError: on every rank, with the sentence `otherwise`: it is not.
+    """
+    if world() > 1 and len(set(gather([what()]))) > 1:
+        raise UserError(otherwise)
 
 
 def expect(minutes: float) -> timedelta:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -156,6 +157,10 @@ def restore(
     if not path.is_dir():
         raise UserError(f"{run}: it has no {weights} checkpoint yet; train it further, or name other --weights.")
     saved = checkpoints.load(path)
+    ranks.agree(
+        lambda: json.dumps(saved.state["progress"]),
+        f"{path}: another checkpoint became the {weights} one while it was read; give the same command again.",
+    )
     model = models.from_config(config, say)
     checkpoints.load_weights(model, saved.model if saved.ema is None else saved.ema, saved.path)
     progress = saved.state["progress"]

@@ -9,6 +9,7 @@ Nothing is loaded that could run code: a pickle is read with `weights_only=True`
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastddr import runtime
+from fastddr import ranks, runtime
 from fastddr.config import Config
 from fastddr.errors import UserError
 from fastddr.models import zoo
@@ -88,6 +89,12 @@ def begin(
     # Rank 0 first: what it downloads the others find.
     runtime.from_main(lambda: read.append(source(config, load_checkpoint)))
     found = fit(model, read[0] if read else source(config, load_checkpoint), config)
+    # A file may lie on each machine by itself, and a run may train on and name another checkpoint the best.
+    ranks.agree(
+        lambda: _digest(found.taken),
+        f"--init {config.init}: the ranks have read different weights; give a file or a run that all see, and that "
+        "nobody writes to meanwhile.",
+    )
     for target in (model, average):
         put(target, found.taken)
     lines = found.lines
@@ -101,6 +108,14 @@ def begin(
     for line in lines:
         say(f"  {line}")
     return lines
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def source(config: Config, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:

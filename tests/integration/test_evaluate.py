@@ -20,9 +20,10 @@ import torch
 from tests_support import launch, train
 from torch import nn
 
+from fastddr import ranks
 from fastddr.__main__ import main
 from fastddr.config.sections import LoadingConfig
-from fastddr.errors import EXIT_USER_ERROR
+from fastddr.errors import EXIT_USER_ERROR, UserError
 from fastddr.evaluation.grading import Graded, Grading
 from fastddr.evaluation.views import Averaged
 from fastddr.inference import flags, restore
@@ -284,6 +285,17 @@ def test_other_photographs_are_not_taken_for_the_runs_own(
     photograph.write_bytes(photograph.read_bytes() + b"\0")
     assert main(["evaluate", str(run)]) == 2
     assert "these are not the photographs" in capsys.readouterr().err
+
+
+def test_ranks_that_read_two_checkpoints_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on may name another one the best between their looks."""
+    config = restore.stored(run)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda mine: [*mine, *mine])
+    restore.restore(run, config, "best", torch.device("cpu"))
+    monkeypatch.setattr(ranks, "gather", lambda mine: [*mine, '{"step": 0}'])
+    with pytest.raises(UserError, match="another checkpoint became the best one while it was read"):
+        restore.restore(run, config, "best", torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -343,7 +343,7 @@ def test_what_the_network_no_longer_answers_is_not_waited_for(error: str, monkey
     monkeypatch.setattr(ranks, "_PATIENCE", 0.1)
     monkeypatch.setenv("WORLD_SIZE", "3")
     try:
-        with pytest.raises(ranks.RankLost, match="did not answer|without a word"), ranks.watched():
+        with pytest.raises(ranks.RankLost, match=r"did not answer|without a word"), ranks.watched():
             raise RuntimeError(error)
     finally:
         over.set()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastddr import models
+from fastddr import models, ranks
 from fastddr.config import Config, ConvMixerConfig, ResNetConfig
 from fastddr.errors import UserError
 from fastddr.models import weights, zoo
@@ -53,6 +53,22 @@ def to_paper(name: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- what is read
+
+
+def test_ranks_that_read_different_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their replicas would stay apart for good where DDP has shared its weights before."""
+    file, digests = tmp_path / "w.pth", []
+    monkeypatch.setattr(ranks, "agree", lambda what, otherwise: digests.append(what()))
+    for seed in (1, 1, 2):
+        torch.save(build(seed=seed).state_dict(), file)
+        begin(str(file))
+    assert digests[0] == digests[1] != digests[2]
+    monkeypatch.undo()
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda mine: [*mine, digests[0]])
+    ranks.agree(lambda: digests[1], "no")
+    with pytest.raises(UserError, match=r"^the ranks have read different weights$"):
+        ranks.agree(lambda: digests[2], "the ranks have read different weights")
 
 
 @pytest.mark.parametrize("wrapped", ["plain", "state_dict", "model", "module.", "both", "half", "paper", "safetensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -27,6 +28,7 @@ class EpochBar:
             # makes rich take a log file for a terminal.
             disable=quiet or console.quiet or not (console.is_terminal and console.file.isatty()),
         )
+        self._all_kept = False
         self._bar = self._progress.add_task(title, total=total, completed=start, speed="")
 
     def update(
@@ -35,15 +37,20 @@ class EpochBar:
         images_per_second: float | None = None,
         data_wait: float | None = None,
         total: int | None = None,
-        kept: float | None = None,
+        kept: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Move to `done` of the total; the first two figures are of the last logged steps.
 
-        `kept` is the share of the photographs that are decoded and kept, shown until it is all of them.
+        `kept` gives the share of the photographs that are decoded and kept, shown until it is all of them. It is asked
+        only where the bar is seen: a large set has many.
         """
+        if self._progress.disable:
+            return
         speed = "" if images_per_second is None else f"{images_per_second:,.0f} images/s, data wait {data_wait:.0%}"
-        if kept is not None and kept < 1:
-            speed = f"{speed}, decoded and kept {kept:.0%}".removeprefix(", ")
+        share = None if self._all_kept else kept()
+        self._all_kept = share is None or share == 1
+        if share is not None and share < 1:
+            speed = f"{speed}, decoded and kept {share:.0%}".removeprefix(", ")
         self._progress.update(self._bar, completed=done, total=total, speed=speed)
 
     def __enter__(self) -> EpochBar:

@@ -275,7 +275,7 @@ class Trainer:
                     self.stopping.arrived()
                     self._answer(self.watch.settle())
                     self._log_window(window, tally, batches.waited, lr)
-                bar.update(done, window.rate, window.wait_share, kept=self.train_loader.kept)
+                bar.update(done, window.rate, window.wait_share, kept=lambda: self.train_loader.kept)
                 self.stopping.follow(reason)
                 if due:
                     self.saver.save(progress, best=False)

@@ -109,6 +109,11 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def machine() -> int:
+    """Which of the job's machines this one is."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
 def available_cores() -> int:
     """Cores that this process may use, by its affinity and by what a container allows of their time."""
     number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

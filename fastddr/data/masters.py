@@ -145,10 +145,12 @@ def make(
         found.append(str(error))
     except BrokenProcessPool:
         found.append("a process that prepared photographs was killed, as happens when memory runs out; run again.")
-    found = ranks.gather(found)
-    if said := next((one for one in found if isinstance(one, str)), None):
+    everywhere = ranks.gather([(ranks.machine(), one) for one in found])
+    if said := next((one for _, one in everywhere if isinstance(one, str)), None):
         raise UserError(said)
-    return {one.file: one for one in found if isinstance(one, Made)}
+    # Each machine's own last: its cache may lie elsewhere.
+    everywhere.sort(key=lambda there: there[0] == ranks.machine())
+    return {one.file: one for _, one in everywhere if isinstance(one, Made)}
 
 
 def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from photographs import draw, official, write_csv
 
+from fastddr import ranks
 from fastddr.data import cache, manifest, masters, photos, prepare
 from fastddr.data.masters import Recipe
 from fastddr.data.problems import read_list
@@ -122,6 +123,16 @@ def test_two_machines_may_make_a_master_at_once(folder: Path, monkeypatch: pytes
     found = masters.make([file], RECIPE)
     assert [*found.values()] == other
     assert not [path for path in Path(other[0].master).parent.iterdir() if path.suffix not in (".jpg", ".png")]
+
+
+@pytest.mark.parametrize("this", [0, 1])
+def test_machines_may_have_caches_of_their_own(folder: Path, this: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(folder / "b.jpg")
+    monkeypatch.setattr(ranks, "machine", lambda: this)
+    there = (1 - this, masters.Made(file, "/scratch/other/b.jpg"))
+    monkeypatch.setattr(ranks, "gather", lambda mine: [*mine, there] if this == 0 else [there, *mine])
+    (made,) = masters.make([file], RECIPE).values()
+    assert Path(made.master).is_relative_to(cache.folder())
 
 
 @pytest.mark.parametrize(("photograph", "expected"), [(0o600, 0o600), (0o644, 0o644), (0o440, 0o640)])

@@ -7,6 +7,7 @@ import inspect
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -305,6 +306,8 @@ def start(config: Config) -> Runtime:
         raise UserError(
             "--sync-batchnorm shares BatchNorm's statistics among GPUs, and this trains on a CPU; leave it off here."
         )
+    # Accelerate gathers by it, and PyTorch has given it another name.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor`", FutureWarning)
     threads = config.threads or ranks.cores()
     # accelerate launch sets OMP_NUM_THREADS=1 on a CPU, which halves the speed; this overrides it.
     torch.set_num_threads(threads)

@@ -218,6 +218,9 @@ def join() -> PartialState:
             f"{ranks.local_world()} processes on a machine with {cards} GPU(s): each needs one of its own; start as "
             "many as there are GPUs, or train on the CPU with `accelerate launch --cpu`."
         )
+    if cards == 0 and not _asked_for_cpu() and ranks.world() > ranks.local_world() and (blind := _blind()) is not None:
+        # Machines of which some have found their GPUs and some have not would wait for each other.
+        raise UserError(f"{blind}; mend it on this machine, or train on all of them with `accelerate launch --cpu`.")
     ranks.name_network()
     state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
     # Where Accelerate was told the card of a single process, it leaves the current one as it is, and events and Triton
@@ -253,7 +256,11 @@ def on_main(do: Callable[[], T]) -> T | None:
 
 def on_cpu() -> bool:
     """Whether this process trains on the CPU: there is no GPU, or it was asked for."""
-    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    return not torch.cuda.is_available() or _asked_for_cpu()
+
+
+def _asked_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
 
 
 def numerics(deterministic: bool, cpu: bool) -> None:
@@ -275,13 +282,18 @@ def _why_device(cpu: bool) -> str:
         return "a GPU is there"
     if torch.cuda.is_available():
         return "asked for"
+    return _blind() or "PyTorch sees no GPU"
+
+
+def _blind() -> str | None:
+    """What is wrong where NVIDIA's driver is there and PyTorch sees no GPU; None where nothing is."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
-    if torch.version.cuda is not None and shutil.which("nvidia-smi") and not hidden:
-        return (
-            f"PyTorch sees no GPU, though NVIDIA's driver is there; it may be too old for CUDA {torch.version.cuda} "
-            "(`nvidia-smi` says which it can do)"
-        )
-    return "PyTorch sees no GPU"
+    if torch.version.cuda is None or not shutil.which("nvidia-smi") or hidden:
+        return None
+    return (
+        f"PyTorch sees no GPU, though NVIDIA's driver is there; it may be too old for CUDA {torch.version.cuda} "
+        "(`nvidia-smi` says which it can do)"
+    )
 
 
 def start(config: Config) -> Runtime:

@@ -95,6 +95,11 @@ def test_a_driver_that_is_too_old_is_no_machine_without_a_gpu(driver: bool, monk
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("shutil.which", lambda name: "/bin/nvidia-smi" if driver else None)
     assert ("may be too old for CUDA 13.0" in runtime._why_device(True)) == driver
+    if driver:  # of several machines, some of which may see theirs
+        for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"too old for CUDA 13\.0 .* mend it on this machine"):
+            runtime.join()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert runtime._why_device(True) == "PyTorch sees no GPU"
 

@@ -134,8 +134,9 @@ class WandbRun:
             why = f"could not come online: {first_line(error)}"
             self._run = self._init("offline")
         if self._run.id != self._kept.id:  # an agent of a sweep has its own, and the run goes on by them
-            self._kept, self._project = Kept(self._run.id, self._run.entity, self._run.project), self._run.project
-            write_line(folder / "id.txt", " ".join(self._kept))
+            self._kept, self._project = Kept(self._run.id, self._run.entity or "", self._run.project), self._run.project
+            # Without an entity, as offline, the project has no place of its own.
+            write_line(folder / "id.txt", " ".join(self._kept if self._kept.entity else self._kept[:1]))
         if self._run.offline:
             self._next = max(_next_of(earlier, self._project), self._known())
         else:

@@ -298,6 +298,10 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     assert sent == [(2, 6), (3, 9)], "the server had the row of step 1"
     assert (run / "wandb" / "next.txt").read_text() == "id 6 sweeps\n"
     assert (run / "wandb" / "id.txt").read_text() == "id lab sweeps\n", "an agent of a sweep names a run itself"
+    server.id, server.entity = "di", None
+    start(run, wandb=True).finish()
+    assert (run / "wandb" / "id.txt").read_text() == "di\n", "a project is kept with its place alone"
+    (run / "wandb" / "id.txt").write_text("id lab sweeps\n")
     asked: dict[str, Any] = {}
     monkeypatch.undo()
     monkeypatch.setattr("wandb.init", lambda **options: asked.update(options))

@@ -6,7 +6,7 @@
 
 The report of 2022 tuned batch size, crop and learning rate on valid; these are among the changes, beside the parts of
 the recipe. Kappa on valid of the best epoch counts, the median over the seeds; the difference to the baseline is taken
-seed by seed. Test is in each run's own report and is not looked at here. A run that is done is not made again.
+seed by seed. Test is not scored: nothing may be chosen by it. A run that is done is not made again.
 
 Into the folder of the runs: `ablation.md` with the table, and `ablation.png` with kappa and loss of valid by epoch.
 
@@ -92,7 +92,7 @@ def baseline(options: Options) -> list[str]:
     preset = options.preset or ("report-convmixer" if torch.cuda.is_available() else "quickstart")
     made = ["--synthetic.photographs", str(options.photographs)] if options.data == "synthetic" else []
     epochs = ["--epochs", str(options.epochs)] if options.epochs is not None else []
-    quiet = ["--tracking.no-wandb", "--tracking.no-tensorboard"]
+    quiet = ["--evaluation.no-test", "--tracking.no-wandb", "--tracking.no-tensorboard"]
     return ["--preset", preset, "--data", options.data, *made, *epochs, *quiet, *options.flags.split()]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,13 @@ import story
 import torch
 import tyro
 import whole
+from rich.console import Console
 from safetensors import safe_open
 from story import Arm
 
+from fastddr import cli
 from fastddr.config import load_preset
+from fastddr.data import source
 from fastddr.errors import UserError
 from fastddr.reporting import plots
 from fastddr.runs import RunFolder
@@ -91,6 +94,18 @@ def flags(arm: Arm, options: Options, folder: Path) -> list[str]:
         found += options.tuned.split()
     found += ["--epochs", str(options.epochs)] if options.epochs is not None else []
     return [*found, *options.flags.split()]
+
+
+def need_test(options: Options, folder: Path) -> None:
+    """Raise `UserError` where test would not be scored: all tables are of it, and training takes hours."""
+    config = cli.parse(flags(story.ARMS[0], options, folder), "report.py")
+    if not config.evaluation.test:
+        raise UserError("--flags: the report's table is of test; leave --evaluation.no-test out.")
+    if config.data == "synthetic":
+        return
+    found = source.open_data(replace(config, check="header"), Console(quiet=True))
+    if not found.has("test"):
+        raise UserError(f"{found.root}: the report's table is of test, and no photograph there is; add a test split.")
 
 
 def pretrain(options: Options, folder: Path) -> str | None:
@@ -183,6 +198,7 @@ def main(options: Options) -> int:
         raise UserError("--quick is on the synthetic set; leave --data or --quick out.")
     name = "quick" if options.quick else Path(options.data).name
     folder = options.folder or Path("runs") / f"report-{name}"
+    need_test(options, folder)
     folder.mkdir(parents=True, exist_ok=True)
     harness.begin(options.out)
     arms, rows, failed = story.of(options.arms), [], []

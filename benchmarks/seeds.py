@@ -69,6 +69,12 @@ def numbers(options: Options) -> tuple[int, ...]:
     return ranks
 
 
+def common(options: Options) -> list[str]:
+    """The flags of all runs but for the seed. Valid alone is compared, so test stays unseen."""
+    quiet = ["--evaluation.no-test", "--tracking.no-wandb", "--tracking.no-tensorboard"]
+    return ["--preset", options.preset, *options.flags.split(), *quiet]
+
+
 def row(ranks: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of one number of ranks, seed by seed."""
     values = {key: [float(valid[key]) for valid in found] for key in COMPARED}
@@ -103,14 +109,13 @@ def main(options: Options) -> None:
         UserError: a run could not be trained.
     """
     ranks = numbers(options)
-    common = ["--preset", options.preset, *options.flags.split(), "--tracking.no-wandb", "--tracking.no-tensorboard"]
-    cli.parse(common, "--flags")
+    cli.parse(common(options), "--flags")
     harness.begin(options.out)
     found: dict[int, list[Mapping[str, Any]]] = {count: [] for count in ranks}
     with whole.ending():
         for seed, count in itertools.product(options.seeds, ranks):
             run = options.folder / f"ranks{count}-seed{seed}"
-            wrong = whole.train(run, [*common, "--seed", str(seed)], ranks=count)
+            wrong = whole.train(run, [*common(options), "--seed", str(seed)], ranks=count)
             if wrong is not None:
                 raise UserError(f"{run} could not be trained: {wrong}")
             figures = whole.figures(run)

@@ -91,8 +91,8 @@ def is_whole_ddr(run: Path, data: str) -> bool:
     if data == "synthetic" or any((root / place / "lesions.csv").exists() for place in (".", "..", "DR_grading")):
         return False
     with RunFolder(run).manifest.open(newline="", encoding="utf-8") as lines:
-        next(lines)  # the fingerprint
-        counts = Counter((row["split"], int(row["grade"])) for row in csv.DictReader(lines))
+        rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+        counts = Counter((row["split"], int(row["grade"])) for row in rows)
     return all(
         counts[split, grade] == count
         for split, counted in DDR.items()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from fastddr import cli
 from fastddr.data.grades import DDR
+from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +23,11 @@ ROOT = Path(__file__).parents[2]
 def run_of(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
     """A run's folder with a manifest of so many photographs by split and grade."""
     folder.mkdir(parents=True)
-    rows = [f"{split},{grade}" for split, of in counts.items() for grade, n in enumerate(of) for _ in range(n)]
-    (folder / "manifest.csv").write_text("# fingerprint: x\nsplit,grade\n" + "\n".join(rows) + "\n")
+    rows = [(split, grade) for split, of in counts.items() for grade, n in enumerate(of) for _ in range(n)]
+    splits, grades = zip(*rows, strict=True)
+    ones, names = np.ones(len(rows), dtype=np.int64), tuple(f"{row}.jpg" for row in range(len(rows)))
+    found = Manifest(folder, names, np.array(grades), splits, ones, ones, ones, ("",) * len(rows), ())
+    (folder / "manifest.csv").write_text(found.to_csv())
     return folder
 
 
@@ -69,6 +75,21 @@ def test_the_story_is_the_reports_and_every_command_line_can_be(load: Callable[[
         report.main(report.Options(quick=True, data="DDR-dataset"))
 
 
+def test_what_has_no_test_is_refused_before_hours_of_training(
+    load: Callable[[str], Any], tiny: Path, tmp_path: Path
+) -> None:
+    report, folder = load("report"), tmp_path / "runs"
+    for split in ("train", "valid"):
+        shutil.copytree(tiny / "DR_grading" / split, tmp_path / "part" / "DR_grading" / split)
+        shutil.copy(tiny / "DR_grading" / f"{split}.txt", tmp_path / "part" / "DR_grading")
+    with pytest.raises(UserError, match="part.*no photograph there is"):
+        report.main(report.Options(data=str(tmp_path / "part"), folder=folder))
+    with pytest.raises(UserError, match="leave --evaluation.no-test out"):
+        report.main(report.Options(data=str(tiny), folder=folder, flags="--evaluation.no-test"))
+    assert not folder.exists()
+    report.need_test(report.Options(data=str(tiny)), folder)
+
+
 def figures(accuracy: float) -> dict[str, Any]:
     matrix = [[8, 2, 0, 0, 0]] * 5
     return {"n": 50, "accuracy": accuracy, "qwk": 0.5, "macro_f1": 0.4, "recall": [0.8, 0.2, 0, 0, None],
@@ -114,6 +135,7 @@ def test_the_changes_of_an_ablation(load: Callable[[str], Any], capsys: pytest.C
     options = ablation.Options(preset="quickstart", also=("wide: --convmixer.dim 96",))
     base = cli.parse(ablation.baseline(options), "test")
     assert (base.synthetic.photographs, base.data) == (2400, "synthetic")
+    assert not base.evaluation.test
     found = ablation.chosen(options, base)
     assert next(iter(found)) == "baseline"
     assert found["wide"] == ["--convmixer.dim", "96"]
@@ -206,6 +228,7 @@ def test_ranks_stand_beside_seeds(load: Callable[[str], Any]) -> None:
     ends = "from that of 1 rank than another seed's, as far as the intervals can tell, and higher in"
     assert f"The loss of 2 ranks is no further {ends} 2 of 5 seeds." in said
     assert f"The loss of 4 ranks is further {ends} 5 of 5 seeds." in said
+    assert not cli.parse(seeds.common(seeds.Options(flags="--lr 0.5")), "test").evaluation.test
     with pytest.raises(UserError, match="two numbers of ranks"):
         seeds.numbers(seeds.Options(ranks=(1,)))
     with pytest.raises(UserError, match="this machine runs 1 to"):

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from fastddr import checkpoints, cli, loaders
@@ -83,6 +84,21 @@ def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subpro
 
 
 @contextmanager
+def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is gone afterwards, with all that it has started, frozen or not, also where a test fails."""
+    with process:
+        try:
+            yield process
+        finally:
+            # Who its children are is known only while it is there.
+            below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.kill()
+            for child in below:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+@contextmanager
 def job(data: Path, cwd: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Two ranks that train in the folder `run` until somebody ends them; what they say goes into the file `said`."""
     train = ROOT / "fastddr" / "train.py"
@@ -90,11 +106,8 @@ def job(data: Path, cwd: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
                         "--epochs", "100000", *more)  # fmt: skip
     with (cwd / "said").open("w") as said:
         process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=environment())
-    try:
+    with ended(process):
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def first_checkpoint(process: subprocess.Popen[bytes], cwd: Path) -> None:
@@ -102,7 +115,7 @@ def first_checkpoint(process: subprocess.Popen[bytes], cwd: Path) -> None:
     said, ends = cwd / "said", time.monotonic() + 200
     while not (cwd / "run" / "checkpoints" / "last").exists():
         assert time.monotonic() < ends, said.read_text()[-3000:]
-        assert process.poll() is None, said.read_text()[-3000:]
+        assert process.poll() is None, f"exit code {process.returncode}: {said.read_text()[-3000:]}"
         time.sleep(0.1)
 
 

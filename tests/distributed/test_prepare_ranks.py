@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import photographs
+import pytest
 from tests_support import ROOT
 
 from fastddr.data import prepare
@@ -55,6 +56,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_two_ranks_make_what_one_makes_and_are_told_the_same(tmp_path: Path) -> None:
     data = photographs.official(tmp_path / "data")
     entry = data / "DR_grading" / "test" / "007-0020-000.jpg"

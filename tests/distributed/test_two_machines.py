@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, SMALL, environment
+from tests_support import ROOT, SMALL, ended, environment
 
 from fastddr import checkpoints
 
@@ -74,21 +74,16 @@ def machines() -> Iterator[tuple[str, str]]:
 @contextmanager
 def job(machines: tuple[str, str], cwd: Path, name: str, *arguments: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`launch/multi_node.sh` on both, as launch/README.md has it; what machine N says goes into the file `NAME-N`."""
-    processes = []
     many = environment() | {"NODES": "2", "HOST": FIRST, "RANKS": "2"}
     many["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{many['PATH']}"
-    for number, machine in enumerate(machines):
-        command = ["ip", "netns", "exec", machine, str(ROOT / "launch" / "multi_node.sh"), *arguments]
-        with (cwd / f"{name}-{number}").open("w") as said:
-            processes.append(
-                subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=many | {"NODE": str(number)})
-            )
-    try:
+    with ExitStack() as stack:
+        processes = []
+        for number, machine in enumerate(machines):
+            command = ["ip", "netns", "exec", machine, str(ROOT / "launch" / "multi_node.sh"), *arguments]
+            with (cwd / f"{name}-{number}").open("w") as said:
+                process = subprocess.Popen(command, cwd=cwd, stdout=said, stderr=said, env=many | {"NODE": str(number)})
+            processes.append(stack.enter_context(ended(process)))
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def ours(path: Path) -> list[str]:

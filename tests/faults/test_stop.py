@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
-from tests_support import ROOT, SMALL, settings, train, weights
+from tests_support import ROOT, SMALL, ended, settings, train, weights
 
 from fastddr import checkpoints, ranks, runs, stopping
 from fastddr.errors import UserError
@@ -124,13 +125,14 @@ def endless(data: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_command(number: int, tiny: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(endless(tiny), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    begun = subprocess.Popen(endless(tiny), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with ended(begun) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert "Traceback" not in err
     said = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
@@ -146,19 +148,33 @@ def test_a_signal_stops_the_command(number: int, tiny: Path, tmp_path: Path) -> 
 def test_a_closed_terminal_stops_the_command(tiny: Path, tmp_path: Path) -> None:
     """A connection that is lost takes the terminal away: a signal comes, and nothing can be written any more."""
     window, terminal = os.openpty()
-    process = subprocess.Popen(
+    begun = subprocess.Popen(
         endless(tiny), cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
-    os.close(terminal)
-    seen = b""
-    while b"epoch 2/" not in seen:
-        seen += os.read(window, 4096)
-    os.close(window)
-    assert process.wait(timeout=120) == 3
+    with ended(begun) as process:
+        os.close(terminal)
+        seen = b""
+        while b"epoch 2/" not in seen:
+            seen += os.read(window, 4096)
+        os.close(window)
+        assert process.wait(timeout=120) == 3
     found = status(tmp_path / "run")
     assert (found["state"], found["reason"]) == ("preempted", "SIGHUP")
     assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"] >= 3
+
+
+def test_what_a_test_has_started_ends_with_it_though_it_fails() -> None:
+    command = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+    with pytest.raises(AssertionError), ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
+        child = psutil.Process(int(process.stdout.readline()))
+        child.suspend()
+        raise AssertionError
+    assert process.returncode == -signal.SIGKILL
+    ends = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_a_launchers_sigterm_does_not_cut_short_what_a_failing_run_writes(

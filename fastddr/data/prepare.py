@@ -37,7 +37,7 @@ from fastddr.data.crop import Format, Job, Place, Result, Row
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import grade_of, located
 from fastddr.data.output import FOLDER, Output, put
-from fastddr.data.problems import Problem, errors, one_line
+from fastddr.data.problems import Problem, errors, lister, one_line
 from fastddr.data.relabel import Kept
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
@@ -342,7 +342,7 @@ class _Main:
             raise UserError(
                 one_line(
                     f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
-                    f"leave out what is bad with --on-bad exclude; `fastddr check {self.data}` lists all."
+                    f"leave out what is bad with --on-bad exclude; {lister(self.data)} lists all."
                 )
             )
 

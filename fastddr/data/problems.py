@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,14 @@ def refuse(problems: Sequence[Problem], root: Path, data: str | Path) -> None:
     more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
     raise UserError(
         one_line(
-            f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude; "
-            f"`fastddr check {data}` lists all."
+            f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude; {lister(data)} lists all."
         )
     )
+
+
+def lister(data: str | Path) -> str:
+    """The command that lists every error of a set; without a list `fastddr check` shows the first of each kind."""
+    return f"`fastddr check {shlex.quote(str(data))} --fix-list bad.csv`"
 
 
 def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:

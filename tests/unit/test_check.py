@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_errors_are_listed_and_the_list_mends_the_set(
     data = data.rename(tmp_path / "[old]")  # which rich would take for markup
     check(data, "--fix-list", listed)
     assert f"--data '{data}' --exclude {listed}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_the_command_that_a_refusal_names_lists_all(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table shows the first of each kind."""
+    monkeypatch.chdir(tmp_path)
+    data = data.rename(tmp_path / "my set")
+    bad = {f"train/007-000{number}-000.jpg" for number in range(5)}
+    for path in bad:
+        (data / "DR_grading" / path).write_bytes(b"")
+    with pytest.raises(UserError, match=r"4 more like it.*lists all") as refused:
+        manifest.read(data)
+    command = shlex.split(str(refused.value).split("`")[1])
+    assert main(command[1:]) == 1
+    said = capsys.readouterr().out + "".join(path.read_text() for path in tmp_path.glob("*.csv"))
+    assert {path for path in bad if path in said} == bad
 
 
 def test_a_check_looks_again_though_size_and_time_are_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

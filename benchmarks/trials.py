@@ -201,7 +201,7 @@ class _Source:
 
     def kernel(self, seconds: float) -> list[float] | None:
         """Images a second of the kernel alone, of a store in the GPU's memory; None of any other loader."""
-        if not self.gpu or self.spec.name != "resident":
+        if not self.gpu or self.loader is None or self.loader.task.store != "vram":
             return None
         self._rest()
         return stages.kernel(self.loader, seconds)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,33 @@ def task(**changes: Any) -> loaders.Task:
         "batch_size": 4,
     }
     return loaders.Task(**settings | changes)
+
+
+def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file or RAM it would read a ring of a few batches, which a card keeps in its cache."""
+    trials, loader = benchmark("trials"), benchmark("loader")
+    monkeypatch.setattr(trials.stages, "kernel", lambda loader, seconds: [1.0, 2.0, 3.0])
+
+    class Trial:
+        def __init__(self, store: str) -> None:
+            self.spec = trials.Spec.parse("resident")
+            self.source = trials._Source.__new__(trials._Source)
+            self.source.gpu, self.source.stream, self.source.spec = True, None, self.spec
+            self.source.loader = SimpleNamespace(task=task(store=store))
+
+        def ask(self, question: str, seconds: float) -> Any:
+            return getattr(self.source, question)(seconds)
+
+    panel = loader.Panel.__new__(loader.Panel)
+    panel.speeds, panel.rows, panel.about = {}, [], {}
+    panel.trials = {"resident, mmap": Trial("mmap"), "resident, ram": Trial("ram")}
+    panel._kernel()
+    assert panel.rows == []
+    panel.trials["resident"] = Trial("vram")
+    panel._kernel()
+    assert [row["median"] for row in panel.rows] == [2.0]
 
 
 @pytest.mark.slow

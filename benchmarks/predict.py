@@ -6,7 +6,8 @@
 Both grade the same photographs in one process that has loaded everything. `predict` also decodes each photograph once
 more to see that it is whole, and writes its table; the plain way does neither. Every way has one turn a round;
 intervals are those of the median over the rounds, ratios are taken round by round. Photographs are taken as they are,
-so nothing is prepared. Both show the model the same pixels, but for rounding: the canvas and the window of the run.
+so nothing is prepared. Both show the model the same pixels, but for rounding: upright, the canvas and the window of the
+run; and both run it in the run's precision.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import harness
 import sources
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from torch import nn
 from torchvision.transforms import v2
@@ -35,7 +36,7 @@ from fastddr.data import photos, synthetic
 from fastddr.errors import UserError
 from fastddr.inference import flags, predict, restore
 from fastddr.ranks import available_cores
-from fastddr.runtime import on_cpu
+from fastddr.runtime import DTYPES, on_cpu
 from fastddr.trainer import Trainer
 
 
@@ -79,7 +80,9 @@ def ours(run: Path, files: Sequence[str], batch_size: int, out: Path) -> Callabl
         began = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             answer = predict.predict(asked)
-        assert not answer.bad
+        for photo in answer.photos:
+            if photo.kind:
+                raise UserError(f"{photo.path}: {photo.reason}; remove it, or give another --data.")
         return len(files) / (time.perf_counter() - began)
 
     return turn
@@ -87,7 +90,7 @@ def ours(run: Path, files: Sequence[str], batch_size: int, out: Path) -> Callabl
 
 @torch.inference_mode()
 def graded(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> torch.Tensor:
-    """The loop that everybody writes first: probabilities of the grades, (n, C).
+    """The loop that everybody writes first, in the run's precision: probabilities of the grades, (n, C).
 
     Raises:
         UserError: the run shows nine windows of a photograph, which this loop does not.
@@ -106,8 +109,11 @@ def graded(model: nn.Module, config: Config, files: Sequence[str], batch_size: i
     )
     answers = []
     for start in range(0, len(files), batch_size):
-        images = [see(Image.open(file).convert("RGB")) for file in files[start : start + batch_size]]
-        answers.append(model(torch.stack(images).to(device)).softmax(1).cpu())
+        files_ = files[start : start + batch_size]
+        images = [see(ImageOps.exif_transpose(Image.open(file)).convert("RGB")) for file in files_]
+        with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
+            logits = model(torch.stack(images).to(device))
+        answers.append(logits.float().softmax(1).cpu())
     return torch.cat(answers) if answers else torch.empty(0, config.num_classes)
 
 

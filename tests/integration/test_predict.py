@@ -103,6 +103,22 @@ def test_the_benchmark_compares_with_a_loop_that_sees_the_same(
     moved = (plain.graded(found.averaged, other, [str(file) for file in files], 4) - wanted).abs().max()
     assert apart < 0.005
     assert moved > 10 * apart
+    # An upright photograph and one that its EXIF turns upright are the same, and so is the precision.
+    turned = tmp_path / "turned.png"
+    with Image.open(files[0]) as image:
+        exif = image.getexif()
+        exif[0x0112] = 3
+        image.transpose(Image.Transpose.ROTATE_180).save(turned, exif=exif)
+    pair = plain.graded(found.averaged, config, [str(files[0]), str(turned)], 1)
+    assert torch.equal(pair[0], pair[1])
+    half = replace(config, precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain.graded(found.averaged, config, [str(turned)], 1)[0], pair[0]), "its own, whatever is on"
+    rounded = plain.graded(found.averaged, half, [str(turned)], 1)[0]
+    assert 0 < (rounded - pair[0]).abs().max() < 0.05
+    turned.write_bytes(b"")
+    with pytest.raises(UserError, match=r"turned\.png: the file is empty; remove it"):
+        plain.ours(run, [str(turned)], 1, out)()
     nine = replace(config, evaluation=replace(config.evaluation, field="multi"))
     with pytest.raises(UserError, match="one window of a photograph"):
         plain.graded(found.averaged, nine, [], 4)

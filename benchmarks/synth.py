@@ -73,15 +73,15 @@ def main(options: Options) -> None:
     """Measure, print and write.
 
     Raises:
-        UserError: no round is asked for.
+        UserError: too few rounds.
     """
     import harness
     from rich.console import Console
 
     from fastddr.ranks import available_cores
 
-    if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds}: give it at least 1.")
+    if options.rounds < 5:
+        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     console = Console(soft_wrap=True)
     cores = available_cores()
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}

@@ -277,7 +277,7 @@ def _small_disk(runs: Runs) -> list[dict[str, Any]]:
 
 
 def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
-    """Spoil the loss of some steps, and count the steps after which weights, averages and moments are finite."""
+    """Spoil the loss of some steps, and count the steps after which weights, averages and moments are finite and unchanged."""
     run, spoilt = runs.scratch / "bad", list(range(3, 40, 4))
     more = ["--epochs", "100000", "--optimizer.on-nonfinite", "skip", "--max-hours", "1"]
     config = cli.parse(["--data", runs.data, "--run-dir", str(run), *MODEL, *more], "faults")
@@ -293,7 +293,7 @@ def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
 
         def watched(found: torch.Tensor, step: int, ids: Any) -> Any:
             nonlocal kept, unchanged, before
-            now = {name: value.clone() for name, value in trainer.bare_model.state_dict().items()}
+            now = _learnt(trainer)
             if step in spoilt:
                 kept += all(value.isfinite().all() for value in now.values())
                 unchanged += all(torch.equal(now[k], v) for k, v in before.items() if v.is_floating_point())
@@ -310,6 +310,19 @@ def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
         _count("steps with a loss that is not finite: weights stayed as they were", min(kept, unchanged), len(spoilt)),
         _count("steps with a loss that is not finite: told", told, len(spoilt)),
     ]
+
+
+def _learnt(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of weights, averaged weights and moments, by name."""
+    parts: dict[str, Any] = {"model": trainer.bare_model.state_dict()}
+    if trainer.ema is not None:
+        parts["ema"] = trainer.ema.module.state_dict()
+    parts |= {f"moments {number}": held for number, held in enumerate(trainer.optimizer.state.values())}
+    return {
+        f"{part} {name}": torch.as_tensor(value).clone()
+        for part, held in parts.items()
+        for name, value in held.items()
+    }
 
 
 def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:

@@ -31,7 +31,8 @@ LATER = ("evaluate", "compare", "report", "predict", "export")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; its exit code is the command's: 0, or 2 for a mistake of the user's."""
+    """Run a verb; its exit code is the command's: 0; 1 = what the verb looks for is wrong, or a rank is lost; 2 = a
+    mistake of the user's; 3 = a training was stopped and has saved; 130 = Ctrl-C."""
     any_terminal()
     try:
         try:

@@ -32,7 +32,8 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     policy = governed(last_value(arguments, "--augment.policy"))
     size = sized(last_value(arguments, "--convmixer.size"))
     base = replace(base, augment=replace(base.augment, **policy), convmixer=replace(base.convmixer, **size))
-    config, unknown = known(Config, arguments, prog, default=base)
+    about = f"{Config.__doc__} Presets: {', '.join(preset_names())}."
+    config, unknown = known(Config, arguments, prog, default=base, description=about)
     if unknown:
         raise _unknown(unknown[0], ["--" + key.replace("_", "-") for key in flatten(base)])
     checked = check(config, "command line")

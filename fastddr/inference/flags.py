@@ -51,7 +51,8 @@ class Evaluate(Scoring):
     data: str | None = None
     """Other photographs than the run's, in any layout; by default those that it was trained on."""
     on_bad: Literal["raise", "exclude"] = "raise"
-    """A photograph or label that cannot be used: stop, or leave it out and say so."""
+    """With --data, a photograph or label that cannot be used: stop, or leave it out and say so. Of the run's own what
+    the run left out stays out."""
     exclude: str | None = None
     """List of photographs to leave out; by default what the run left out, and none with --data."""
     follow_links: bool = False

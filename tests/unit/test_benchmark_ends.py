@@ -493,3 +493,17 @@ def test_of_two_ranks_on_one_card_it_is_said_that_they_trained_on_the_cpu(
         assert names[0] == f"a rank is killed{where}: the reason is told"
         assert names[3] == f"a rank is frozen{where} (timeout 15 s): all has ended"
         assert faults._where(1) == ""
+
+
+def test_what_a_spoilt_step_must_not_change_is_all_that_is_learnt(load: Any) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    averaged = SimpleNamespace(module=torch.nn.Linear(2, 1))
+    trainer = SimpleNamespace(bare_model=model, ema=averaged, optimizer=optimizer)
+    found = load("faults")._learnt(trainer)
+    for name in ("model weight", "ema weight", "moments 0 exp_avg", "moments 1 exp_avg_sq"):
+        assert name in found
+    averaged.module.weight.data.zero_()
+    assert found["ema weight"].any(), "a copy"

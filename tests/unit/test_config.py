@@ -332,6 +332,13 @@ def test_a_stored_configuration_keeps_its_values_whatever_its_policy(name: str) 
         assert from_mapping(stored, "again", other) == config, "also over a base of another policy"
 
 
+def test_help_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], "x")
+    said = capsys.readouterr().out.partition("╭")[0]
+    assert all(name in said for name in preset_names())
+
+
 def test_help_names_the_policies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--augment.policy", "fundus", "--help"], "x")

@@ -1,9 +1,15 @@
-"""Which epoch is the best one."""
+"""Which epoch is the best one, and how a run is called."""
 
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddr.runs import Progress
+from fastddr.config import load_preset
+from fastddr.runs import Progress, locate
 
 #: Few values, so that ties are common.
 EPOCHS = st.lists(
@@ -39,3 +45,20 @@ def test_a_state_without_a_loss_keeps_its_best_epoch_in_a_tie() -> None:
     assert not progress.keep_if_best(0.5, 0.1)
     assert progress.keep_if_best(0.6, 9.0)
     assert progress.best_epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "name"),
+    [
+        ("quickstart", "synthetic", "quickstart-synthetic"),
+        ("report-cnn", "/data/DDR-dataset/", "report_cnn-DDR_dataset"),
+        ("report-cnn", "/data/DDR-dataset/DR_grading", "report_cnn-DDR_dataset"),
+        ("mine/my recipe.yaml", "masters", "my_recipe-masters"),
+    ],
+)
+def test_a_run_is_called_by_preset_data_and_time(preset: str, data: str, name: str) -> None:
+    """A dash is between these three alone."""
+    config = replace(load_preset("quickstart"), preset=preset, data=data)
+    found, earlier = locate(config, datetime(2026, 3, 4, 5, 6, 7))
+    assert found == Path("runs") / f"{name}-20260304-050607"
+    assert earlier is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastddr import __main__ as command
-from fastddr import cli
+from fastddr import cli, ranks
 from fastddr.data import layouts, output, problems, survey
 from fastddr.data.photos import Photo
 from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
@@ -153,3 +153,24 @@ def test_ctrl_c_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("fastddr.verbs.main", interrupted)
     assert command.main(["check", "somewhere"]) == EXIT_INTERRUPTED
     assert "fastddr: interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, "interrupted; a run that has begun goes on"),
+        (ranks.RankLost("rank 1 ended: KeyError"), 1, "rank 1 ended: KeyError"),
+        (UserError("no such thing."), EXIT_USER_ERROR, "no such thing."),
+    ],
+)
+def test_how_training_ends_is_its_exit_code(
+    ending: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(*_: object) -> object:
+        raise ending
+
+    for of_a_process in ("fastddr.ranks.die_with_parent", "fastddr.terminal.to_nobody"):
+        monkeypatch.setattr(of_a_process, lambda: None)
+    monkeypatch.setattr("fastddr.trainer.Trainer", ends)
+    assert command.main(["train"]) == code
+    assert f"fastddr: {said}" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests_support import ROOT, printed
 
 from fastddr import checkpoints, control_groups, ranks, runs, runtime, saving
 from fastddr.checkpoints import Snapshot
+from fastddr.config import load_preset
 from fastddr.data import cache, source, survey
 from fastddr.errors import UserError
 from fastddr.progress import EpochBar
@@ -260,3 +262,18 @@ def test_a_folder_whose_name_is_no_text_holds_checkpoints(tmp_path: Path) -> Non
     folder = tmp_path / os.fsdecode(b"r\xe9tine")
     _written(folder, 3, best=True)
     assert checkpoints.load(folder / "best").state["progress"]["step"] == 3
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(2, 2), (None, 3)])
+def test_threads_are_the_runs_and_not_the_launchers_one(
+    asked: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` sets OMP_NUM_THREADS=1, which PyTorch reads as it starts."""
+    monkeypatch.setattr(ranks, "cores", lambda: 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = replace(load_preset("quickstart"), precision="fp32", batch_size=4, threads=asked)
+        assert runtime.start(config).threads == torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

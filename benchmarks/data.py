@@ -126,8 +126,11 @@ def main(options: Options) -> None:
             seen.decode(photographs, ranks.cores(), keep=False)
             return len(photographs) / (time.perf_counter() - began)
 
+        def prepared() -> float:
+            return len(photographs) / preparing(data, options.size)
+
         first = [labels() for _ in range(options.rounds)]
-        trials = {"headers": headers, "decode": decode, "prepare": lambda: len(photographs) / preparing(data, options.size)}
+        trials = {"headers": headers, "decode": decode, "prepare": prepared}
         found = harness.interleaved(trials, options.rounds, lambda k: console.print(f"round {k} of {options.rounds}"))
         found["labels"] = first
         sizes = sorted({(r.width, r.height) for r in seen.records.values()})

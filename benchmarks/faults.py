@@ -277,7 +277,7 @@ def _small_disk(runs: Runs) -> list[dict[str, Any]]:
 
 
 def bad(options: Options, runs: Runs) -> list[dict[str, Any]]:
-    """Spoil the loss of some steps, and count the steps after which weights, averages and moments are finite and unchanged."""
+    """Spoil the loss of some steps, and count those that leave weights, averages and moments finite and unchanged."""
     run, spoilt = runs.scratch / "bad", list(range(3, 40, 4))
     more = ["--epochs", "100000", "--optimizer.on-nonfinite", "skip", "--max-hours", "1"]
     config = cli.parse(["--data", runs.data, "--run-dir", str(run), *MODEL, *more], "faults")
@@ -319,9 +319,7 @@ def _learnt(trainer: Trainer) -> dict[str, torch.Tensor]:
         parts["ema"] = trainer.ema.module.state_dict()
     parts |= {f"moments {number}": held for number, held in enumerate(trainer.optimizer.state.values())}
     return {
-        f"{part} {name}": torch.as_tensor(value).clone()
-        for part, held in parts.items()
-        for name, value in held.items()
+        f"{part} {name}": torch.as_tensor(value).clone() for part, held in parts.items() for name, value in held.items()
     }
 
 

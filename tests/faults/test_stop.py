@@ -166,10 +166,17 @@ def test_a_closed_terminal_stops_the_command(tiny: Path, tmp_path: Path) -> None
 
 def test_what_a_test_has_started_ends_with_it_though_it_fails() -> None:
     command = ["sh", "-c", "sleep 1000 & echo $!; wait"]
-    with pytest.raises(AssertionError), ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
-        child = psutil.Process(int(process.stdout.readline()))
-        child.suspend()
-        raise AssertionError
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+
+    def fails() -> None:
+        with ended(process):
+            child.suspend()
+            raise AssertionError
+
+    with pytest.raises(AssertionError):
+        fails()
     assert process.returncode == -signal.SIGKILL
     ends = time.monotonic() + 60
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:

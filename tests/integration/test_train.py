@@ -118,8 +118,8 @@ def test_the_report_says_what_was_left_out(run: Path) -> None:
     text = (run / "report" / "report.md").read_text()
     assert "2 ungradable photographs (grade 5) are counted but left out" in text
     assert "not a medical device" in text
-    for measured in ("Images per second (median)", "Data wait (median share of the time)", "Peak memory of the process"):
-        assert re.search(rf"{re.escape(measured)} \| \d", text), measured
+    for measured in ("Images per second", "Data wait", "Peak memory of the process"):
+        assert re.search(rf"\| {measured}[^|]* \| \d", text), measured
 
 
 def test_best_is_the_best_by_kappa_and_then_by_loss(run: Path) -> None:

@@ -82,9 +82,9 @@ def test_what_has_no_test_is_refused_before_hours_of_training(
     for split in ("train", "valid"):
         shutil.copytree(tiny / "DR_grading" / split, tmp_path / "part" / "DR_grading" / split)
         shutil.copy(tiny / "DR_grading" / f"{split}.txt", tmp_path / "part" / "DR_grading")
-    with pytest.raises(UserError, match="part.*no photograph there is"):
+    with pytest.raises(UserError, match=r"part.*no photograph there is"):
         report.main(report.Options(data=str(tmp_path / "part"), folder=folder))
-    with pytest.raises(UserError, match="leave --evaluation.no-test out"):
+    with pytest.raises(UserError, match=r"leave --evaluation\.no-test out"):
         report.main(report.Options(data=str(tiny), folder=folder, flags="--evaluation.no-test"))
     assert not folder.exists()
     report.need_test(report.Options(data=str(tiny)), folder)

@@ -107,12 +107,12 @@ def test_two_machines_train_lose_each_other_and_go_on(
         ip("-n", machines[1], "link", "set", "cable", "down")
         cut = time.monotonic()
         codes = [process.wait(60 * TIMEOUT + GRACE) for process in processes]
-        ended = time.monotonic() - cut
+        took = time.monotonic() - cut
     status = json.loads((run / "status.json").read_text())
     saved = checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"]
     sides = [ours(tmp_path / f"cut-{number}") for number in (0, 1)]
     with capsys.disabled():
-        print(f"\nboth ended {ended:.0f} s after the cut (timeout {60 * TIMEOUT:.0f} s); last checkpoint: step {saved}")
+        print(f"\nboth ended {took:.0f} s after the cut (timeout {60 * TIMEOUT:.0f} s); last checkpoint: step {saved}")
         print(f"status.json: {status}")
         for number, said in enumerate(sides):
             print(*(f"machine {number}: {line}" for line in dict.fromkeys(said)), sep="\n")

@@ -8,6 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def terminal(quiet: bool) -> Console:
+    """What a verb says to the terminal or the notebook; nothing where it is `quiet`."""
+    # Soft wrap: what a user may copy must not be broken into lines.
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 class EpochBar:
     """A progress bar that goes away when its `with` block ends."""
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
-from fastddr import ranks
+from fastddr import alone, ranks
 from fastddr.config import Config
 from fastddr.errors import UserError
 
@@ -283,12 +283,13 @@ def _why_device(cpu: bool) -> str:
     return "PyTorch sees no GPU"
 
 
-def start(config: Config) -> Runtime:
-    """Choose device, precision and threads, and seed. Once a process: Accelerate's choices are for good.
+def start(config: Config, trainer: object = None) -> Runtime:
+    """Choose device, precision and threads, and seed, for the process; `trainer` is the one that this is for, if any.
 
     Raises:
-        UserError: a precision or a batch that this machine cannot do.
+        UserError: a precision or a batch that this machine cannot do, or another Trainer is open.
     """
+    alone.check(trainer)
     state = join()
     cpu = on_cpu()
     decisions = [f"device {'cpu' if cpu else 'cuda'}: {_why_device(cpu)}"]

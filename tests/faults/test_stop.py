@@ -66,6 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert not (run / "report").exists()
     with Trainer(settings(tiny, run)) as trainer:
         trainer.fit()
+        trainer.fit()
         assert trainer.stopped is None
     assert status(run)["state"] == "done"
     one, other = weights(undisturbed), weights(run)
@@ -101,9 +102,18 @@ def test_means_stand_for_each_step_once_where_a_run_goes_on_within_them(tiny: Pa
 
 def test_hours_and_the_file(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with Trainer(settings(tiny, run, "--max-hours", "1e-9")) as trainer:
+    trainer = Trainer(settings(tiny, run, "--max-hours", "1e-9"))
+    with pytest.raises(UserError, match="not open"):
+        trainer.fit()
+    with trainer:
+        with pytest.raises(UserError, match="a Trainer is open"), Trainer(settings(tiny, tmp_path / "beside")):
+            pass
+        assert not (tmp_path / "beside").exists()
+        trainer.fit()
         trainer.fit()
     assert status(run) == {"state": "preempted", "step": 1, "reason": "max_hours 1e-09"}
+    with pytest.raises(UserError, match="closed"), trainer:
+        pass
     # What is left of an earlier request stops nobody; a new one does, and is taken away when it was followed.
     (run / "STOP").touch()
     with Trainer(settings(tiny, run)) as trainer:

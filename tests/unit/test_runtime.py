@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests_support import settings
 from torch.nn.parallel import DistributedDataParallel
 
-from fastddr import ranks, runtime
+from fastddr import alone, ranks, runtime
 from fastddr.config import Config
 from fastddr.errors import UserError
 from fastddr.meters import Window
@@ -337,6 +337,24 @@ def test_a_compiler_of_accelerates_is_left_out_and_named(monkeypatch: pytest.Mon
     assert "accelerate launch asked for the compiler inductor, which is left out" in " ".join(found.decisions)
     model = torch.nn.Linear(2, 2)
     assert found.accelerator.prepare(model) is model
+
+
+def test_one_trainer_at_a_time_in_a_process() -> None:
+    class Some:
+        pass
+
+    first, second = Some(), Some()
+    alone.take(first)
+    for again in (first, second):
+        with pytest.raises(UserError, match="a Trainer is open in this process"):
+            alone.take(again)
+    alone.let_go(second)
+    with pytest.raises(UserError, match="a Trainer is open in this process"):
+        start(Config(batch_size=2))  # as `fastddr evaluate` does
+    alone.let_go(first)
+    alone.take(second)
+    del second, again  # nobody can close it any more
+    alone.check()
 
 
 def test_a_window_tells_of_the_rank_that_waited_longest() -> None:

@@ -210,7 +210,7 @@ class Loader(DataLoaderStateMixin, ABC):
         """
         if self._closed:
             raise RuntimeError(f"the {self.name} loader is closed")
-        self._stop()
+        self._stop()  # at once: whoever asks for this epoch is done with the one before
         return self._walk(epoch, start_step * self.task.accumulation)
 
     @property
@@ -232,6 +232,10 @@ class Loader(DataLoaderStateMixin, ABC):
         """Yields the images of the micro batches from `start` on: (b, h, w, 3) normalised, on the device."""
 
     def _walk(self, epoch: int, start: int) -> Iterator[Batch]:
+        # It begins at its first batch, and by then another epoch may have begun, or the loader be closed.
+        if self._closed:
+            raise RuntimeError(f"the {self.name} loader is closed")
+        self._stop()
         requests = self.task.requests(epoch)
         images = self._running = self._images(requests, start)
         self.begin()

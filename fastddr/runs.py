@@ -16,7 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from fastddr.config import Config, check_text, dump, from_mapping, identity_changes, read_yaml
+from fastddr.config import Config, check_text, dump, from_mapping, identity_changes
+from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
 
 #: Keys that a run may leave to `auto` or None; what they became is stored, and used again.

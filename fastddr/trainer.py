@@ -17,7 +17,7 @@ from torch import nn
 
 from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime, saving
 from fastddr.alone import let_go, take
-from fastddr.config import Config, check, dump
+from fastddr.config import Config, checked, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
@@ -39,7 +39,7 @@ class Trainer:
     """Trains, evaluates and reports one run. Use it in a `with` block, so that everything is closed."""
 
     def __init__(self, config: Config) -> None:
-        self.config = check(config, "the Trainer's configuration")
+        self.config = config = checked(config, "the Trainer's configuration")
         self.progress = runs.Progress()
         self.finished = False
         #: Who asked the run to stop, once it has followed.
@@ -190,7 +190,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, score every split under the best weights, and write the report.
 
-        On a request to stop (`stopping`) save, set `stopped` and return; the same run goes on later, with a new Trainer.
+        On a request to stop (`stopping`) save, set `stopped` and return; a new Trainer goes on later.
         """
         if self.finished or self.stopped is not None:
             return

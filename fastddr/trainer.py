@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -60,6 +61,7 @@ class Trainer:
             UserError: data, settings or the run's folder do not hold together, another is open, or this was closed.
         """
         take(self, self._closed)
+        self._entered = monotonic()
         try:
             with ranks.watched(), enough_memory(self._too_small):
                 self._set_up()
@@ -152,10 +154,9 @@ class Trainer:
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
             wandb_id=self.tracker.wandb_id, before=self.tracker.sync,
         )  # fmt: skip
-        timeout = ranks.expect(config.rank_timeout_minutes)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
-            world=self.runtime.world, timeout=timeout,
+            world=self.runtime.world, timeout=ranks.expect(config.rank_timeout_minutes), since=self._entered,
         )  # fmt: skip
         self.console.print(
             f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "

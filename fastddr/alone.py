@@ -6,6 +6,7 @@ a second Trainer would change the steps of the first one, and let go of its fold
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 
@@ -30,14 +31,25 @@ def take(trainer: object, closed: bool = False) -> None:
     """From here on `trainer` is the one that is open.
 
     Raises:
-        UserError: one is, or this one was `closed`.
+        UserError: one is, or this one was `closed`; or this process is a worker that imports its parent's script.
     """
     global _open
+    if _imports_a_script():
+        raise UserError(
+            "this Trainer is in a script without a guard, and a process that works for it imports the script and would "
+            'train too; write `if __name__ == "__main__":` before what the script does.'
+        )
     if closed:
         raise UserError("this Trainer is closed; Trainer(trainer.config) makes a new one, which goes on with its run.")
     with _lock:
         check()
         _open = weakref.ref(trainer)
+
+
+def _imports_a_script() -> bool:
+    """Whether this process was spawned and is just importing its parent's script, which is `__main__` after that."""
+    script = sys.modules.get("__mp_main__")
+    return script is not None and script is not sys.modules["__main__"]
 
 
 def let_go(trainer: object) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -355,6 +356,18 @@ def test_one_trainer_at_a_time_in_a_process() -> None:
     alone.take(second)
     del second, again  # nobody can close it any more
     alone.check()
+
+
+def test_a_worker_that_imports_a_script_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Some:
+        pass
+
+    script, trainer = ModuleType("__mp_main__"), Some()
+    monkeypatch.setitem(sys.modules, "__mp_main__", script)
+    with pytest.raises(UserError, match='write `if __name__ == "__main__":` before'):
+        alone.take(trainer)
+    monkeypatch.setitem(sys.modules, "__main__", script)  # as `multiprocessing` leaves it: what was asked for begins
+    alone.take(trainer)
 
 
 def test_a_window_tells_of_the_rank_that_waited_longest() -> None:

@@ -256,13 +256,13 @@ def on_cpu() -> bool:
 
 
 def numerics(deterministic: bool, cpu: bool) -> None:
-    """How PyTorch computes, for the whole process; before its first product on a GPU, and again does no harm."""
+    """How PyTorch computes, for the whole process, whatever was set before; before its first product on a GPU."""
     if deterministic:
         # cuBLAS reads it when it first needs its workspace.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # To find what reads memory that nobody has written; nothing here does.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by its class
+    torch.use_deterministic_algorithms(deterministic)
+    # To find what reads memory that nobody has written; nothing here does.
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # type: ignore[attr-defined]  # by its class
     if not cpu:
         torch.backends.cudnn.benchmark = not deterministic
         # TF32, as cuDNN's convolutions have it by default; repeatable like any other.

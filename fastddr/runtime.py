@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
@@ -318,6 +319,9 @@ def start(config: Config, trainer: object = None) -> Runtime:
         decisions.append(
             f"accelerate launch asked for the compiler {compiler}, which is left out: compile is fastddr's --compile"
         )
+    # The precision of an earlier run in this process is still Accelerate's, which refuses another one. Nothing else is
+    # forgotten: device and process group are `PartialState`'s.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=cpu,
         dynamo_backend="no",

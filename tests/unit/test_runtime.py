@@ -370,6 +370,15 @@ def test_a_worker_that_imports_a_script_does_not_train(monkeypatch: pytest.Monke
     alone.take(trainer)
 
 
+def test_a_second_run_of_a_process_has_a_precision_of_its_own() -> None:
+    whole, half = Config(batch_size=2, precision="fp32"), Config(batch_size=2, precision="bf16", micro_batch_size=1)
+    state = PartialState()
+    for config, mixed, accumulation in ((whole, "no", 1), (half, "bf16", 2), (whole, "no", 1)):
+        found = start(config).accelerator
+        assert (found.mixed_precision, found.gradient_accumulation_steps) == (mixed, accumulation)
+        assert found.device == state.device
+
+
 def test_a_window_tells_of_the_rank_that_waited_longest() -> None:
     window, seen = Window(), []
 

@@ -320,9 +320,12 @@ def test_what_a_run_takes_is_known_before_photographs_are_kept_on_the_card(monke
     monkeypatch.setattr(fitting, "numerics", lambda deterministic, cpu: None)
     card = torch.device("cuda", 0)
     kept = {"store": "vram"}
-    free = [24 * GIB]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 24 * GIB))
+    free, calls = [24 * GIB], list[str]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("free"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("forget"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append("ask") or (free[0], 24 * GIB))
     found = fitting.settle(config(micro_batch_size=12, loader="resident", loading=kept), card, 1)
+    assert calls == ["free", "forget", "ask"], "what an earlier run in this process left is not taken"
     whole = predict(Case(config(loader="resident"), 12), DECLARED)
     assert found.taken == whole.total - whole.kinds["context"]
     assert found.own == pytest.approx((found.taken - whole.kinds["loader"]) / GIB)

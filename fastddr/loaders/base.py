@@ -111,6 +111,8 @@ class Task:
                 f"batch_size {self.batch_size} is larger than the {len(self.ids)} training photographs, so there "
                 "would be no step; lower it."
             )
+        if len(self.ids) == 0:
+            raise UserError("a loader was asked for no photograph at all; give it the ids of at least one.")
         short = int(np.minimum(self.widths[self.ids], self.heights[self.ids]).min())
         if short < 1:
             raise UserError(f"a photograph of {short} pixels a side cannot be loaded.")

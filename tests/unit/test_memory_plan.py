@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,19 @@ def test_what_was_measured_here_says_nothing_of_another_card(
     for card in ("RTX 3090", "RTX 4090"):
         assert verbs.main("plan", ["--card", card]) == 2
     assert asked == ["NVIDIA X", None, "NVIDIA GeForce RTX 3090", None]
+
+
+@pytest.mark.parametrize("seen", ["2", None])
+def test_the_card_is_hidden_only_while_plan_answers(seen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[str | None] = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setattr(questions, "apart", lambda answer: None)
+    monkeypatch.setattr(questions, "_table", lambda *_: hidden.append(os.environ.get("CUDA_VISIBLE_DEVICES")) or 0)
+    assert verbs.main("plan", ["--vram", "8"]) == 0
+    assert hidden == [""]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_a_real_step_that_fails_otherwise_is_an_error() -> None:

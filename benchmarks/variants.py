@@ -169,7 +169,6 @@ def numerics(variant: Variant, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
         runtime.numerics(False, cpu)
 
 

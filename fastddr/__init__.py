@@ -2,8 +2,9 @@
 
 import fastddr
 
-with fastddr.Trainer(fastddr.load_preset("quickstart")) as trainer:
-    trainer.fit()
+if __name__ == "__main__":  # worker processes import the script too
+    with fastddr.Trainer(fastddr.load_preset("quickstart", {"epochs": 3})) as trainer:
+        trainer.fit()
 """
 
 from __future__ import annotations

@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def terminal(quiet: bool = False) -> Console:
+    """What is said to the terminal or the notebook; nothing where it is `quiet`."""
+    # Soft wrap: what a user may copy must not be broken into lines. As plain text in a notebook too: what rich makes
+    # for it never arrives from a process that the notebook has forked.
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
+
+
 class EpochBar:
     """A progress bar that goes away when its `with` block ends."""
 

@@ -16,7 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from fastddr.config import Config, check_text, dump, from_mapping, identity_changes, read_yaml
+from fastddr.config import Config, check_text, dump, from_mapping, identity_changes
+from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
 
 #: Keys that a run may leave to `auto` or None; what they became is stored, and used again.
@@ -362,3 +363,12 @@ def continue_from(config: Config, run: RunFolder, world: int) -> Config:
         listed = "; ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in changes.items())
         raise UserError(f"--run-dir {run.path}: this run cannot go on with other settings: {listed}.")
     return merged
+
+
+def check_precision(path: Path, stored: str, launched: str) -> None:
+    """Raise `UserError` where a run that goes on would train in another precision: accelerate launch's own wins."""
+    if stored not in ("auto", launched):
+        raise UserError(
+            f"--run-dir {path}: this run is in {stored}, and accelerate launch asks for {launched}; launch it without "
+            "--mixed_precision."
+        )

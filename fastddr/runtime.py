@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
-from fastddr import ranks
+from fastddr import alone, ranks
 from fastddr.config import Config
 from fastddr.errors import UserError
 
@@ -264,13 +265,13 @@ def _asked_for_cpu() -> bool:
 
 
 def numerics(deterministic: bool, cpu: bool) -> None:
-    """How PyTorch computes, for the whole process; before its first product on a GPU, and again does no harm."""
+    """How PyTorch computes, for the whole process, whatever was set before; before its first product on a GPU."""
     if deterministic:
         # cuBLAS reads it when it first needs its workspace.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # To find what reads memory that nobody has written; nothing here does.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by its class
+    torch.use_deterministic_algorithms(deterministic)
+    # To find what reads memory that nobody has written; nothing here does.
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # type: ignore[attr-defined]  # by its class
     if not cpu:
         torch.backends.cudnn.benchmark = not deterministic
         # TF32, as cuDNN's convolutions have it by default; repeatable like any other.
@@ -296,12 +297,13 @@ def _blind() -> str | None:
     )
 
 
-def start(config: Config) -> Runtime:
-    """Choose device, precision and threads, and seed. Once a process: Accelerate's choices are for good.
+def start(config: Config, trainer: object = None) -> Runtime:
+    """Choose device, precision and threads, and seed, for the process; `trainer` is the one that this is for, if any.
 
     Raises:
-        UserError: a precision or a batch that this machine cannot do.
+        UserError: a precision or a batch that this machine cannot do, or another Trainer is open.
     """
+    alone.check(trainer)
     state = join()
     cpu = on_cpu()
     decisions = [f"device {'cpu' if cpu else 'cuda'}: {_why_device(cpu)}"]
@@ -332,6 +334,9 @@ def start(config: Config) -> Runtime:
         decisions.append(
             f"accelerate launch asked for the compiler {compiler}, which is left out: compile is fastddr's --compile"
         )
+    # The precision of an earlier run in this process is still Accelerate's, which refuses another one. Nothing else is
+    # forgotten: device and process group are `PartialState`'s.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=cpu,
         dynamo_backend="no",

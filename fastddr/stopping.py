@@ -25,8 +25,6 @@ import torch
 _COPIES = 1.0
 #: Seconds between two looks at the file, which may lie on a slow file system.
 _LOOK = 1.0
-#: About when the process began: this is imported at its start.
-_BEGAN = time.monotonic()
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
 
 
@@ -59,17 +57,20 @@ class Stopping:
         rank: int,
         world: int,
         timeout: timedelta | None = None,
+        since: float | None = None,
     ) -> None:
         """To be made by all ranks; signals are heard within `listening` only.
 
         Args:
             file: rank 0 looks for it.
-            max_hours: stop so many after the start of the process, None: never.
+            max_hours: stop so many after `since`, None: never.
             save_every_minutes: by rank 0's clock a checkpoint is due so many after the last one, None: never.
             timeout: how long a rank waits for the others' answer.
+            since: when the run's start began (`time.monotonic`), None: now.
         """
         self._file, self._rank, self._world = file, rank, world
-        self._ends = None if max_hours is None else _BEGAN + 3600 * max_hours
+        since = time.monotonic() if since is None else since
+        self._ends = None if max_hours is None else since + 3600 * max_hours
         self._max_hours = max_hours
         self._asked: str | None = None
         self._first_interrupt: float | None = None

@@ -9,15 +9,16 @@ from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any, TextIO
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime, saving
-from fastddr.config import Config, check, dump
+from fastddr.alone import let_go, take
+from fastddr.config import Config, checked, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
@@ -26,7 +27,7 @@ from fastddr.evaluation.metrics import SplitResult, deciding, figures
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
 from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
-from fastddr.progress import EpochBar
+from fastddr.progress import EpochBar, terminal
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
 from fastddr.step import Tally, training_step
@@ -39,7 +40,7 @@ class Trainer:
     """Trains, evaluates and reports one run. Use it in a `with` block, so that everything is closed."""
 
     def __init__(self, config: Config) -> None:
-        self.config = check(config, "the Trainer's configuration")
+        self.config = config = checked(config, "the Trainer's configuration")
         self.progress = runs.Progress()
         self.finished = False
         #: Who asked the run to stop, once it has followed.
@@ -57,8 +58,10 @@ class Trainer:
         """Set everything up, or go on with an earlier run where `config.run_dir` is one.
 
         Raises:
-            UserError: data, settings or the run's folder do not hold together.
+            UserError: data, settings or the run's folder do not hold together, another is open, or this was closed.
         """
+        take(self, self._closed)
+        self._entered = monotonic()
         try:
             with ranks.watched(), enough_memory(self._too_small):
                 self._set_up()
@@ -72,9 +75,7 @@ class Trainer:
 
     def _set_up(self) -> None:
         config, state = self.config, runtime.join()
-        # Soft wrap: what a user may copy must not be broken into lines.
-        quiet = not state.is_main_process
-        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = terminal(quiet=not state.is_main_process)
         where, stored = runtime.from_main(lambda: runs.locate(config, datetime.now()))
         resumed = stored is not None
         self.run = run = runs.RunFolder(where)
@@ -91,13 +92,10 @@ class Trainer:
         models.levers.check_compiler(config, state.device)  # which the real step of `settle` needs
         config, self.predicted_gib, taken, planned = settle(config, state.device, state.num_processes)
         self.config = config  # with the micro batch that is held, if anything fails from here on
-        self.runtime = runtime.start(config)
+        self.runtime = runtime.start(config, self)
         self.accelerator = self.runtime.accelerator
-        if resumed and config.precision not in ("auto", self.runtime.precision):
-            raise UserError(
-                f"--run-dir {where}: this run is in {config.precision}, and accelerate launch asks for "
-                f"{self.runtime.precision}; launch it without --mixed_precision."
-            )
+        if resumed:
+            runs.check_precision(where, config.precision, self.runtime.precision)
         for decision in (*self.runtime.decisions, *planned):
             self.console.print(f"  {decision}")
         self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
@@ -156,10 +154,9 @@ class Trainer:
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
             wandb_id=self.tracker.wandb_id, before=self.tracker.sync,
         )  # fmt: skip
-        timeout = ranks.expect(config.rank_timeout_minutes)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
-            world=self.runtime.world, timeout=timeout,
+            world=self.runtime.world, timeout=ranks.expect(config.rank_timeout_minutes), since=self._entered,
         )  # fmt: skip
         self.console.print(
             f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
@@ -194,11 +191,12 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, score every split under the best weights, and write the report.
 
-        On a request to stop (`stopping`) save, set `stopped` and return; the same run goes on later.
+        On a request to stop (`stopping`) save, set `stopped` and return; a new Trainer goes on later.
         """
-        if self.finished:
+        if self.finished or self.stopped is not None:
             return
-        assert self.saver is not None
+        if self.saver is None or self._closed:
+            raise UserError("this Trainer is not open; call fit() within `with Trainer(config) as trainer:`.")
         readable = self.saver.readable(self.progress)
         with self.stopping.listening(), ranks.watched(), readable, enough_memory(self._too_small):
             if self.runtime.is_main:
@@ -210,6 +208,7 @@ class Trainer:
                         self.train_epoch()
                         self.validate()
                 self._report()
+                self.finished = True
             except StopRequested as request:
                 self._stop(str(request))
             else:
@@ -432,13 +431,14 @@ class Trainer:
             return
         self._closed = True
         with ExitStack() as stack:
+            stack.callback(let_go, self)
             if self._lock is not None:
                 stack.callback(self._lock.close)
             # After a failure the other ranks may sit in a collective, and leaving the group would wait for them; the
             # launcher ends them when this process ends.
             if self._began and not (failed and self.runtime.world > 1):
                 stack.callback(self.accelerator.end_training)
-            elif self.finished:
+            elif self.finished and not self._began:
                 # As `end_training` does: a process that ends without leaving its group is aborted now and then.
                 stack.callback(runtime.join().destroy_process_group)
             if self.tracker is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -16,8 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from fastddr.config import strict
 from fastddr.config.augment import check_augment
 from fastddr.config.losses import check_loss
 from fastddr.config.sections import (
@@ -48,7 +46,8 @@ class Config:
     """Train a grader of diabetic retinopathy. Without arguments: a small ConvMixer on built-in synthetic data."""
 
     preset: str = "quickstart"
-    """Name of a preset, or a YAML file (a run's config.yaml repeats that run)."""
+    """Name of a preset, or a YAML file (a run's config.yaml repeats that run). In Python only the name: what is in it
+    comes from `load_preset`."""
     data: str = "synthetic"
     """Folder of the photographs (any layout of DDR, class folders), a label table (.csv), or `synthetic`."""
     exclude: str | None = None
@@ -180,47 +179,6 @@ def identity_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 # ---------------------------------------------------------------------------------------------- YAML
 
 
-_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML, but a key that stands twice is an error and not the last one's gain, and so is a reference: a file of
-    a few lines of them would fill the memory."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            where = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"write out *{where.anchor} here", where.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
-    if ":" in node.value:
-        problem = f"{node.value} is a number of base 60 here; write out what it comes to, or put it in quotes"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    return (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
-
-
-for _kind in ("int", "float"):
-    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_StrictLoader` would take for a number."""
-
-
-# YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means.
-for _side in (_StrictLoader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
-
-
 def _known_keys(cls: Any, prefix: str = "") -> list[str]:
     default = cls()
     keys = []
@@ -239,6 +197,10 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
         UserError: an unknown key (with the nearest known one) or a value of the wrong kind.
     """
     from pydantic import ValidationError
+
+    def plain(value: Any) -> Any:
+        """What JSON does not know: a number of NumPy's as Python's own; a path, or a date of YAML's, as text."""
+        return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
     def overlay(below: dict[str, Any], above: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         if prefix == "augment.":
@@ -261,7 +223,7 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
     merged = overlay(asdict(base or Config()), tree, "")
     try:
         # Through JSON, so that a YAML list may fill a tuple while everything else stays strict.
-        config: Config = _validator().validate_json(json.dumps(merged, default=str), strict=True)
+        config: Config = _validator().validate_json(json.dumps(merged, default=plain), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _field_names())
@@ -281,41 +243,50 @@ def _field_names() -> set[str]:
     return {part for key in _known_keys(Config) for part in key.split(".")}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping. Raises `UserError` where it is missing or is not one."""
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: this is not YAML: {' '.join(str(error).split())}.") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a configuration is `key: value` lines, not a {type(tree).__name__}.")
-    return tree
-
-
 def preset_names() -> list[str]:
     """The presets that come with the package."""
     folder = resources.files("fastddr") / "presets"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_preset(name: str) -> Config:
-    """The configuration of a preset of the package, or of a YAML file.
+def checked(config: object, where: str) -> Config:
+    """A configuration that was made in Python, as YAML would have made it: with plain values of the right kind.
+
+    Raises:
+        UserError: it is none, or something in it is wrong.
+    """
+    if not isinstance(config, Config):
+        raise UserError(f"{where} is {config!r}, but must be a Config; load_preset(NAME) makes one.")
+    for key, value in flatten(config).items():
+        if isinstance(value, str | Path):
+            check_text(str(value), f"{where}: {key}")
+    return from_mapping(asdict(config), where)
+
+
+def load_preset(name: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a preset of the package, or of a YAML file, with changes laid over it.
+
+    Args:
+        name: of the preset, or the file.
+        changes: as a YAML file has them, `{"epochs": 3, "augment": {"policy": "fundus"}}`: there a policy, and a size
+            of the ConvMixer, sets all that it governs.
 
     Raises:
         UserError: no such preset or file, or something in it is wrong.
     """
+    base = _preset(str(name))
+    return base if changes is None else from_mapping(changes, f"changes of preset {name}", base)
+
+
+def _preset(name: str) -> Config:
     if name in preset_names():
         with resources.as_file(resources.files("fastddr") / "presets" / f"{name}.yaml") as path:
-            return replace(from_mapping(read_yaml(path), f"preset {name}"), preset=name)
+            return replace(from_mapping(strict.read_yaml(path), f"preset {name}"), preset=name)
     if name.endswith((".yaml", ".yml")) or "/" in name:
         if not Path(name).is_file():
             raise UserError(f"--preset {name}: there is no such file.")
         # Its folder is left behind: only an explicit --run-dir goes on with an earlier run.
-        return replace(from_mapping(read_yaml(Path(name)), name), run_dir=None)
+        return replace(from_mapping(strict.read_yaml(Path(name)), name), run_dir=None)
     raise UserError(f"--preset {name}: there is no such preset; {nearest(name, preset_names())}")
 
 
@@ -327,7 +298,7 @@ def dump(config: Config) -> str:
             return {key: plain(inner) for key, inner in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return yaml.dump(plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return strict.write(plain(asdict(config)))
 
 
 # ---------------------------------------------------------------------------------------------- checks

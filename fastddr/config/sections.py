@@ -18,8 +18,9 @@ class ConvMixerConfig:
     """ConvMixer-dim/depth with kernel k and patch p (Trockman and Kolter, 2022)."""
 
     size: Literal["xs", "s", "m", "l"] | None = None
-    """Sets all below at once; what else is given lies over it. `xs` 128/8, `s` 256/8 and `m` 512/12 have kernel 7 and
-    patch 8; `l` is the paper's 768/32 with kernel 7, patch 7 and ReLU, of which there are ImageNet weights."""
+    """Sets all below at once (in Python through `load_preset` alone); what else is given lies over it. `xs` 128/8,
+    `s` 256/8 and `m` 512/12 have kernel 7 and patch 8; `l` is the paper's 768/32 with kernel 7, patch 7 and ReLU, of
+    which there are ImageNet weights."""
     dim: int = 512
     """Channels of every layer."""
     depth: int = 12
@@ -83,8 +84,8 @@ class AugmentConfig:
     """What varies from epoch to epoch: one affine map and one colour map a photograph, and mixing within a batch."""
 
     policy: Literal["none", "report", "fundus"] = "report"
-    """Sets all maps below at once; what else is given lies over it. `none`: the random window alone. `report`: with
-    flips. `fundus`: also any rotation, scale 0.87 to 1.15 and mild colour."""
+    """Sets all maps below at once (in Python through `load_preset` alone); what else is given lies over it. `none`: the
+    random window alone. `report`: with flips. `fundus`: also any rotation, scale 0.87 to 1.15 and mild colour."""
     hflip: bool = True
     """Mirror left and right, with probability 1/2."""
     vflip: bool = True

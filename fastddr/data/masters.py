@@ -13,11 +13,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -26,6 +23,7 @@ from fastddr.data import cache, crop, prepare
 from fastddr.data.crop import Format
 from fastddr.data.layouts.common import PREPARED
 from fastddr.data.photograph import BadPhotograph
+from fastddr.data.workers import each
 from fastddr.errors import UserError
 
 _LINE = "# prepared: "
@@ -143,8 +141,6 @@ def make(
         found.append(str(crop.cannot_write(error.filename or folder, error)))
     except UserError as error:  # the other ranks must not wait for this one
         found.append(str(error))
-    except BrokenProcessPool:
-        found.append("a process that prepared photographs was killed, as happens when memory runs out; run again.")
     everywhere = ranks.gather([(ranks.machine(), one) for one in found])
     if said := next((one for _, one in everywhere if isinstance(one, str)), None):
         raise UserError(said)
@@ -156,15 +152,8 @@ def make(
 def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:
     one = partial(_one, folder=str(folder), recipe=recipe)
     workers = min(ranks.cores(), max(1, len(files) // 64))
-    if workers == 1:
-        yield from map(one, files)
-        return
-    # Spawned, since the caller may hold CUDA and threads, which do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare.begin_worker)
-    try:
-        yield from pool.map(one, files, chunksize=8)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with each(one, files, workers, lost=f"{folder}: a process that prepared photographs") as made:
+        yield from made
 
 
 def _one(file: str, folder: str, recipe: Recipe) -> Made:

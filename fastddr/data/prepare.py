@@ -16,13 +16,9 @@ on the number of processes, on kills, or on the day.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +36,7 @@ from fastddr.data.output import FOLDER, Output, put
 from fastddr.data.problems import Problem, errors, lister, one_line
 from fastddr.data.relabel import Kept
 from fastddr.data.survey import Progress, Survey
+from fastddr.data.workers import each
 from fastddr.errors import UserError
 
 #: Of the outputs. Raise it with every change of a byte of them.
@@ -129,11 +126,6 @@ def run(
                         on_progress(len(found), len(mine))
         except UserError as error:  # the other ranks must not wait for this one
             found.append(str(error))
-        except BrokenProcessPool:
-            found.append(
-                f"{out}: a process that made photographs was killed, as happens when memory runs out; run again: what "
-                "is done is not done again."
-            )
         found = ranks.gather(found)
         if said := next((one for one in found if isinstance(one, str)), None):
             raise UserError(one_line(said))
@@ -161,28 +153,12 @@ def _on_first(do: Callable[[], T], out: Path) -> T:
 # ------------------------------------------------------------------------------------------------ the work
 
 
-@contextmanager
-def _results(jobs: Sequence[Job], place: Place, workers: int | None) -> Iterator[Iterable[Result]]:
+def _results(jobs: Sequence[Job], place: Place, workers: int | None) -> AbstractContextManager[Iterator[Result]]:
     """The results of the jobs in their order, each as soon as it is there."""
     workers = workers or min(ranks.cores(), max(1, len(jobs) // _A_WORKER))
     make = partial(crop.make, place=place, journal=os.path.join(place.out, FOLDER, f"journal-{ranks.rank()}.jsonl"))
-    if workers == 1:
-        yield map(make, jobs)
-        return
-    # Processes: a quarter of the time is spent with the interpreter's lock held. Spawned, since the caller may hold
-    # threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker)
-    try:
-        yield pool.map(make, jobs, chunksize=min(8, -(-len(jobs) // workers) or 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def begin_worker() -> None:
-    """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ranks.end_with_parent()
+    # Processes: a quarter of the time is spent with the interpreter's lock held.
+    return each(make, jobs, workers, lost=f"{place.out}: what is done stays done, but a process that made photographs")
 
 
 # ------------------------------------------------------------------------------------------------ rank 0

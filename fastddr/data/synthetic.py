@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import multiprocessing
 import os
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +41,7 @@ from fastddr.data.eye.lesions import KINDS, Lesion, draw_signs
 from fastddr.data.eye.retina import light
 from fastddr.data.faults import FAULTS, inject
 from fastddr.data.grades import UNGRADABLE
+from fastddr.data.workers import each
 from fastddr.errors import UserError
 
 __all__ = [
@@ -185,28 +184,6 @@ def _keep_memory() -> None:
     np.empty(24 << 20, np.uint8)
 
 
-def _begin_worker() -> None:
-    """Ready a worker process, and let it not outlive a killed parent: it would wait for work for ever."""
-    _keep_memory()
-    ranks.end_with_parent()
-
-
-@contextmanager
-def _lesions_of(jobs: list[_Job], workers: int) -> Iterator[Iterator[list[Lesion]]]:
-    """The lesions of each job, in the order of the jobs, each as soon as its photograph is on disk."""
-    if workers == 1:
-        _keep_memory()
-        yield map(_write, jobs)
-        return
-    # Spawned, not forked: the caller may hold CUDA and threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-    try:
-        yield pool.map(_write, jobs, chunksize=min(8, -(-len(jobs) // workers)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def generate(
     root: Path,
     *,
@@ -268,7 +245,7 @@ def generate(
         jobs = [_Job(str(part / where), photo, seed, size, quality, progressive) for photo, where in placed.items()]
         with (
             open(part / lesions_file(form), "w", newline="", encoding="utf-8") as file,
-            _lesions_of(jobs, workers) as results,
+            each(_write, jobs, workers, begin=_keep_memory, lost=f"{root}: a process that drew photographs") as results,
         ):
             table = csv.writer(file, lineterminator="\n")
             table.writerow(("split", "name", "kind", "x", "y", "radius"))

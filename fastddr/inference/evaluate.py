@@ -25,6 +25,7 @@ from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import restore
 from fastddr.inference.flags import Evaluate
 from fastddr.loaders.run import scoring
+from fastddr.progress import terminal
 from fastddr.reporting import again, tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder, claim
@@ -63,7 +64,7 @@ def evaluate(asked: Evaluate) -> Path | None:
         UserError: the run, its data or its weights cannot be used.
     """
     config, state = settings(asked), runtime.join()
-    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = terminal(quiet=not state.is_main_process)
     began = runtime.start(config)
     restore.say_where(began, console)
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)

@@ -42,6 +42,7 @@ from fastddr.inference.restore import Restored
 from fastddr.loaders import canvases
 from fastddr.loaders.run import task
 from fastddr.meters import versions
+from fastddr.progress import terminal
 
 #: Most that a probability may differ from the run's own on any photograph of the check.
 ALLOWED = 1e-4
@@ -56,7 +57,7 @@ def export(asked: Export) -> Path:
         UserError: the run cannot be used, the format needs what is not installed or cannot hold this model, there are
             no photographs to check it on, or the file gives other answers.
     """
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = terminal()
     out = output.followed(asked.out or asked.run / "exports" / asked.format)
     config = _settings(asked)
     formats.check(asked.format)

@@ -35,7 +35,7 @@ from fastddr.inference import restore
 from fastddr.inference.flags import Predict
 from fastddr.inference.restore import Restored
 from fastddr.loaders.run import scoring
-from fastddr.progress import EpochBar
+from fastddr.progress import EpochBar, terminal
 from fastddr.runtime import Runtime
 
 #: Exit code where some photographs could not be graded; the table says which.
@@ -67,7 +67,7 @@ def predict(asked: Predict) -> Answer:
         UserError: the run, its weights or the place of the table cannot be used, or there are no photographs.
     """
     config, state = restore.settings(asked), runtime.join()
-    console = Console(quiet=not state.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = terminal(quiet=not state.is_main_process)
     runtime.from_main(lambda: _free(asked, config.evaluation.field))
     found = runtime.from_main(lambda: photos.find(asked.photographs))
     began = runtime.start(config)

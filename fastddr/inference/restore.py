@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import nn
 
 from fastddr import checkpoints, meters, models, ranks, runtime
-from fastddr.config import Config, from_mapping, read_yaml
+from fastddr.config import Config, from_mapping
+from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.metrics import SplitResult

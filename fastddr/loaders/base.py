@@ -111,6 +111,8 @@ class Task:
                 f"batch_size {self.batch_size} is larger than the {len(self.ids)} training photographs, so there "
                 "would be no step; lower it."
             )
+        if len(self.ids) == 0:
+            raise UserError("a loader was asked for no photograph at all; give it the ids of at least one.")
         short = int(np.minimum(self.widths[self.ids], self.heights[self.ids]).min())
         if short < 1:
             raise UserError(f"a photograph of {short} pixels a side cannot be loaded.")
@@ -210,7 +212,7 @@ class Loader(DataLoaderStateMixin, ABC):
         """
         if self._closed:
             raise RuntimeError(f"the {self.name} loader is closed")
-        self._stop()
+        self._stop()  # at once: whoever asks for this epoch is done with the one before
         return self._walk(epoch, start_step * self.task.accumulation)
 
     @property
@@ -232,6 +234,10 @@ class Loader(DataLoaderStateMixin, ABC):
         """Yields the images of the micro batches from `start` on: (b, h, w, 3) normalised, on the device."""
 
     def _walk(self, epoch: int, start: int) -> Iterator[Batch]:
+        # It begins at its first batch, and by then another epoch may have begun, or the loader be closed.
+        if self._closed:
+            raise RuntimeError(f"the {self.name} loader is closed")
+        self._stop()
         requests = self.task.requests(epoch)
         images = self._running = self._images(requests, start)
         self.begin()

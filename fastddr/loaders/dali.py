@@ -45,6 +45,7 @@ class DaliLoader(Loader):
                 "--loader dali: NVIDIA DALI is not installed; `pip install nvidia-dali-cuda130` (Linux only), or "
                 "choose --loader torchvision."
             )
+        dali_decoder.check_driver(task)
         self._paths = dali_decoder.paths_of(task)
         self._pipeline: Any = None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
+import re
 import warnings
 from collections.abc import Generator, Sequence
 from functools import cache
@@ -49,6 +51,34 @@ def _builds() -> tuple[str, ...]:
     """Names of the builds of DALI that are installed; to read what all distributions are called takes a while."""
     names = {str(distribution.metadata["Name"]) for distribution in importlib.metadata.distributions()}
     return tuple(sorted(name for name in names if name.replace("_", "-").startswith("nvidia-dali-cuda")))
+
+
+def check_driver(task: Task) -> None:
+    """Raise `UserError` where the build of DALI that is installed is for a later CUDA than the GPU's driver can do.
+
+    PyTorch may be of an earlier one, and train there; DALI would end in an error of its own at its first batch.
+    """
+    can = _driver() if task.device.type == "cuda" else None
+    if can is None:
+        return
+    for build in _builds():
+        needs = re.search(r"cuda(\d+)\d$", build)  # cuda130 is 13.0
+        if needs is not None and can // 1000 < int(needs[1]):
+            raise UserError(
+                f"{build} needs CUDA {needs[1]}, and this GPU's driver can do {can // 1000}.{can % 1000 // 10}; run "
+                f"`pip uninstall -y {build}`, then `pip install nvidia-dali-cuda{can // 1000}0`, or for a new run take "
+                "--loader torchvision."
+            )
+
+
+def _driver() -> int | None:
+    """The latest CUDA that the GPU's driver can do, as NVIDIA numbers it (12080 is 12.8); None where it is not told."""
+    found = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("libcuda.so.1")  # which PyTorch has loaded by now, where it sees a GPU
+    except OSError:
+        return None
+    return found.value if library.cuDriverGetVersion(ctypes.byref(found)) == 0 else None
 
 
 def version() -> str:
@@ -220,6 +250,7 @@ class Canvases:
 
     def __init__(self, task: Task, together: int) -> None:
         """`together`: how many photographs are decoded at once, if they are not very large."""
+        check_driver(task)
         self._task = task
         if task.device.type == "cuda":
             # Photographs as cameras make them would take gigabytes of a card.

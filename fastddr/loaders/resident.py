@@ -54,8 +54,8 @@ class ResidentLoader(Loader):
         if lacks is not None:
             raise UserError(f"--loader resident lacks {lacks}; install that, or for a new run take --loader dali.")
         self._say = say or (lambda line: None)
-        self._store = stores.build(task, canvases.decoder(task))
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
+        self._store = stores.build(task, canvases.decoder(task))
         # On a CPU DALI finishes batches in its own threads. PyTorch's would wait for each other after each photograph,
         # which is slow where anything else uses the cores.
         self._finisher: Finisher | None = None

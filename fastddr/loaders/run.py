@@ -13,7 +13,6 @@ from fastddr import ranks
 from fastddr.config import Config
 from fastddr.config.augment import MAX_SHRINK
 from fastddr.data.manifest import Manifest
-from fastddr.errors import UserError
 from fastddr.loaders import build, dali_decoder, stores
 from fastddr.loaders.base import Loader, Task
 from fastddr.loaders.capacity import least, measure
@@ -65,7 +64,7 @@ class RunLoaders:
         self._opened: list[Loader] = []
         try:
             self.train, self.valid = (self._open(task) for task in tasks)
-        except UserError:  # nobody has this object yet to close what is open
+        except BaseException:  # nobody has this object yet to close what is open
             self.close()
             raise
 

@@ -122,6 +122,9 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     numerics(config.deterministic, cpu=False)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     capability, card = card_of(device)
+    # What an earlier run of this process has left behind is free, and is not of this run's peaks.
+    _free()
+    torch.cuda.reset_peak_memory_stats(device)
     precision, _ = agree_on_precision(given.precision, launched, capability, card)
     chosen: Any = precision
     config = replace(config, precision=chosen)

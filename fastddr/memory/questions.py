@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from fastddr.memory import allowances, cards, planning
 from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
 from fastddr.memory.second import apart
 from fastddr.memory.tape import KINDS
+from fastddr.progress import terminal
 
 #: Sides of images in the table, where none is asked for.
 SIZES = (256, 512)
@@ -32,6 +34,8 @@ _ABSURD = 1_000_000
 #: Okabe and Ito's colours, which the colour-blind tell apart; hatches tell them apart in grey.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _HATCHES = ("", "//", "", "\\\\", "", "..", "", "xx")
+#: The variable that says which cards CUDA sees.
+_CARDS = "CUDA_VISIBLE_DEVICES"
 #: What a picture says of its maker; by it a picture is known again.
 _MAKER = "fastddr plan"
 
@@ -83,23 +87,36 @@ def run(asked: Asked, flags: list[str]) -> int:
     here = apart(_here)
     same = here is not None and abs(here[1] - vram) <= _ALIKE * vram and (card is None or card.device == here[0])
     allowance = allowances.load(here[0] if here is not None and same else None)
+    with _without_card():
+        limit = usable(vram, allowance)
+        if asked.plot is not None and asked.plot.is_file() and not _ours(asked.plot):
+            raise UserError(f"--plot {asked.plot}: this file is no picture of `fastddr plan`; give a new name.")
+        if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
+            config = configured(flags, asked.depth)
+            with ahead():
+                return _question(asked, config, vram, limit, allowance)
+        for flag, value in (("--plot", asked.plot), ("--depth", asked.depth)):
+            if value is not None:
+                raise UserError(f"{flag} is of one training: name it with --model or --preset.")
+        with ahead():
+            return _table(asked, flags, card, vram, limit, allowance)
+
+
+@contextmanager
+def _without_card() -> Iterator[None]:
+    """Hide the card, unless it is in use: every step of an optimizer, also that of a trace, would take memory of it."""
     import torch
 
+    before = os.environ.get(_CARDS)
     if not torch.cuda.is_initialized():
-        # Every step of an optimizer would ask for the card, also that of a trace, and so take some of its memory.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    limit = usable(vram, allowance)
-    if asked.plot is not None and asked.plot.is_file() and not _ours(asked.plot):
-        raise UserError(f"--plot {asked.plot}: this file is no picture of `fastddr plan`; give a new name.")
-    if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
-        config = configured(flags, asked.depth)
-        with ahead():
-            return _question(asked, config, vram, limit, allowance)
-    for flag, value in (("--plot", asked.plot), ("--depth", asked.depth)):
-        if value is not None:
-            raise UserError(f"{flag} is of one training: name it with --model or --preset.")
-    with ahead():
-        return _table(asked, flags, card, vram, limit, allowance)
+        os.environ[_CARDS] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_CARDS, None)
+        else:
+            os.environ[_CARDS] = before
 
 
 def _ours(file: Path) -> bool:
@@ -171,7 +188,7 @@ def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: 
         )  # fmt: skip
         print()
         return 0
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = terminal()
     settings = ", ".join(f"{key} {value}" for key, value in config.model_settings.items())
     console.print(
         f"{config.model} ({settings}), {config.image_size} px of a canvas of {config.canvas}, {config.precision}, "

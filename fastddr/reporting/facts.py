@@ -89,10 +89,14 @@ def facts(
 
 
 def command(argv: Sequence[str]) -> str:
-    """The command line as it can be typed in any folder, however fastddr was started."""
+    """The command line as it can be typed in any folder, however fastddr was started; or that it was from Python."""
     program = Path(argv[0])
     typed = {"__main__.py": ["fastddr"], "train.py": ["fastddr", "train"]}
     ours = typed.get(program.name) if program.parent.name == "fastddr" else None
+    if ours is None and program.name != "fastddr":
+        # A script of the user's can be typed; a notebook's kernel and a prompt cannot.
+        script = getattr(sys.modules["__main__"], "__file__", None)
+        return "from Python" if script is None else f"from Python, {shlex.join([program.name, *argv[1:]])}"
     return shlex.join([*(ours or [program.name]), *argv[1:]])
 
 

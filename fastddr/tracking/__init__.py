@@ -80,18 +80,22 @@ class Tracker:
         truncate_to(path, -1 if resume_step is None else resume_step, validated)
         tracker = cls(path.open("a", encoding="utf-8", buffering=1), [], say)
         tracker._options = options
-        if options.wandb:
-            tracker._start_wandb(run_dir, config)
-        if options.tensorboard:
-            # Whatever it is: packages that do not fit each other raise anything.
-            with tracker._guard("TensorBoard", (Exception,)):
-                from fastddr.tracking.boards import TensorBoard
+        try:
+            if options.wandb:
+                tracker._start_wandb(run_dir, config)
+            if options.tensorboard:
+                # Whatever it is: packages that do not fit each other raise anything.
+                with tracker._guard("TensorBoard", (Exception,)):
+                    from fastddr.tracking.boards import TensorBoard
 
-                tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
-        # Each takes what it lacks: a killed process may have lost some of it, or there was no such tracker yet.
-        for line in read(path):
-            known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
-            tracker._copy(known, line)
+                    tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
+            # Each takes what it lacks: a killed process may have lost some of it, or there was no such tracker yet.
+            for line in read(path):
+                known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
+                tracker._copy(known, line)
+        except BaseException:  # nobody has it yet to close what has begun
+            tracker.finish(failed=True)
+            raise
         return tracker
 
     def log(self, values: Mapping[str, Any], *, step: int, epoch: float) -> None:

@@ -103,7 +103,7 @@ class WandbRun:
         """Begin the run; the line to say, or None where WANDB_MODE switches W&B off."""
         try:
             return self._start()
-        except self.errors:
+        except BaseException:  # Ctrl-C too: nobody has this run yet to end it
             self._give_back()
             if self._run is not None:
                 with suppress(*self.errors):

@@ -67,6 +67,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert not (run / "report").exists()
     with Trainer(settings(tiny, run)) as trainer:
         trainer.fit()
+        trainer.fit()
         assert trainer.stopped is None
     assert status(run)["state"] == "done"
     one, other = weights(undisturbed), weights(run)
@@ -102,9 +103,19 @@ def test_means_stand_for_each_step_once_where_a_run_goes_on_within_them(tiny: Pa
 
 def test_hours_and_the_file(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with Trainer(settings(tiny, run, "--max-hours", "1e-9")) as trainer:
+    trainer = Trainer(settings(tiny, run, "--max-hours", "1e-9"))
+    with pytest.raises(UserError, match="not open"):
+        trainer.fit()
+    with trainer:
+        with pytest.raises(UserError, match="a Trainer is open"), Trainer(settings(tiny, tmp_path / "beside")):
+            pass
+        assert not (tmp_path / "beside").exists()
+        assert trainer.stopping._ends == trainer._entered + 3600e-9
+        trainer.fit()
         trainer.fit()
     assert status(run) == {"state": "preempted", "step": 1, "reason": "max_hours 1e-09"}
+    with pytest.raises(UserError, match="closed"), trainer:
+        pass
     # What is left of an earlier request stops nobody; a new one does, and is taken away when it was followed.
     (run / "STOP").touch()
     with Trainer(settings(tiny, run)) as trainer:
@@ -279,6 +290,15 @@ def test_a_hiccup_of_the_file_system_is_no_request(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "exists", stale)
     assert listener(tmp_path).ask() is None
+
+
+def test_hours_count_from_where_the_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the import: a notebook may have imported fastddr hours ago."""
+    now = time.monotonic() + 7200
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert Stopping(tmp_path / "STOP", 1, rank=0, world=1).ask() is None
+    assert Stopping(tmp_path / "STOP", 1, rank=0, world=1, since=now - 3599).ask() is None
+    assert Stopping(tmp_path / "STOP", 1, rank=0, world=1, since=now - 3601).ask() == "max_hours 1"
 
 
 def test_a_checkpoint_that_the_clock_wants_is_wanted_until_it_is_taken(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests_support import ROOT, SMALL, environment, settings, train, weights
@@ -95,6 +96,7 @@ def test_what_cannot_be_had_is_told_before_the_photographs_are_read_and_leaves_n
 def test_a_configuration_made_in_python_is_checked() -> None:
     with pytest.raises(UserError, match="the Trainer's configuration: epochs is 0, but must be at least 1"):
         Trainer(Config(epochs=0))
+    assert type(Trainer(Config(lr=np.float64(0.1))).config.lr) is float, "config.yaml knows no number of NumPy's"
 
 
 def test_recomputed_blocks_give_the_run_bit_for_bit(run: Path, tiny: Path, tmp_path: Path) -> None:

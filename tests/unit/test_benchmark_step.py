@@ -190,14 +190,11 @@ def test_a_compiled_variant_must_have_been_compiled(benchmark: Any, monkeypatch:
 def test_a_deterministic_variant_computes_as_training_does_and_the_others_do_not(benchmark: Any) -> None:
     variants = benchmark("variants")
     modes = ("eager", variants.DETERMINISTIC)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        for mode in (*modes, *modes):
-            with variants.numerics(variants.Variant("cnn", mode, "NCHW"), CPU):
-                assert torch.are_deterministic_algorithms_enabled() == (mode == variants.DETERMINISTIC)
-            assert not torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before
+    for mode in (*modes, *modes):
+        with variants.numerics(variants.Variant("cnn", mode, "NCHW"), CPU):
+            assert torch.are_deterministic_algorithms_enabled() == (mode == variants.DETERMINISTIC)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_variant_that_fails_is_said_and_the_others_go_on(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -16,15 +17,16 @@ from fastddr.cli import parse
 from fastddr.config import (
     RUNTIME_KEYS,
     Config,
+    checked,
     dump,
     flatten,
     from_mapping,
     identity_changes,
     load_preset,
     preset_names,
-    read_yaml,
 )
-from fastddr.config.sections import GOVERNED, POLICIES, SIZES, AugmentConfig
+from fastddr.config.sections import GOVERNED, POLICIES, SIZES, AugmentConfig, OptimizerConfig
+from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
 
 
@@ -218,6 +220,54 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     for text, value in [("1e-4", 1e-4), ("2.5E+1", 25.0), ("3", 3.0), ("0.5", 0.5)]:
         file.write_text(f"lr: {text}")  # YAML 1.1 calls the first a string
         assert load_preset(str(file)).lr == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "plain"),
+    [
+        ("lr", np.float64(0.1), 0.1),
+        ("seed", np.int64(3), 3),
+        ("compile", np.bool_(True), True),
+        ("init", Path("some/weights"), "some/weights"),
+        ("optimizer", {"betas": [0.9, 0.99]}, OptimizerConfig(betas=(0.9, 0.99))),
+        ("epochs", 3.0, "epochs: Input should be a valid integer"),
+        ("epochs", np.arange(3), "epochs: Input should be a valid integer"),
+        ("on_bad", "skip", "on_bad: Input should be 'raise' or 'exclude'"),
+        ("augment", {"policy": "Fundus"}, "augment.policy: Input should be"),
+        ("augment", None, "'augment' is a section"),
+        ("lr", float("nan"), "lr is nan, but must be above 0"),
+        ("data", "/photographs/\udcff", "data is .*no UTF-8"),
+    ],
+)
+def test_what_is_made_in_python_is_made_plain_or_refused(key: str, value: Any, plain: Any) -> None:
+    config = Config()
+    object.__setattr__(config, key, value)  # tests check the types of arguments, and users have no such checks
+    if isinstance(plain, str) and plain != "some/weights":
+        with pytest.raises(UserError, match=f"mine: {plain}"):
+            checked(config, "mine")
+    else:
+        found = checked(config, "mine")
+        assert found == replace(Config(), **{key: plain})
+        assert type(getattr(found, key)) is type(plain)
+        assert from_mapping(yaml.safe_load(dump(found)), "dump") == found
+
+
+def test_a_preset_with_changes_is_what_a_preset_file_makes_of_them(tmp_path: Path) -> None:
+    changes = {"epochs": 3, "augment": {"policy": "fundus"}, "convmixer": {"size": "xs", "dim": 40}}
+    found = load_preset("report-convmixer", changes)
+    assert found == from_mapping(changes, "test", load_preset("report-convmixer"))
+    assert (found.augment.rotate, found.convmixer, found.preset) == (
+        180,
+        replace(SIZES["xs"], dim=40),
+        "report-convmixer",
+    )
+    with pytest.raises(UserError, match=r"changes of preset quickstart: unknown key 'epohcs'; did you mean 'epochs'"):
+        load_preset("quickstart", {"epohcs": 3})
+    file = tmp_path / "config.yaml"
+    file.write_text("epochs: 5")
+    assert load_preset(file).epochs == 5
+    with pytest.raises(UserError, match="mine is 'quickstart', but must be a Config"):
+        checked("quickstart", "mine")
 
 
 def test_identity_and_runtime_keys() -> None:

@@ -19,7 +19,7 @@ from tests_support import batches, task
 from fastddr import loaders, sampling
 from fastddr.data import manifest, photograph
 from fastddr.errors import UserError
-from fastddr.loaders import dali, dali_decoder
+from fastddr.loaders import canvases, dali, dali_decoder
 from fastddr.meters import is_out_of_memory
 
 
@@ -204,6 +204,32 @@ def test_a_batch_of_dali_is_not_copied(found: manifest.Manifest, monkeypatch: py
         pointer, tensor = made.pop(0)
         assert pointer == tensor.data_ptr() == batch.image.data_ptr()
         assert batch.image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "said"),
+    [
+        (12080, "cuda130", "cuda130 needs CUDA 13, and this GPU's driver can do 12.8; .* nvidia-dali-cuda120`, or"),
+        (13000, "cuda130", None),
+        (12080, "cuda120", None),
+        (13020, "cuda120", None),
+        (None, "cuda130", None),
+    ],
+)
+def test_a_build_that_is_too_new_for_the_driver_is_told_when_a_loader_opens(
+    driver: int | None, build: str, said: str | None, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an image of CUDA 12: PyTorch of CUDA 12 trains there."""
+    monkeypatch.setattr(dali_decoder, "_builds", lambda: (f"nvidia-dali-{build}",))
+    monkeypatch.setattr(dali_decoder, "_driver", lambda: driver)
+    gpu, cpu = task(found, device=torch.device("cuda")), task(found)
+    for opens in (dali.DaliLoader, lambda wanted: canvases.build(wanted, 4)):
+        opens(cpu)
+        if said is None:
+            opens(gpu)
+        else:
+            with pytest.raises(UserError, match=said):
+                opens(gpu)
 
 
 def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

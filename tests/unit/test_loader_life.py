@@ -58,7 +58,16 @@ def test_a_second_iterator_ends_the_first_loudly(name: str, found: manifest.Mani
     assert all(same(a, b) for a, b in zip(loader.epoch(0), whole, strict=True))
     with pytest.raises(RuntimeError, match="newer epoch"):
         next(first)
+    # Both asked for before either begins.
+    other = list(loader.epoch(1))
+    first, second, late = loader.epoch(0), loader.epoch(1), loader.epoch(1)
+    assert same(next(first), whole[0])
+    assert all(same(a, b) for a, b in zip(second, other, strict=True))
+    with pytest.raises(RuntimeError, match="newer epoch"):
+        next(first)
     loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(late)
 
 
 @PROC

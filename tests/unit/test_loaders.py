@@ -263,6 +263,8 @@ def test_workers_do_not_inherit_a_pipeline(found: manifest.Manifest) -> None:
 def test_a_batch_larger_than_the_split_is_refused(found: manifest.Manifest) -> None:
     with pytest.raises(UserError, match="batch_size 64 is larger than the 27"):
         task(found, batch_size=64)
+    with pytest.raises(UserError, match="no photograph at all"):
+        task(found, ids=np.arange(0), train=False)
 
 
 def test_unknown_loader(found: manifest.Manifest) -> None:

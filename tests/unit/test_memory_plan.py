@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,19 @@ def test_what_was_measured_here_says_nothing_of_another_card(
     assert asked == ["NVIDIA X", None, "NVIDIA GeForce RTX 3090", None]
 
 
+@pytest.mark.parametrize("seen", ["2", None])
+def test_the_card_is_hidden_only_while_plan_answers(seen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[str | None] = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setattr(questions, "apart", lambda answer: None)
+    monkeypatch.setattr(questions, "_table", lambda *_: hidden.append(os.environ.get("CUDA_VISIBLE_DEVICES")) or 0)
+    assert verbs.main("plan", ["--vram", "8"]) == 0
+    assert hidden == [""]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
 def test_a_real_step_that_fails_otherwise_is_an_error() -> None:
     def step(micro: int) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
@@ -322,9 +336,12 @@ def test_what_a_run_takes_is_known_before_photographs_are_kept_on_the_card(monke
     monkeypatch.setattr(fitting, "numerics", lambda deterministic, cpu: None)
     card = torch.device("cuda", 0)
     kept = {"store": "vram"}
-    free = [24 * GIB]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 24 * GIB))
+    free, calls = [24 * GIB], list[str]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("free"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("forget"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append("ask") or (free[0], 24 * GIB))
     found = fitting.settle(config(micro_batch_size=12, loader="resident", loading=kept), card, 1)
+    assert calls == ["free", "forget", "ask"], "what an earlier run in this process left is not taken"
     whole = predict(Case(config(loader="resident"), 12), DECLARED)
     assert found.taken == whole.total - whole.kinds["context"]
     assert found.own == pytest.approx((found.taken - whole.kinds["loader"]) / GIB)

@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -362,6 +363,14 @@ def test_a_torn_line_of_figures_is_not_read(run: Path) -> None:
 @pytest.mark.parametrize("program", ["/x/fastddr/__main__.py train", "fastddr/train.py", "/bin/fastddr train"])
 def test_the_command_of_a_run_can_be_typed(program: str) -> None:
     assert facts.command([*program.split(), "--data", "my set"]) == "fastddr train --data 'my set'"
+
+
+def test_what_was_started_from_python_has_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # as in a notebook
+    assert facts.command(["/x/ipykernel_launcher.py", "-f", "/x/kernel-1.json"]) == "from Python"
+    assert facts.command([""]) == "from Python"
+    sys.modules["__main__"].__file__ = "/x/sweep.py"
+    assert facts.command(["/x/sweep.py", "--seeds", "3"]) == "from Python, sweep.py --seeds 3"
 
 
 def test_the_code_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

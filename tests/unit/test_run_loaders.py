@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from tests_support import settings
 
+from fastddr import loaders
 from fastddr.config import Config
 from fastddr.data import manifest
 from fastddr.errors import UserError
@@ -89,6 +90,24 @@ def test_test_is_kept_in_a_file_only_where_it_has_room(spare: float, store: str,
     assert names(loaders)[2] == ("resident", store)
     assert loaders.once("train").task.store == "mmap", "that is there already"
     loaders.close()
+
+
+def test_ctrl_c_while_the_second_opens_closes_the_first(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+
+    def build(*arguments: Any) -> Any:
+        if built:
+            raise KeyboardInterrupt
+        built.append(loaders.build(*arguments))
+        return built[0]
+
+    monkeypatch.setattr(run_module, "build", build)
+    with pytest.raises(KeyboardInterrupt):
+        opened(settings(tiny, tmp_path / "run", "--loader", "torchvision"), tiny, [])
+    with pytest.raises(RuntimeError, match="closed"):
+        built[0].epoch()
 
 
 def test_the_rank_with_the_least_memory_decides(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ import inspect
 import math
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tests_support import settings
 from torch.nn.parallel import DistributedDataParallel
 
-from fastddr import ranks, runtime
+from fastddr import alone, ranks, runtime
 from fastddr.config import Config
 from fastddr.errors import UserError
 from fastddr.meters import Window
@@ -369,6 +370,45 @@ def test_a_compiler_of_accelerates_is_left_out_and_named(monkeypatch: pytest.Mon
     assert "accelerate launch asked for the compiler inductor, which is left out" in " ".join(found.decisions)
     model = torch.nn.Linear(2, 2)
     assert found.accelerator.prepare(model) is model
+
+
+def test_one_trainer_at_a_time_in_a_process() -> None:
+    class Some:
+        pass
+
+    first, second = Some(), Some()
+    alone.take(first)
+    for again in (first, second):
+        with pytest.raises(UserError, match="a Trainer is open in this process"):
+            alone.take(again)
+    alone.let_go(second)
+    with pytest.raises(UserError, match="a Trainer is open in this process"):
+        start(Config(batch_size=2))  # as `fastddr evaluate` does
+    alone.let_go(first)
+    alone.take(second)
+    del second, again  # nobody can close it any more
+    alone.check()
+
+
+def test_a_worker_that_imports_a_script_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Some:
+        pass
+
+    script, trainer = ModuleType("__mp_main__"), Some()
+    monkeypatch.setitem(sys.modules, "__mp_main__", script)
+    with pytest.raises(UserError, match='write `if __name__ == "__main__":` before'):
+        alone.take(trainer)
+    monkeypatch.setitem(sys.modules, "__main__", script)  # as `multiprocessing` leaves it: what was asked for begins
+    alone.take(trainer)
+
+
+def test_a_second_run_of_a_process_has_a_precision_of_its_own() -> None:
+    whole, half = Config(batch_size=2, precision="fp32"), Config(batch_size=2, precision="bf16", micro_batch_size=1)
+    state = PartialState()
+    for config, mixed, accumulation in ((whole, "no", 1), (half, "bf16", 2), (whole, "no", 1)):
+        found = start(config).accelerator
+        assert (found.mixed_precision, found.gradient_accumulation_steps) == (mixed, accumulation)
+        assert found.device == state.device
 
 
 def test_a_window_tells_of_the_rank_that_waited_longest() -> None:

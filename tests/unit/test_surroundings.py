@@ -22,7 +22,7 @@ from fastddr.checkpoints import Snapshot
 from fastddr.config import load_preset
 from fastddr.data import cache, source, survey
 from fastddr.errors import UserError
-from fastddr.progress import EpochBar
+from fastddr.progress import EpochBar, terminal
 from fastddr.terminal import any_terminal
 
 
@@ -61,16 +61,24 @@ def test_threads_are_no_more_than_the_cores_that_are_allowed(
 
 def test_a_bar_leaves_stderr_and_log_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a rank that says nothing, and where FORCE_COLOR makes rich take a file for a terminal."""
-    log, terminal = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    log, screen = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
     stderr = sys.stderr
     for console in (
-        Console(quiet=True, force_terminal=True, file=terminal), Console(force_terminal=True, file=log)
+        Console(quiet=True, force_terminal=True, file=screen), Console(force_terminal=True, file=log)
     ):  # fmt: skip
         with EpochBar(console, "epoch", 10) as bar:
             bar.update(3, kept=lambda: pytest.fail("counted for nobody"))
             assert sys.stderr is stderr
     assert log.getvalue() == ""
+
+
+def test_what_is_said_in_a_notebook_is_plain_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    terminal().print("a long line " * 20)
+    assert capsys.readouterr().out == "a long line " * 20 + "\n"
 
 
 def test_a_terminal_that_cannot_show_a_character_shows_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastddr.data import synthetic
+from fastddr.data import synthetic, workers
 from fastddr.data.eye.anatomy import draw_eye
 from fastddr.data.eye.camera import draw_camera, stream
 from fastddr.data.eye.canvas import Canvas
@@ -46,6 +48,26 @@ def labels(root: Path, split: str) -> dict[str, int]:
 def lesions(root: Path) -> list[dict[str, str]]:
     with open(root / "DR_grading" / "lesions.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_process_that_ends_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, or one that could not begin because the user's script has no guard."""
+
+    class Pool:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def map(self, *_: object, **__: object) -> Iterator[object]:
+            raise BrokenProcessPool
+            yield
+
+        def shutdown(self, **_: object) -> None:
+            pass
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    with pytest.raises(UserError, match=r'set: a process that drew .* memory runs out.*`if __name__ == "__main__":`'):
+        generate(tmp_path / "set", counts=COUNTS, size=SIZE, workers=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------ sameness

@@ -20,6 +20,7 @@ from trackers import events, inspect, lines, offline_files, start, the_answers
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError
 from fastddr.tracking import Tracker, read, truncate_to, wandb_run
+from fastddr.tracking.wandb_run import WandbRun
 
 
 def test_a_line_is_flat_json_and_there_at_once(tmp_path: Path) -> None:
@@ -296,6 +297,33 @@ def test_wandb_mode_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("wandb.setup", lambda settings: disabled)
     start(tmp_path, said, wandb=True).finish()
     assert said == []
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("place", ["_start", "log"])
+def test_ctrl_c_while_wandb_begins_leaves_nothing_behind(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own beginning, and while it gets the earlier rows."""
+    ended: list[int] = []
+
+    def begin(run: WandbRun) -> str:
+        run._put("WANDB_DATA_DIR", tmp_path)
+        run._run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code), id="a", url=None, offline=False)
+        if place == "_start":
+            raise KeyboardInterrupt
+        return "W&B: online"
+
+    def log(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n')
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(WandbRun, "_start", begin)
+    monkeypatch.setattr(WandbRun, "log", log)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, wandb=True, resume_step=1)
+    assert ended == [1]
     assert "WANDB_DATA_DIR" not in os.environ
 
 

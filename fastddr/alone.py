@@ -1,0 +1,60 @@
+"""One Trainer at a time in a process.
+
+How many micro batches make a step is Accelerate's for the whole process, and so is the lock that holds a run's folder:
+a second Trainer would change the steps of the first one, and let go of its folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+
+from fastddr.errors import UserError
+
+_lock = threading.Lock()
+#: The Trainer that is open. Weak: one that nobody can close any more is in nobody's way.
+_open: weakref.ref[object] | None = None
+
+
+def check(owner: object = None) -> None:
+    """Raise `UserError` where a Trainer is open, but for `owner`."""
+    is_open = None if _open is None else _open()
+    if is_open is not None and is_open is not owner:
+        raise UserError(
+            "a Trainer is open in this process, and what Accelerate keeps is of the process: end its `with` block (or "
+            "call its close()) first, or do this in a process of its own."
+        )
+
+
+def take(trainer: object, closed: bool = False) -> None:
+    """From here on `trainer` is the one that is open.
+
+    Raises:
+        UserError: one is, or this one was `closed`; or this process is a worker that imports its parent's script.
+    """
+    global _open
+    if _imports_a_script():
+        raise UserError(
+            "this Trainer is in a script without a guard, and a process that works for it imports the script and would "
+            'train too; write `if __name__ == "__main__":` before what the script does.'
+        )
+    if closed:
+        raise UserError("this Trainer is closed; Trainer(trainer.config) makes a new one, which goes on with its run.")
+    with _lock:
+        check()
+        _open = weakref.ref(trainer)
+
+
+def _imports_a_script() -> bool:
+    """Whether this process was spawned and is just importing its parent's script, which is `__main__` after that."""
+    script = sys.modules.get("__mp_main__")
+    return script is not None and script is not sys.modules["__main__"]
+
+
+def let_go(trainer: object) -> None:
+    """It is closed. Of one that was not open nothing happens."""
+    global _open
+    with _lock:
+        if _open is not None and _open() is trainer:
+            _open = None

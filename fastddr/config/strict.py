@@ -1,0 +1,72 @@
+"""YAML as a configuration is written: what is likely a slip is an error, and a number looks as everybody means it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastddr.errors import UserError
+
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML, but a key that stands twice is an error and not the last one's gain, and so is a reference: a file of
+    a few lines of them would fill the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            where = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"write out *{where.anchor} here", where.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
+    if ":" in node.value:
+        problem = f"{node.value} is a number of base 60 here; write out what it comes to, or put it in quotes"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+
+
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_StrictLoader` would take for a number."""
+
+
+# YAML 1.1 takes 1e-4 for a string; here it is the number that everybody means.
+for _side in (_StrictLoader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping. Raises `UserError` where it is missing or is not one."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: this is not YAML: {' '.join(str(error).split())}.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration is `key: value` lines, not a {type(tree).__name__}.")
+    return tree
+
+
+def write(tree: dict[str, Any]) -> str:
+    """YAML that `read_yaml` reads back to an equal mapping."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text

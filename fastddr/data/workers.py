@@ -1,0 +1,60 @@
+"""A part of the work in every process that a rank may have."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TypeVar
+
+from fastddr import ranks
+from fastddr.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def each(
+    do: Callable[[T], R], jobs: Sequence[T], workers: int, *, begin: Callable[[], None] | None = None, lost: str
+) -> Iterator[Iterator[R]]:
+    """What `do` makes of each job, in the order of the jobs, each as soon as it is there.
+
+    Args:
+        do: of a module, so that another process finds it.
+        jobs: what it is given, one by one.
+        workers: processes; 1 = none but this one.
+        begin: done first in each of these processes.
+        lost: one of these processes, as the error names it where it has ended.
+
+    Raises:
+        UserError: one has.
+    """
+    if workers == 1:
+        if begin is not None:
+            begin()
+        yield map(do, jobs)
+        return
+    # Spawned, not forked: the caller may hold CUDA and threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(begin,))
+    try:
+        yield pool.map(do, jobs, chunksize=max(1, min(8, -(-len(jobs) // workers))))
+    except BrokenProcessPool:
+        raise UserError(
+            f"{lost} was killed, as happens when memory runs out, or did not begin, as in a script that works without "
+            '`if __name__ == "__main__":`, which each process imports; mend that, and run again.'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(begin: Callable[[], None] | None) -> None:
+    """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ranks.end_with_parent()
+    if begin is not None:
+        begin()

@@ -140,7 +140,7 @@ def independent(right: Bool[np.ndarray, " m"], groups: Int[np.ndarray, " m"]) ->
         return float(n)
     if patients == 1:
         return 0.0
-    # Half a second of imports, as torchmetrics in `metrics`.
+    # Half a second of imports, as scikit-learn in `ranking`.
     from scipy.stats import t
 
     value = right.mean()

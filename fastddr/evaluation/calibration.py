@@ -17,7 +17,7 @@ def temperature(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> floa
 
     Above 1 the model was too sure of itself. Fit it on valid, use it on test. Raises ValueError without photographs.
     """
-    # As torchmetrics in `metrics`: not before there is something to fit.
+    # As scikit-learn in `ranking`: not before there is something to fit.
     from scipy.optimize import minimize_scalar
 
     if not len(grades):

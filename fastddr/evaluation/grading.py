@@ -121,7 +121,7 @@ def fit(values: Float[Tensor, " n"], grades: Int[Tensor, " n"], classes: int = l
     Rounding stays where nothing is better, and where all photographs have one grade. A grade that no photograph should
     get has its two thresholds between the same two values.
     """
-    # As torchmetrics in `metrics`: not before there is something to fit.
+    # As scikit-learn in `ranking`: not before there is something to fit.
     from scipy.optimize import minimize_scalar
 
     x, y = values.double().cpu().numpy(), grades.cpu().numpy()

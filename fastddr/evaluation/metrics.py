@@ -7,10 +7,9 @@ out those that the truth does not hold: else a split without grade 3 would score
 Where ungradable is a sixth class, kappa is of the photographs that truth and prediction both grade, and sensitivity
 and specificity are of those that the truth grades, with "ungradable" for a prediction counted as referred.
 
-torchmetrics counts the matrix and computes the calibration error, scikit-learn the areas under curves (`ranking`).
-The rates of a matrix are written out in `rates`, for many matrices at once: the bootstrap needs them for two thousand,
-while the libraries take labels only and average over absent grades otherwise. `tests/unit/test_metrics.py` holds them
-against each other.
+scikit-learn computes the areas under curves (`ranking`). The rates of a matrix are written out in `rates`, for many
+matrices at once: the bootstrap needs them for two thousand, while the libraries take labels only and average over
+absent grades otherwise. `tests/unit/test_metrics.py` holds them against each other.
 
 C: grades that the model tells apart    n: photographs    b: matrices
 """
@@ -73,13 +72,11 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     Raises ValueError for a grade outside 0..C-1 and for a logit that is not finite: a grade read off NaN
     would look like any other.
     """
-    # A second of imports, for which no run waits before it has something to score.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
     _check(logits, grades)
     n, classes = logits.shape
-    found = figures_from_confusion(multiclass_confusion_matrix(logits.argmax(1), grades, num_classes=classes))
+    pairs = torch.bincount(grades * classes + logits.argmax(1), minlength=classes**2)
+    found = figures_from_confusion(pairs.view(classes, classes))
     probabilities = logits.softmax(1)
     one_by_one = [
         ranking.figures(*one_against_rest(probabilities, grades, grade), operating=False) for grade in range(classes)
@@ -115,7 +112,7 @@ def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[
     _check(logits, grades)
     if not len(grades):
         return {"loss": None, "ece": None}
-    # Not torchmetrics', which has a bin more, of probabilities that are 1 in float32.
+    # torchmetrics' has a bin more, of probabilities that are 1 in float32.
     bins = reliability(logits, grades)
     each = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
     ece = sum(count * abs(sure - right) for count, sure, right in each if count) / len(grades)

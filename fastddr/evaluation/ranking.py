@@ -29,7 +29,7 @@ def figures(
     `average_precision` is the area under the precision-recall curve as a step function, without interpolation.
     The operating points take their threshold from these very photographs, so they flatter a little.
     """
-    # As torchmetrics in `metrics`: not before there is something to score.
+    # A second of imports, for which no run waits before it has something to score.
     from sklearn.metrics import auc, average_precision_score, roc_curve
 
     if not positive.any() or positive.all():

@@ -35,13 +35,14 @@ class Hazard:
         """While it lasts."""
         write = checkpoints._write
 
-        def half_written(file: Any, content: bytes) -> dict[str, Any]:
+        def half_written(file: Any, pieces: Any) -> dict[str, Any]:
+            content = b"".join(pieces)
             try:
                 self._pass()
             except BaseException:
                 file.write_bytes(content[: len(content) // 2])
                 raise
-            return write(file, content)
+            return write(file, [content])
 
         def counted(call: Callable[..., Any]) -> Callable[..., Any]:
             def counting(*arguments: Any, **more: Any) -> Any:

@@ -176,7 +176,7 @@ def on_cpu(training: Training) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     kept = [*training.network.parameters(), *training.network.buffers()]
-    kept += [value for state in training.optimizer.optimizer.state.values() for value in state.values()]
+    kept += [value for state in training.optimizer.state.values() for value in state.values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         training.step(1)
     now = most = sum(tensor.numel() * tensor.element_size() for tensor in kept)

@@ -204,6 +204,7 @@ class Running:
         eager = MODES[variant.mode] is None
         watched = networks.Watched(self.network, variant.layout) if eager else nullcontext()
         self.network = compiled(self.network, variant)
+        self.parts = optimizers.Parts.of(self.network)
         self.criterion, self.tally = losses.build("cross_entropy"), Tally.zeros(run.device)
         self.batch = self._batch()
         graphs = _graphs()
@@ -237,7 +238,8 @@ class Running:
 
     def _step(self) -> None:
         training_step(
-            self.run.accelerator, self.network, [self.batch], self.criterion, self.optimizer, self.tally
+            self.run.accelerator, self.network, [self.batch], self.criterion, self.optimizer, self.tally,
+            parts=self.parts,
         )  # fmt: skip
 
     def __call__(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -126,6 +126,30 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a model, listed once: to walk a deep one anew takes the host a good part of a small step.
+
+    Loading, stepping and counting write into them; moving the model to a device may put others in their place.
+    """
+
+    parameters: list[Tensor]
+    statistics: list[Tensor]
+    """Buffers of floating-point numbers, such as BatchNorm's."""
+    counters: list[Tensor]
+    """The other buffers."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parts:
+        """Those of a model, wrapped or not."""
+        buffers = list(model.buffers())
+        return cls(
+            list(model.parameters()),
+            [buffer for buffer in buffers if buffer.is_floating_point()],
+            [buffer for buffer in buffers if not buffer.is_floating_point()],
+        )
+
+
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of the model, in evaluation mode, that `update_ema` keeps at the mean of its recent weights.
 
@@ -148,12 +172,13 @@ def update_ema(
     decay: float,
     skip: Tensor | None = None,
     asks: bool | None = None,
+    parts: tuple[Parts, Parts] | None = None,
 ) -> None:
     """After step 0, 1, …: average = d · average + (1 − d) · model, with d = `ema_decay(step, decay)`.
 
     Floating-point parameters and buffers are averaged, counters copied. `model` may be wrapped by now. Where `skip`, a
     flag on the device, is set, nothing moves: the step was left out. `asks` says whether the host looks at the flag,
-    which is what it does on a CPU alone.
+    which is what it does on a CPU alone. `parts` are those of `ema.module` and of `model`, where they are at hand.
     `AveragedModel.update_parameters` is not used, for it copies its counter to the device at each call, which
     makes the host wait for the device; this asks the device nothing.
     """
@@ -161,15 +186,10 @@ def update_ema(
         asks = skip is not None and not skip.is_cuda
     if skip is not None and asks and bool(skip):
         return
-    averages: list[Tensor] = []
-    values: list[Tensor] = []
-    ours = chain(ema.module.parameters(), ema.module.buffers())
-    for average, value in zip(ours, chain(model.parameters(), model.buffers()), strict=True):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
-            average.copy_(value)
+    ours, theirs = parts or (Parts.of(ema.module), Parts.of(model))
+    averages, values = [*ours.parameters, *ours.statistics], [*theirs.parameters, *theirs.statistics]
+    if ours.counters:
+        torch._foreach_copy_(ours.counters, theirs.counters)
     share = 1.0 - ema_decay(step, decay)
     if skip is None or asks:
         torch._foreach_lerp_(averages, values, share)

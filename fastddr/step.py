@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fastddr.data.grades import ICDR
 from fastddr.loaders.base import Batch
+from fastddr.optimizers import Parts
 
 
 @dataclass
@@ -29,18 +30,18 @@ class Tally:
         """All sums zero."""
         return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)))
 
-    def add(self, loss: Tensor, logits: Tensor, grade: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor, grade: Tensor, finite: Tensor) -> None:
         """Count one micro batch in: its mean loss, its logits (b, C) and its grades (b), or their shares (b, C).
 
-        One whose loss is not finite does not count. Of a mixed photograph the grade with the larger share is the right
-        one. Of a regression `logits` are values (b, 1), which are rounded: its thresholds are fitted after the epoch.
+        One whose loss is not finite, which the flag `finite` says, does not count. Of a mixed photograph the grade with
+        the larger share is the right one. Of a regression `logits` are values (b, 1), which are rounded: its thresholds
+        are fitted after the epoch.
         """
         if grade.ndim == 2:
             grade = grade.argmax(1)
         logits = logits.detach()
         predicted = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0].round().clamp(0, len(ICDR) - 1)
         # A loss that is not finite would stand for all photographs of the window; its step is told by itself.
-        finite = loss.detach().isfinite()
         self.loss += torch.where(finite, loss.detach().double(), 0.0) * len(grade)
         self.correct += (predicted == grade).sum() * finite
         self.count += finite * len(grade)
@@ -59,6 +60,7 @@ def training_step(
     tally: Tally,
     clip_norm: float | None = None,
     mix: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    parts: Parts | None = None,
 ) -> Tensor:
     """Forward and backward of every micro batch of a global batch, then one update of the weights.
 
@@ -77,14 +79,16 @@ def training_step(
         tally: counts loss and correct photographs in.
         clip_norm: global L2 norm that the gradient is clipped to.
         mix: number of the micro batch, its images and grades to mixed images and shares (b, C) of the grades.
+        parts: the model's, where they are at hand.
 
     Returns:
         On the device, (2 + micro batches,): whether the step was bad, and whether the scaler left it out though it was
         not, both the same on all ranks; and of each micro batch of this rank, whether its loss was not finite.
     """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    parts = parts or Parts.of(model)
+    statistics = parts.statistics
     before = torch.cat([buffer.flatten() for buffer in statistics]) if statistics else None
-    bad = overflowed = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
+    bad = overflowed = torch.zeros((), dtype=torch.bool, device=parts.parameters[0].device)
     spoilt: list[Tensor] = []
     for microstep, batch in enumerate(micro_batches):
         image, grade = batch.image, batch.grade
@@ -98,27 +102,26 @@ def training_step(
             accelerator.backward(loss * torch.where(finite, 1.0, math.nan))
             spoilt.append(~finite)
             if accelerator.sync_gradients:
-                bad = ~_norm(accelerator, model, clip_norm).isfinite()
+                bad = ~_norm(accelerator, parts.parameters, clip_norm).isfinite()
                 if accelerator.scaler is not None:
                     unfit, bad = bad, _anywhere(accelerator, torch.stack(spoilt).any())
                     overflowed = unfit & ~bad
-            _update(accelerator, optimizer, bad)
-            optimizer.zero_grad(set_to_none=True)
-        tally.add(loss, logits, grade)
+                _update(accelerator, optimizer, bad)
+        tally.add(loss, logits, grade, finite)
     if before is not None:
         # In one piece: a launch for each of the many small tensors would take longer than the work.
         kept = torch.where(bad | overflowed, before, torch.cat([buffer.flatten() for buffer in statistics]))
-        parts = kept.split([buffer.numel() for buffer in statistics])
-        torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(parts, statistics, strict=True)])
+        flat = kept.split([buffer.numel() for buffer in statistics])
+        torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(flat, statistics, strict=True)])
     return torch.stack([bad, overflowed, *spoilt])
 
 
-def _norm(accelerator: Accelerator, model: nn.Module, clip_norm: float | None) -> Tensor:
+def _norm(accelerator: Accelerator, parameters: list[Tensor], clip_norm: float | None) -> Tensor:
     """The global L2 norm of the gradient, before it is clipped; in float16 it may still be scaled."""
     if clip_norm is not None:
-        norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+        norm = accelerator.clip_grad_norm_(parameters, clip_norm)
     else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.detach()
 
 
@@ -132,12 +135,13 @@ def _anywhere(accelerator: Accelerator, bad: Tensor) -> Tensor:
 
 
 def _update(accelerator: Accelerator, optimizer: Optimizer, bad: Tensor) -> None:
-    """One call of the optimizer, which changes nothing if the step is bad."""
+    """One call of the optimizer, which changes nothing if the step is bad, and no gradient is left.
+
+    The accelerator's wrapper is for the scaler alone: before each step it looks on the disk whether a package is there.
+    """
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     scaler = accelerator.scaler
-    if not accelerator.sync_gradients:
-        optimizer.step()  # the accelerator leaves it out
-    elif scaler is not None:
+    if scaler is not None:
         one = torch.ones((), device=bad.device)
         before = scaler.scale(one), scaler._growth_tracker.clone()  # which has no public way that would not wait
         optimizer.step()  # the scaler leaves out what is not finite, and halves its scale
@@ -147,7 +151,8 @@ def _update(accelerator: Accelerator, optimizer: Optimizer, bad: Tensor) -> None
     elif all(group.get("fused") for group in inner.param_groups):
         # What the scaler does: the fused kernels read the flag on the device.
         inner.found_inf = bad.float()
-        optimizer.step()
+        inner.step()
         del inner.found_inf
     elif not bad:
-        optimizer.step()
+        inner.step()
+    inner.zero_grad(set_to_none=True)

@@ -126,9 +126,10 @@ class Trainer:
         self.criterion = losses.from_config(
             config, self.manifest.grade[self.train_loader.task.ids], self.runtime.device
         )
-        self.bare_model = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = models.levers.compiled(self.model, config)
+        self.bare_model, self.parts = model, optimizers.Parts.of(model)
+        self.ema_parts = None if self.ema is None else (optimizers.Parts.of(self.ema.module), self.parts)
         self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
         training = Training(model, self.ema and self.ema.module, self.optimizer, self.accelerator.scaler)
@@ -259,11 +260,11 @@ class Trainer:
                 told = training_step(
                     self.accelerator, self.model, noted(islice(batches, self.runtime.accumulation), seen),
                     self.criterion, self.optimizer, tally, config.optimizer.clip_norm,
-                    None if self.mixer is None else partial(self.mixer, progress.step),
+                    None if self.mixer is None else partial(self.mixer, progress.step), self.parts,
                 )  # fmt: skip
                 if self.ema is not None and config.optimizer.ema_decay is not None:
-                    left_out, decay = told[:2].any(), config.optimizer.ema_decay
-                    optimizers.update_ema(self.ema, self.bare_model, progress.step, decay, left_out)
+                    left_out, decay, parts = told[:2].any(), config.optimizer.ema_decay, self.ema_parts
+                    optimizers.update_ema(self.ema, self.bare_model, progress.step, decay, left_out, parts=parts)
                 reason = self.stopping.ask()
                 progress.step += 1
                 self._answer(self.watch.look(told, progress.step, seen))
@@ -361,8 +362,7 @@ class Trainer:
         if self.saver.due_after(progress.epoch, best):
             self.saver.save(progress, best=best)
             self.stopping.saved()
-        named = ("loss", "accuracy", "qwk")
-        shown = "  ".join(f"{name} {values[name]:.3f}" for name in named if values[name] is not None)
+        shown = "  ".join(f"{key} {values[key]:.3f}" for key in ("loss", "accuracy", "qwk") if values[key] is not None)
         self.console.print(
             f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  best' if best else ''}",
             style="green" if best else None,

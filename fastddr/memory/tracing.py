@@ -105,25 +105,6 @@ class StandIn(Accelerator):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
 
-class SteppedLast(torch.optim.Optimizer):
-    """An optimizer that steps, and drops its gradients, in the last micro batch only, as Accelerate's does."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, accelerator: StandIn) -> None:
-        # A wrapper without groups or state of its own, as Accelerate's is one.
-        self.optimizer, self._accelerator = optimizer, accelerator
-
-    # Accelerate's returns nothing either, where PyTorch's may return the closure's loss.
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """The other one's, at the end of a step."""
-        if self._accelerator.sync_gradients:
-            self.optimizer.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The other one's, at the end of a step."""
-        if self._accelerator.sync_gradients:
-            self.optimizer.zero_grad(set_to_none=set_to_none)
-
-
 def _into(place: Tensor, parameter: Tensor) -> None:
     """Move a gradient into its place in a bucket."""
     if parameter.grad is not None and parameter.grad is not place:
@@ -154,8 +135,7 @@ class Training:
         self.ema = ema
         if self.ema is not None:
             self._keep([*self.ema.parameters(), *self.ema.buffers()], "averaged weights")
-        inner = optimizers.build(network, steps.optimizer, lr=1e-6, momentum=steps.momentum, fused=True)
-        self.optimizer = SteppedLast(inner, self.accelerator)
+        self.optimizer = optimizers.build(network, steps.optimizer, lr=1e-6, momentum=steps.momentum, fused=True)
         self.model = self._mixed_precision(network)
         self.buckets = self._bucketed() if steps.ranks > 1 else []
         self._gradients()
@@ -204,10 +184,7 @@ class Training:
 
     def _moments(self) -> None:
         moments = [
-            value
-            for state in self.optimizer.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
+            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
         ]
         self._keep(moments, "optimizer")
 
@@ -229,11 +206,10 @@ class Training:
 
     def begin(self) -> None:
         """Let the optimizer make its moments, by an update with gradients of zero, as the first step would."""
-        inner = self.optimizer.optimizer
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        inner.step()
-        inner.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self._moments()
 
     def step(self, number: int) -> None:

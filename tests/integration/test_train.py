@@ -161,6 +161,8 @@ def test_the_average_of_the_weights_follows_its_recurrence(
     def watched(accelerator: Any, model: torch.nn.Module, *more: Any) -> torch.Tensor:
         if not seen:
             seen.append([p.detach().clone() for p in model.parameters()])
+        listed = [*more[-1].parameters, *more[-1].statistics, *more[-1].counters]
+        assert {id(tensor) for tensor in listed} == {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         bad = step(accelerator, model, *more)
         seen.append([p.detach().clone() for p in model.parameters()])
         return bad

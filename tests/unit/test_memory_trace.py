@@ -203,7 +203,7 @@ def test_it_agrees_with_memtracker_to_the_byte(name: str, precision: str) -> Non
         tracing._hollow(network)
         training = Training(network, steps, 4)
         tracker = MemTracker()
-        tracker.track_external(network, training.optimizer.optimizer)
+        tracker.track_external(network, training.optimizer)
         with tracker:
             training.step(0)
             tracker.reset_mod_stats()

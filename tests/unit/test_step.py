@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
@@ -55,11 +56,13 @@ class Stepper:
             self.accelerator.state._mixed_precision = "fp16"
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.clip_norm, self.tally = clip_norm, Tally.zeros(torch.device("cpu"))
+        self.parts: optimizers.Parts | None = None
 
     def __call__(self, *given: Batch) -> bool:
         bad, self.overflowed, *self.spoilt = training_step(
-            self.accelerator, self.model, given, self.criterion, self.optimizer, self.tally, self.clip_norm
-        ).tolist()
+            self.accelerator, self.model, given, self.criterion, self.optimizer, self.tally, self.clip_norm,
+            parts=self.parts,
+        ).tolist()  # fmt: skip
         return bool(bad)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -109,6 +112,43 @@ def test_a_bad_loss_whose_gradient_is_finite_changes_nothing(value: float, fused
     assert step(batch(2))
     assert step.spoilt == [True]
     assert all(torch.equal(kept, step.state()[key]) for key, kept in before.items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_the_one_by_hand_without_walking_the_modules(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it look for a package on the disk, as Accelerate's optimizer does before each step."""
+    given = [batch(1), batch(2), batch(3, float("nan")), batch(4)]
+    step, hand = Stepper("adam", fused, None), Stepper("adam", fused, None)
+    ema, average = optimizers.make_ema(step.model, 0.9), copy.deepcopy(hand.model)
+    inner, means = hand.optimizer.optimizer, [*average.parameters(), *average.buffers()]  # type: ignore[attr-defined]
+    for number, one in enumerate(given):
+        before = copy.deepcopy(dict(hand.model.named_buffers()))
+        hand.criterion(hand.model(one.image), one.grade).backward()
+        if number == 2:
+            for name, buffer in hand.model.named_buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(before[name])
+        else:
+            inner.step()
+            share = 1 - optimizers.ema_decay(number, 0.9)
+            with torch.no_grad():
+                for mean, now in zip(means, [*hand.model.parameters(), *hand.model.buffers()], strict=True):
+                    mean.copy_(mean.lerp(now, share) if mean.is_floating_point() else now)
+        inner.zero_grad()
+
+    step.parts = optimizers.Parts.of(step.model)
+    parts = (optimizers.Parts.of(ema.module), step.parts)
+    with monkeypatch.context() as patch:
+        for owner, name in ((nn.Module, "named_modules"), (accelerate.optimizer, "is_lomo_available")):
+            patch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(name))
+        told = []
+        for number, one in enumerate(given):
+            told.append(step(one))
+            optimizers.update_ema(ema, step.model, number, 0.9, torch.tensor(told[-1]), parts=parts)
+    assert told == [False, False, True, False]
+    for ours, theirs in ((step.model, hand.model), (ema.module, average)):
+        expected = theirs.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import struct
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,15 +255,16 @@ def test_a_build_that_is_too_new_for_the_driver_is_told_when_a_loader_opens(
 
 
 def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Distribution:
-        def __init__(self, name: str) -> None:
-            self.metadata = {"Name": name}
-
-    both = [Distribution("nvidia-dali-cuda130"), Distribution("nvidia_dali_cuda120"), Distribution("numpy")]
-    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: both)
-    monkeypatch.setattr(dali_decoder, "_builds", dali_decoder._builds.__wrapped__)
+    """And what is installed is read once, whatever is asked about it."""
+    names = ["nvidia-dali-cuda130", "nvidia_dali_cuda120", "nvidia-nvimgcodec-cu13", "numpy"]
+    both = [SimpleNamespace(metadata={"Name": name, "Version": "0.9.1"}) for name in names]
+    scans: list[int] = []
+    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: scans.append(1) or both)
+    monkeypatch.setattr(dali_decoder, "_packages", cache(dali_decoder._packages.__wrapped__))
     with pytest.raises(UserError, match="pip uninstall"):
         dali_decoder.installed()
+    assert dali_decoder.codecs() == ("0.9.1",)
+    assert len(scans) == 1
 
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>'

@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from timing import Clock, in_turn
 
 from fastddr.data.photograph import upright
 from fastddr.loaders import Loader, Task, dali, vision
+from fastddr.loaders.base import Requests
 
 #: Rounds in which the stages are timed, in turn.
 ROUNDS = 5
@@ -144,9 +145,16 @@ def _ancestors(node: Any) -> set[str]:
     return {node.name}.union(*(_ancestors(before) for before in node.source.inputs))
 
 
+def _epochs(task: Task) -> Iterator[tuple[Requests, int]]:
+    """What is asked for, epoch after epoch: to work out the maps of each is part of it."""
+    for epoch in itertools.count():
+        requests = task.requests(epoch)
+        for k in range(len(requests)):
+            yield requests, k
+
+
 def _dali(loader: Any, rate: float, seconds: float) -> Stages:
     task = loader.task
-    requests = task.requests(0)
     names: list[str] = []
 
     def note(task: Task, pixels: Any, **settings: Any) -> Any:
@@ -157,11 +165,11 @@ def _dali(loader: Any, rate: float, seconds: float) -> Stages:
     with patch.object(dali, "_graph", note):
         loader._build()
     cuts = {stage: _Cut(loader._build, stage) for stage in names}
-    batches = itertools.cycle(range(len(requests)))
+    batches = _epochs(task)
 
     def send(cut: _Cut) -> None:
         loader._pipeline = cut
-        loader._feed(requests, next(batches))
+        loader._feed(*next(batches))
         cut.pipeline.schedule_run()
 
     def receive_one(cut: _Cut) -> int:
@@ -173,7 +181,7 @@ def _dali(loader: Any, rate: float, seconds: float) -> Stages:
         # DALI's first run fills its whole queue.
         loader._pipeline = cut
         for _ in range(cut.pipeline.prefetch_queue_depth):
-            loader._feed(requests, next(batches))
+            loader._feed(*next(batches))
         cut.pipeline.schedule_run()
     try:
         found = _raced({stage: _repeated(partial(receive_one, cut), seconds) for stage, cut in cuts.items()})
@@ -255,8 +263,12 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
         # What its first operator is fed with is gathered from the store.
         return Stages({stage.replace("Python", "gather, Python"): values for stage, values in found.items()}, [])
 
+    batches = _epochs(task)
+
     def asked() -> int:
-        return task.requests(0).id.size
+        requests, k = next(batches)
+        requests.seen.at(k)
+        return task.micro_batch_size
 
     found = _raced({"Python": _repeated(asked, seconds)})
     # From a store in the GPU's memory nothing is copied.

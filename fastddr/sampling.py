@@ -68,7 +68,10 @@ def order(ids: Int[np.ndarray, " n"], seed: int, epoch: int) -> Int[np.ndarray, 
 def numbers(count: int, seed: int, epoch: int) -> Float[np.ndarray, "count 24"]:
     """Row i: the uniform numbers in [0, 1) of photograph i in this epoch, whatever `count` is."""
     streams = (_PHOTOGRAPH, _PHOTOGRAPH_MORE)
-    return np.hstack([_generator(seed, stream, epoch).random((count, _COLUMNS)) for stream in streams])
+    rows = np.empty((count, len(streams), _COLUMNS))
+    for place, stream in enumerate(streams):
+        rows[:, place] = _generator(seed, stream, epoch).random((count, _COLUMNS))
+    return rows.reshape(count, -1)
 
 
 def canvas_size(

@@ -11,9 +11,9 @@ import ctypes
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,9 @@ from fastddr.errors import UserError
 
 #: Where the resident loader keeps decoded photographs.
 StoreName = Literal["auto", "vram", "ram", "mmap", "none"]
+#: Photographs whose maps are worked out at once, about. Fewer cost more each, more hold up a batch for longer: these
+#: some milliseconds.
+_TOGETHER = 2048
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,78 @@ class Batch:
     """False for padding at the tail of an evaluation."""
 
 
-@dataclass(frozen=True)
-class Requests:
-    """What one rank needs in one epoch, cut into m micro batches of b photographs."""
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """How n photographs are seen."""
 
-    id: Int[np.ndarray, "m b"]
-    valid: Bool[np.ndarray, "m b"]
-    affine: Float[np.ndarray, "m b 2 3"]
+    affine: Float[np.ndarray, "n 2 3"]
     """Canvas to image, in pixels."""
-    colour: Float[np.ndarray, "m b 3 4"]
+    colour: Float[np.ndarray, "n 3 4"]
     """(R, G, B, 1) in 0-255 to normalised values."""
-    source_width: Int[np.ndarray, "m b"]
+    source_width: Int[np.ndarray, " n"]
     """Of the upright photograph, in pixels."""
-    source_height: Int[np.ndarray, "m b"]
-    canvas_width: Int[np.ndarray, "m b"]
-    canvas_height: Int[np.ndarray, "m b"]
+    source_height: Int[np.ndarray, " n"]
+    canvas_width: Int[np.ndarray, " n"]
+    canvas_height: Int[np.ndarray, " n"]
+
+
+class Blocks:
+    """How m micro batches of b photographs are seen, worked out for a block of them when one is asked for.
+
+    So the first batch of an epoch does not wait for the maps of a million photographs, nor a resumed one for those
+    before it.
+    """
+
+    def __init__(self, see: Callable[[slice], Seen], count: int, batch: int) -> None:
+        """`see`: how photographs are seen, by their places among all m * b."""
+        self._count, self._batch = count, batch
+        self._size = max(1, _TOGETHER // batch)
+        rows = self._size * batch
+        # Two, because a loader that works ahead is in the next one before all is done with the last.
+        self._block = lru_cache(maxsize=2)(lambda number: see(slice(number * rows, (number + 1) * rows)))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def at(self, k: int) -> tuple[Seen, slice]:
+        """The block of micro batch `k`, and which of its photographs are `k`'s."""
+        number, place = divmod(range(self._count)[k], self._size)
+        return self._block(number), slice(place * self._batch, (place + 1) * self._batch)
+
+
+class Rows:
+    """One array of `Seen` for all micro batches of an epoch: `rows[k]` is that of micro batch `k`."""
+
+    def __init__(self, blocks: Blocks, name: str) -> None:
+        self._blocks = blocks
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        seen, own = self._blocks.at(k)
+        values: np.ndarray = getattr(seen, self._name)
+        return values[own]
+
+
+class Requests:
+    """What one rank needs in one epoch, cut into m micro batches of b photographs: who comes when, and seen how."""
+
+    def __init__(
+        self, id: Int[np.ndarray, "m b"], valid: Bool[np.ndarray, "m b"], see: Callable[[slice], Seen]
+    ) -> None:
+        """`see`: as `Blocks` has it."""
+        self.id = id
+        self.valid = valid
+        self.seen = Blocks(see, *id.shape)
+        # Each as `Seen` has it, by micro batch.
+        self.affine = Rows(self.seen, "affine")
+        self.colour = Rows(self.seen, "colour")
+        self.source_width = Rows(self.seen, "source_width")
+        self.source_height = Rows(self.seen, "source_height")
+        self.canvas_width = Rows(self.seen, "canvas_width")
+        self.canvas_height = Rows(self.seen, "canvas_height")
 
     def __len__(self) -> int:
         return len(self.id)
@@ -154,25 +214,21 @@ class Task:
             ids, self.batch_size, rank=self.rank, world=self.world, accumulation=self.accumulation, pad=not self.train
         )
         flat = id_.reshape(-1)
-        width, height = self.widths[flat], self.heights[flat]
-        canvas_width, canvas_height = sampling.canvas_size(width, height, self.canvas)
-        if self.train:
-            rows = sampling.numbers(len(self.files), self.seed, epoch)[flat]
-            maps = sampling.training_maps(rows, canvas_width, canvas_height, self.image_size, self.augment)
-        else:
-            place = self._places(len(ids)) if self.multi else None
-            maps = sampling.evaluation_maps(canvas_width, canvas_height, self.image_size, self.augment, place)
-        shape = id_.shape
-        return Requests(
-            id=id_,
-            valid=valid,
-            affine=maps.affine.reshape(*shape, 2, 3),
-            colour=maps.colour.reshape(*shape, 3, 4),
-            source_width=width.reshape(shape),
-            source_height=height.reshape(shape),
-            canvas_width=canvas_width.reshape(shape),
-            canvas_height=canvas_height.reshape(shape),
-        )
+        rows = sampling.numbers(len(self.files), self.seed, epoch) if self.train else None
+        place = self._places(len(ids)) if self.multi and not self.train else None
+
+        def see(some: slice) -> Seen:
+            of = flat[some]
+            width, height = self.widths[of], self.heights[of]
+            canvas = sampling.canvas_size(width, height, self.canvas)
+            if rows is not None:
+                maps = sampling.training_maps(rows[of], *canvas, self.image_size, self.augment)
+            else:
+                places = None if place is None else place[some]
+                maps = sampling.evaluation_maps(*canvas, self.image_size, self.augment, places)
+            return Seen(maps.affine, maps.colour, width, height, *canvas)
+
+        return Requests(id_, valid, see)
 
     def _places(self, count: int) -> Int[np.ndarray, "m 2"]:
         """The place of each window of this rank, as `requests` orders them; the padding repeats the last one."""

@@ -18,6 +18,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
-from fastddr.loaders.base import Loader, Requests, Task, close_all, keep_for_ever
+from fastddr.loaders.base import Loader, Requests, Seen, Task, close_all, keep_for_ever
 
 #: Steps whose use of their batches may still be queued on a GPU when the next one is asked for; not measured.
 _QUEUED = 2
@@ -48,6 +49,8 @@ class DaliLoader(Loader):
         dali_decoder.check_driver(task)
         self._paths = dali_decoder.paths_of(task)
         self._pipeline: Any = None
+        # Of a whole block at once, which each batch then takes its rows of.
+        self._of_block = lru_cache(maxsize=2)(partial(_inputs, task))
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         depth, wanted = _depth(self.task), len(requests) - start
@@ -109,8 +112,13 @@ class DaliLoader(Loader):
     def _feed(self, requests: Requests, k: int) -> None:
         # One array for a whole batch: as a list the paths would take several times as long.
         self._pipeline.feed_input("path", self._paths[requests.id[k]])
-        for name, values in _inputs(self.task, requests, k).items():
+        for name, values in self._inputs(requests, k).items():
             self._pipeline.feed_input(name, values)
+
+    def _inputs(self, requests: Requests, k: int) -> dict[str, np.ndarray]:
+        """What the graph wants to know about micro batch `k`."""
+        seen, own = requests.seen.at(k)
+        return {name: values[own] for name, values in self._of_block(seen).items()}
 
     def _receive(self, requests: Requests, k: int) -> Tensor:
         stream = torch.cuda.current_stream(self.task.device) if self.task.device.type == "cuda" else None
@@ -167,10 +175,10 @@ def _depth(task: Task) -> int:
     return task.prefetch or (3 if task.device.type == "cuda" else 2)
 
 
-def _inputs(task: Task, requests: Requests, k: int) -> dict[str, np.ndarray]:
-    """What the graph wants to know about a micro batch, besides the paths, one row for each photograph."""
+def _inputs(task: Task, seen: Seen) -> dict[str, np.ndarray]:
+    """What the graph wants to know about photographs, besides their paths, one row for each."""
     inputs: dict[str, np.ndarray] = {}
-    affine = requests.affine[k]
+    affine = seen.affine
     if task.only_crops:
         crops = sampling.as_crops(affine, task.image_size)
         assert crops is not None, "the policy said that every map is a window"
@@ -179,7 +187,7 @@ def _inputs(task: Task, requests: Requests, k: int) -> dict[str, np.ndarray]:
         if _mirrors(task):
             inputs |= {"hflip": crops.hflip.astype(np.int32), "vflip": crops.vflip.astype(np.int32)}
     else:
-        box = sampling.boxes(affine, requests.canvas_width[k], requests.canvas_height[k], task.image_size)
+        box = sampling.boxes(affine, seen.canvas_width, seen.canvas_height, task.image_size)
         back = sampling.inverse(affine)
         back[:, :, 2] -= box[:, :2]
         if task.device.type != "cuda":
@@ -189,8 +197,8 @@ def _inputs(task: Task, requests: Requests, k: int) -> dict[str, np.ndarray]:
     start, end = box[:, :2], box[:, 2:]
     if not task.canvas_is_source:
         inputs["size"] = (end - start)[:, ::-1].astype(np.float32)
-        source = np.stack([requests.source_width[k], requests.source_height[k]], axis=1)
-        scale = source / np.stack([requests.canvas_width[k], requests.canvas_height[k]], axis=1)
+        source = np.stack([seen.source_width, seen.source_height], axis=1)
+        scale = source / np.stack([seen.canvas_width, seen.canvas_height], axis=1)
         low, high = start * scale, end * scale
         # How far the antialiasing filter reads, and one pixel for rounding.
         reach = np.maximum(scale, 1) + 1
@@ -201,7 +209,7 @@ def _inputs(task: Task, requests: Requests, k: int) -> dict[str, np.ndarray]:
         inputs["roi_end"] = (high - start)[:, ::-1].astype(np.float32)
     inputs |= {"start": start.astype(np.int32), "shape": (end - start).astype(np.int32)}
     if not task.only_normalises:
-        inputs["colour"] = requests.colour[k].astype(np.float32)
+        inputs["colour"] = seen.colour.astype(np.float32)
     return inputs
 
 

@@ -46,11 +46,16 @@ def installed() -> bool:
     return bool(builds)
 
 
-@cache
 def _builds() -> tuple[str, ...]:
-    """Names of the builds of DALI that are installed; to read what all distributions are called takes a while."""
-    names = {str(distribution.metadata["Name"]) for distribution in importlib.metadata.distributions()}
-    return tuple(sorted(name for name in names if name.replace("_", "-").startswith("nvidia-dali-cuda")))
+    """Names of the builds of DALI that are installed."""
+    return tuple(sorted({name for name, _ in _packages() if name.replace("_", "-").startswith("nvidia-dali-cuda")}))
+
+
+@cache
+def _packages() -> tuple[tuple[str, str], ...]:
+    """Name and version of every package that is installed. To read them takes a while, and so is done once."""
+    found = (distribution.metadata for distribution in importlib.metadata.distributions())
+    return tuple((str(package["Name"]), str(package["Version"])) for package in found)
 
 
 def check_driver(task: Task) -> None:
@@ -124,11 +129,9 @@ def codecs() -> tuple[str, ...]:
     return _versions("nvidia-nvimgcodec")
 
 
-@cache
 def _versions(name: str) -> tuple[str, ...]:
     """Of the packages whose names begin so."""
-    found = importlib.metadata.distributions()
-    return tuple(sorted(package.version for package in found if str(package.metadata["Name"]).startswith(name)))
+    return tuple(sorted(version for package, version in _packages() if package.startswith(name)))
 
 
 def device_id(task: Task) -> int | None:

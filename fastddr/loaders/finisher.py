@@ -35,7 +35,7 @@ class Finisher(dali.DaliLoader):
 
     def windows(self, requests: Requests, k: int, out: UInt8[np.ndarray, "b h w 3"]) -> None:
         """Copies the windows of a micro batch into `out`, upside down where they shall be, but not mirrored."""
-        self._gather(dali._inputs(self.task, requests, k), requests.id[k], out)
+        self._gather(self._inputs(requests, k), requests.id[k], out)
 
     def _gather(self, inputs: dict[str, np.ndarray], ids: np.ndarray, out: UInt8[np.ndarray, "b h w 3"]) -> None:
         turned = inputs.pop("vflip").tolist() if "vflip" in inputs else [0] * len(ids)
@@ -52,7 +52,7 @@ class Finisher(dali.DaliLoader):
     def _feed(self, requests: Requests, k: int) -> None:
         if k > self._fed:
             self._fed = next(self._ready)
-        inputs = dali._inputs(self.task, requests, k)
+        inputs = self._inputs(requests, k)
         pixels: Any
         if self.task.only_crops:
             size = self.task.image_size

@@ -120,7 +120,7 @@ class ResidentLoader(Loader):
                         raise RuntimeError(f"photographs {ids[store.missing(ids)]} were not decoded")
                 yield k
                 # A photograph's windows, or the padding behind the last one, may go on in the next batch.
-                store.release(np.setdiff1d(ids, requests.id[k + 1 :][:1]))
+                store.release(ids, wanted=requests.id[k + 1 : k + 2].ravel().tolist())
         finally:
             decoded.close()
             # The last batch's, and what was decoded ahead of a loop that was left.

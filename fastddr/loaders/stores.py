@@ -123,8 +123,8 @@ class Store(ABC):
         """Those that are there but not as they were written. Looks at each photograph's pixels once."""
         return []
 
-    def release(self, ids: Int[np.ndarray, " n"]) -> None:  # noqa: B027, most have nothing to do
-        """Told when a batch of these photographs has been made."""
+    def release(self, ids: Int[np.ndarray, " n"], wanted: Sequence[int] = ()) -> None:  # noqa: B027, most do nothing
+        """Told when a batch of these photographs has been made; `wanted`: those that the next one is made of."""
 
     def get(self, id_: int) -> UInt8[Tensor, "h w 3"]:
         """The canvas of a photograph that is there; a view, not to be written to."""
@@ -184,8 +184,8 @@ class Transient(Store):
     def put(self, id_: int, canvas: UInt8[Tensor, "h w 3"]) -> None:
         self._canvases[id_] = canvas.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def release(self, ids: Int[np.ndarray, " n"]) -> None:
-        for id_ in ids.tolist():
+    def release(self, ids: Int[np.ndarray, " n"], wanted: Sequence[int] = ()) -> None:
+        for id_ in set(ids.tolist()).difference(wanted):
             self._canvases.pop(id_, None)
 
     def get(self, id_: int) -> UInt8[Tensor, "h w 3"]:

@@ -53,7 +53,7 @@ class Allocator:
         size = rounded(size)
         small = size <= _SMALL
         pool = self._free[small]
-        place = bisect_left(pool, size, key=lambda entry: entry[0])
+        place = bisect_left(pool, (size,))
         if place < len(pool):
             piece = pool.pop(place)[3]
         else:
@@ -93,12 +93,13 @@ class Allocator:
         self._keep(piece)
 
     def _keep(self, piece: _Piece) -> None:
-        # Older segments first among equals; the driver's addresses are not known.
-        insort(self._free[piece.small], (piece.size, piece.segment, piece.start, piece), key=lambda entry: entry[:3])
+        # Older segments first among equals; the driver's addresses are not known. No two pieces have one place, so the
+        # order never looks at the pieces themselves.
+        insort(self._free[piece.small], (piece.size, piece.segment, piece.start, piece))
 
     def _drop(self, piece: _Piece) -> None:
         pool = self._free[piece.small]
-        place = bisect_left(pool, (piece.size, piece.segment, piece.start), key=lambda entry: entry[:3])
+        place = bisect_left(pool, (piece.size, piece.segment, piece.start))
         assert pool[place][3] is piece
         pool.pop(place)
 

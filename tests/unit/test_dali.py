@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import struct
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from tests_support import batches, task
 from fastddr import loaders, sampling
 from fastddr.data import manifest, photograph
 from fastddr.errors import UserError
-from fastddr.loaders import canvases, dali, dali_decoder
+from fastddr.loaders import base, canvases, dali, dali_decoder
+from fastddr.loaders.base import Seen
 from fastddr.meters import is_out_of_memory
 
 
@@ -143,24 +146,24 @@ def test_dali_decodes_only_a_box_and_the_pixels_stay(
     wanted = task(found_, batch_size=4, image_size=32, augment=POLICIES[policy])
     plain = dali._inputs
     requests = wanted.requests(0)
-    whole = requests.source_width * requests.source_height
-    shares = [plain(wanted, requests, k)["shape"].prod(axis=1) / whole[k] for k in range(len(requests))]
+    seen, _ = requests.seen.at(0)
+    shares = plain(wanted, seen)["shape"].prod(axis=1) / (seen.source_width * seen.source_height)
     assert np.mean(shares) < 0.6, "most of a photograph is not decoded"
 
-    def all_of_it(wanted: loaders.Task, requests: Any, k: int) -> dict[str, np.ndarray]:
-        inputs = plain(wanted, requests, k)
+    def all_of_it(wanted: loaders.Task, seen: Seen) -> dict[str, np.ndarray]:
+        inputs = plain(wanted, seen)
         cut = inputs["start"].astype(np.float32)
         if wanted.canvas_is_source:
             # Windows of one's own canvas are bit-equal to PIL's in any case; warps are asked of the whole canvas.
             if "back" in inputs:
                 inputs["back"][:, :2, 2] += cut
                 inputs["start"][:] = 0
-                inputs["shape"] = np.stack([requests.canvas_width[k], requests.canvas_height[k]], axis=1)
+                inputs["shape"] = np.stack([seen.canvas_width, seen.canvas_height], axis=1)
         else:
             inputs["roi_start"] += cut[:, ::-1]
             inputs["roi_end"] += cut[:, ::-1]
             inputs["start"][:] = 0
-            inputs["shape"] = np.stack([requests.source_width[k], requests.source_height[k]], axis=1)
+            inputs["shape"] = np.stack([seen.source_width, seen.source_height], axis=1)
         return inputs | {"shape": inputs["shape"].astype(np.int32)}
 
     boxed = batches("dali", wanted)
@@ -170,6 +173,25 @@ def test_dali_decodes_only_a_box_and_the_pixels_stay(
         levels = np.einsum("bij,bjhw->bihw", back, (one.image - other.image).double().numpy())
         assert np.abs(levels).max() <= (EXACT if wanted.canvas_is_source else SCALED)
         assert np.abs(levels).mean() <= 0.02
+
+
+@needs_dali
+@pytest.mark.parametrize("canvas", [80, 64])
+def test_what_dali_is_told_is_worked_out_in_blocks(
+    canvas: int, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = task(found, batch_size=4, image_size=32, canvas=canvas, augment=POLICIES["fundus"])
+    plain, made = dali._inputs, []
+    whole = plain(wanted, wanted.requests(0).seen.at(0)[0])
+    monkeypatch.setattr(base, "_TOGETHER", 8)
+    monkeypatch.setattr(dali, "_inputs", lambda task, seen: made.append(len(seen.affine)) or plain(task, seen))
+    requests = wanted.requests(0)
+    loader = dali.DaliLoader(wanted)
+    told = [loader._inputs(requests, k) for k in range(len(requests))]
+    loader.close()
+    assert made == [8] * (len(requests) // 2) + [4] * (len(requests) % 2), "once a block"
+    for name, values in whole.items():
+        assert (np.concatenate([inputs[name] for inputs in told]) == values).all(), name
 
 
 def test_a_box_is_no_larger_than_the_image_needs(found: manifest.Manifest) -> None:
@@ -233,15 +255,16 @@ def test_a_build_that_is_too_new_for_the_driver_is_told_when_a_loader_opens(
 
 
 def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Distribution:
-        def __init__(self, name: str) -> None:
-            self.metadata = {"Name": name}
-
-    both = [Distribution("nvidia-dali-cuda130"), Distribution("nvidia_dali_cuda120"), Distribution("numpy")]
-    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: both)
-    monkeypatch.setattr(dali_decoder, "_builds", dali_decoder._builds.__wrapped__)
+    """And what is installed is read once, whatever is asked about it."""
+    names = ["nvidia-dali-cuda130", "nvidia_dali_cuda120", "nvidia-nvimgcodec-cu13", "numpy"]
+    both = [SimpleNamespace(metadata={"Name": name, "Version": "0.9.1"}) for name in names]
+    scans: list[int] = []
+    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: scans.append(1) or both)
+    monkeypatch.setattr(dali_decoder, "_packages", cache(dali_decoder._packages.__wrapped__))
     with pytest.raises(UserError, match="pip uninstall"):
         dali_decoder.installed()
+    assert dali_decoder.codecs() == ("0.9.1",)
+    assert len(scans) == 1
 
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>'

@@ -20,7 +20,7 @@ from fastddr.config import AugmentConfig
 from fastddr.config.augment import MAX_SHRINK, check_augment
 from fastddr.config.sections import POLICIES
 from fastddr.errors import UserError
-from fastddr.loaders import Loader, Task
+from fastddr.loaders import Loader, Task, base
 from fastddr.loaders.base import Requests
 from fastddr.loaders.vision import _Item, render
 
@@ -467,9 +467,9 @@ def test_every_number_of_ranks_sees_the_same_maps_in_each_global_batch(
         cut = {"accumulation": accumulation, "world": world}
         ranks = [_task(augment, **common, **cut, rank=rank).requests(epoch) for rank in range(world)]
         for part in PARTS:
-            whole = getattr(one, part)
+            whole = np.stack(list(getattr(one, part)))
             # (rank, step, micro batch, photograph) to global batches: a rank's part is contiguous.
-            parts = np.stack([getattr(rank, part) for rank in ranks])
+            parts = np.stack([list(getattr(rank, part)) for rank in ranks])
             parts = parts.reshape(world, len(whole), -1, *whole.shape[2:]).swapaxes(0, 1)
             assert (parts.reshape(whole.shape) == whole).all(), (part, world)
 
@@ -481,7 +481,34 @@ class Echo(Loader):
 
     def _images(self, requests: Requests, start: int) -> Generator[torch.Tensor, None, None]:
         for k in range(start, len(requests)):
-            yield torch.from_numpy(np.hstack([requests.affine[k], requests.colour[k, :, :, 1:]]))[:, None]
+            yield torch.from_numpy(np.hstack([requests.affine[k], requests.colour[k][:, :, 1:]]))[:, None]
+
+
+def test_maps_are_worked_out_in_blocks_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-equal to those of the whole epoch, and the first batch waits for those of a block alone."""
+    monkeypatch.setattr(base, "_TOGETHER", 50)
+    plain, made = sampling.training_maps, []
+    monkeypatch.setattr(sampling, "training_maps", lambda rows, *given: made.append(len(rows)) or plain(rows, *given))
+    task = _task(EVERYTHING)
+    requests = task.requests(2)
+    assert made == []
+    some = requests.id.ravel()
+    canvas = sampling.canvas_size(task.widths[some], task.heights[some], task.canvas)
+    whole = plain(sampling.numbers(200, task.seed, 2)[some], *canvas, task.image_size, EVERYTHING)
+    for k, (affine, colour) in enumerate(
+        zip(whole.affine.reshape(7, 24, 2, 3), whole.colour.reshape(7, 24, 3, 4), strict=True)
+    ):
+        # Two readers, one of which is a batch ahead.
+        assert len(requests.colour[min(k + 1, 6)]) == 24
+        assert (requests.affine[k] == affine).all()
+        assert (requests.colour[k] == colour).all()
+        assert sum(made) == 24 * min(2 * ((k + 1) // 2 + 1), 7)
+    assert (requests.affine[-1] == requests.affine[6]).all()
+    made.clear()
+    loader = Echo(replace(task, dtype=torch.float64))
+    next(loader.epoch(2, start_step=5))
+    assert made == [48], "nor is a resumed epoch's made of what it leaves out"
+    loader.close()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])

@@ -53,6 +53,8 @@ def test_what_was_put_is_got(name: Any, wanted: Task) -> None:
     assert store.missing(wanted.ids[5:]).all()
     assert all(torch.equal(store.get(id_), canvas(id_)) for id_ in ids.tolist())
     assert store.damaged(ids) == []
+    store.release(ids, wanted=ids[3:].tolist())
+    assert store.missing(ids).tolist() == [name == "none"] * 3 + [False] * 2, "what the next batch wants stays"
     store.release(ids)
     assert store.missing(ids).all() == (name == "none"), "only the transient store lets go of what was used"
     store.close()

@@ -37,11 +37,11 @@ def test_each_window_is_asked_for_once_on_any_number_of_ranks(mixed: Manifest, w
         asked = task(mixed, "test", multi=True, batch_size=each * world, rank=rank, world=world)
         requests = asked.requests(0)
         assert len(requests) == asked.steps
-        flat = zip(requests.id.ravel(), requests.valid.ravel(), requests.affine.reshape(-1, 6).tolist(), strict=True)
-        seen += [(int(id_), tuple(affine)) for id_, valid, affine in flat if valid]
+        flat = zip(requests.id.ravel(), requests.valid.ravel(), np.concatenate(list(requests.affine)), strict=True)
+        seen += [(int(id_), tuple(affine.ravel())) for id_, valid, affine in flat if valid]
     alone = task(mixed, "test", multi=True, batch_size=9).requests(0)
-    wanted = [(int(id_), tuple(affine)) for id_, affine in zip(alone.id.ravel(), alone.affine.reshape(-1, 6).tolist(),
-                                                               strict=True)]  # fmt: skip
+    flat = zip(alone.id.ravel(), np.concatenate(list(alone.affine)), strict=True)
+    wanted = [(int(id_), tuple(affine.ravel())) for id_, affine in flat]
     assert sorted(seen) == sorted(wanted)
     assert len(wanted) == 9 * len(mixed.ids("test"))
 

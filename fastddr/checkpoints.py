@@ -352,7 +352,9 @@ def _sync(path: Path) -> None:
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
-    kept = {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    # By where they lead: somebody who sets a link anew may spell it otherwise than we do.
+    led_to = {os.path.realpath(folder / name) for name in ("last", "best")}
+    kept = {path.name for path in standing(folder) if os.path.realpath(path) in led_to}
     kept |= set([path.name for path in standing(folder) if path.name <= newest][-keep:])
     for path in folder.iterdir():
         if path.is_symlink():

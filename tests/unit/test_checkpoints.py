@@ -88,6 +88,15 @@ def test_best_and_last_are_kept_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000004"]
 
 
+@pytest.mark.parametrize("spelt", ["step-00000001/", "./step-00000001", "{}/step-00000001"])
+def test_the_best_is_kept_however_its_link_is_spelt(tmp_path: Path, spelt: str) -> None:
+    write(tmp_path, 1, best=True)
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").symlink_to(spelt.format(tmp_path))
+    write(tmp_path, 2)
+    assert checkpoints.load(tmp_path / "best").state["progress"]["step"] == 1
+
+
 def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     write(tmp_path, 3)
     write(tmp_path, 3, best=True)

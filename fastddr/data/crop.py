@@ -229,5 +229,6 @@ def rows_of(lines: Iterable[bytes]) -> list[Row]:
             row = Row(*json.loads(line))
         except (ValueError, TypeError):
             continue
-        found.append(row)
+        if isinstance(row.path, str):
+            found.append(row)
     return found

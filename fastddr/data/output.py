@@ -53,7 +53,7 @@ class Output:
         It is then this process's alone, until `close`.
 
         Raises:
-            UserError: it is neither; or another process is at it.
+            UserError: it is neither; or another process is at it; or something in it leads out of it.
         """
         try:
             there = self.facts()
@@ -64,6 +64,7 @@ class Output:
                 raise UserError(
                     f"{self.out}: it is not empty and not made by `fastddr prepare`; give a new folder."
                 ) from None
+            self._refuse_links()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._hold()
             if not self.settings.is_file():
@@ -83,6 +84,7 @@ class Output:
                 f"{self.out}: it was prepared with {key} {there[key]}, not {identity[key]}; give another folder, or "
                 "remove this one."
             )
+        self._refuse_links()
         self._hold()
         self.known = self._rows()
         self.clean = not self.hidden.exists() and not self._journals()
@@ -109,9 +111,27 @@ class Output:
             self._lock.close()
 
     def facts(self) -> dict[str, Any]:
-        """Settings, label files, and how many photographs are on the sheets."""
+        """Settings, label files, and how many photographs are on the sheets.
+
+        Raises:
+            UserError: a label file lies outside of OUT.
+        """
         found: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        for label in found.get("labels", []):
+            self._refuse_outside(label)
         return found
+
+    def _refuse_outside(self, path: str) -> None:
+        """Somebody else may have made this folder, and what its tables name is moved and deleted."""
+        if os.path.isabs(path) or "\0" in path or ".." in path.split("/"):
+            raise UserError(f"{self.out}: its tables name files outside of it; give another folder.")
+
+    def _refuse_links(self) -> None:
+        """Nothing of ours in OUT is a link: what is moved, written and deleted beyond one would lie elsewhere."""
+        for folder, inside, names in os.walk(self.out):
+            names = names if folder == str(self.folder) else []
+            if link := next((path for n in inside + names if os.path.islink(path := os.path.join(folder, n))), None):
+                raise UserError(f"{link}: `fastddr prepare` makes no links in {self.out}; remove it, or give another folder.")
 
     def home(self, path: str) -> str:
         """Where an output is until all is done, relative to OUT."""
@@ -208,6 +228,7 @@ class Output:
         found: dict[str, list[Row]] = {}
         for journal in self._journals():
             for row in crop.rows_of(journal.read_bytes().split(b"\n")):
+                self._refuse_outside(row.path)
                 found.setdefault(row.path, []).append(row)
         try:
             text = (self.folder / "prepared.csv").read_bytes().decode("utf-8", "surrogateescape")
@@ -225,7 +246,8 @@ class Output:
             except (ValueError, TypeError):
                 # Torn or written over: it counts as not made, as in a journal.
                 continue
-            found.setdefault(row.path, []).append(row)
+            self._refuse_outside(path)
+            found.setdefault(path, []).append(row)
         return found
 
 

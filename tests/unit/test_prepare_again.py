@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -342,6 +343,42 @@ def test_foreign_folders_files_and_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty/prepared/settings.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         run(data, tmp_path / "empty")
+
+
+def test_what_leads_out_of_a_folder_from_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    data, out, victim = folders(tmp_path / "data"), tmp_path / "out", tmp_path / "victim"
+    run(data, out)
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years of work")
+    before = content(victim)
+    settings, table = out / "prepared/settings.json", out / "prepared/prepared.csv"
+    journal = out / "prepared/journal-0.jsonl"
+    row = table.read_text().splitlines()[1].split(",")
+
+    def refused(said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            run(data, out, on_bad="exclude")
+        assert content(victim) == before
+
+    for path in (str(victim / "thesis.txt"), "../victim/thesis.txt"):
+        written = settings.read_text()
+        settings.write_text(json.dumps(json.loads(written) | {"labels": [path]}))
+        refused("its tables name files outside of it")
+        settings.write_text(written)
+        written = table.read_text()
+        table.write_text(written + ",".join([path, *row[1:]]) + "\n")
+        refused("its tables name files outside of it")
+        table.write_text(written)
+        journal.write_text(json.dumps([path, *row[1:]]) + "\n")
+        refused("its tables name files outside of it")
+        journal.unlink()
+    for link in (out / ".unfinished", out / "train" / "9", out / "prepared" / "journal-0.jsonl"):
+        link.symlink_to(victim / "thesis.txt" if link == journal else victim)
+        refused("makes no links")
+        link.unlink()
+    # But OUT itself may be one.
+    (tmp_path / "link").symlink_to(out)
+    assert run(data, tmp_path / "link").skipped == 8
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from fastddr import files
 from fastddr.config import Config, check_text, dump, from_mapping, identity_changes
 from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
@@ -154,10 +155,9 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """The status as it was last written; empty for a run that never got so far."""
         try:
-            loaded: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            return files.parse((self.path / "status.json").read_bytes())
         except (OSError, ValueError):
             return {}
-        return loaded
 
     def append_test_scoring(self, record: dict[str, Any]) -> None:
         """One more line of `test_scorings.jsonl`."""
@@ -177,7 +177,7 @@ class RunFolder:
 def _step(line: str) -> float:
     """The step of a line; infinity of one that is not whole, because a process was killed in it."""
     try:
-        return int(json.loads(line)["step"])
+        return int(files.parse(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

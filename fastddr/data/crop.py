@@ -227,7 +227,7 @@ def rows_of(lines: Iterable[bytes]) -> list[Row]:
     for line in lines:
         try:
             row = Row(*json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
         if isinstance(row.path, str):
             found.append(row)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from fastddr import ranks
+from fastddr import files, ranks
 from fastddr.data import cache, crop, prepare
 from fastddr.data.crop import Format
 from fastddr.data.layouts.common import PREPARED
@@ -98,7 +98,7 @@ def of_run(manifest: Path, data: str) -> Recipe | None:
 
 def _recipe(file: Path, text: bytes) -> Recipe:
     try:
-        facts = json.loads(text)
+        facts = files.parse(text)
         recipe = Recipe(facts["prepare"], facts["size"], facts["format"])
         # A run may be somebody else's: its format becomes part of a path, and its size memory.
         known = type(recipe.version) is int and type(recipe.size) is int and recipe.format in get_args(Format)

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
+from fastddr import files
 from fastddr.data import crop
 from fastddr.data.crop import Row
 from fastddr.data.layouts import Entry
@@ -116,7 +117,7 @@ class Output:
         Raises:
             UserError: a label file lies outside of OUT.
         """
-        found: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        found = files.parse(self.settings.read_bytes())
         for label in found.get("labels", []):
             self._refuse_outside(label)
         return found
@@ -131,7 +132,9 @@ class Output:
         for folder, inside, names in os.walk(self.out):
             names = names if folder == str(self.folder) else []
             if link := next((path for n in inside + names if os.path.islink(path := os.path.join(folder, n))), None):
-                raise UserError(f"{link}: `fastddr prepare` makes no links in {self.out}; remove it, or give another folder.")
+                raise UserError(
+                    f"{link}: `fastddr prepare` makes no links in {self.out}; remove it, or give another folder."
+                )
 
     def home(self, path: str) -> str:
         """Where an output is until all is done, relative to OUT."""

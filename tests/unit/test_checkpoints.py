@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastddr import checkpoints
+from fastddr import checkpoints, saving
 from fastddr.checkpoints import Snapshot
 from fastddr.errors import UserError
+from fastddr.runs import RunFolder
 
 
 def trained(kind: str = "adam") -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -38,12 +41,12 @@ def save(folder: Path, *, best: bool, keep: int = 1, **content: Any) -> Path:
     return checkpoints.write(folder, Snapshot.take(**content), best=best, keep=keep)
 
 
-def write(folder: Path, number: int, best: bool = False, keep: int = 1) -> Path:
+def write(folder: Path, number: int, best: bool = False, keep: int = 1, **state: Any) -> Path:
     model, optimizer = trained()
     return save(
         folder,
         step=number,
-        state={"progress": {"step": number}},
+        state={"progress": {"step": number}} | state,
         model=model.state_dict(),
         ema=None,
         optimizer=optimizer.state_dict(),
@@ -169,6 +172,24 @@ def test_a_manifest_that_is_none_is_no_checkpoint(tmp_path: Path, content: str) 
     (write(tmp_path, 1) / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="missing or damaged"):
         checkpoints.load(tmp_path / "last")
+
+
+@pytest.mark.parametrize("state", ['{"progress": {}}', '{"optimizer": {"scalars": []}}', "[" * 100_000, "5"])
+def test_a_state_that_is_none_is_no_checkpoint(tmp_path: Path, state: str) -> None:
+    path = write(tmp_path, 1)
+    sums = json.loads((path / "manifest.json").read_text())
+    sums["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
+    (path / "state.json").write_text(state)
+    (path / "manifest.json").write_text(json.dumps(sums))
+    with pytest.raises(UserError, match=r"not a whole checkpoint \(state\.json"):
+        checkpoints.load(path)
+
+
+def test_progress_of_another_version_is_one_sentence(tmp_path: Path) -> None:
+    run, (model, optimizer) = RunFolder(tmp_path), trained()
+    write(run.checkpoints, 1, progress={"step": 1, "mood": "good"}, fingerprint="f", versions={"fastddr": "9"})
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'mood'\); go on with the version .*'9'"):
+        saving.resume(run, saving.Training(model, None, optimizer, None), "f", print)
 
 
 def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,6 +287,34 @@ def test_what_is_no_report_is_one_sentence(run: Path, tmp_path: Path) -> None:
         again.write(copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("about.json", "5", "holds a int"),
+        ("about.json", "null", "holds a NoneType"),
+        ("about.json", "[" * 100_000, "nested too deeply"),
+        ("about.json", '{"weights": []}', "'weights' is missing or of another kind"),
+        ("about.json", '{"temperature": "warm"}', "'temperature' is"),
+        ("about.json", '{"weights": {"test": 5}}', "no text"),
+        ("left_out.csv", "path,kind,reason\na.jpg,haunted,it is\n", r"line 2: there is no kind of problem 'haunted'"),
+        ("left_out.csv", "path,why\na.jpg,so\n", "its columns"),
+        ("left_out.csv", f"path,kind,reason\na.jpg,empty,{'x' * 200_000}\n", "field larger"),
+        ("predictions_last.csv", "path,split,grade,predicted,p0,p1\n", "it holds no row"),
+    ],
+)
+def test_a_report_of_another_version_or_with_a_broken_file_is_one_sentence(
+    run: Path, tmp_path: Path, file: str, text: str, said: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "report", copy)
+    if text.startswith("{"):
+        text = json.dumps(json.loads((copy / file).read_text()) | json.loads(text))
+    (copy / file).write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        again.write(copy)
+    assert file in str(caught.value)
+
+
 def test_a_name_that_is_no_text_and_a_probability_of_nothing(tmp_path: Path) -> None:
     """A file's name may hold any bytes, what Matplotlib takes for a formula, and letters that its font lacks; a softmax
     may be exactly 0."""

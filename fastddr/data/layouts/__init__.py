@@ -122,7 +122,15 @@ def _with_absent(listing: Listing) -> Listing:
         file = folder / "absent.csv"
         if file.is_file():
             with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-                for row in csv.DictReader(stream):
-                    listing.absent.append(Entry(row["path"], int(row["grade"]), None, patient_in(row["patient"])))
+                reader = csv.DictReader(stream)
+                try:
+                    for row in reader:
+                        patient = patient_in(row["patient"])
+                        listing.absent.append(Entry(row["path"], int(row["grade"]), None, patient))
+                except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+                    raise UserError(
+                        f"{file}, line {reader.line_num}: this is not a row of path,grade,patient; restore the file, "
+                        "or run `fastddr prepare` again."
+                    ) from None
             break
     return listing

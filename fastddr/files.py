@@ -40,8 +40,9 @@ def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part"
     """
     # Cut, since with more behind it a long name may be too long.
     beside = path.with_name(f".{path.name[:40]}.{uuid4().hex[:8]}{ending}")
+    stream = beside.open("xb")  # closed below
     try:
-        with beside.open("xb") as stream:
+        with stream:
             with suppress(OSError):  # there is none yet; and not every file system has rights
                 before = os.lstat(path)
                 if stat.S_ISREG(before.st_mode):

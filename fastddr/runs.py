@@ -123,12 +123,7 @@ class RunFolder:
 
     def write(self, file: Path, text: str) -> None:
         """Write a file whole or not at all."""
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        files.put(file, text.encode(), sync=True)
 
     def begin(self, config: str, manifest: str, taken: Sequence[str]) -> None:
         """Write what a new run is: its configuration, its photographs, and what it took of the weights it begins at."""

@@ -198,8 +198,9 @@ class Output:
     def finish(self, labels: Mapping[str, bytes]) -> None:
         """The photographs back in sight, and last of all the labels: from now on it is finished."""
         # What a process that was killed was writing, and folders that are empty without it.
-        for part in [*self.out.glob(f".*{crop.PART}"), *self.folder.glob(f".*{crop.PART}")]:
-            part.unlink()
+        for folder in {self.out, self.folder, *((self.out / self.inner / label).parent for label in labels)}:
+            for part in folder.glob(f".*{crop.PART}"):
+                part.unlink()
         for folder, _, names in os.walk(self.hidden, topdown=False):
             for name in names:
                 if name.startswith(".") and name.endswith(crop.PART):
@@ -326,10 +327,7 @@ def put(path: Path, content: bytes) -> None:
             return
     except FileNotFoundError:
         pass
-    part = path.with_name(f".{path.name}{crop.PART}")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        files.put(path, content, ending=crop.PART)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise crop.cannot_write(path, error) from None

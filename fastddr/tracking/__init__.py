@@ -243,12 +243,7 @@ def truncate_to(path: Path, step: int, validated: bool = True) -> int:
         if at <= step and not any(name.startswith(again) for name in record) and line.endswith("\n"):
             kept.append(line)
     if len(kept) < len(lines):
-        beside = path.with_name(f".{path.name}.tmp")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        files.put(path, "".join(kept).encode(), sync=True)
     return len(lines) - len(kept)
 
 

@@ -17,6 +17,7 @@ import photographs
 import pytest
 from eyes import FEW, content, damage, eye, folders, official, quick, run, table, told
 
+from fastddr import files
 from fastddr.data import crop, layouts, photograph, survey
 from fastddr.data.prepare import Settings
 from fastddr.errors import UserError
@@ -415,10 +416,10 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left_half_written(
 def test_a_full_disk_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = official(tmp_path / "data")
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(files, "put", full)
     with pytest.raises(UserError, match=r"settings\.json: it cannot be used \(No space left"):
         run(data, tmp_path / "out")
     monkeypatch.undo()

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -356,7 +357,10 @@ def continue_from(config: Config, run: RunFolder, world: int) -> Config:
     changes = identity_changes(stored, merged)
     if changes:
         listed = "; ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in changes.items())
-        raise UserError(f"--run-dir {run.path}: this run cannot go on with other settings: {listed}.")
+        raise UserError(
+            f"--run-dir {run.path}: this run cannot go on with other settings: {listed}; to go on as it "
+            f"began, give --preset {shlex.quote(str(run.config))} --run-dir {shlex.quote(str(run.path))} without them."
+        )
     return merged
 
 

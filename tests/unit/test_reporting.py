@@ -20,6 +20,7 @@ from rich.console import Console
 
 from fastddr import meters, reporting
 from fastddr.data.grades import ICDR
+from fastddr.data.problems import Problem
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import again, facts, plots, predictions, tables
@@ -151,6 +152,14 @@ def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
     assert "| Parameters | 1,234,567 |" in text
     assert "| Images a second | 4,313 |" in text
     assert "| Versions | torch 2, a\\|b – |" in text
+
+
+def test_names_of_others_are_no_markup_in_report_md() -> None:
+    evil = "[x](https://e.org) <img src=y> `z` *b* _c_ a_b.jpg 2 * 3 \\"
+    shown = "\\[x\\](https://e.org) \\<img src=y\\> \\`z\\` \\*b\\* \\_c\\_ a_b.jpg 2 * 3 \\\\"
+    text = tables.markdown(evil, {}, {"Data": evil}, [evil], [], [Problem(evil, "empty", evil)])
+    assert text.count(shown) == 5
+    assert evil not in text
 
 
 def test_the_best_epoch_of_the_curves_is_that_of_the_weights() -> None:

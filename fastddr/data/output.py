@@ -198,8 +198,8 @@ class Output:
     def finish(self, labels: Mapping[str, bytes]) -> None:
         """The photographs back in sight, and last of all the labels: from now on it is finished."""
         # What a process that was killed was writing, and folders that are empty without it.
-        for folder in {self.out, self.folder, *((self.out / self.inner / label).parent for label in labels)}:
-            for part in folder.glob(f".*{crop.PART}"):
+        for place in {self.out, self.folder, *((self.out / self.inner / label).parent for label in labels)}:
+            for part in place.glob(f".*{crop.PART}"):
                 part.unlink()
         for folder, _, names in os.walk(self.hidden, topdown=False):
             for name in names:

@@ -30,6 +30,7 @@ from safetensors.torch import load as deserialize
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastddr import files
 from fastddr.errors import UserError
 
 #: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
@@ -235,8 +236,11 @@ def _load(path: Path) -> Checkpoint:
         moments = deserialize((path / "optimizer.safetensors").read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the tensors of this checkpoint cannot be read ({error}).") from None
-    rest = state.pop("optimizer")
-    return Checkpoint(path=path, state=state, model=model, ema=ema, optimizer=_join_optimizer(moments, rest))
+    try:
+        optimizer = _join_optimizer(moments, state.pop("optimizer"))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _no_checkpoint(path / "state.json") from None
+    return Checkpoint(path=path, state=state, model=model, ema=ema, optimizer=optimizer)
 
 
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -314,12 +318,13 @@ def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> d
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        loaded: Any = json.loads(path.read_text())
+        return files.parse(path.read_bytes())
     except (OSError, ValueError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path.parent}: this is not a whole checkpoint ({path.name} is missing or damaged).")
-    return loaded
+        raise _no_checkpoint(path) from None
+
+
+def _no_checkpoint(file: Path) -> UserError:
+    return UserError(f"{file.parent}: this is not a whole checkpoint ({file.name} is missing or damaged).")
 
 
 def _is_whole(file: Path, expected: Any) -> bool:
@@ -381,7 +386,9 @@ def _sync(path: Path) -> None:
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
-    kept = {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    # By where they lead: somebody who sets a link anew may spell it otherwise than we do.
+    led_to = {os.path.realpath(folder / name) for name in ("last", "best")}
+    kept = {path.name for path in standing(folder) if os.path.realpath(path) in led_to}
     kept |= set([path.name for path in standing(folder) if path.name <= newest][-keep:])
     for path in folder.iterdir():
         if path.is_symlink():

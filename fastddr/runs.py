@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from fastddr import files
 from fastddr.config import Config, check_text, dump, from_mapping, identity_changes
 from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
@@ -122,12 +124,7 @@ class RunFolder:
 
     def write(self, file: Path, text: str) -> None:
         """Write a file whole or not at all."""
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        files.put(file, text.encode(), sync=True)
 
     def begin(self, config: str, manifest: str, taken: Sequence[str]) -> None:
         """Write what a new run is: its configuration, its photographs, and what it took of the weights it begins at."""
@@ -154,10 +151,9 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """The status as it was last written; empty for a run that never got so far."""
         try:
-            loaded: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            return files.parse((self.path / "status.json").read_bytes())
         except (OSError, ValueError):
             return {}
-        return loaded
 
     def append_test_scoring(self, record: dict[str, Any]) -> None:
         """One more line of `test_scorings.jsonl`."""
@@ -177,7 +173,7 @@ class RunFolder:
 def _step(line: str) -> float:
     """The step of a line; infinity of one that is not whole, because a process was killed in it."""
     try:
-        return int(json.loads(line)["step"])
+        return int(files.parse(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
@@ -361,7 +357,10 @@ def continue_from(config: Config, run: RunFolder, world: int) -> Config:
     changes = identity_changes(stored, merged)
     if changes:
         listed = "; ".join(f"{key} was {before!r} and is now {now!r}" for key, (before, now) in changes.items())
-        raise UserError(f"--run-dir {run.path}: this run cannot go on with other settings: {listed}.")
+        raise UserError(
+            f"--run-dir {run.path}: this run cannot go on with other settings: {listed}; to go on as it "
+            f"began, give --preset {shlex.quote(str(run.config))} --run-dir {shlex.quote(str(run.path))} without them."
+        )
     return merged
 
 

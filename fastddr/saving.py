@@ -100,13 +100,19 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     if path is None:
         return None
     saved = checkpoints.load(path)
-    if saved.state["fingerprint"] != fingerprint:
+    try:
+        began, progress = saved.state["fingerprint"], Progress(**saved.state["progress"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its state.json is not as this version of fastddr writes it ({error}); go on with the version "
+            f"that wrote it ({saved.state.get('versions')})."
+        ) from None
+    if began != fingerprint:
         raise UserError(
             f"--run-dir {run.path}: the data are not those that this run began with (compare {run.manifest}); "
             "restore them, or begin a new run."
         )
     checkpoints.restore(saved, training.model, training.ema, training.optimizer, training.scaler)
-    progress = Progress(**saved.state["progress"])
 
     def mended() -> bool:
         run.cut_bad_steps(progress.step)

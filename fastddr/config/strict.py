@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen = set()
+        for key in [self.construct_object(key, deep=True) for key, _ in node.value]:
+            if isinstance(key, Hashable):  # else it is no key, which is said below
+                if key in seen:
+                    problem = f"the key {key!r} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -38,6 +42,11 @@ def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
     return (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
 
 
+# What looks like a date is a text, as the name of a folder.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+    for first, known in _StrictLoader.yaml_implicit_resolvers.items()
+}
 for _kind in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
@@ -57,7 +66,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: this is not YAML: it is nested too deeply.") from None
+    # Of the last three PyYAML's own readers: a number of too many digits, `!!bool maybe`, `!!timestamp then`.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: this is not YAML: {' '.join(str(error).split())}.") from None
     if tree is None:
         return {}

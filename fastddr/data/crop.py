@@ -227,7 +227,8 @@ def rows_of(lines: Iterable[bytes]) -> list[Row]:
     for line in lines:
         try:
             row = Row(*json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
-        found.append(row)
+        if isinstance(row.path, str):
+            found.append(row)
     return found

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, get_args
 
-from fastddr import ranks
+from fastddr import files, ranks
 from fastddr.data import cache, crop, prepare
 from fastddr.data.crop import Format
 from fastddr.data.layouts.common import PREPARED
@@ -98,11 +98,15 @@ def of_run(manifest: Path, data: str) -> Recipe | None:
 
 def _recipe(file: Path, text: bytes) -> Recipe:
     try:
-        facts = json.loads(text)
-        version, size, format = facts["prepare"], facts["size"], facts["format"]
+        facts = files.parse(text)
+        recipe = Recipe(facts["prepare"], facts["size"], facts["format"])
+        # A run may be somebody else's: its format becomes part of a path, and its size memory.
+        known = type(recipe.version) is int and type(recipe.size) is int and recipe.format in get_args(Format)
+        if not known or not prepare.LEAST <= recipe.size <= prepare.MOST:
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: what it says of `fastddr prepare` cannot be read; restore it.") from None
-    return Recipe(int(version), int(size), cast(Format, str(format)))
+    return recipe
 
 
 # ------------------------------------------------------------------------------------------------ new ones

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
+from fastddr import files
 from fastddr.data import crop
 from fastddr.data.crop import Row
 from fastddr.data.layouts import Entry
@@ -53,7 +54,7 @@ class Output:
         It is then this process's alone, until `close`.
 
         Raises:
-            UserError: it is neither; or another process is at it.
+            UserError: it is neither; or another process is at it; or something in it leads out of it.
         """
         try:
             there = self.facts()
@@ -64,6 +65,7 @@ class Output:
                 raise UserError(
                     f"{self.out}: it is not empty and not made by `fastddr prepare`; give a new folder."
                 ) from None
+            self._refuse_links()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._hold()
             if not self.settings.is_file():
@@ -83,6 +85,7 @@ class Output:
                 f"{self.out}: it was prepared with {key} {there[key]}, not {identity[key]}; give another folder, or "
                 "remove this one."
             )
+        self._refuse_links()
         self._hold()
         self.known = self._rows()
         self.clean = not self.hidden.exists() and not self._journals()
@@ -109,9 +112,29 @@ class Output:
             self._lock.close()
 
     def facts(self) -> dict[str, Any]:
-        """Settings, label files, and how many photographs are on the sheets."""
-        found: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        """Settings, label files, and how many photographs are on the sheets.
+
+        Raises:
+            UserError: a label file lies outside of OUT.
+        """
+        found = files.parse(self.settings.read_bytes())
+        for label in found.get("labels", []):
+            self._refuse_outside(label)
         return found
+
+    def _refuse_outside(self, path: str) -> None:
+        """Somebody else may have made this folder, and what its tables name is moved and deleted."""
+        if os.path.isabs(path) or "\0" in path or ".." in path.split("/"):
+            raise UserError(f"{self.out}: its tables name files outside of it; give another folder.")
+
+    def _refuse_links(self) -> None:
+        """Nothing of ours in OUT is a link: what is moved, written and deleted beyond one would lie elsewhere."""
+        for folder, inside, names in os.walk(self.out):
+            names = names if folder == str(self.folder) else []
+            if link := next((path for n in inside + names if os.path.islink(path := os.path.join(folder, n))), None):
+                raise UserError(
+                    f"{link}: `fastddr prepare` makes no links in {self.out}; remove it, or give another folder."
+                )
 
     def home(self, path: str) -> str:
         """Where an output is until all is done, relative to OUT."""
@@ -175,8 +198,9 @@ class Output:
     def finish(self, labels: Mapping[str, bytes]) -> None:
         """The photographs back in sight, and last of all the labels: from now on it is finished."""
         # What a process that was killed was writing, and folders that are empty without it.
-        for part in [*self.out.glob(f".*{crop.PART}"), *self.folder.glob(f".*{crop.PART}")]:
-            part.unlink()
+        for place in {self.out, self.folder, *((self.out / self.inner / label).parent for label in labels)}:
+            for part in place.glob(f".*{crop.PART}"):
+                part.unlink()
         for folder, _, names in os.walk(self.hidden, topdown=False):
             for name in names:
                 if name.startswith(".") and name.endswith(crop.PART):
@@ -208,6 +232,7 @@ class Output:
         found: dict[str, list[Row]] = {}
         for journal in self._journals():
             for row in crop.rows_of(journal.read_bytes().split(b"\n")):
+                self._refuse_outside(row.path)
                 found.setdefault(row.path, []).append(row)
         try:
             text = (self.folder / "prepared.csv").read_bytes().decode("utf-8", "surrogateescape")
@@ -225,7 +250,8 @@ class Output:
             except (ValueError, TypeError):
                 # Torn or written over: it counts as not made, as in a journal.
                 continue
-            found.setdefault(row.path, []).append(row)
+            self._refuse_outside(path)
+            found.setdefault(path, []).append(row)
         return found
 
 
@@ -301,10 +327,7 @@ def put(path: Path, content: bytes) -> None:
             return
     except FileNotFoundError:
         pass
-    part = path.with_name(f".{path.name}{crop.PART}")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        files.put(path, content, ending=crop.PART)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise crop.cannot_write(path, error) from None

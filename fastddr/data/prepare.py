@@ -44,7 +44,7 @@ VERSION = 2
 #: Where class folders without splits go: beside them a folder `prepared` would be taken for a misspelt grade.
 _INNER = "photographs/"
 #: Sides that make sense, in pixels.
-_LEAST, _MOST = 16, 8192
+LEAST, MOST = 16, 8192
 #: Photographs for which one more process pays: it takes a second or two to start.
 _A_WORKER = 64
 #: Faults of a whole set and not of a photograph: no reason to leave one out here, where nothing is trained.
@@ -62,8 +62,8 @@ class Settings:
     """JPEG of quality 100 with full chroma, or PNG."""
 
     def __post_init__(self) -> None:
-        if not _LEAST <= self.size <= _MOST:
-            raise UserError(f"--size {self.size}: choose from {_LEAST} to {_MOST} pixels.")
+        if not LEAST <= self.size <= MOST:
+            raise UserError(f"--size {self.size}: choose from {LEAST} to {MOST} pixels.")
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,12 @@ class Problem:
 
 
 def one_line(text: object) -> str:
-    """A text that can be printed, without line breaks: a file's name, or what a decoder says, may hold anything."""
-    return " ".join(str(text).encode("utf-8", "replace").decode().split())
+    """A text that can be printed, without line breaks: a file's name, or what a decoder says, may hold anything.
+
+    What cannot be printed, as what moves a terminal's cursor or turns its lines round, is a question mark.
+    """
+    words = " ".join(str(text).encode("utf-8", "replace").decode().split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def errors(problems: Iterable[Problem]) -> list[Problem]:

@@ -94,7 +94,7 @@ def _tile(file: str, row: Row) -> Image.Image:
     tile.paste(picture, (0, 0))
     pen = ImageDraw.Draw(tile)
     font = ImageFont.load_default(_FONT)
-    pen.text((2, _SIDE + 1), _fitted(_shown(row.path.rpartition("/")[2]), pen, font), _INK, font)
+    pen.text((2, _SIDE + 1), _fitted(one_line(row.path.rpartition("/")[2]), pen, font), _INK, font)
     pen.text((2, _SIDE + 18), f"{row.method} {float(row.confidence):.2f}", _INK, font)
     return tile
 
@@ -105,11 +105,6 @@ def _brightened(image: Image.Image) -> Image.Image:
     bright = float(np.percentile(levels.max(axis=2), 98))
     factor = min(_MOST, _BRIGHT / max(bright, 1.0))
     return Image.fromarray(np.minimum(levels * factor, 255).astype(np.uint8)) if factor > 1 else image
-
-
-def _shown(name: str) -> str:
-    """A name on one line: what cannot be printed, a control character or what is not UTF-8, as a question mark."""
-    return "".join(letter if letter.isprintable() else "?" for letter in one_line(name))
 
 
 def _fitted(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

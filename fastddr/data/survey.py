@@ -213,7 +213,7 @@ def take(
     Raises:
         UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
     """
-    listing = layouts.find(data)
+    listing = layouts.find(data, follow_links)
     # Split first: what is left out later must not move others from one split to another.
     entries, notes = splits.assign(listing, splitting or SplitConfig())
     kept = [entry for entry in entries if entry.path not in exclude]

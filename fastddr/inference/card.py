@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fastddr import files
 from fastddr.config import Config
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.masters import Recipe
@@ -139,7 +139,7 @@ def name(config: Config) -> str:
 def _metrics(restored: Restored) -> dict[str, Any]:
     file = restored.run.path / "report" / "metrics.json"
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = files.parse(file.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastddr import files
 from fastddr.cli import answered
 from fastddr.data import output
 from fastddr.errors import UserError
@@ -91,10 +92,9 @@ def _ours(file: Path) -> bool:
         known = len(rest) == 1 and _BOOTSTRAP in rest[0] and rest[0].endswith(tables.DISCLAIMER) and "\n" not in rest[0]
         return not text or (known and all(line.startswith("|") for line in table_.splitlines()))
     try:
-        found = json.loads(text or "{}")
+        return not text or files.parse(text).keys() == {"split", "first", "runs"}
     except ValueError:
         return False
-    return isinstance(found, dict) and (not text or found.keys() == {"split", "first", "runs"})
 
 
 def _name(place: Path) -> str:

@@ -8,7 +8,7 @@ A photograph that cannot be used has a row with its reason, and ends nothing.
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from fastddr import ranks, runtime
+from fastddr import files, ranks, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, output, photos, prepare
@@ -223,16 +223,9 @@ def rows(answer: Answer, classes: int) -> list[list[str]]:
 def _write(asked: Predict, answer: Answer, classes: int) -> None:
     """The table as a whole or not at all."""
     out = asked.out.resolve()  # a link stays one
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows(rows(answer, classes))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, out)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows(answer, classes))
+    files.put(out, text.getvalue().encode("utf-8", "surrogateescape"), sync=True)
 
 
 def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console) -> None:

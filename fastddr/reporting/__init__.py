@@ -10,7 +10,6 @@ Each file is written beside and renamed, so a kill leaves no half of one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fastddr import files
 from fastddr.data import problems
 from fastddr.data.problems import Problem
 from fastddr.evaluation import bootstrap
@@ -98,20 +98,20 @@ def write(
         "temperature": temperature,
         "fit": fit,
     }
-    _put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-    _put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
+    files.put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    files.put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
     if predicted:
         these = {name: split for name, split in splits.items() if name != LAST}
-        _put(report / predictions.FILE, predictions.dump(these))
+        files.put(report / predictions.FILE, predictions.dump(these))
         if LAST in splits:
-            _put(report / predictions.LAST_FILE, predictions.dump({LAST: splits[LAST]}))
+            files.put(report / predictions.LAST_FILE, predictions.dump({LAST: splits[LAST]}))
     if left_out:
-        _put(report / "left_out.csv", problems.write_list(left_out).encode("utf-8", "surrogateescape"))
+        files.put(report / "left_out.csv", problems.write_list(left_out).encode("utf-8", "surrogateescape"))
     text = tables.markdown(title, found, facts, notes, list(pictures), left_out)
-    _put(report / "report.md", text.encode())
+    files.put(report / "report.md", text.encode())
     # Last: a picture that cannot be drawn takes no figures with it.
     for name, draw in pictures.items():
-        _put(report / name, draw())
+        files.put(report / name, draw())
     return report / "report.md"
 
 
@@ -182,10 +182,3 @@ def _weights(found: Mapping[str, Mapping[str, Any]]) -> list[Text]:
 
 def _column(name: str) -> str:
     return "valid (last)" if name == LAST else name
-
-
-def _put(path: Path, content: bytes) -> None:
-    """The file as a whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

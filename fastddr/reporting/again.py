@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastddr import reporting
-from fastddr.data.problems import Problem
+from fastddr import __version__, files, reporting
+from fastddr.data.problems import Problem, one_line
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.reporting import ABOUT, predictions
+
+#: What about.json holds; older ones lack the last two.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "facts": dict, "notes": list, "weights": dict, "root": (str, type(None)), "run": str,
+    "temperature": (float, int, type(None)), "fit": bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,31 @@ def stored(folder: Path) -> Stored:
     splits = predictions.load(folder / predictions.FILE, about["weights"])
     last = folder / predictions.LAST_FILE
     if last.is_file():
-        splits[predictions.LAST] = next(iter(predictions.load(last, about["weights"]).values()))
-    left_out = []
-    if (folder / "left_out.csv").is_file():
-        with (folder / "left_out.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            left_out = [Problem(row["path"], row["kind"], row["reason"]) for row in csv.DictReader(stream)]
-    return Stored(about, splits, left_out)
+        under_last = predictions.load(last, about["weights"])
+        if not under_last:
+            raise UserError(f"{last}: it holds no row; score the run anew.")
+        splits[predictions.LAST] = next(iter(under_last.values()))
+    return Stored(about, splits, _left_out(folder / "left_out.csv"))
+
+
+def _left_out(file: Path) -> list[Problem]:
+    """The photographs and labels that were not used; none where the file is not there."""
+    if not file.is_file():
+        return []
+    found = []
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            for row in reader:
+                found.append(Problem(row["path"], row["kind"], row["reason"] or ""))
+        except KeyError:
+            raise UserError(f"{file}: its columns are not path,kind,reason; score the run anew.") from None
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"{file}, line {reader.line_num}: {one_line(error)} in fastddr {__version__}; make the report with the "
+                "version that wrote it, or score the run anew."
+            ) from None
+    return found
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -68,9 +92,12 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     file = folder / ABOUT
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not {"facts", "notes", "weights", "root", "run"} <= set(found):
-            raise ValueError("keys are missing")
+        found = {"temperature": None, "fit": True} | files.parse(file.read_bytes())
+        for key, kinds in _KINDS.items():
+            if key not in found or not isinstance(found[key], kinds):
+                raise ValueError(f"{key!r} is missing or of another kind")
+        if not all(isinstance(said, str) for said in found["weights"].values()):
+            raise ValueError("'weights' holds what is no text")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); score the run anew with `fastddr evaluate`.") from None
     return found
@@ -95,5 +122,5 @@ def write(place: Path, root: Path | None = None) -> Path:
     run = named.parent if named.name == "report" else folder
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
-        temperature=about.get("temperature"), fit=about.get("fit", True), title=about["run"], predicted=False,
+        temperature=about["temperature"], fit=about["fit"], title=about["run"], predicted=False,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ SHORT = {
     "Referable: sensitivity": "sensitivity",
     "Referable: specificity": "specificity",
 }
+#: What Markdown takes for its own; a star or an underscore only where it may begin or end something.
+_MARKUP = re.compile(r"[\\`\[\]<>|]|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])")
 
 
 def names(classes: int) -> list[str]:
@@ -134,7 +137,7 @@ def markdown(
         if "calibrated" in values
     }
     if temperatures:
-        told = "; ".join(f"{value} for {weights}" for weights, value in temperatures.items())
+        told = "; ".join(f"{value} for {_text(weights)}" for weights, value in temperatures.items())
         parts.append(
             f"Temperature, fitted on the run's valid: {told}. The calibrated probabilities are the softmax of the "
             "logits over it; no other figure here uses them."
@@ -164,7 +167,7 @@ def markdown(
     if "confusion_matrix.png" in pictures:
         parts.append("![Confusion matrices](confusion_matrix.png)")
     for split, values in found.items():
-        parts += [f"### {title(split)}", _matrix(values["confusion_matrix"])]
+        parts += [f"### {_text(title(split))}", _matrix(values["confusion_matrix"])]
     if "reliability.png" in pictures:
         parts += ["## Calibration", "![Accuracy against confidence](reliability.png)"]
     if "worst.png" in pictures:
@@ -203,14 +206,20 @@ def _endpoints(found: Mapping[str, Figures]) -> str:
 
 def _matrix(matrix: Sequence[Sequence[int]]) -> str:
     labels = [f"{grade} {name}" for grade, name in enumerate(names(len(matrix)))]
-    body = [[f"**{label}**", *(f"{n:,}" for n in row)] for label, row in zip(labels, matrix, strict=True)]
-    return table(["truth ↓ predicted →", *labels], body)
+    body = [[label, *(f"{n:,}" for n in row)] for label, row in zip(labels, matrix, strict=True)]
+    return table(["truth ↓ predicted →", *labels], body, bold=True)
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table: the first `left` columns to the left, the others to the right if there are several."""
+def table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, *, bold: bool = False) -> str:
+    """A Markdown table: the first `left` columns to the left, the others to the right if there are several.
+
+    With `bold` the cells below the first heading are.
+    """
     rule = [":--"] * left + [":--" if len(head) == 2 else "--:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(_text(text) for text in line) + " |" for line in (head, rule, *body))
+    lines = [[_text(text) for text in line] for line in body]
+    if bold:
+        lines = [[f"**{first}**", *rest] for first, *rest in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ([_text(text) for text in head], rule, *lines))
 
 
 def _fact(value: Any) -> str:
@@ -228,8 +237,8 @@ def _fact(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """One line that breaks no table."""
-    return one_line(text).replace("|", "\\|")
+    """One line that breaks no table and is shown as it stands: names and reasons are of whoever made the data."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def at(values: Mapping[str, Any], keys: Sequence[str]) -> Any:

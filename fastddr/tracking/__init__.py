@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastddr import files
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError
 from fastddr.tracking.copies import Answers, Copy, Mistake, first_line
@@ -208,8 +209,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if line.endswith("}"):
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                found.append(files.parse(line))
+            except ValueError as error:
                 raise _broken(path, number) from error
     return found
 
@@ -231,9 +232,9 @@ def truncate_to(path: Path, step: int, validated: bool = True) -> int:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = files.parse(line)
             at = int(record["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if number == len(lines):
                 break
             raise _broken(path, number) from error
@@ -242,12 +243,7 @@ def truncate_to(path: Path, step: int, validated: bool = True) -> int:
         if at <= step and not any(name.startswith(again) for name in record) and line.endswith("\n"):
             kept.append(line)
     if len(kept) < len(lines):
-        beside = path.with_name(f".{path.name}.tmp")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        files.put(path, "".join(kept).encode(), sync=True)
     return len(lines) - len(kept)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from fastddr import files
 from fastddr.data.photograph import DAMAGED, turned
 
 #: Longest side of a photograph in a tracker, in pixels.
@@ -80,9 +80,7 @@ def short(path: Path) -> str:
 
 def write_line(file: Path, line: str) -> None:
     """Beside and renamed: an empty file would be taken for what it is not at every later start."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(f"{line}\n", encoding="utf-8")
-    os.replace(beside, file)
+    files.put(file, f"{line}\n".encode())
 
 
 def thumbnail(file: Path) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 from safetensors.torch import save as by_the_library
 from torch import nn
 
-from fastddr import checkpoints
+from fastddr import checkpoints, saving
 from fastddr.checkpoints import Snapshot
 from fastddr.errors import UserError
+from fastddr.runs import RunFolder
 
 
 def trained(kind: str = "adam") -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -39,12 +42,12 @@ def save(folder: Path, *, best: bool, keep: int = 1, **content: Any) -> Path:
     return checkpoints.write(folder, Snapshot.take(**content), best=best, keep=keep)
 
 
-def write(folder: Path, number: int, best: bool = False, keep: int = 1) -> Path:
+def write(folder: Path, number: int, best: bool = False, keep: int = 1, **state: Any) -> Path:
     model, optimizer = trained()
     return save(
         folder,
         step=number,
-        state={"progress": {"step": number}},
+        state={"progress": {"step": number}} | state,
         model=model.state_dict(),
         ema=None,
         optimizer=optimizer.state_dict(),
@@ -87,6 +90,15 @@ def test_best_and_last_are_kept_and_nothing_else(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "last") == "step-00000003"
     write(tmp_path, 4, best=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000004"]
+
+
+@pytest.mark.parametrize("spelt", ["step-00000001/", "./step-00000001", "{}/step-00000001"])
+def test_the_best_is_kept_however_its_link_is_spelt(tmp_path: Path, spelt: str) -> None:
+    write(tmp_path, 1, best=True)
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").symlink_to(spelt.format(tmp_path))
+    write(tmp_path, 2)
+    assert checkpoints.load(tmp_path / "best").state["progress"]["step"] == 1
 
 
 def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
@@ -180,6 +192,24 @@ def test_a_manifest_that_is_none_is_no_checkpoint(tmp_path: Path, content: str) 
     (write(tmp_path, 1) / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="missing or damaged"):
         checkpoints.load(tmp_path / "last")
+
+
+@pytest.mark.parametrize("state", ['{"progress": {}}', '{"optimizer": {"scalars": []}}', "[" * 100_000, "5"])
+def test_a_state_that_is_none_is_no_checkpoint(tmp_path: Path, state: str) -> None:
+    path = write(tmp_path, 1)
+    sums = json.loads((path / "manifest.json").read_text())
+    sums["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
+    (path / "state.json").write_text(state)
+    (path / "manifest.json").write_text(json.dumps(sums))
+    with pytest.raises(UserError, match=r"not a whole checkpoint \(state\.json"):
+        checkpoints.load(path)
+
+
+def test_progress_of_another_version_is_one_sentence(tmp_path: Path) -> None:
+    run, (model, optimizer) = RunFolder(tmp_path), trained()
+    write(run.checkpoints, 1, progress={"step": 1, "mood": "good"}, fingerprint="f", versions={"fastddr": "9"})
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'mood'\); go on with the version .*'9'"):
+        saving.resume(run, saving.Training(model, None, optimizer, None), "f", print)
 
 
 def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,13 @@ def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
         ("a: &a [1, 1]\nb: &b [*a, *a]\nlr: [*b, *b]", "write out *a here"),
         ("- 1", "not a list"),
         ("a: [", "not YAML"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "not YAML"),
+        ("seed: 0x_", "not YAML"),
+        ("seed: !!int abc", "not YAML"),
+        ("compile: !!bool maybe", "not YAML"),
+        ("data: !!timestamp foo", "not YAML"),
+        ("? [a]\n: 1", "unhashable"),
         ("loss: {label_smoothing: 1.5}", "label_smoothing"),
         ("epochs: yes", "epochs"),
         ("epochs: '3'", "epochs"),
@@ -220,6 +227,13 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     for text, value in [("1e-4", 1e-4), ("2.5E+1", 25.0), ("3", 3.0), ("0.5", 0.5)]:
         file.write_text(f"lr: {text}")  # YAML 1.1 calls the first a string
         assert load_preset(str(file)).lr == value
+
+
+def test_a_folder_named_by_a_date_is_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for text in ("2026-11-30", "2026-13-01", "2026-11-30 10:00:00"):
+        file.write_text(f"data: {text}")
+        assert load_preset(str(file)).data == text
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,54 @@ def test_a_bad_row_is_named_with_its_line(row: list[str], kind: str, said: str, 
 
 
 @pytest.mark.parametrize(
+    ("name", "link"),
+    [("official", "DR_grading/valid.txt"), ("gdrbench", "splits/DDR_train.txt"), ("csv", "labels.csv")],
+)
+def test_a_label_file_that_leads_out_is_refused_before_it_is_read(name: str, link: str, tmp_path: Path) -> None:
+    data, secret = tmp_path / "set", tmp_path / "secret"
+    LAYOUTS[name](data)
+    link_at = next(data.rglob(Path(link).name), data / link)
+    link_at.rename(secret)
+    link_at.symlink_to(secret)
+    before = secret.read_text()
+    secret.write_text(before.partition("\n")[0] + "\npassword\n")
+    with pytest.raises(UserError, match="this label file is a link that leads out of the data") as caught:
+        layouts.find(data)
+    assert "password" not in str(caught.value)
+    secret.write_text(before)
+    assert layouts.find(data, follow_links=True).entries
+    # A link within the set is none that leads out, wherever the set lies.
+    link_at.unlink()
+    secret.rename(data / "real.txt")
+    link_at.symlink_to(data / "real.txt")
+    (tmp_path / "linked").symlink_to(data)
+    assert layouts.find(tmp_path / "linked").entries
+
+
+def test_of_a_table_beyond_a_link_not_even_the_header_is_told(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("password,1\n")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "x.csv").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="no known layout") as caught:
+        layouts.find(tmp_path / "set")
+    assert "password" not in str(caught.value)
+
+
+def test_a_pipe_is_no_table_and_a_long_line_is_cut(tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    LAYOUTS["official"](data)
+    with next(data.rglob("train.txt")).open("a") as labels:
+        labels.write("x" * 500 + "\n" + "y.jpg " + "9" * 5000 + "\n")
+    wrong = [problem.reason for problem in layouts.find(data).problems if problem.kind == "label"]
+    assert len(wrong) == 2
+    assert max(map(len, wrong)) < 100
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "empty" / "x.csv")
+    with pytest.raises(UserError, match="no known layout"):
+        layouts.find(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
     ("names", "said"),
     [
         (["DDR-dataset.zip.001", "DDR-dataset.zip.010"],

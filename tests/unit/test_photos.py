@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from photographs import draw, official, write_csv
@@ -182,6 +184,17 @@ def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> No
         with pytest.raises(UserError, match="does not say whether"):
             masters.of_run(file, str(tmp_path / "gone"))
     assert len(list(csv.reader(text.splitlines()))) == text.count("\n")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"format": "x/../../evil"}, {"format": ["jpeg"]}, {"size": 30000}, {"size": -5}, {"size": True},
+              {"size": float("nan")}, {"prepare": "x"}],
+)  # fmt: skip
+def test_a_manifest_chooses_neither_places_nor_memory(wrong: dict[str, Any], tmp_path: Path) -> None:
+    told = {"prepare": 2, "version": 2, "size": 48, "format": "jpeg"} | wrong
+    (tmp_path / "manifest.csv").write_text(f"# prepared: {json.dumps(told)}\npath\n")
+    with pytest.raises(UserError, match=r"manifest\.csv: what it says of `fastddr prepare` cannot be read"):
+        masters.of_run(tmp_path / "manifest.csv", "synthetic")
 
 
 def test_masters_of_another_version_are_refused(folder: Path) -> None:

@@ -157,3 +157,16 @@ def test_a_photograph_too_long_for_a_square_is_bad(tmp_path: Path) -> None:
     assert set(told(data)) - set(told(tmp_path / "out")) == {"train/0/long"}
     again = run(data, tmp_path / "out", on_bad="exclude")
     assert (again.done, again.skipped) == (0, 9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["path,grade\na.jpg,1\n", "path,grade,patient\na.jpg,,\n", "path,grade,patient\na.jpg",
+     f"path,grade,patient\n{'x' * 200_000},1,\n"],
+)  # fmt: skip
+def test_a_broken_list_of_what_is_left_out_is_one_sentence(tmp_path: Path, text: str) -> None:
+    data = folders(tmp_path / "data")
+    (data / "prepared").mkdir()
+    (data / "prepared" / "absent.csv").write_text(text)
+    with pytest.raises(UserError, match=r"absent\.csv, line [12]: this is not a row"):
+        layouts.find(data)

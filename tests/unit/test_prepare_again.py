@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import photographs
 import pytest
 from eyes import FEW, content, damage, eye, folders, official, quick, run, table, told
 
+from fastddr import files
 from fastddr.data import crop, layouts, photograph, survey
 from fastddr.data.prepare import Settings
 from fastddr.errors import UserError
@@ -344,6 +346,42 @@ def test_foreign_folders_files_and_sets_are_refused(tmp_path: Path) -> None:
         run(data, tmp_path / "empty")
 
 
+def test_what_leads_out_of_a_folder_from_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    data, out, victim = folders(tmp_path / "data"), tmp_path / "out", tmp_path / "victim"
+    run(data, out)
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years of work")
+    before = content(victim)
+    settings, table = out / "prepared/settings.json", out / "prepared/prepared.csv"
+    journal = out / "prepared/journal-0.jsonl"
+    row = table.read_text().splitlines()[1].split(",")
+
+    def refused(said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            run(data, out, on_bad="exclude")
+        assert content(victim) == before
+
+    for path in (str(victim / "thesis.txt"), "../victim/thesis.txt"):
+        written = settings.read_text()
+        settings.write_text(json.dumps(json.loads(written) | {"labels": [path]}))
+        refused("its tables name files outside of it")
+        settings.write_text(written)
+        written = table.read_text()
+        table.write_text(written + ",".join([path, *row[1:]]) + "\n")
+        refused("its tables name files outside of it")
+        table.write_text(written)
+        journal.write_text(json.dumps([path, *row[1:]]) + "\n")
+        refused("its tables name files outside of it")
+        journal.unlink()
+    for link in (out / ".unfinished", out / "train" / "9", out / "prepared" / "journal-0.jsonl"):
+        link.symlink_to(victim / "thesis.txt" if link == journal else victim)
+        refused("makes no links")
+        link.unlink()
+    # But OUT itself may be one.
+    (tmp_path / "link").symlink_to(out)
+    assert run(data, tmp_path / "link").skipped == 8
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match="--size 8"):
         Settings(8)
@@ -378,10 +416,10 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left_half_written(
 def test_a_full_disk_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = official(tmp_path / "data")
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(files, "put", full)
     with pytest.raises(UserError, match=r"settings\.json: it cannot be used \(No space left"):
         run(data, tmp_path / "out")
     monkeypatch.undo()

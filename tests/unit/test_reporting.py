@@ -20,6 +20,7 @@ from rich.console import Console
 
 from fastddr import meters, reporting
 from fastddr.data.grades import ICDR
+from fastddr.data.problems import Problem
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import again, facts, plots, predictions, tables
@@ -153,6 +154,14 @@ def test_report_md_has_its_axes_and_its_words(run: Path) -> None:
     assert "| Versions | torch 2, a\\|b – |" in text
 
 
+def test_names_of_others_are_no_markup_in_report_md() -> None:
+    evil = "[x](https://e.org) <img src=y> `z` *b* _c_ a_b.jpg 2 * 3 \\"
+    shown = "\\[x\\](https://e.org) \\<img src=y\\> \\`z\\` \\*b\\* \\_c\\_ a_b.jpg 2 * 3 \\\\"
+    text = tables.markdown(evil, {}, {"Data": evil}, [evil], [], [Problem(evil, "empty", evil)])
+    assert text.count(shown) == 5
+    assert evil not in text
+
+
 def test_the_best_epoch_of_the_curves_is_that_of_the_weights() -> None:
     """Of equal kappas the loss has decided, which the picture cannot know."""
     logged = [{"epoch": epoch, "valid/qwk": kappa} for epoch, kappa in ((1, 0.4), (2, 0.7), (3, 0.7))]
@@ -255,8 +264,12 @@ def test_a_report_made_again_is_the_same(run: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in (copy / "report").iterdir()}
     for name in set(before) - {"about.json", "predictions.csv", "predictions_last.csv"}:
         (copy / "report" / name).unlink()
+        # Through what somebody has put there nothing is written.
+        (copy / f"report/.{name}.tmp").symlink_to(copy / "config.yaml")
+    (copy / "config.yaml").write_text("lr: 1")
     assert again.write(copy) == copy / "report" / "report.md"
-    after = {path.name: path.read_bytes() for path in (copy / "report").iterdir()}
+    assert (copy / "config.yaml").read_text() == "lr: 1"
+    after = {path.name: path.read_bytes() for path in (copy / "report").iterdir() if not path.is_symlink()}
     assert after.keys() == before.keys()
     same = {"report.md", "predictions.csv", "predictions_last.csv", "about.json", "confusion_matrix.png", "worst.png"}
     for name in same - {"about.json"}:
@@ -285,6 +298,34 @@ def test_what_is_no_report_is_one_sentence(run: Path, tmp_path: Path) -> None:
     (copy / "about.json").unlink()
     with pytest.raises(UserError, match=r"about\.json"):
         again.write(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("about.json", "5", "holds a int"),
+        ("about.json", "null", "holds a NoneType"),
+        ("about.json", "[" * 100_000, "nested too deeply"),
+        ("about.json", '{"weights": []}', "'weights' is missing or of another kind"),
+        ("about.json", '{"temperature": "warm"}', "'temperature' is"),
+        ("about.json", '{"weights": {"test": 5}}', "no text"),
+        ("left_out.csv", "path,kind,reason\na.jpg,haunted,it is\n", r"line 2: there is no kind of problem 'haunted'"),
+        ("left_out.csv", "path,why\na.jpg,so\n", "its columns"),
+        ("left_out.csv", f"path,kind,reason\na.jpg,empty,{'x' * 200_000}\n", "field larger"),
+        ("predictions_last.csv", "path,split,grade,predicted,p0,p1\n", "it holds no row"),
+    ],
+)
+def test_a_report_of_another_version_or_with_a_broken_file_is_one_sentence(
+    run: Path, tmp_path: Path, file: str, text: str, said: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "report", copy)
+    if text.startswith("{"):
+        text = json.dumps(json.loads((copy / file).read_text()) | json.loads(text))
+    (copy / file).write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        again.write(copy)
+    assert file in str(caught.value)
 
 
 def test_a_name_that_is_no_text_and_a_probability_of_nothing(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddr.config import load_preset
-from fastddr.runs import Progress, locate
+from fastddr.config import dump, load_preset
+from fastddr.errors import UserError
+from fastddr.runs import Progress, RunFolder, continue_from, locate
 
 #: Few values, so that ties are common.
 EPOCHS = st.lists(
@@ -62,3 +63,16 @@ def test_a_run_is_called_by_preset_data_and_time(preset: str, data: str, name: s
     found, earlier = locate(config, datetime(2026, 3, 4, 5, 6, 7))
     assert found == Path("runs") / f"{name}-20260304-050607"
     assert earlier is None
+
+
+def test_other_settings_are_refused_with_the_way_on(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "a run")
+    run.path.mkdir()
+    began = load_preset("quickstart")
+    run.config.write_text(dump(began))
+    with pytest.raises(
+        UserError, match=r"lr was .* and is now 0\.5; to go on as it began, give (.*) without"
+    ) as caught:
+        continue_from(replace(began, lr=0.5), run, world=1)
+    assert f"--preset '{run.config}' --run-dir '{run.path}'" in str(caught.value)
+    assert continue_from(load_preset(str(run.config)), run, world=1).lr == began.lr

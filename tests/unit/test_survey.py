@@ -402,6 +402,10 @@ def test_odd_names_are_a_note_and_are_trained_on(name: str, tmp_path: Path) -> N
     assert all("\n" not in note for note in found.notes)
 
 
+def test_what_moves_a_terminal_is_not_printed() -> None:
+    assert problems.one_line("a\x1b[2J\x9b\u202eb\n\udcff é 目.jpg") == "a?[2J??b ? é 目.jpg"
+
+
 def test_a_name_that_is_no_text_at_all(tmp_path: Path) -> None:
     """A file name in Latin-1 on a file system of bytes."""
     root = folders(tmp_path)

@@ -19,7 +19,8 @@ from trackers import alone as alone  # a fixture of all these tests
 from trackers import events, history, inspect, lines, offline_files, start
 
 from fastddr.config import TrackingConfig
-from fastddr.tracking import Tracker, wandb_run
+from fastddr.errors import UserError
+from fastddr.tracking import METRICS, Tracker, read, truncate_to, wandb_run
 
 
 def test_an_id_of_wandb_that_a_kill_left_empty_is_made_anew(tmp_path: Path) -> None:
@@ -241,6 +242,14 @@ def test_a_part_that_cannot_be_read_is_said_and_ends_wandb(tmp_path: Path, monke
     assert ended == [1], "the run that was begun"
     assert "WANDB_DATA_DIR" not in os.environ
     assert [line["step"] for line in lines(run)] == [1, 2]
+
+
+def test_a_line_nested_too_deeply_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / METRICS
+    file.write_text('{"a":' * 100_000 + "1" + "}" * 100_000 + '\n{"step": 1}\n')
+    for look in (read, lambda path: truncate_to(path, 1)):
+        with pytest.raises(UserError, match="line 1: not a line of figures"):
+            look(file)
 
 
 def test_a_line_that_has_no_more_than_a_step_is_no_obstacle(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fastddr.data.layouts.common import (
     PREPARED,
     SPLITS,
     Entry,
+    Fence,
     Listing,
     located,
     patient_in,
@@ -38,8 +39,11 @@ _DEPTH = 3
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz")
 
 
-def find(data: str | Path) -> Listing:
+def find(data: str | Path, follow_links: bool = False) -> Listing:
     """The listing of a data set: of its folder, of one above it, or of a label table.
+
+    Args:
+        follow_links: also read label files to which links lead out of the folder; a table that was given is read.
 
     Raises:
         UserError: no such place, no known layout, more than one, or labels that cannot be read.
@@ -61,10 +65,12 @@ def find(data: str | Path) -> Listing:
             + (f"{packed}, and give the folder." if packed else
                "this is a file; give the folder that holds the photographs, or a label table (.csv).")
         )  # fmt: skip
-    level = [place]
+    level, fence = [place], Fence(place, follow_links)
     for depth in range(_DEPTH + 1):
         found = [
-            (folder, listing) for folder in level if (listing := _in(folder, place, strict=depth == 0)) is not None
+            (folder, listing)
+            for folder in level
+            if (listing := _in(folder, place, fence, strict=depth == 0)) is not None
         ]
         if len(found) > 1:
             where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
@@ -75,11 +81,11 @@ def find(data: str | Path) -> Listing:
     raise UserError(
         f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
         "(DR_grading.csv, or a CSV with the header path,grade), or class folders like train/0/ or train/mild/"
-        f"{_instead(place)}."
+        f"{_instead(place, fence)}."
     )
 
 
-def _instead(folder: Path) -> str:
+def _instead(folder: Path, fence: Fence) -> str:
     """What lies in a folder that holds no data set and may be the reason; empty where there is nothing to say."""
     try:
         names = sorted(os.listdir(folder))
@@ -88,7 +94,8 @@ def _instead(folder: Path) -> str:
     packed = _packed(names)
     if packed:
         return f"; {packed}"
-    headers = [(name, header) for name in names if (header := unknown_header(folder / name)) is not None]
+    inside = [name for name in names if fence.holds(folder / name, folder)]
+    headers = [(name, header) for name in inside if (header := unknown_header(folder / name)) is not None]
     if headers:
         name, header = headers[0]
         return f"; the header of {name} is {header}, which is none of those that are known (docs/data.md)"
@@ -107,9 +114,10 @@ def _packed(names: Sequence[str]) -> str | None:
     return f"{whole} is an archive: unpack it" if whole else None
 
 
-def _in(folder: Path, top: Path, *, strict: bool) -> Listing | None:
+def _in(folder: Path, top: Path, fence: Fence, *, strict: bool) -> Listing | None:
     try:
-        return official(folder) or gdrbench(folder) or tables(folder, top) or folders(folder, strict=strict)
+        by_labels = official(folder, fence) or gdrbench(folder, fence) or tables(folder, top, fence)
+        return by_labels or folders(folder, strict=strict)
     except PermissionError:
         if strict:
             raise
@@ -122,7 +130,15 @@ def _with_absent(listing: Listing) -> Listing:
         file = folder / "absent.csv"
         if file.is_file():
             with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-                for row in csv.DictReader(stream):
-                    listing.absent.append(Entry(row["path"], int(row["grade"]), None, patient_in(row["patient"])))
+                reader = csv.DictReader(stream)
+                try:
+                    for row in reader:
+                        patient = patient_in(row["patient"])
+                        listing.absent.append(Entry(row["path"], int(row["grade"]), None, patient))
+                except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+                    raise UserError(
+                        f"{file}, line {reader.line_num}: this is not a row of path,grade,patient; restore the file, "
+                        "or run `fastddr prepare` again."
+                    ) from None
             break
     return listing

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.problems import Problem, one_line
+from fastddr.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 #: Where `fastddr prepare` keeps its tables and sheets.
@@ -33,6 +34,8 @@ _GRADE_NAMES = {
 _OF_SYSTEM = ("__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found")
 #: The name of a photograph of EyePACS, which tells its patient.
 _EYE = re.compile(r"(\d+)_(?:left|right)")
+#: Characters of a line of a label file that a sentence shows.
+_QUOTED = 40
 #: What stands in a column of patients where there is none, in lower case.
 _NO_PATIENT = ("", "-", "na", "n/a", "nan", "none", "null", "unknown", "anon", "anonymous")
 
@@ -126,6 +129,28 @@ def located(data: str | Path) -> Path:
     place = Path(data).expanduser()
     own = place.parent.resolve() / place.name
     return own if own.suffix.lower() == ".csv" and own.is_file() else place.resolve()
+
+
+class Fence:
+    """Which label files may be read: a set from elsewhere must not choose which files of this machine are told of."""
+
+    def __init__(self, given: Path, follow_links: bool) -> None:
+        """`given` is the folder that the user gave; with `follow_links` all are read."""
+        self._given, self._open = Path(os.path.realpath(given)), follow_links
+
+    def holds(self, file: Path, root: Path) -> bool:
+        """Whether a file of the set at `root` lies in it, or in the folder above it that was given."""
+        own = Path(os.path.realpath(root))
+        fence = own if self._given.is_relative_to(own) else self._given
+        return self._open or Path(os.path.realpath(file)).is_relative_to(fence)
+
+    def check(self, label_file: Path, root: Path) -> None:
+        """Raise `UserError` where it does not hold a label file."""
+        if not self.holds(label_file, root):
+            raise UserError(
+                f"{label_file}: this label file is a link that leads out of the data, to "
+                f"{os.path.realpath(label_file)}; copy it into the set, or take such links with --follow-links."
+            )
 
 
 def is_photograph(name: str) -> bool:
@@ -255,6 +280,11 @@ class Named:
 def _held_out(entry: Entry) -> int:
     """How far an entry's split is held out."""
     return SPLITS.index(entry.split or "train")
+
+
+def quoted(text: str) -> str:
+    """What a label file says, cut short for a sentence: a file that is none may hold anything."""
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
 
 
 def some(names: Sequence[str]) -> str:

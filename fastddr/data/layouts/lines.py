@@ -8,17 +8,30 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastddr.data.grades import UNGRADABLE
-from fastddr.data.layouts.common import SPLITS, Entry, Listing, Named, Names, is_photograph, patient_of, some
+from fastddr.data.layouts.common import (
+    SPLITS,
+    Entry,
+    Fence,
+    Listing,
+    Named,
+    Names,
+    is_photograph,
+    patient_of,
+    quoted,
+    some,
+)
 from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
 
 #: What no file's name is: a path, this folder or the one above, a NUL.
 _NO_NAME = re.compile(r"[/\\\0]|^\.\.?$")
+#: Of a grade: what has more is none, and Python makes no number of thousands.
+_DIGITS = 20
 #: What GDRBench calls its lists, and which split that is.
 _BENCH_LISTS = {"train": "train", "crossval": "valid", "test": "test"}
 
 
-def official(folder: Path) -> Listing | None:
+def official(folder: Path, fence: Fence) -> Listing | None:
     """DDR as released: a folder and a label file for each split, lines `007-0004-000.jpg 0`."""
     if not any((folder / f"{split}.txt").is_file() for split in SPLITS):
         return None
@@ -38,6 +51,7 @@ def official(folder: Path) -> Listing | None:
             return None if _NO_NAME.search(name) else f"{split}/{name}"
 
         wanted = f"the name of a photograph in {split}/"
+        fence.check(label_file, folder)
         named = _read(label_file, split, locate, wanted, listing, names, known)
         if not named:
             _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
@@ -46,7 +60,7 @@ def official(folder: Path) -> Listing | None:
     return listing
 
 
-def gdrbench(folder: Path) -> Listing | None:
+def gdrbench(folder: Path, fence: Fence) -> Listing | None:
     """GDRBench (Che et al., MICCAI 2023): `images/DDR/mild_npdr/x.jpg`, and `splits/DDR_train.txt` and `_crossval.txt`.
 
     `folder` is the one that holds `images/` and `splits/`, or `images/NAME` of one of its sets.
@@ -79,6 +93,7 @@ def gdrbench(folder: Path) -> Listing | None:
     for ending, split in _BENCH_LISTS.items():
         label_file = folder / "splits" / f"{chosen}_{ending}.txt"
         if label_file.is_file():
+            fence.check(label_file, folder)
             wanted = f"a path in images/, like {chosen}/nodr/x.jpg"
             named |= _read(label_file, split, locate, wanted, listing, names, known)
         elif split == "test":
@@ -132,8 +147,8 @@ def _read(
     for number, line in _lines(label_file):
         # From the right: a name may hold spaces.
         parts = line.strip().rsplit(None, 1)
-        if len(parts) < 2 or not parts[1].isdecimal():
-            wrong("label", number, f"{line.strip()!r} is not `name.jpg grade`")
+        if len(parts) < 2 or not parts[1].isdecimal() or len(parts[1]) > _DIGITS:
+            wrong("label", number, f"{quoted(line.strip())!r} is not `name.jpg grade`")
             continue
         name, grade = parts[0], int(parts[1])
         path: str | None = f"{split}/{name}"
@@ -141,9 +156,13 @@ def _read(
         if name not in here and (path := locate(name)) is not None:
             path = names.path(path)
         if path is None:
-            wrong("label", number, f"{name} is a path that is not read here: give {wanted}")
+            wrong("label", number, f"{quoted(name)} is a path that is not read here: give {wanted}")
         elif grade > UNGRADABLE:
-            wrong("grade", number, f"grade {grade} of {name} is not one of 0-4 (ICDR) or 5 (ungradable)")
+            wrong(
+                "grade",
+                number,
+                f"grade {grade} of {quoted(name)} is not one of 0-4 (ICDR) or 5 (ungradable)",
+            )
         else:
             found.add(path)
             known.add(Entry(path, grade, split, patient_of(path), label, number, name))

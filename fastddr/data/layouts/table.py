@@ -21,12 +21,14 @@ from pathlib import Path
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts.common import (
     Entry,
+    Fence,
     Listing,
     Named,
     folded,
     grade_of,
     patient_in,
     patient_of,
+    quoted,
     some,
     spelled,
     split_of,
@@ -68,14 +70,15 @@ class _Table:
         return row[key] if key < len(row) else ""
 
 
-def tables(folder: Path, top: Path) -> Listing | None:
+def tables(folder: Path, top: Path, fence: Fence) -> Listing | None:
     """The listing of the label tables in a folder; None where there are none.
 
     The photographs are looked for below the folder, else below the folders above it, up to `top`: IDRiD keeps its
     tables beside its photographs.
     """
     files = [folder / name for name in sorted(os.listdir(folder)) if name.lower().endswith(".csv")]
-    found = [t for t in map(_read, files) if t is not None and _NOT_LABELS not in spelled(t.file.stem)]
+    read = (_read(file, fence) for file in files if _NOT_LABELS not in spelled(file.stem))
+    found = [one for one in read if one is not None]
     return _listing(found, folder, top) if found else None
 
 
@@ -85,7 +88,7 @@ def table(file: Path) -> Listing:
     Raises:
         UserError: its header is not one of those that are known.
     """
-    found = _read(file, asked=True)
+    found = _read(file)
     if found is None:
         raise UserError(
             f"{file}: this is no label table; its header should be path,grade[,split][,patient], and is "
@@ -96,12 +99,12 @@ def table(file: Path) -> Listing:
 
 def unknown_header(file: Path) -> str | None:
     """The first line of a CSV that is no label table, cut short; None where it is one, or no CSV, or cannot be read."""
-    if file.suffix.lower() != ".csv" or _read(file) is not None:
-        return None
     try:
+        if file.suffix.lower() != ".csv" or not file.is_file() or _known(_header(file)[1]) is not None:
+            return None
         with file.open(encoding="utf-8-sig", errors="replace") as stream:
             return one_line(stream.readline(200).strip()[:120]) or None
-    except OSError:
+    except (OSError, csv.Error):
         return None
 
 
@@ -134,22 +137,32 @@ def _pair(header: Sequence[str]) -> tuple[int, int]:
     return next((header.index(key), header.index(grade)) for key, grade in _HEADERS if {key, grade} <= set(header))
 
 
-def _read(file: Path, asked: bool = False) -> _Table | None:
-    """The table in a file, None where it is no label table; what is come across and cannot be read is none."""
+def _header(file: Path) -> tuple[str, list[str]]:
+    """What separates the cells of a table, and the cells of its first line, spelled."""
+    with file.open("rb") as raw:
+        first = _first_line(raw.readline(1 << 16).decode("utf-8-sig", "replace"))
+    mark = delimiter(first)
+    return mark, [spelled(cell) for cell in next(csv.reader([first], delimiter=mark), [])]
+
+
+def _read(file: Path, fence: Fence | None = None) -> _Table | None:
+    """The table in a file, None where it is no label table. With a fence it was come across, and lies within; then one
+    that cannot be read is none."""
     try:
-        with file.open("rb") as raw:
-            first = _first_line(raw.readline(1 << 16).decode("utf-8-sig", "replace"))
-        mark = delimiter(first)
-        header = [spelled(cell) for cell in next(csv.reader([first], delimiter=mark), [])]
+        if not file.is_file():  # whoever opens a pipe waits for ever
+            return None
+        mark, header = _header(file)
         layout = _known(header)
         if layout is None:
             return None
+        if fence is not None:
+            fence.check(file, file.parent)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=mark, strict=True)
             next(reader)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
-        if not asked:
+        if fence is not None:
             return None
         raise UserError(f"{file}: this table cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
@@ -267,7 +280,7 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         # Written on Windows.
         named = token if token in index.paths else token.replace("\\", "/")
         if os.path.isabs(named) or ".." in named.split("/"):
-            wrong("label", f"{token} leads out of the folder of the table: give a path below it")
+            wrong("label", f"{quoted(token)} leads out of the folder of the table: give a path below it")
             continue
         # `./a.jpg` is `a.jpg`; a name in whose folder it stands just so is left as it is.
         named = named if named in index.paths else posixpath.normpath(named)
@@ -277,16 +290,16 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         if cell(gradable_column) in ("0", "0.0"):
             grade = UNGRADABLE
         if grade is None:
-            wrong("grade", f"grade {text!r} of {token} is not one of 0-4 (ICDR) or 5 (ungradable)")
+            wrong("grade", f"grade {quoted(text)!r} of {quoted(token)} is not one of 0-4 (ICDR) or 5 (ungradable)")
             continue
         said = cell(split_column)
         own = split_of(said) if said else split
         if said and own is None:
-            wrong("label", f"the split {said!r} of {token} is not train, valid or test")
+            wrong("label", f"the split {quoted(said)!r} of {quoted(token)} is not train, valid or test")
             continue
         candidates = index.find(named, own)
         if len(candidates) > 1:
-            wrong("ambiguous", f"{token} may be {some(candidates)}")
+            wrong("ambiguous", f"{quoted(token)} may be {some(candidates)}")
             continue
         path = candidates[0] if candidates else named
         # Where a table tells patients, a number in a name may mean another one.

@@ -1,0 +1,58 @@
+"""Files that may lie in a folder of somebody else's: read as what they claim to be or refused, and written anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+def parse(text: str | bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: it is none, with what is wrong as its text.
+    """
+    try:
+        found: Any = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__} and no object")
+    return found
+
+
+def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part") -> None:
+    """Write a file as a whole or not at all, with the rights of the one that it replaces.
+
+    It is written beside under a name that nobody can know before, and only if nothing is there: not through a link.
+
+    Args:
+        sync: wait until the disk has it.
+        ending: of the name beside, which a kill leaves behind.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
+    # Cut, since with more behind it a long name may be too long.
+    beside = path.with_name(f".{path.name[:40]}.{uuid4().hex[:8]}{ending}")
+    stream = beside.open("xb")  # closed below
+    try:
+        with stream:
+            with suppress(OSError):  # there is none yet; and not every file system has rights
+                before = os.lstat(path)
+                if stat.S_ISREG(before.st_mode):
+                    os.fchmod(stream.fileno(), before.st_mode & 0o777)
+            stream.write(content)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise

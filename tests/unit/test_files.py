@@ -1,0 +1,60 @@
+"""Files that may lie in somebody else's folder: nothing is written through a link that was put there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastddr import files, runs, tracking
+from fastddr.data import output
+from fastddr.inference import predict
+from fastddr.inference.flags import Predict
+from fastddr.tracking import copies
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "settings.json": lambda file: output.put(file, b"new"),
+    "config.yaml": lambda file: runs.RunFolder(file.parent).write(file, "new"),
+    "id.txt": lambda file: copies.write_line(file, "new"),
+    "metrics.jsonl": lambda file: tracking.truncate_to(file, 0),
+    "grades.csv": lambda file: predict._write(Predict(run=file.parent, out=file), predict.Answer((), None), 5),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_nothing_is_written_through_a_link_beside(name: str, tmp_path: Path) -> None:
+    victim, file = tmp_path / "victim", tmp_path / "run" / name
+    victim.write_text("years of work")
+    file.parent.mkdir()
+    file.write_text('{"step": 1}\n')
+    for ending in ("tmp", "part", str(os.getpid())):
+        file.with_name(f".{name}.{ending}").symlink_to(victim)
+    WRITERS[name](file)
+    assert victim.read_text() == "years of work"
+    assert "step" not in file.read_text()
+
+
+def test_a_file_is_made_anew_with_the_rights_of_the_old_one_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, link = tmp_path / "old", tmp_path / ("x" * 250), tmp_path / "link"
+    old.write_text("old")
+    old.chmod(0o640)
+    before = os.umask(0o027)
+    try:
+        for file in (old, new):
+            files.put(file, b"new")
+    finally:
+        os.umask(before)
+    assert [file.stat().st_mode & 0o777 for file in (old, new)] == [0o640, 0o640]
+    link.symlink_to(old)
+    files.put(link, b"own")
+    assert (old.read_text(), link.read_text(), link.is_symlink()) == ("new", "own", False)
+    monkeypatch.setattr(files, "uuid4", lambda: SimpleNamespace(hex="0" * 32))
+    (tmp_path / ".new.00000000.part").symlink_to(old)
+    with pytest.raises(FileExistsError):
+        files.put(tmp_path / "new", b"evil")
+    assert old.read_text() == "new"

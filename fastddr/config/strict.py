@@ -11,6 +11,8 @@ import yaml
 
 from fastddr.errors import UserError
 
+#: Of a number: Python writes none of several thousand decimal digits into a sentence, though it reads it as 0x....
+_BITS = 1024
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -39,7 +41,14 @@ def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
     if ":" in node.value:
         problem = f"{node.value} is a number of base 60 here; write out what it comes to, or put it in quotes"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    return (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+    value: Any = (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+    return value
+
+
+def _no_time(loader: _StrictLoader, node: yaml.Node) -> Any:
+    raise yaml.constructor.ConstructorError(None, None, "no key takes a time", node.start_mark)
 
 
 # What looks like a date is a text, as the name of a folder.
@@ -47,6 +56,7 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
     for first, known in _StrictLoader.yaml_implicit_resolvers.items()
 }
+_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", _no_time)
 for _kind in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
@@ -68,8 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
     except RecursionError:
         raise UserError(f"{path}: this is not YAML: it is nested too deeply.") from None
-    # Of the last three PyYAML's own readers: a number of too many digits, `!!bool maybe`, `!!timestamp then`.
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # the last two of `!!int abc` and `!!bool maybe`
         raise UserError(f"{path}: this is not YAML: {' '.join(str(error).split())}.") from None
     if tree is None:
         return {}

@@ -196,6 +196,7 @@ def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
         ("a: [", "not YAML"),
         ("a: " + "[" * 3000, "nested too deeply"),
         ("seed: " + "9" * 5000, "not YAML"),
+        ("seed: 0x" + "f" * 5000, "too many digits"),
         ("seed: 0x_", "not YAML"),
         ("seed: !!int abc", "not YAML"),
         ("compile: !!bool maybe", "not YAML"),

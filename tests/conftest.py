@@ -36,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("markexpr")
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # By itself xdist begins with the files of most tests, which are short ones.
+    config.option.loadscopereorder = False
 
 
 @pytest.fixture
@@ -119,8 +121,14 @@ def _blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a card the `gpu` tests are skipped, and `netns` ones where they are not asked for; both say why."""
+    """Without a card the `gpu` tests are skipped, and `netns` ones where they are not asked for; both say why.
+
+    Files with slow tests come first: were one of them the last, all other workers would wait for it.
+    """
     import torch
+
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
     if "netns" not in config.getoption("markexpr"):
         for item in items:

@@ -46,8 +46,7 @@ class Config:
     """Train a grader of diabetic retinopathy. Without arguments: a small ConvMixer on built-in synthetic data."""
 
     preset: str = "quickstart"
-    """Name of a preset, or a YAML file (a run's config.yaml repeats that run). In Python only the name: what is in it
-    comes from `load_preset`."""
+    """Name of a preset, or a YAML file (a run's config.yaml repeats that run); from Python `load_preset` reads it."""
     data: str = "synthetic"
     """Folder of the photographs (any layout of DDR, class folders), a label table (.csv), or `synthetic`."""
     exclude: str | None = None
@@ -199,7 +198,7 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
     from pydantic import ValidationError
 
     def plain(value: Any) -> Any:
-        """What JSON does not know: a number of NumPy's as Python's own; a path, or a date of YAML's, as text."""
+        """What JSON does not know: a number of NumPy's as Python's own; a path, and all else, as text."""
         return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
     def overlay(below: dict[str, Any], above: Mapping[str, Any], prefix: str) -> dict[str, Any]:

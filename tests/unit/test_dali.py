@@ -344,8 +344,8 @@ def test_a_card_without_memory_is_no_bad_photograph(found: manifest.Manifest, mo
             raise RuntimeError("Error in MIXED operator: CUDA allocation failed")
 
     loader = loaders.build("dali", task(found))
-    loader._pipeline = Full()  # type: ignore[attr-defined]
+    loader._pipeline = Full()  # type: ignore[attr-defined]  # of the DALI loader alone
     monkeypatch.setattr(dali_decoder, "name_unreadable", lambda files: pytest.fail("looked for a bad photograph"))
     with pytest.raises(RuntimeError, match="CUDA allocation failed"):
-        loader._receive(loader.task.requests(0), 0)  # type: ignore[attr-defined]
+        loader._receive(loader.task.requests(0), 0)  # type: ignore[attr-defined]  # likewise
     loader.close()

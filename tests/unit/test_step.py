@@ -120,7 +120,8 @@ def test_a_step_is_the_one_by_hand_without_walking_the_modules(fused: bool, monk
     given = [batch(1), batch(2), batch(3, float("nan")), batch(4)]
     step, hand = Stepper("adam", fused, None), Stepper("adam", fused, None)
     ema, average = optimizers.make_ema(step.model, 0.9), copy.deepcopy(hand.model)
-    inner, means = hand.optimizer.optimizer, [*average.parameters(), *average.buffers()]  # type: ignore[attr-defined]
+    inner = hand.optimizer.optimizer  # type: ignore[attr-defined]  # of Accelerate's wrapper
+    means = [*average.parameters(), *average.buffers()]
     for number, one in enumerate(given):
         before = copy.deepcopy(dict(hand.model.named_buffers()))
         hand.criterion(hand.model(one.image), one.grade).backward()

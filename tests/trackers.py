@@ -89,6 +89,6 @@ def the_answers(tmp_path: Path) -> Answers:
     grades = np.array([0, 1, 2, 4] * 10)
     probabilities = rng.dirichlet(np.ones(5), 40)
     worst = [
-        Mistake("a.jpg", photograph, 0, 4, 0.9), Mistake("b|b.jpg", tmp_path / "photos" / "b.jpg", 2, 1, 0.5)
+        Mistake("a.jpg", photograph, 0, 4, 0.9), Mistake("b|<b>.jpg", tmp_path / "photos" / "b.jpg", 2, 1, 0.5)
     ]  # fmt: skip
     return Answers("test", grades, probabilities, ["No DR", "Mild", "Moderate", "Severe", "Proliferative"], worst)

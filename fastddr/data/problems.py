@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,10 @@ class Problem:
         return f"{root / self.path}: {self.reason}; {ERRORS.get(self.kind, NOTES.get(self.kind))}"
 
 
+#: What Markdown takes for its own; a star or an underscore only where it may begin or end something.
+_MARKUP = re.compile(r"[\\`\[\]<>|]|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])")
+
+
 def one_line(text: object) -> str:
     """A text that can be printed, without line breaks: a file's name, or what a decoder says, may hold anything.
 
@@ -90,6 +95,11 @@ def one_line(text: object) -> str:
     """
     words = " ".join(str(text).encode("utf-8", "replace").decode().split())
     return "".join(letter if letter.isprintable() else "?" for letter in words)
+
+
+def in_markdown(text: object) -> str:
+    """One line that breaks no table and is shown as it stands: names and reasons are of whoever made the data."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def errors(problems: Iterable[Problem]) -> list[Problem]:

@@ -13,6 +13,7 @@ from fastddr import files
 from fastddr.config import Config
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.masters import Recipe
+from fastddr.data.problems import in_markdown
 from fastddr.errors import UserError
 from fastddr.inference.deployed import Deployed
 from fastddr.inference.restore import Restored
@@ -29,7 +30,7 @@ def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | str | None
         UserError: the run's metrics.json cannot be read.
     """
     config, run = restored.config, restored.run
-    parts = [f"# {run.path.resolve().name}: {config.model}", f"**{tables.DISCLAIMER}**"]
+    parts = [f"# {in_markdown(run.path.resolve().name)}: {config.model}", f"**{tables.DISCLAIMER}**"]
     parts += [
         f"A grader of diabetic retinopathy from fundus photographs, trained by fastddr. Weights: {restored.weights}, "
         f"{restored.parameters:,} parameters. It gives the probability of each of {config.num_classes} classes: "
@@ -41,7 +42,7 @@ def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | str | None
     found = _metrics(restored)
     if found:
         lines = [["", *map(tables.title, found)], *([label, *cells] for label, cells in tables.rows(found))]
-        parts += ["## Figures", _table(lines)]
+        parts += ["## Figures", tables.table(lines[0], lines[1:])]
         parts += [
             "In brackets: 95 % intervals over the photographs, as the run's report has them"
             + ("" if about["window"] == about["reported"] else f", which graded by the window `{about['reported']}`")
@@ -123,7 +124,8 @@ def _data(restored: Restored) -> list[str]:
     head = ["split", *(names.get(grade, grade) for grade in grades)]
     body = [[split, *(f"{of_split[grade]:,}" for grade in grades)] for split, of_split in counts.items()]
     said = _used(restored.config)
-    return [f"Data: {name(restored.config)}, fingerprint {restored.fingerprint}. {said}", _table([head, *body])]
+    data = in_markdown(name(restored.config))
+    return [f"Data: {data}, fingerprint {restored.fingerprint}. {said}", tables.table(head, body)]
 
 
 def _used(config: Config) -> str:
@@ -147,9 +149,3 @@ def _metrics(restored: Restored) -> dict[str, Any]:
     splits = ("valid", "valid_last", "test")
     # After the weights may stand how many views of a photograph the run took the mean of.
     return {name: found[name] for name in splits if found.get(name, {}).get("weights", "").startswith(restored.weights)}
-
-
-def _table(lines: list[list[str]]) -> str:
-    rule = [":--", *["--:"] * (len(lines[0]) - 1)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in
-                     (lines[0], rule, *lines[1:]))  # fmt: skip

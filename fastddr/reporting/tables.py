@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastddr.data.grades import ICDR, REFERABLE
-from fastddr.data.problems import Problem, one_line
+from fastddr.data.problems import Problem, in_markdown
 from fastddr.evaluation.bootstrap import FEWEST
 from fastddr.evaluation.ranking import ENDPOINTS
 
@@ -54,8 +53,6 @@ SHORT = {
     "Referable: sensitivity": "sensitivity",
     "Referable: specificity": "specificity",
 }
-#: What Markdown takes for its own; a star or an underscore only where it may begin or end something.
-_MARKUP = re.compile(r"[\\`\[\]<>|]|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])")
 
 
 def names(classes: int) -> list[str]:
@@ -115,7 +112,7 @@ def markdown(
 ) -> str:
     """The text of report.md."""
     titles = [title(split) for split in found]
-    parts = [f"# {_text(name)}", f"**{DISCLAIMER}**", "## Figures"]
+    parts = [f"# {in_markdown(name)}", f"**{DISCLAIMER}**", "## Figures"]
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
     known = any("patients" in values.get("ci", {}) for values in found.values())
     alike = (
@@ -137,13 +134,13 @@ def markdown(
         if "calibrated" in values
     }
     if temperatures:
-        told = "; ".join(f"{value} for {_text(weights)}" for weights, value in temperatures.items())
+        told = "; ".join(f"{value} for {in_markdown(weights)}" for weights, value in temperatures.items())
         parts.append(
             f"Temperature, fitted on the run's valid: {told}. The calibrated probabilities are the softmax of the "
             "logits over it; no other figure here uses them."
         )
     if notes:
-        parts += ["## Notes", "\n".join(f"- {_text(note)}" for note in notes)]
+        parts += ["## Notes", "\n".join(f"- {in_markdown(note)}" for note in notes)]
     if left_out:
         shown = left_out[:LISTED]
         more = (
@@ -167,7 +164,7 @@ def markdown(
     if "confusion_matrix.png" in pictures:
         parts.append("![Confusion matrices](confusion_matrix.png)")
     for split, values in found.items():
-        parts += [f"### {_text(title(split))}", _matrix(values["confusion_matrix"])]
+        parts += [f"### {in_markdown(title(split))}", _matrix(values["confusion_matrix"])]
     if "reliability.png" in pictures:
         parts += ["## Calibration", "![Accuracy against confidence](reliability.png)"]
     if "worst.png" in pictures:
@@ -216,10 +213,10 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, *, 
     With `bold` the cells below the first heading are.
     """
     rule = [":--"] * left + [":--" if len(head) == 2 else "--:"] * (len(head) - left)
-    lines = [[_text(text) for text in line] for line in body]
+    lines = [[in_markdown(text) for text in line] for line in body]
     if bold:
         lines = [[f"**{first}**", *rest] for first, *rest in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ([_text(text) for text in head], rule, *lines))
+    return "\n".join(f"| {' | '.join(line)} |" for line in ([in_markdown(text) for text in head], rule, *lines))
 
 
 def _fact(value: Any) -> str:
@@ -234,11 +231,6 @@ def _fact(value: Any) -> str:
     if isinstance(value, Sequence):
         return ", ".join(_fact(inner) for inner in value)
     return str(value)
-
-
-def _text(text: str) -> str:
-    """One line that breaks no table and is shown as it stands: names and reasons are of whoever made the data."""
-    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def at(values: Mapping[str, Any], keys: Sequence[str]) -> Any:

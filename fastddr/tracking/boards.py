@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastddr.data.problems import in_markdown
 from fastddr.tracking.copies import Answers, thumbnail, write_line
 
 
@@ -53,7 +54,7 @@ class TensorBoard:
             name, score = answers.names[grade], answers.probabilities[:, grade]
             self._writer.add_pr_curve(f"{answers.split}/pr {grade} {name}", answers.grades == grade, score, step)
         rows = "".join(
-            f"| {mistake.path.replace('|', chr(92) + '|')} | {answers.names[mistake.truth]} | "
+            f"| {in_markdown(mistake.path)} | {answers.names[mistake.truth]} | "
             f"{answers.names[mistake.predicted]} | {mistake.confidence:.0%} |\n"
             for mistake in answers.worst
         )

@@ -170,3 +170,8 @@ def test_a_broken_list_of_what_is_left_out_is_one_sentence(tmp_path: Path, text:
     (data / "prepared" / "absent.csv").write_text(text)
     with pytest.raises(UserError, match=r"absent\.csv, line [12]: this is not a row"):
         layouts.find(data)
+    outside = tmp_path / "outside.csv"
+    (data / "prepared" / "absent.csv").rename(outside)
+    (data / "prepared" / "absent.csv").symlink_to(outside)
+    with pytest.raises(UserError, match=r"absent\.csv: this label file is a link that leads out of the data"):
+        layouts.find(data)

@@ -57,7 +57,7 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
         raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")
     place = located(data)
     if place.is_file() and place.suffix.lower() == ".csv":
-        return _with_absent(table(place))
+        return _with_absent(table(place), Fence(place.parent, follow_links))
     if not place.is_dir():
         packed = _packed([place.name])
         raise UserError(
@@ -76,7 +76,7 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
             where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
             raise UserError(f"{place}: several data sets lie below it ({where}); give one of these folders.")
         if found:
-            return _with_absent(found[0][1])
+            return _with_absent(found[0][1], fence)
         level = [below for folder in level for below in subfolders(folder)]
     raise UserError(
         f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
@@ -124,11 +124,12 @@ def _in(folder: Path, top: Path, fence: Fence, *, strict: bool) -> Listing | Non
         return None  # a neighbour of the data set, like lost+found
 
 
-def _with_absent(listing: Listing) -> Listing:
+def _with_absent(listing: Listing, fence: Fence) -> Listing:
     """The listing of a prepared set, with what `fastddr prepare` left out of it."""
     for folder in (listing.root / PREPARED, listing.root.parent / PREPARED):
         file = folder / "absent.csv"
         if file.is_file():
+            fence.check(file, folder.parent)
             with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 reader = csv.DictReader(stream)
                 try:

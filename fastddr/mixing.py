@@ -99,6 +99,6 @@ def _mixer(config: Config, rank: int, micro_batch_size: int) -> Mixer | None:
     if micro_batch_size < 2:
         raise UserError(
             "augment.mixup and augment.cutmix mix the photographs of a micro batch, but each rank holds one at a time; "
-            "raise --batch-size or --micro-batch-size, or set both to 0."
+            "give a --batch-size and a --micro-batch-size of at least 2 for each rank, or set both to 0."
         )
     return Mixer(config.augment, config.num_classes, seed=config.seed, rank=rank)

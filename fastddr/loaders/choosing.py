@@ -87,13 +87,13 @@ def _place(tasks: Sequence[Task], free: Free) -> tuple[StoreName | None, str]:
             continue
         allowed = free.allowed(where, budget)
         if need <= allowed:
-            return where, f"{_gib(need)} of decoded photographs fit into {where} ({_gib(allowed)} allowed)"
+            return where, f"{_size(need)} of decoded photographs fit into {where} ({_size(allowed)} allowed)"
         why = ""
         if where == "mmap" and not free.mmap:
             why = f": {folder() / 'resident'} is full or may not be written to"
-        refused.append(f"{where} {_gib(allowed)}{why}")
-    return None, f"{_gib(need)} of decoded photographs are more than is allowed ({', '.join(refused)})"
+        refused.append(f"{where} {_size(allowed)}{why}")
+    return None, f"{_size(need)} of decoded photographs are more than is allowed ({', '.join(refused)})"
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -54,7 +54,7 @@ def on_gpu(tasks: list[Task]) -> list[Task]:
 def test_auto_takes_the_first_place_with_room(free: Free, loader: str, store: str, tasks: list[Task]) -> None:
     chosen = choose("auto", on_gpu(tasks), 10, free)
     assert (chosen.loader, chosen.store) == (loader, store)
-    assert "GiB" in chosen.reason
+    assert "MiB of decoded photographs" in chosen.reason
 
 
 def test_without_a_gpu_there_is_no_vram(tasks: list[Task]) -> None:
@@ -68,9 +68,12 @@ def test_a_budget_is_the_most_that_is_taken(tasks: list[Task]) -> None:
     assert choose("auto", exact, 10, PLENTY).loader == "resident"
     # It only lowers the limit: half of what is free stays for others.
     assert choose("auto", exact, 10, Free(0, 2 * NEED - 2, 2 * NEED - 2)).loader == "dali"
+    small = choose("resident", [replace(one, budget=NEED + 2**20) for one in tasks], 10, PLENTY)
+    assert f"{NEED / 2**20:.1f} MiB" in small.reason
+    assert f"{NEED / 2**20 + 1:.1f} MiB allowed" in small.reason
     less = [replace(one, budget=NEED - 1) for one in tasks]
     assert choose("auto", less, 10, PLENTY).loader == "dali"
-    words = r"are more than is allowed \(ram .*GiB, mmap .*GiB\); take --loading.store none .* new run --loader dali"
+    words = r"are more than is allowed \(ram .* MiB, mmap .* MiB\); take --loading.store none .* new run --loader dali"
     with pytest.raises(UserError, match=words):
         choose("resident", less, 10, PLENTY)
 

@@ -197,7 +197,7 @@ def test_a_mixer_is_built_where_it_is_asked_for() -> None:
     assert mixing.build(plain, 0, 1) is None
     for kind in KINDS:
         config = replace(plain, augment=replace(plain.augment, **kind), ungradable="class", seed=9)
-        with pytest.raises(UserError, match=r"one at a time; raise --batch-size or --micro-batch-size"):
+        with pytest.raises(UserError, match=r"one at a time; give a --batch-size .* of at least 2 for each rank"):
             mixing.build(config, 0, 1)
         built = mixing.build(config, 2, 4)
         assert built is not None

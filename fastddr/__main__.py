@@ -7,7 +7,7 @@ import sys
 
 from fastddr.collector import no_collector
 from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, nearest
-from fastddr.terminal import any_terminal, unread
+from fastddr.terminal import all_said, any_terminal, to_nobody, unread
 
 USAGE = """usage: fastddr VERB [options]
 
@@ -28,6 +28,8 @@ USAGE = """usage: fastddr VERB [options]
 VERBS = ("train", "check", "prepare", "plan", "evaluate", "compare", "report", "predict", "export", "synth")
 #: Verbs that load PyTorch, each a module of `fastddr.inference`.
 LATER = ("evaluate", "compare", "report", "predict", "export")
+#: Verbs whose work is in files when they end, whoever listens.
+INTO_FILES = ("prepare", "evaluate", "report", "predict", "export", "synth")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     mistake of the user's; 3 = a training was stopped and has saved; 130 = Ctrl-C."""
     any_terminal()
     try:
-        try:
-            return _main(arguments)
-        finally:
-            print(end="", flush=True)  # what nobody reads is an error here, and not at Python's end
+        code = _main(arguments)
+    except SystemExit:  # after --help
+        if not all_said():
+            return 1
+        raise
     except KeyboardInterrupt:
         print("\nfastddr: interrupted; the same command begins again, or goes on.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -46,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not unread():
             raise
         return 1
+    # What nobody reads is told here, and not at Python's end, where it would take the place of the exit code.
+    return code if all_said() else code or 1
 
 
 def _main(arguments: list[str] | None) -> int:
@@ -63,6 +68,8 @@ def _main(arguments: list[str] | None) -> int:
         from fastddr import train
 
         return train.main(rest, prog="fastddr train")
+    if verb in INTO_FILES:
+        to_nobody()
     if verb in LATER:
         from fastddr.cli import answered
         from fastddr.inference import flags

@@ -45,8 +45,9 @@ INTERRUPTED = "interrupted"
 #: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 _TIMED_OUT = "Timed out"
-#: Of two ranks that never met.
+#: Of two ranks that never met; and as the first of all groups is made also: no such network here, no way from it.
 _UNREACHED = "connectFullMesh failed"
+_NO_WAY = (_UNREACHED, "Unable to find address for", "Network is unreachable", "No route to host")
 #: What NCCL's errors say where another rank is why; all others are of this machine.
 _NCCL_LOST = (
     "ncclRemoteError", "remote process", "closed by remote peer", "closed by peer", "reset by peer", "aborted",
@@ -261,14 +262,37 @@ def _why(error: RuntimeError) -> str:
             return _too_late()
         time.sleep(0.1)
     if _UNREACHED in str(error):
-        return (
-            f"this machine and another one of the job do not reach each other over gloo ({_last_line(error)}); set "
-            "GLOO_SOCKET_IFNAME on each to the network that they share, which `ip -brief address` lists."
-        )
+        return _networks(error)
     return (
         "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed "
         f"(what was seen of it here: {_last_line(error)})."
     )
+
+
+def _networks(error: RuntimeError) -> str:
+    name = os.environ.get("GLOO_SOCKET_IFNAME")
+    return (
+        f"this machine and another one of the job do not reach each other over gloo ({_last_line(error)}"
+        + (f"; GLOO_SOCKET_IFNAME is {name}" if name else "")
+        + "); set GLOO_SOCKET_IFNAME on each to the network that they share, which `ip -brief address` lists."
+    )
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Around what lets the ranks meet: on the right network, and a sentence where they do not reach each other.
+
+    Raises:
+        UserError: gloo has no way between this machine and another one.
+    """
+    _name_network()
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if "gloo" not in said.lower() or not any(words in said for words in _NO_WAY):
+            raise
+        raise UserError(_networks(error)) from error
 
 
 def _others() -> Iterator[int]:
@@ -347,8 +371,8 @@ def join() -> None:
         from accelerate import PartialState
 
         joined_before = bool(PartialState._shared_state)
-        name_network()
-        state = PartialState(cpu=True, timeout=PATIENT)
+        with meeting():
+            state = PartialState(cpu=True, timeout=PATIENT)
         if not joined_before:
             # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
             atexit.register(state.destroy_process_group)
@@ -366,11 +390,11 @@ def meet() -> None:
         dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
-def name_network() -> None:
+def _name_network() -> None:
     """On several machines: let gloo take the network on which the first one is reached, unless the user named one.
 
-    By itself it takes the address of the machine's name, which on many systems is 127.0.1.1. To be called before ranks
-    meet.
+    By itself it takes the address of the machine's name, which on many systems is 127.0.1.1. Where the first machine
+    has no address of IPv4, that stays so.
     """
     first = os.environ.get("MASTER_ADDR", "")
     # Where the first machine calls itself so, nobody else is there.
@@ -384,18 +408,19 @@ def name_network() -> None:
         for one in found
         if one.family == socket.AF_INET and not one.address.startswith("127.")
     }
+    here = _address_towards(first)
     # The first machine's own name may be 127.0.1.1 to it: then the network of its way to everywhere, or its only one.
-    only = next(iter(networks)) if len(networks) == 1 else None
-    here = _address_towards(first) or _address_towards(_ANYWHERE) or only
+    if here is not None and here.startswith("127."):
+        here = _address_towards(_ANYWHERE) or (next(iter(networks)) if len(networks) == 1 else None)
     if here in networks:
         os.environ["GLOO_SOCKET_IFNAME"] = networks[here]
 
 
 def _address_towards(place: str) -> str | None:
-    """This machine's address on the way to a place; None where there is no way, or it is this machine itself."""
+    """This machine's IPv4 address on the way to a place; None where there is no such way."""
     # Nothing is sent; the system says from which address it would be.
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((place, 9))
         here: str = probe.getsockname()[0]
-        return None if here.startswith("127.") else here
+        return here
     return None

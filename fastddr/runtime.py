@@ -222,8 +222,8 @@ def join() -> PartialState:
     if cards == 0 and not _asked_for_cpu() and ranks.world() > ranks.local_world() and (blind := _blind()) is not None:
         # Machines of which some have found their GPUs and some have not would wait for each other.
         raise UserError(f"{blind}; mend it on this machine, or train on all of them with `accelerate launch --cpu`.")
-    ranks.name_network()
-    state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
+    with ranks.meeting():
+        state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
     # Where Accelerate was told the card of a single process, it leaves the current one as it is, and events and Triton
     # are of that one. A device without an index is the current one.
     if state.device.type == "cuda" and state.device.index is not None:

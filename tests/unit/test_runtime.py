@@ -256,7 +256,7 @@ def test_no_two_ranks_on_one_card(cards: int, local: str, refused: bool, monkeyp
     ("address", "given", "local", "named"),
     [("HERE", None, "2", "net7"), ("HERE", "eth7", "2", "eth7"), ("HERE", None, "4", None),
      ("127.0.0.1", None, "2", None), ("first", None, "2", "net7"),
-     ("no-such-host.invalid", None, "2", "net7"), ("alone", None, "2", "net7"), ("lost", None, "2", None)],
+     ("of-ipv6.invalid", None, "2", None), ("alone", None, "2", "net7"), ("lost", None, "2", None)],
 )  # fmt: skip
 def test_gloo_takes_the_network_on_which_the_first_machine_is(
     address: str, given: str | None, local: str, named: str | None, monkeypatch: pytest.MonkeyPatch
@@ -286,8 +286,33 @@ def test_gloo_takes_the_network_on_which_the_first_machine_is(
         monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     for name, value in (("MASTER_ADDR", address), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", local)):
         monkeypatch.setenv(name, value)
-    ranks.name_network()
-    assert os.environ.get("GLOO_SOCKET_IFNAME") == named
+    with ranks.meeting():
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == named
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting",
+        "[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: net7",
+        "[enforce fail at gloo/transport/tcp/socket.cc:142] rv != -1. connect: Network is unreachable",
+    ],
+)
+def test_machines_that_never_meet_are_told_to_name_their_network(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "net7")
+
+    def never(**_: object) -> PartialState:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("accelerate.PartialState", never)
+    monkeypatch.setattr(never, "_shared_state", {}, raising=False)
+    monkeypatch.setattr(runtime, "PartialState", never)
+    for join in (ranks.join, runtime.join):
+        with pytest.raises(UserError, match=r"do not reach each other over gloo .* GLOO_SOCKET_IFNAME is net7"):
+            join()
 
 
 class _Store:

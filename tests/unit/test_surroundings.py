@@ -124,6 +124,35 @@ def test_training_goes_on_where_nobody_listens_any_more() -> None:
         assert process.returncode == 7
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_what_cannot_be_said_takes_no_exit_code_and_no_file(tmp_path: Path) -> None:
+    """A mistake is told beside the full disk of a log, and a verb that writes files does so unheard."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    verb = [sys.executable, "-m", "fastddr"]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [*verb, "check", "nowhere"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment
+        )
+        assert found.returncode == 2
+        assert found.stderr.startswith("fastddr: --data nowhere: there is no such folder")
+        assert "Traceback" not in found.stderr
+        made = subprocess.run(
+            [*verb, "synth", str(tmp_path / "set"), "--count", "40", "--size", "64"], stdout=full, stderr=full,
+            timeout=60, env=environment,
+        )  # fmt: skip
+    assert made.returncode == 0
+    assert len(list(tmp_path.rglob("*.jpg"))) == 40
+
+
+def test_a_stream_that_was_closed_at_the_start_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `fastddr check DDR-dataset >&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    any_terminal()
+    with sys.stdout:
+        sys.stdout.write("to nobody")
+        sys.stdout.flush()
+
+
 @pytest.mark.parametrize("words", [["--help"], ["check", "--help"]])
 def test_a_verb_that_nobody_reads_ends_without_a_word(words: list[str]) -> None:
     """As in `fastddr check DDR-dataset | head`."""

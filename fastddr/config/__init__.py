@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -198,8 +199,12 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
     from pydantic import ValidationError
 
     def plain(value: Any) -> Any:
-        """What JSON does not know: a number of NumPy's as Python's own; a path, and all else, as text."""
-        return value.item() if getattr(value, "ndim", None) == 0 else str(value)
+        """What JSON does not know: a number of NumPy's as Python's own, and a path as text."""
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if getattr(value, "ndim", None) == 0:
+            return value.item()
+        raise UserError(f"{where}: {value!r} is no value of a setting.")
 
     def overlay(below: dict[str, Any], above: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         if prefix == "augment.":
@@ -216,9 +221,15 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
                     raise UserError(f"{where}: {dotted!r} is a section and needs keys below it, not {value!r}.")
                 below[key] = overlay(below[key], value, dotted + ".")
             else:
+                if isinstance(value, str | Path):
+                    check_text(str(value), f"{where}: {dotted}")
+                if isinstance(value, int) and value.bit_length() > strict.BITS:
+                    raise UserError(f"{where}: {dotted} is a number of too many digits.")
                 below[key] = value
         return below
 
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where} must be a mapping of keys to values, not {tree!r}.")
     merged = overlay(asdict(base or Config()), tree, "")
     try:
         # Through JSON, so that a YAML list may fill a tuple while everything else stays strict.
@@ -256,9 +267,6 @@ def checked(config: object, where: str) -> Config:
     """
     if not isinstance(config, Config):
         raise UserError(f"{where} is {config!r}, but must be a Config; load_preset(NAME) makes one.")
-    for key, value in flatten(config).items():
-        if isinstance(value, str | Path):
-            check_text(str(value), f"{where}: {key}")
     return from_mapping(asdict(config), where)
 
 

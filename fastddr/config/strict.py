@@ -12,7 +12,7 @@ import yaml
 from fastddr.errors import UserError
 
 #: Of a number: Python writes none of several thousand decimal digits into a sentence, though it reads it as 0x....
-_BITS = 1024
+BITS = 1024
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -42,7 +42,7 @@ def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
         problem = f"{node.value} is a number of base 60 here; write out what it comes to, or put it in quotes"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     value: Any = (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
-    if isinstance(value, int) and value.bit_length() > _BITS:
+    if isinstance(value, int) and value.bit_length() > BITS:
         raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
     return value
 

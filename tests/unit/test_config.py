@@ -246,12 +246,14 @@ def test_a_folder_named_by_a_date_is_a_text(tmp_path: Path) -> None:
         ("init", Path("some/weights"), "some/weights"),
         ("optimizer", {"betas": [0.9, 0.99]}, OptimizerConfig(betas=(0.9, 0.99))),
         ("epochs", 3.0, "epochs: Input should be a valid integer"),
-        ("epochs", np.arange(3), "epochs: Input should be a valid integer"),
+        ("epochs", np.arange(3), r"array\(\[0, 1, 2\]\) is no value of a setting"),
         ("on_bad", "skip", "on_bad: Input should be 'raise' or 'exclude'"),
         ("augment", {"policy": "Fundus"}, "augment.policy: Input should be"),
         ("augment", None, "'augment' is a section"),
         ("lr", float("nan"), "lr is nan, but must be above 0"),
         ("data", "/photographs/\udcff", "data is .*no UTF-8"),
+        ("data", b"photographs", "b'photographs' is no value of a setting"),
+        ("epochs", 10**400, "epochs is a number of too many digits"),
     ],
 )
 def test_what_is_made_in_python_is_made_plain_or_refused(key: str, value: Any, plain: Any) -> None:
@@ -278,6 +280,8 @@ def test_a_preset_with_changes_is_what_a_preset_file_makes_of_them(tmp_path: Pat
     )
     with pytest.raises(UserError, match=r"changes of preset quickstart: unknown key 'epohcs'; did you mean 'epochs'"):
         load_preset("quickstart", {"epohcs": 3})
+    with pytest.raises(UserError, match=r"changes of preset quickstart: data is .* no UTF-8"):
+        load_preset("quickstart", {"data": "a\ud800"})
     file = tmp_path / "config.yaml"
     file.write_text("epochs: 5")
     assert load_preset(file).epochs == 5

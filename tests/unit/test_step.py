@@ -85,6 +85,7 @@ def test_a_bad_step_changes_nothing(name: str, fused: bool, clip_norm: float | N
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before), "weights, moments, steps, statistics"
     assert float(step.tally.count) == 4, "and its photographs do not count"
+    assert step.tally.stack()[3] == 8, "but they were seen"
     assert bool(step.tally.stack().isfinite().all())
     # Afterwards all goes on as if it had not been.
     other = Stepper(name, fused, clip_norm)

@@ -239,7 +239,7 @@ def _calibration(
 def _panels(logged: Sequence[Mapping[str, Any]], of: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """The headings of the curves, and which keys of metrics.jsonl are drawn in one panel."""
 
-    def both(name: str) -> tuple[str, str]:
+    def both(name: str) -> tuple[str, ...]:
         return f"train/{name}", f"valid/{name}"
 
     loss = {"Loss": both("loss")}

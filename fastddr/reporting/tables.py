@@ -72,13 +72,14 @@ def title(split: str) -> str:
 def measured(facts: Mapping[str, Any]) -> dict[str, str]:
     """Of what the figures of training are, by their keys in metrics.jsonl, as far as the facts of a run tell it."""
     loss = facts.get("Loss")
-    name = loss.get("name") if isinstance(loss, Mapping) else None
-    if name == "mse":
+    if not isinstance(loss, Mapping):
+        return {}
+    if loss.get("name") == "mse":
         return {
             "train/loss": SQUARED, "valid/loss": "cross-entropy",
             "train/accuracy": "rounded values", "valid/accuracy": "fitted thresholds",
         }  # fmt: skip
-    if name != "cross_entropy":
+    if loss.get("name") != "cross_entropy":
         return {}
     changed = [word for key, word in (("class weights", "weighted"), ("label smoothing", "smoothed")) if key in loss]
     return {
@@ -171,12 +172,13 @@ def markdown(
     if "curves.png" in pictures:
         parts += ["## Training", "![Loss, accuracy and kappa by epoch](curves.png)"]
         of = measured(facts)
-        unlike = [name for name in ("loss", "accuracy") if of.get(f"train/{name}") != of.get(f"valid/{name}")]
-        told = [
-            f"{name.capitalize()} on train: {of[f'train/{name}']}, on valid: {of[f'valid/{name}']}." for name in unlike
+        unlike = [
+            f"{name.capitalize()} on train: {of[f'train/{name}']}, on valid: {of[f'valid/{name}']}."
+            for name in ("loss", "accuracy")
+            if of.get(f"train/{name}") != of.get(f"valid/{name}")
         ]
-        if told:
-            parts.append(" ".join([*told, "There train and valid do not compare."]))
+        if unlike:
+            parts.append(" ".join([*unlike, "There train and valid do not compare."]))
     if found:
         parts += ["## Recall of each grade", _recall(found)]
     if any(values["endpoints"] for values in found.values()):

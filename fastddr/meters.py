@@ -58,8 +58,8 @@ class Window:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        #: By rank: loss, correct, count, seconds waited.
-        self._seen = torch.zeros(1, 4, dtype=torch.float64)
+        #: By rank: loss, correct, count, photographs seen, seconds waited.
+        self._seen = torch.zeros(1, 5, dtype=torch.float64)
         self.rate: float | None = None
         self.wait_share: float | None = None
 
@@ -77,23 +77,24 @@ class Window:
 
         Args:
             gather: rows of one rank to those of all, as Accelerate's.
-            sums: (3,) loss, correct and count of this rank's photographs, since the beginning (`Tally.stack`).
+            sums: (4,) loss, correct and count of this rank's photographs, and how many were seen, since the beginning
+                (`Tally.stack`). The speed is of all that were seen: a bad step takes as long as another.
             waited: seconds since the beginning for which this rank waited for data.
             peaks: of this rank's memory, by name.
         """
         own = torch.tensor([waited, *peaks.values()], dtype=sums.dtype, device=sums.device)
         ranks = gather(torch.cat([sums, own])[None]).cpu()
-        now, seen = time.perf_counter(), ranks[:, :4]
+        now, seen = time.perf_counter(), ranks[:, :5]
         new, seconds = seen - self._seen, now - self._began
-        loss, correct, count = new[:, :3].sum(0).tolist()
-        self.rate, self.wait_share = count / seconds, float(new[:, 3].max()) / seconds
+        loss, correct, count, photographs = new[:, :4].sum(0).tolist()
+        self.rate, self.wait_share = photographs / seconds, float(new[:, 4].max()) / seconds
         self._seen, self._began = seen, now
         return {
             "train/loss": loss / count if count else math.nan,
             "train/accuracy": correct / count if count else math.nan,
             "train/images_per_second": self.rate,
             "train/data_wait": self.wait_share,
-            **dict(zip(peaks, ranks[:, 4:].amax(0).tolist(), strict=True)),
+            **dict(zip(peaks, ranks[:, 5:].amax(0).tolist(), strict=True)),
         }
 
 

@@ -7,6 +7,10 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+#: Columns of the terminal that are kept free for the bar itself, its ETA and the gaps between.
+_KEPT = 5 + len(" ETA 0:00:00") + 4
 
 
 def terminal(quiet: bool = False) -> Console:
@@ -25,10 +29,10 @@ class EpochBar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[speed]}"),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
             # Disabled it redirects nothing: what a quiet rank writes to stderr must be seen. FORCE_COLOR, as in CI,
@@ -46,19 +50,33 @@ class EpochBar:
         total: int | None = None,
         kept: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """Move to `done` of the total; the first two figures are of the last logged steps.
+        """Move to `done` of the total; the first two figures are of the last logged steps, as far as there is room.
 
         `kept` gives the share of the photographs that are decoded and kept, shown until it is all of them. It is asked
         only where the bar is seen: a large set has many.
         """
         if self._progress.disable:
             return
-        speed = "" if images_per_second is None else f"{images_per_second:,.0f} images/s, data wait {data_wait:.0%}"
         share = None if self._all_kept else kept()
         self._all_kept = share is None or share == 1
-        if share is not None and share < 1:
-            speed = f"{speed}, decoded and kept {share:.0%}".removeprefix(", ")
-        self._progress.update(self._bar, completed=done, total=total, speed=speed)
+        said = []
+        if images_per_second is not None:
+            said.append(f"{images_per_second:,.0f} images/s")
+        if not self._all_kept:
+            said.append(f"decoded and kept {share:.0%}")
+        elif said:
+            said.append(f"data wait {data_wait:.0%}")
+        self._progress.update(self._bar, completed=done, total=total)
+        self._progress.update(self._bar, speed=self._fitting(said))
+
+    def _fitting(self, said: list[str]) -> str:
+        """As many of these words as leave the bar, its count and its time whole: rich would cut all of them alike."""
+        task = self._progress.tasks[0]
+        digits = len(str(int(task.completed))) if task.total is None else len(str(int(task.total)))
+        room = self._progress.console.width - len(task.description) - (2 * digits + 1) - _KEPT
+        while said and len(", ".join(said)) > room:
+            said = said[:-1]
+        return ", ".join(said)
 
     def __enter__(self) -> EpochBar:
         self._progress.start()

@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -155,8 +155,12 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def append_test_scoring(self, record: dict[str, Any]) -> None:
-        """One more line of `test_scorings.jsonl`."""
+    def append_test_scoring(
+        self, by: str, weights: str, split: str, values: Mapping[str, Any], fingerprint: str
+    ) -> None:
+        """One more line of `test_scorings.jsonl`, of these figures of a split (`metrics.figures`)."""
+        shown = {key: values[key] for key in ("n", "loss", "accuracy", "qwk")}
+        record = {"by": by, "weights": weights, "split": split, **shown, "fingerprint": fingerprint}
         _append(self.test_scorings, record)
 
     def append_bad_step(self, record: dict[str, Any]) -> None:

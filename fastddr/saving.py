@@ -175,6 +175,11 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> chec
     return found
 
 
+def kept(run: RunFolder) -> str:
+    """The words for where the last good weights lie; none where nothing was saved yet."""
+    return f" ({run.checkpoints} holds the last good weights)" if (run.checkpoints / "last").exists() else ""
+
+
 class Saver:
     """Takes checkpoints of a run: rank 0 writes them in a thread, the others only count along."""
 

@@ -24,18 +24,21 @@ class Tally:
     loss: Tensor
     correct: Tensor
     count: Tensor
+    seen: int = 0
+    """All photographs, those of a bad step too; the host knows how many, so no device is asked."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> Tally:
         """All sums zero."""
-        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)))
+        loss, correct, count = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        return cls(loss, correct, count)
 
     def add(self, loss: Tensor, logits: Tensor, grade: Tensor, finite: Tensor) -> None:
         """Count one micro batch in: its mean loss, its logits (b, C) and its grades (b), or their shares (b, C).
 
-        One whose loss is not finite, which the flag `finite` says, does not count. Of a mixed photograph the grade with
-        the larger share is the right one. Of a regression `logits` are values (b, 1), which are rounded: its thresholds
-        are fitted after the epoch.
+        One whose loss is not finite, which the flag `finite` says, is seen and does not count. Of a mixed photograph
+        the grade with the larger share is the right one. Of a regression `logits` are values (b, 1), which are rounded:
+        its thresholds are fitted after the epoch.
         """
         if grade.ndim == 2:
             grade = grade.argmax(1)
@@ -45,10 +48,11 @@ class Tally:
         self.loss += torch.where(finite, loss.detach().double(), 0.0) * len(grade)
         self.correct += (predicted == grade).sum() * finite
         self.count += finite * len(grade)
+        self.seen += len(grade)
 
     def stack(self) -> Tensor:
-        """(3,): loss, correct, count."""
-        return torch.stack([self.loss, self.correct, self.count])
+        """(4,): loss, correct, count, seen."""
+        return torch.stack([self.loss, self.correct, self.count, self.count.new_tensor(self.seen)])
 
 
 def training_step(

@@ -23,7 +23,7 @@ from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
-from fastddr.evaluation.metrics import SplitResult, deciding, figures
+from fastddr.evaluation.metrics import SplitResult, deciding, figures, headline
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
 from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
@@ -338,7 +338,7 @@ class Trainer:
         if not found.logits.isfinite().all():
             raise UserError(
                 f"the model's output is not finite at step {self.progress.step}; lower --lr or set "
-                f"--optimizer.clip-norm 1, and begin anew ({self.run.checkpoints} holds the last good weights)."
+                f"--optimizer.clip-norm 1, and begin anew{saving.kept(self.run)}."
             )
         if fit:
             found, self.progress.grading = grading.fitted(found, self.config)
@@ -362,7 +362,7 @@ class Trainer:
         if self.saver.due_after(progress.epoch, best):
             self.saver.save(progress, best=best)
             self.stopping.saved()
-        shown = "  ".join(f"{key} {values[key]:.3f}" for key in ("loss", "accuracy", "qwk") if values[key] is not None)
+        shown = "  ".join(f"{key} {values[key]:.3f}" for key in headline(values) if values[key] is not None)
         self.console.print(
             f"epoch {progress.epoch}/{self.config.epochs}  valid: {shown}{'  best' if best else ''}",
             style="green" if best else None,
@@ -394,7 +394,7 @@ class Trainer:
             self.console.print("writing the report …")
             write_final(
                 self.run, results, self.config, self.manifest, self.runtime, self.tracker, parameters=self.parameters,
-                weights=weights, progress=progress,
+                weights=weights, progress=progress, resumed=self._resuming,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
         self._settled = True

@@ -102,8 +102,13 @@ def deciding(values: Mapping[str, Any]) -> float:
 
     With ungradable as a class it is macro F1: kappa is of what is graded, and a model could raise it by grading less.
     """
-    score: float | None = values["qwk" if len(values["recall"]) <= len(ICDR) else "macro_f1"]
+    score: float | None = values[headline(values)[-1]]
     return float(values["accuracy"]) if score is None else score
+
+
+def headline(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the figures that the terminal shows of an epoch; the last is the one that decides."""
+    return ("loss", "accuracy", "qwk", "macro_f1")[: 3 if len(values["recall"]) <= len(ICDR) else 4]
 
 
 def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, float | None]:

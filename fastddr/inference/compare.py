@@ -63,7 +63,7 @@ def compare(asked: Compare) -> list[Compared]:
     if asked.out is not None:
         output.check_place(asked.out)
     splits = [_split(place, asked.split) for place in asked.runs]
-    names = [_name(place) for place in asked.runs]
+    names = _names(asked.runs)
     rows = _rows(splits, names, asked.common)
     grades = splits[0].grades[rows[0]]
     # Of the first run that names some of these photographs: older runs do not.
@@ -97,10 +97,20 @@ def _ours(file: Path) -> bool:
         return False
 
 
-def _name(place: Path) -> str:
-    """A run's name, with the evaluation's where it is one."""
-    place = place.resolve()
-    return f"{place.parent.parent.name}/{place.name}" if place.parent.name == "evaluations" else place.name
+def _names(places: Sequence[Path]) -> list[str]:
+    """The runs' names, with the evaluation's where it is one, and with as many parents as tell them apart."""
+    paths = [place.resolve() for place in places]
+    least = [2 if path.parent.name == "evaluations" else 1 for path in paths]
+    ways = [
+        (*path.parent.parent.parts, path.name) if n == 2 else path.parts for path, n in zip(paths, least, strict=True)
+    ]
+    found = []
+    for way, n in zip(ways, least, strict=True):
+        others = [other for other in ways if other != way]
+        while any(other[-n:] == way[-n:] for other in others):
+            n += 1
+        found.append("/".join(way[-n:]))
+    return found
 
 
 def _split(place: Path, split: str) -> SplitResult:
@@ -202,15 +212,18 @@ def as_json(compared: Sequence[Compared], split: str) -> dict[str, Any]:
 
 
 def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str) -> None:
-    """Print the table of `table`, turned, so that many figures fit into a narrow terminal: a column a run."""
+    """Print the table of `table`, turned, so that many figures fit into a narrow terminal: a column a run.
+
+    Where they do not, names are broken and figures never: the table is wider than the terminal then.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    shown.add_column("")
+    shown.add_column("", min_width=max(map(len, body[0])))
     for row in body[1:]:
-        shown.add_column(row[0], justify="right", overflow="fold")
+        shown.add_column(row[0], justify="right", overflow="fold", min_width=max(map(len, row[1:])))
     for index, label in enumerate(body[0][1:], 1):
         shown.add_row(label, *(row[index] for row in body[1:]))
-    console.print(shown)
+    console.print(shown, crop=False)
     console.print(f"\n{legend(compared, split)}", style="dim")
 
 

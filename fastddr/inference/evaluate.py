@@ -128,11 +128,7 @@ def _write(
     place = claim(run.path / "evaluations" / f"{label}-{datetime.now():%Y%m%d-%H%M%S}", named=False)
     values = figures(result.logits, result.grades)
     if asked.split in ("test", "all") and found.has("test"):
-        shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
-        run.append_test_scoring(
-            {"by": "evaluate", "weights": result.weights, "split": asked.split, "n": values["n"], **shown,
-             "fingerprint": found.fingerprint}
-        )  # fmt: skip
+        run.append_test_scoring("evaluate", result.weights, asked.split, values, found.fingerprint)
     # How it was trained is the run's; how it was scored is what was asked for.
     trained = replace(
         restore.stored(run.path), evaluation=config.evaluation, precision=config.precision, loader=config.loader

@@ -81,7 +81,7 @@ def write(
     best = next((int(match[1]) for match in told if match), None)
     pictures: dict[str, Callable[[], bytes]] = {}
     if plots.has_curves(logged):
-        pictures["curves.png"] = lambda: plots.curves(logged, best)
+        pictures["curves.png"] = lambda: plots.curves(logged, best, tables.measured(facts))
     pictures["confusion_matrix.png"] = lambda: plots.confusion({name: found[name] for name in shown})
     pictures["roc.png"] = lambda: ranked.curves(shown, found)
     pictures["reliability.png"] = lambda: plots.reliability(shown, found, temperature)

@@ -28,6 +28,7 @@ def facts(
     grading: Mapping[str, Any] | None,
     skipped: int = 0,
     overflowed: int = 0,
+    resumed: bool = False,
 ) -> dict[str, Any]:
     """What was trained, on what, how, how fast and with how much memory.
 
@@ -36,13 +37,15 @@ def facts(
         began_at: what was taken of `--init` (`RunFolder.began_at`).
         grading: of a regression (`evaluation.grading`).
         skipped, overflowed: steps that were left out (`runs.Progress`).
+        resumed: whether earlier starts did a part of it, on other devices or by other commands maybe.
     """
 
     def values(key: str) -> list[float]:
         return [line[key] for line in logged if isinstance(line.get(key), int | float)]
 
+    of = " at the last start" if resumed else ""
     shown: dict[str, Any] = {
-        "Command": command(sys.argv),
+        f"Command{of}": command(sys.argv),
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
         "Begins at": (began_at or config.init or "random weights").removeprefix("init "),
         "Preset": config.preset,
@@ -67,7 +70,7 @@ def facts(
         "Loss": {"name": config.loss.name, **_other(config.loss, LossConfig(config.loss.name))},
         "Augmentation": {"policy": config.augment.policy, **_other(config.augment, POLICIES[config.augment.policy])},
         "Seed": str(config.seed),  # to be copied, so without separators
-        "Device": f"{device_name(runtime.device)}, {runtime.world} rank(s), {runtime.threads} threads each",
+        f"Device{of}": f"{device_name(runtime.device)}, {runtime.world} rank(s), {runtime.threads} threads each",
         "Precision": config.precision,
         "Loader": config.loader,
     }
@@ -85,7 +88,7 @@ def facts(
     for key, label in MEMORY.items():
         if peaks := values(key):
             shown[label] = f"{max(peaks):.2f} GiB"
-    return shown | {"Versions": versions(), "Code at the last start": code_state() or "not a checkout of git"}
+    return shown | {f"Versions{of}": versions(), "Code at the last start": code_state() or "not a checkout of git"}
 
 
 def command(argv: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ def write_final(
     parameters: int,
     weights: str,
     progress: Progress,
+    resumed: bool,
 ) -> None:
     """Write report/ and log the final figures; on rank 0.
 
@@ -40,12 +41,13 @@ def write_final(
         parameters: of the model.
         weights: which the best ones are, in words.
         progress: where training ended, with the grading of the best weights.
+        resumed: whether this start went on with an earlier one.
     """
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
     logged = reporting.read_metrics(run.path)
     about = facts(
         config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=progress.grading,
-        skipped=progress.skipped, overflowed=progress.overflowed,
+        skipped=progress.skipped, overflowed=progress.overflowed, resumed=resumed,
     )  # fmt: skip
     notes = [*manifest.notes, *([] if progress.grading is None else [tables.FLATTERED])]
     text = reporting.write(run.path, ordered, about, notes, root=manifest.root, left_out=manifest.left_out)
@@ -63,7 +65,7 @@ def write_final(
         shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
         final |= {f"final/{name}_{key}": value for key, value in shown.items()}
         if name == "test":
-            run.append_test_scoring({"by": "train", "weights": weights, "n": values["n"], **shown})
+            run.append_test_scoring("train", weights, name, values, manifest.fingerprint)
     tracker.log(final, step=progress.step, epoch=progress.epoch)
     tracker.log_manifest(run.manifest)
     tracker.log_checkpoints(run.checkpoints)

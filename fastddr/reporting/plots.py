@@ -7,6 +7,7 @@ Colours are Okabe and Ito's (2008), which stay apart for colour-blind eyes.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastddr.data.grades import ICDR
 from fastddr.data.photograph import DAMAGED, turned
 from fastddr.data.problems import one_line
 from fastddr.evaluation import metrics
-from fastddr.reporting.tables import Figures, cell, names, title
+from fastddr.reporting.tables import SQUARED, Figures, cell, names, title
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 TRAIN, VALID = ORANGE, BLUE
@@ -61,31 +62,39 @@ STYLE: Any = {
     "figure.facecolor": "white",
 }
 
-CURVES = (("loss", "Loss"), ("accuracy", "Accuracy"), ("qwk", "Quadratic-weighted kappa"))
-
 
 def has_curves(logged: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the lines of metrics.jsonl hold anything that `curves` draws."""
-    return any(len(_points(logged, f"{split}/{key}")[0]) for key, _ in CURVES for split in ("train", "valid"))
+    return any(len(_points(logged, key)[0]) for keys in _panels(logged, {}).values() for key in keys)
 
 
-def curves(logged: Sequence[Mapping[str, Any]], best_epoch: int | None) -> bytes:
-    """Loss, accuracy and kappa of train and valid by epoch; the epoch whose weights are the best is marked."""
-    best = _best(logged, best_epoch)
+def curves(
+    logged: Sequence[Mapping[str, Any]], best_epoch: int | None, measured: Mapping[str, str] | None = None
+) -> bytes:
+    """Loss, accuracy and kappa of train and valid by epoch; the epoch whose weights are the best is marked.
+
+    With ungradable as a class macro F1 as well, which decides there. `measured` says of what the figures are
+    (`tables.measured`).
+    """
+    of = measured or {}
+    panels, best = _panels(logged, of), _best(logged, best_epoch)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 3.9), layout="constrained")
-        for axes, (key, label) in zip(figure.subplots(1, 3), CURVES, strict=True):
-            for split, colour in (("train", TRAIN), ("valid", VALID)):
-                epochs, values = _points(logged, f"{split}/{key}")
-                _line(axes, epochs, values, colour, split)
+        figure = Figure(figsize=(4 * len(panels), 3.9), layout="constrained")
+        for axes, (label, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for key in keys:
+                split = key.partition("/")[0]
+                said = textwrap.fill(f"{split}, {of[key]}", 26) if key in of else split
+                _line(axes, *_points(logged, key), TRAIN if split == "train" else VALID, said)
             axes.set(title=label, xlabel="Epoch")
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-            if key == "accuracy":
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            if "valid/accuracy" in keys:
+                axes.yaxis.set_major_formatter(PercentFormatter(1))  # as many decimals as tell the ticks apart
             if best is not None and axes.lines:
-                axes.axvline(best[0], color=GREY, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
-                if key == "qwk":
-                    axes.plot(*best, "o", color=VALID, markersize=6, label=f"best: {best[1]:.3f}, epoch {best[0]:g}")
+                decided, value = best
+                axes.axvline(best_epoch, color=GREY, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+                if decided in keys:
+                    said = f"best: {cell(value, per_cent=decided == 'valid/accuracy')}, epoch {best_epoch}"
+                    axes.plot(best_epoch, value, "o", color=VALID, markersize=6, label=said)
             if axes.lines:
                 axes.legend(loc="best")
         return png(figure)
@@ -227,41 +236,69 @@ def _calibration(
     top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+def _panels(logged: Sequence[Mapping[str, Any]], of: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The headings of the curves, and which keys of metrics.jsonl are drawn in one panel."""
+
+    def both(name: str) -> tuple[str, ...]:
+        return f"train/{name}", f"valid/{name}"
+
+    loss = {"Loss": both("loss")}
+    if of.get("train/loss") == SQUARED:  # no axis has squared grades and nats
+        loss = {"Loss of train": ("train/loss",), "Loss of valid": ("valid/loss",)}
+    scores = {"Quadratic-weighted kappa": both("qwk")}
+    if _ungradable(logged):
+        scores["Macro F1"] = both("macro_f1")
+    return loss | {"Accuracy": both("accuracy")} | scores
+
+
+def _ungradable(logged: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether ungradable is a class."""
+    return any(f"valid/recall_{len(ICDR)}" in line for line in logged)
+
+
+def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, since: np.ndarray, colour: str, label: str) -> None:
     """A curve; one with many points an epoch is drawn faint, with its mean by epoch over it."""
     if not len(epochs):
         return
     marks = np.unique(np.ceil(epochs))
     if len(epochs) > 2 * len(marks) and len(marks) > 1:
         axes.plot(epochs, values, color=colour, alpha=0.25, linewidth=0.8)
-        epochs, values = _by_epoch(epochs, values)
+        epochs, values = _by_epoch(epochs, values, since)
     marker = "o" if len(epochs) <= 25 else None
     axes.plot(epochs, values, color=colour, label=label, marker=marker, markersize=3.5)
 
 
-def _by_epoch(epochs: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_epoch(epochs: np.ndarray, values: np.ndarray, since: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The epochs, and the mean of each: a line counts by the steps since the one before, fewer at a save or a stop."""
     whole = np.ceil(epochs)
-    steps = np.diff(epochs, prepend=0.0) + 1e-9  # two lines may be of one step
+    steps = since + 1e-9  # two lines may be of one step
     marks = np.unique(whole)
     return marks, np.array([np.average(values[whole == mark], weights=steps[whole == mark]) for mark in marks])
 
 
-def _points(logged: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and values of all lines that hold a number under a key; somebody else may have written lines too."""
-    pairs = [
-        (line["epoch"], line[key])
-        for line in logged
-        if isinstance(line.get("epoch"), int | float) and isinstance(line.get(key), int | float)
-    ]
-    epochs, values = np.array(pairs, dtype=float).reshape(-1, 2).T
-    return epochs, values
+def _points(logged: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs and values of all lines that hold a number under a key, and the share of an epoch that each is of.
+
+    A line whose figure is undefined has its own share. Somebody else may have written lines too.
+    """
+    found, before = [], 0.0
+    for line in logged:
+        epoch, value = line.get("epoch"), line.get(key)
+        if isinstance(epoch, int | float) and key in line and (value is None or isinstance(value, int | float)):
+            if value is not None:
+                found.append((epoch, value, epoch - before))
+            before = epoch
+    epochs, values, since = np.array(found, dtype=float).reshape(-1, 3).T
+    return epochs, values, since
 
 
-def _best(logged: Sequence[Mapping[str, Any]], epoch: int | None) -> tuple[float, float] | None:
-    """The epoch and its kappa on valid; None where that is not known."""
-    epochs, values = _points(logged, "valid/qwk")
-    return next(((float(at), float(value)) for at, value in zip(epochs, values, strict=True) if at == epoch), None)
+def _best(logged: Sequence[Mapping[str, Any]], epoch: int | None) -> tuple[str, float] | None:
+    """By which figure an epoch is the best (`metrics.deciding`), and its value; None where that is not known."""
+    for key in ("valid/macro_f1" if _ungradable(logged) else "valid/qwk", "valid/accuracy"):
+        epochs, values, _ = _points(logged, key)
+        if epoch in epochs:
+            return key, float(values[epochs == epoch][-1])
+    return None
 
 
 def _row(figure: Figure, count: int) -> Sequence[Axes]:

@@ -51,13 +51,18 @@ def _row(left: Axes, right: Axes, name: str, split: metrics.SplitResult, found: 
         alarms, hits, _ = roc_curve(ill, score)
         area = cell(values["auc"], per_cent=False)
         left.plot(alarms, hits, color=colour, linestyle=dashes, label=f"{label}: AUC {area}")
-        left.plot(1 - values["specificity"], values["sensitivity"], "o", mfc="white", color=colour, markersize=7)
+        left.plot(
+            1 - values["specificity"], values["sensitivity"], "o", mfc="white", color=colour, markersize=7,
+            clip_on=False, zorder=3,
+        )  # fmt: skip
         precision, recall, _ = precision_recall_curve(ill, score)
         area = cell(values["average_precision"], per_cent=False)
         right.plot(
             recall, precision, color=colour, linestyle=dashes, drawstyle="steps-post",
             label=f"{label}: AP {area}, {ill.mean():.0%} of photographs",
         )  # fmt: skip
+    if len(left.lines) > 1:
+        left.plot([], [], "o", mfc="white", color=plots.GREY, markersize=7, label="predicted grade")
     left.set(
         title=f"{title(name)}: ROC", xlabel="1 − specificity", ylabel="Sensitivity", xlim=(-0.01, 1), ylim=(0, 1.01)
     )

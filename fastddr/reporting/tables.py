@@ -13,6 +13,8 @@ from fastddr.evaluation.ranking import ENDPOINTS
 DISCLAIMER = "Research use only; not a medical device."
 #: A note where the photographs include those that a regression's thresholds were fitted to.
 FLATTERED = "The thresholds between the grades were fitted on valid, so the figures of valid flatter a little."
+#: What a regression minimises.
+SQUARED = "squared error"
 #: So many of the photographs that were left out stand in report.md; all in left_out.csv.
 LISTED = 100
 
@@ -65,6 +67,25 @@ def names(classes: int) -> list[str]:
 def title(split: str) -> str:
     """A split as a heading: "valid (last weights)" for valid_last."""
     return "valid (last weights)" if split == "valid_last" else split
+
+
+def measured(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Of what the figures of training are, by their keys in metrics.jsonl, as far as the facts of a run tell it."""
+    loss = facts.get("Loss")
+    if not isinstance(loss, Mapping):
+        return {}
+    if loss.get("name") == "mse":
+        return {
+            "train/loss": SQUARED, "valid/loss": "cross-entropy",
+            "train/accuracy": "rounded values", "valid/accuracy": "fitted thresholds",
+        }  # fmt: skip
+    if loss.get("name") != "cross_entropy":
+        return {}
+    changed = [word for key, word in (("class weights", "weighted"), ("label smoothing", "smoothed")) if key in loss]
+    return {
+        "train/loss": f"{', '.join(changed)} cross-entropy".lstrip(),
+        "valid/loss": "cross-entropy",
+    }
 
 
 def of_patients(ci: Mapping[str, Any]) -> str:
@@ -150,6 +171,14 @@ def markdown(
         parts.append(table(["File", "Kind", "Why"], [[p.path, p.kind, p.reason] for p in shown], left=3))
     if "curves.png" in pictures:
         parts += ["## Training", "![Loss, accuracy and kappa by epoch](curves.png)"]
+        of = measured(facts)
+        unlike = [
+            f"{name.capitalize()} on train: {of[f'train/{name}']}, on valid: {of[f'valid/{name}']}."
+            for name in ("loss", "accuracy")
+            if of.get(f"train/{name}") != of.get(f"valid/{name}")
+        ]
+        if unlike:
+            parts.append(" ".join([*unlike, "There train and valid do not compare."]))
     if found:
         parts += ["## Recall of each grade", _recall(found)]
     if any(values["endpoints"] for values in found.values()):

@@ -74,6 +74,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert figures(run) == figures(undisturbed), "no step is doubled or missing, and no validation"
+    for place, of in ((undisturbed, ""), (run, " at the last start")):
+        rows = (place / "report" / "report.md").read_text().splitlines()
+        assert all(any(row.startswith(f"| {fact}{of} |") for row in rows) for fact in ("Command", "Device", "Versions"))
     assert len((run / "test_scorings.jsonl").read_text().splitlines()) == 1
 
 

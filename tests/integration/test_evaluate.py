@@ -70,6 +70,9 @@ def test_every_scoring_of_test_is_noted(run: Path) -> None:
     [new] = scorings()[len(before) :]
     assert (new["by"], new["n"], new["qwk"]) == ("evaluate", figures["test"]["n"], figures["test"]["qwk"])
     assert new["weights"].startswith("last")
+    alike = ("split", "n", "fingerprint")
+    assert [new[key] for key in alike] == [before[0][key] for key in alike], "as training has noted it"
+    assert new.keys() == before[0].keys()
 
 
 def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -> None:

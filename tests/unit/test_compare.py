@@ -63,6 +63,27 @@ def test_runs_are_compared_photograph_by_photograph(tmp_path: Path) -> None:
     assert compare.table(same)[3][1] == "+0.0 (+0.0 to +0.0)"
 
 
+def test_runs_of_one_name_have_as_many_parents_as_tell_them_apart() -> None:
+    places = ["x/seed0", "y/seed0", "x/other", "x/seed0", "x/run/evaluations/test", "y/run/evaluations/test", "z/test"]
+    wanted = ["x/seed0", "y/seed0", "other", "x/seed0", "x/run/test", "y/run/test", "z/test"]
+    assert compare._names([Path(place) for place in places]) == wanted
+
+
+def test_in_a_narrow_terminal_names_are_broken_and_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = tuple(folder(tmp_path / f"{letter * 20}-{letter * 15}", valid=result(1)) for letter in "abc")
+    compared = compare.compare(Compare(runs))
+    body = compare.table(compared)
+    compare.show(compared, body, "valid")
+    lines = capsys.readouterr().out.splitlines()
+    for column, label in enumerate(body[0][1:], 1):
+        [line] = [line for line in lines if line.startswith(f"{label}  ")]
+        assert all(row[column] in line for row in body[1:])
+    assert not any(compared[0].name in line for line in lines[: lines.index("")]), "names are folded"
+
+
 def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [folder(tmp_path / name, valid=result(seed), test=result(seed + 9)) for seed, name in enumerate("abc")]
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.md")]) == 0

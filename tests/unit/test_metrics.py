@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torchmetrics.functional import classification as tm
 
-from fastddr.evaluation.metrics import SplitResult, deciding, figures, figures_from_confusion, reliability
+from fastddr.evaluation.metrics import SplitResult, deciding, figures, figures_from_confusion, headline, reliability
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -159,6 +159,7 @@ def test_the_best_epoch_cannot_be_had_by_calling_all_ungradable() -> None:
     one, other = (figures_from_confusion(matrix) for matrix in (honest, refusing))
     assert other["qwk"] == 1 > one["qwk"]
     assert deciding(one) > deciding(other)
+    assert headline(one)[-1] == "macro_f1"
     assert deciding({"qwk": 0.5, "recall": [0.0] * 5, "accuracy": 0.1, "macro_f1": 0.2}) == 0.5
     assert deciding({"qwk": None, "recall": [0.0] * 5, "accuracy": 0.1, "macro_f1": 0.2}) == 0.1
 

@@ -285,9 +285,9 @@ def test_of_a_mixed_photograph_the_larger_share_is_right(share: float) -> None:
     tally = Tally.zeros(torch.device("cpu"))
     target = torch.eye(5)[[0, 1, 2]] * share + torch.eye(5)[[3, 3, 3]] * (1 - share)
     tally.add(torch.tensor(2.0), 10 * torch.eye(5)[[0, 3, 2]], target, torch.tensor(True))
-    assert tally.stack().tolist() == [6.0, 2.0, 3.0]
+    assert tally.stack().tolist() == [6.0, 2.0, 3.0, 3.0]
     tally.add(torch.tensor(1.0), 10 * torch.eye(5)[[0, 3, 2]], torch.tensor([0, 1, 2]), torch.tensor(True))
-    assert tally.stack().tolist() == [9.0, 4.0, 6.0]
+    assert tally.stack().tolist() == [9.0, 4.0, 6.0, 6.0]
 
 
 # ---------------------------------------------------------------------------------------------- in a run

@@ -23,7 +23,7 @@ from fastddr.data.grades import ICDR
 from fastddr.data.problems import Problem
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.reporting import again, facts, plots, predictions, tables
+from fastddr.reporting import again, facts, plots, predictions, ranked, tables
 
 pytestmark = pytest.mark.pictures
 
@@ -165,11 +165,47 @@ def test_names_of_others_are_no_markup_in_report_md() -> None:
 def test_the_best_epoch_of_the_curves_is_that_of_the_weights() -> None:
     """Of equal kappas the loss has decided, which the picture cannot know."""
     logged = [{"epoch": epoch, "valid/qwk": kappa} for epoch, kappa in ((1, 0.4), (2, 0.7), (3, 0.7))]
-    assert plots._best(logged, 3) == (3.0, 0.7)
+    assert plots._best(logged, 3) == ("valid/qwk", 0.7)
     assert plots._best(logged, None) is None
     assert plots.curves(logged, 3) != plots.curves(logged, 2)
     foreign = [{"step": 5, "valid/qwk": 0.9}, {"epoch": 4, "valid/qwk": "high"}, {"epoch": None, "valid/qwk": 1}]
     assert plots._points([*logged, *foreign], "valid/qwk")[0].tolist() == [1, 2, 3]
+    # With ungradable as a class macro F1 decides, and where that is undefined, accuracy.
+    six = [{"epoch": 1, "valid/qwk": 0.9, "valid/macro_f1": 0.4, "valid/recall_5": None, "valid/accuracy": 0.8}]
+    assert plots._best(six, 1) == ("valid/macro_f1", 0.4)
+    assert "Macro F1" in plots._panels(six, {})
+    assert plots._best([{"epoch": 1, "valid/qwk": None, "valid/accuracy": 0.8}], 1) == ("valid/accuracy", 0.8)
+
+
+def test_curves_say_of_what_each_is_and_share_no_axis_where_they_do_not_compare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    logged: list[dict[str, Any]] = [
+        {"epoch": epoch, f"{split}/loss": 2 / epoch, f"{split}/accuracy": 0.76 + epoch / 100}
+        for epoch in (1, 2) for split in ("train", "valid")
+    ]  # fmt: skip
+
+    def legends(**loss: Any) -> list[list[str]]:
+        plots.curves(logged, 2, tables.measured({"Loss": loss}))
+        shown = [axes.get_legend() for axes in drawn[-1].axes]
+        return [
+            [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+            for legend in shown
+            if legend is not None
+        ]
+
+    assert legends(name="cross_entropy")[0] == ["train, cross-entropy", "valid, cross-entropy"]
+    changed = {"class weights": "inverse", "label smoothing": 0.1}
+    assert legends(name="cross_entropy", **changed)[0][0] == "train, weighted, smoothed cross-entropy"
+    train, valid, accuracy = legends(name="mse")
+    assert (train, valid) == (["train, squared error"], ["valid, cross-entropy"])
+    assert accuracy == ["train, rounded values", "valid, fitted thresholds", "best: 78.0 %, epoch 2"]
+    ticks = [text.get_text() for text in drawn[-1].axes[2].get_yticklabels()]
+    assert len(ticks) == len(set(ticks)), "no tick is rounded to another"
+    said = tables.markdown("run", {}, {"Loss": {"name": "mse"}}, [], ["curves.png"])
+    assert "Loss on train: squared error, on valid: cross-entropy." in said
 
 
 @pytest.mark.parametrize(
@@ -194,10 +230,15 @@ def test_a_picture_opens_has_its_size_and_is_not_blank(run: Path, name: str, siz
 
 def test_a_line_of_few_steps_counts_little_in_the_mean_of_its_epoch() -> None:
     """A checkpoint after 0.9 of the first epoch, and a stop after 0.2 of the second."""
-    epochs, values = np.array([0.5, 0.9, 1.0, 1.2, 2.0]), np.array([1.0, 2.0, 9.0, 4.0, 1.0])
-    marks, means = plots._by_epoch(epochs, values)
+    epochs, values = (0.5, 0.9, 1.0, 1.2, 2.0), (1.0, 2.0, 9.0, 4.0, 1.0)
+    lines = [{"epoch": epoch, "train/loss": value} for epoch, value in zip(epochs, values, strict=True)]
+    marks, means = plots._by_epoch(*plots._points(lines, "train/loss"))
     assert marks.tolist() == [1, 2]
     assert means == pytest.approx([0.5 * 1 + 0.4 * 2 + 0.1 * 9, 0.2 * 4 + 0.8 * 1])
+    lines = [{"epoch": epoch, "train/loss": value} for epoch, value in ((0.5, None), (0.75, 9.0), (1.0, 1.0))]
+    assert plots._by_epoch(*plots._points(lines, "train/loss"))[1] == pytest.approx([5.0]), (
+        "nobody's steps are another's"
+    )
 
 
 def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +253,18 @@ def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) ->
     six = torch.tensor([[0, 0, 0, 0, 0, 9.0], [5, 0, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0]])
     order, *_ = plots.mistakes(SplitResult(six, torch.tensor([0, 2, 5]), torch.arange(3), list("abc"), "best"))
     assert order.tolist() == [1, 0, 2], "ungradable is no grade that lies far from others"
+
+
+def test_the_rings_of_the_roc_have_a_name_and_are_whole_at_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    result = SPLITS["test"]
+    ranked.curves({"test": result}, {"test": figures(result.logits, result.grades)})
+    axes = drawn[0].axes[0]
+    rings = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert len(rings) == 3
+    assert not any(ring.get_clip_on() for ring in rings)
+    assert [text.get_text() for text in axes.get_legend().get_texts()][3:] == ["predicted grade"]
 
 
 def test_a_matrix_is_drawn_with_the_truth_down(monkeypatch: pytest.MonkeyPatch) -> None:

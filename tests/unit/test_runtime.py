@@ -444,12 +444,12 @@ def test_a_window_tells_of_the_rank_that_waited_longest() -> None:
         seen.append(rows.shape)
         return torch.cat([rows, 2 * rows])
 
-    sums = torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64)
+    sums = torch.tensor([3.0, 1.0, 4.0, 7.0], dtype=torch.float64)
     window._began -= 100
     found = window.close(gather, sums, 5.0, {"memory": 1.5})
-    assert seen == [(1, 5)]
+    assert seen == [(1, 6)]
     assert (found["train/loss"], found["train/accuracy"], found["memory"]) == (0.75, 0.25, 3.0)
-    assert found["train/images_per_second"] == pytest.approx(12 / 100, rel=0.01)
+    assert found["train/images_per_second"] == pytest.approx(21 / 100, rel=0.01), "of all that were seen"
     assert found["train/data_wait"] == window.wait_share == pytest.approx(10 / 100, rel=0.01)
     window._began -= 100
     found = window.close(gather, sums, 6.0, {"memory": 1.5})

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from tests_support import settings
 from torch import nn
 
-from fastddr import losses, optimizers
+from fastddr import losses, optimizers, saving
 from fastddr.cli import parse
 from fastddr.config import dump
 from fastddr.errors import UserError
@@ -85,6 +85,7 @@ def test_a_bad_step_changes_nothing(name: str, fused: bool, clip_norm: float | N
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before), "weights, moments, steps, statistics"
     assert float(step.tally.count) == 4, "and its photographs do not count"
+    assert step.tally.stack()[3] == 8, "but they were seen"
     assert bool(step.tally.stack().isfinite().all())
     # Afterwards all goes on as if it had not been.
     other = Stepper(name, fused, clip_norm)
@@ -356,8 +357,15 @@ def test_what_several_ranks_held_and_could_hold() -> None:
 def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with Trainer(settings(tiny, run, "--optimizer.on-nonfinite", "skip")) as trainer:
+        weight = next(trainer._weights.parameters())
+        before = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+        with pytest.raises(UserError, match=r"and begin anew\.$"):  # nothing is saved that could hold good weights
+            trainer._score(trainer.valid_loader, "current")
+        weight.data.copy_(before)
         spoilt(trainer, {3, 8, 9})
         trainer.fit()
+        assert str(trainer.run.checkpoints) in saving.kept(trainer.run)
         assert trainer.progress.skipped == 2
         assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

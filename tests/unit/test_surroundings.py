@@ -73,6 +73,22 @@ def test_a_bar_leaves_stderr_and_log_files_alone(monkeypatch: pytest.MonkeyPatch
     assert log.getvalue() == ""
 
 
+@pytest.mark.parametrize("kept", [None, 0.37])
+@pytest.mark.parametrize(("width", "said"), [(80, "images/s"), (60, ""), (44, "")])
+def test_a_bar_in_a_narrow_terminal_keeps_its_count_and_its_time(
+    width: int, said: str, kept: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    with EpochBar(console, "epoch 12/100", 1234) as bar:
+        bar.update(123, 12_345.0, 0.12, kept=lambda: kept)
+        line = "".join(segment.text for segment in console.render(bar._progress.get_renderable()))
+    assert " 123/1234 " in line
+    assert line.rstrip("\n").endswith("ETA -:--:--")
+    assert said in line
+
+
 def test_what_is_said_in_a_notebook_is_plain_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

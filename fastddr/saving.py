@@ -176,8 +176,9 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> chec
 
 
 def kept(run: RunFolder) -> str:
-    """The words for where the last good weights lie; none where nothing was saved yet."""
-    return f" ({run.checkpoints} holds the last good weights)" if (run.checkpoints / "last").exists() else ""
+    """The words for where good weights lie; none where none were scored yet, for the last ones may be bad already."""
+    best = run.checkpoints / "best"
+    return f" ({best} holds the best weights that were scored)" if best.exists() else ""
 
 
 class Saver:

@@ -39,6 +39,8 @@ __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
 _DEPTH = 3
 #: Of so many folders in one each is a patient's, not a set.
 _MANY = 100
+#: The folders of DDR's release that hold no grades.
+_LESIONS = {"lesion_segmentation", "lesion_detection"}
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz")
 
 
@@ -99,6 +101,8 @@ def _instead(folder: Path, fence: Fence) -> str:
     packed = _packed(names)
     if packed:
         return f"; {packed}"
+    if _LESIONS & {folder.name, *names}:
+        return "; this is DDR's part with lesions, and the photographs with grades are in its DR_grading"
     inside = [name for name in names if fence.holds(folder / name, folder)]
     headers = [(name, header) for name in inside if (header := unknown_header(folder / name)) is not None]
     if headers:

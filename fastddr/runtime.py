@@ -33,6 +33,9 @@ _OTHERS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }  # fmt: skip
 
+#: Why a configuration names a precision, where no more is known: a flag or a preset does.
+ASKED = "the settings ask for it"
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,7 +89,9 @@ def share_gradients(accumulation: int) -> DDP:
     return DDP(gradient_as_bucket_view=True, static_graph=accumulation == 1)
 
 
-def choose_precision(asked: str, launched: str, capability: tuple[int, int] | None, card: str = "") -> tuple[str, str]:
+def choose_precision(
+    asked: str, launched: str, capability: tuple[int, int] | None, card: str = "", why: str = ASKED
+) -> tuple[str, str]:
     """The precision, and the reason for it.
 
     Args:
@@ -94,6 +99,7 @@ def choose_precision(asked: str, launched: str, capability: tuple[int, int] | No
         launched: what `accelerate launch` was told (`ACCELERATE_MIXED_PRECISION`), "no" or "" if nothing.
         capability: compute capability of the card, None on a CPU.
         card: its name.
+        why: the reason for one that is asked for.
 
     Raises:
         UserError: a precision that nothing here can train in.
@@ -106,7 +112,7 @@ def choose_precision(asked: str, launched: str, capability: tuple[int, int] | No
             "`no` and it chooses itself."
         )
     elif asked != "auto":
-        chosen, reason = asked, "--precision asked for it"
+        chosen, reason = asked, why
     elif capability is None:
         chosen, reason = "fp32", "no GPU; on a CPU half precision is slower than float32"
     elif "GTX 16" in card:
@@ -123,9 +129,11 @@ def choose_precision(asked: str, launched: str, capability: tuple[int, int] | No
     return chosen, reason
 
 
-def agree_on_precision(asked: str, launched: str, capability: tuple[int, int] | None, card: str) -> tuple[str, str]:
+def agree_on_precision(
+    asked: str, launched: str, capability: tuple[int, int] | None, card: str, why: str = ASKED
+) -> tuple[str, str]:
     """As `choose_precision`, the same on all ranks, whose cards may differ: what the weakest can. Called by all."""
-    found = ranks.gather([choose_precision(asked, launched, capability, card)])
+    found = ranks.gather([choose_precision(asked, launched, capability, card, why)])
     return min(found, key=lambda choice: ("fp32", "fp16", "bf16").index(choice[0]))
 
 
@@ -297,8 +305,12 @@ def _blind() -> str | None:
     )
 
 
-def start(config: Config, trainer: object = None) -> Runtime:
-    """Choose device, precision and threads, and seed, for the process; `trainer` is the one that this is for, if any.
+def start(config: Config, trainer: object = None, precision_of: str = ASKED) -> Runtime:
+    """Choose device, precision and threads, and seed, for the process.
+
+    Args:
+        trainer: the one that this is for, if any.
+        precision_of: why the configuration names its precision, where it names one.
 
     Raises:
         UserError: a precision or a batch that this machine cannot do, or another Trainer is open.
@@ -309,7 +321,7 @@ def start(config: Config, trainer: object = None) -> Runtime:
     decisions = [f"device {'cpu' if cpu else 'cuda'}: {_why_device(cpu)}"]
     capability, card = (None, "") if cpu else card_of(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    precision, reason = agree_on_precision(config.precision, launched, capability, card)
+    precision, reason = agree_on_precision(config.precision, launched, capability, card, precision_of)
     tf32 = ", products in TF32" if precision == "fp32" and capability is not None and capability >= (8, 0) else ""
     decisions.append(f"precision {precision}{tf32}: {reason}")
     micro, accumulation = divide_batch(config.batch_size, config.micro_batch_size, state.num_processes)

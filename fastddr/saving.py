@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from fastddr import checkpoints, runtime
+from fastddr import checkpoints, runs, runtime
 from fastddr.checkpoints import Snapshot, Writer
-from fastddr.config import Config
+from fastddr.config import Config, from_mapping
+from fastddr.config.strict import read_yaml
+from fastddr.data import manifest, source
 from fastddr.errors import UserError
 from fastddr.meters import versions
 from fastddr.runs import Progress, RunFolder
@@ -71,6 +74,37 @@ class Training:
         )
 
 
+def finished(run: RunFolder, config: Config, console: Console) -> bool:
+    """Whether an earlier run is done. To be called by all ranks.
+
+    Its data may be gone by now, but data that lie elsewhere must be the same photographs, as for a run that goes on.
+
+    Raises:
+        UserError: on every rank, the data are others, or cannot be read.
+    """
+
+    def began_with() -> str | None:
+        """The fingerprint of the data that it began with; None where they are named as they were."""
+        stored = from_mapping(read_yaml(run.config), str(run.config))
+        return None if runs.placed(config) == runs.placed(stored) else manifest.fingerprint_in(run.manifest)
+
+    if runtime.from_main(lambda: run.status().get("state")) != "done":
+        return False
+    began = runtime.from_main(began_with)
+    if began is not None:
+        _same_data(run, began, source.open_data(config, console).fingerprint)
+    return True
+
+
+def _same_data(run: RunFolder, began: str, now: str) -> None:
+    """Raise `UserError` where the data, by their fingerprint, are not those that a run began with."""
+    if began != now:
+        raise UserError(
+            f"--run-dir {run.path}: the data are not those that this run began with (compare {run.manifest}); "
+            "restore them, or begin a new run."
+        )
+
+
 def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[str], None]) -> Progress | None:
     """Go on from the newest checkpoint of a run that is whole: where it stood, None where there is no checkpoint.
 
@@ -107,11 +141,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
             f"{path}: its state.json is not as this version of fastddr writes it ({error}); go on with the version "
             f"that wrote it ({saved.state.get('versions')})."
         ) from None
-    if began != fingerprint:
-        raise UserError(
-            f"--run-dir {run.path}: the data are not those that this run began with (compare {run.manifest}); "
-            "restore them, or begin a new run."
-        )
+    _same_data(run, began, fingerprint)
     checkpoints.restore(saved, training.model, training.ema, training.optimizer, training.scaler)
 
     def mended() -> bool:

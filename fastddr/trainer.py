@@ -84,7 +84,7 @@ class Trainer:
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             runs.seen(where)
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
-            if runtime.from_main(lambda: run.status().get("state")) == "done":
+            if saving.finished(run, config, self.console):
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return
@@ -92,7 +92,7 @@ class Trainer:
         models.levers.check_compiler(config, state.device)  # which the real step of `settle` needs
         config, self.predicted_gib, taken, planned = settle(config, state.device, state.num_processes)
         self.config = config  # with the micro batch that is held, if anything fails from here on
-        self.runtime = runtime.start(config, self)
+        self.runtime = runtime.start(config, self, "the run began in it" if resumed else runtime.ASKED)
         self.accelerator = self.runtime.accelerator
         if resumed:
             runs.check_precision(where, config.precision, self.runtime.precision)

@@ -22,7 +22,10 @@ from fastddr.data.problems import NOTES, Problem, errors, one_line, refuse
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "of", "read"]
+__all__ = ["SPLITS", "Manifest", "fingerprint_in", "of", "read"]
+
+#: What the first line of `Manifest.to_csv` begins with.
+_FINGERPRINT = "# fingerprint: "
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Manifest:
     def to_csv(self) -> str:
         """All rows as CSV, behind comment lines with the fingerprint and with how the photographs were prepared."""
         text = io.StringIO()
-        text.write(f"# fingerprint: {self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n")
+        text.write(f"{_FINGERPRINT}{self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["id", "path", "split", "grade", "width", "height", "bytes", "patient"])
         columns = (self.path, self.split, self.grade, self.width, self.height, self.size, self.patient)
@@ -194,6 +197,13 @@ def of(
         said = "The test split holds no gradable photograph, so nothing is scored on it."
         found = Manifest(**(vars(found) | {"notes": (*found.notes, said)}))
     return found
+
+
+def fingerprint_in(file: Path) -> str:
+    """The fingerprint that a file of `Manifest.to_csv` tells; empty where it tells none."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        first = lines.readline(len(_FINGERPRINT) + 100)
+    return first.removeprefix(_FINGERPRINT).strip() if first.startswith(_FINGERPRINT) else ""
 
 
 #: Kinds of notes that the notes of the layout say already.

@@ -65,7 +65,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     """
     config, state = settings(asked), runtime.join()
     console = terminal(quiet=not state.is_main_process)
-    began = runtime.start(config)
+    began = runtime.start(config, precision_of=restore.why_precision(asked, config))
     restore.say_where(began, console)
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
     run = restored.run

@@ -70,7 +70,7 @@ def predict(asked: Predict) -> Answer:
     console = terminal(quiet=not state.is_main_process)
     runtime.from_main(lambda: _free(asked, config.evaluation.field))
     found = runtime.from_main(lambda: photos.find(asked.photographs))
-    began = runtime.start(config)
+    began = runtime.start(config, precision_of=restore.why_precision(asked, config))
     restore.say_where(began, console)
     restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
     with EpochBar(console, "looking at photographs") as bar:

@@ -109,6 +109,16 @@ def _precision(config: Config) -> Any:
     return "fp32" if cannot and config.precision in ("bf16", "fp16") else config.precision
 
 
+def why_precision(asked: Scoring, config: Config) -> str:
+    """The reason for the precision of `settings`."""
+    if asked.precision is not None:
+        return "--precision asked for it"
+    trained = stored(asked.run).precision
+    if config.precision == trained:
+        return "the run was trained in it"
+    return f"the run was trained in {trained}, which this device is slow or wrong in"
+
+
 def say_where(began: runtime.Runtime, console: Console) -> None:
     """Print device, ranks and precision, with the reason for it: `accelerate launch` may have asked for another."""
     console.print(f"  device {began.device.type}, ranks: {began.world}")

@@ -45,7 +45,10 @@ def known(name: str) -> Card:
     """
     found = {key.lower(): card for key, card in CARDS.items()}.get(name.lower())
     if found is None:
-        raise UserError(f"--card {name}: {nearest(name, CARDS)} Or give --tbps and --tflops of its data sheet.")
+        raise UserError(
+            f"--card {name}: {nearest(name, CARDS)} Or leave it out and give --vram (GiB), and for images a second "
+            "--tbps and --tflops of its data sheet."
+        )
     return found
 
 

@@ -57,12 +57,25 @@ def test_ddr_as_it_is_unpacked_from_three_places(tmp_path: Path) -> None:
 
 
 def test_two_sets_side_by_side_are_one_sentence_that_names_them(tmp_path: Path) -> None:
-    official(tmp_path / "one")
     folders(tmp_path / "two")
-    assert layouts.find(tmp_path).root == tmp_path / "two", "what lies nearer comes first"
+    official(tmp_path / "one")
+    with pytest.raises(UserError, match=r"several data sets lie below it \(two, one/DR_grading\)"):
+        layouts.find(tmp_path)
     folders(tmp_path / "three")
     with pytest.raises(UserError, match=r"several data sets lie below it \(three, two\)"):
         layouts.find(tmp_path)
+
+
+def test_what_lies_beside_a_set_and_is_no_other_one_is_passed_over(tmp_path: Path) -> None:
+    official(tmp_path / "set")
+    run, lists = tmp_path / "runs" / "mine", tmp_path / "deep" / "links" / "boxes"
+    for folder in (run, lists):
+        folder.mkdir(parents=True)
+    (run / "config.yaml").write_text("lr: 1\n")
+    write_csv(run / "manifest.csv", ["path", "grade"], [["a.jpg", "1"]])
+    (lists / "train.txt").write_text("train/a.jpg\n")  # an official set without valid.txt would be an error
+    (tmp_path / "deep" / "links" / "set").symlink_to(tmp_path / "set" / "DR_grading")
+    assert layouts.find(tmp_path).root == tmp_path / "set" / "DR_grading"
 
 
 @pytest.mark.parametrize("extension", [".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".tif", ".TIFF"])
@@ -89,6 +102,14 @@ def test_photographs_without_a_label_are_orphans(tmp_path: Path) -> None:
             ("orphan", "007-7449-601.jpg"),
         ]
         assert any("007-7447-601.jpg" in note and "2 photographs" in note for note in found.notes)
+
+
+def test_photographs_of_a_test_split_whose_label_file_is_gone_are_orphans(tmp_path: Path) -> None:
+    root = official(tmp_path) / "DR_grading"
+    (root / "test.txt").unlink()
+    found, held_out = layouts.find(tmp_path), sorted(name for name, split in SPLIT.items() if split == "test")
+    assert [(p.kind, p.path) for p in found.problems] == [("orphan", f"test/{name}") for name in held_out]
+    assert any(f"{len(held_out)} photographs in test/ have no line in test.txt" in note for note in found.notes)
 
 
 def test_gdrbench_with_more_than_ddr_takes_ddr_and_says_so(tmp_path: Path) -> None:
@@ -192,7 +213,7 @@ def test_photographs_behind_a_link(tmp_path: Path) -> None:
     draw(tmp_path / "elsewhere" / "10_left.jpeg", 1)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set" / "DR_grading")
     write_csv(tmp_path / "set" / "trainLabels.csv", ["image", "level"], [["10_left", 2]])
     found = layouts.find(tmp_path / "set")
     assert seen(found) == {"10_left.jpeg": 2}
@@ -371,6 +392,7 @@ def test_a_pipe_is_no_table_and_a_long_line_is_cut(tmp_path: Path) -> None:
         (["ddr.tar.gz", "notes.txt"], "ddr.tar.gz is an archive: unpack it"),
         (["labels.csv", "a.jpg"], "the header of labels.csv is name;DR level, which is none of those"),
         (["a.JPG"], "photographs lie in it, and no labels beside them"),
+        (["lesion_segmentation"], "DDR's part with lesions, and the photographs with grades are in its DR_grading"),
         (["notes.txt"], "like train/0/ or train/mild/."),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastddr.data.layouts.common import (
@@ -30,12 +30,17 @@ from fastddr.data.layouts.folders import folders
 from fastddr.data.layouts.lines import gdrbench, official
 from fastddr.data.layouts.table import table, tables, unknown_header
 from fastddr.errors import UserError
+from fastddr.runs import RunFolder
 
 __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
 
 #: How far below the given folder a data set is looked for. Two above IDRiD's "B. Disease Grading", its tables are three
 #: below.
 _DEPTH = 3
+#: Of so many folders in one each is a patient's, not a set.
+_MANY = 100
+#: The folders of DDR's release that hold no grades.
+_LESIONS = {"lesion_segmentation", "lesion_detection"}
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz")
 
 
@@ -66,18 +71,20 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
                "this is a file; give the folder that holds the photographs, or a label table (.csv).")
         )  # fmt: skip
     level, fence = [place], Fence(place, follow_links)
+    found: list[tuple[Path, Listing]] = []
     for depth in range(_DEPTH + 1):
-        found = [
+        look = _beside if found else _in
+        found += [
             (folder, listing)
             for folder in level
-            if (listing := _in(folder, place, fence, strict=depth == 0)) is not None
+            if (listing := look(folder, place, fence, strict=depth == 0)) is not None
         ]
         if len(found) > 1:
             where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
             raise UserError(f"{place}: several data sets lie below it ({where}); give one of these folders.")
-        if found:
-            return _with_absent(found[0][1], fence)
-        level = [below for folder in level for below in subfolders(folder)]
+        level = list(_next(level, found[0][1].root if found else None))
+    if found:
+        return _with_absent(found[0][1], fence)
     raise UserError(
         f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
         "(DR_grading.csv, or a CSV with the header path,grade), or class folders like train/0/ or train/mild/"
@@ -94,6 +101,8 @@ def _instead(folder: Path, fence: Fence) -> str:
     packed = _packed(names)
     if packed:
         return f"; {packed}"
+    if _LESIONS & {folder.name, *names}:
+        return "; this is DDR's part with lesions, and the photographs with grades are in its DR_grading"
     inside = [name for name in names if fence.holds(folder / name, folder)]
     headers = [(name, header) for name in inside if (header := unknown_header(folder / name)) is not None]
     if headers:
@@ -122,6 +131,35 @@ def _in(folder: Path, top: Path, fence: Fence, *, strict: bool) -> Listing | Non
         if strict:
             raise
         return None  # a neighbour of the data set, like lost+found
+
+
+def _beside(folder: Path, top: Path, fence: Fence, *, strict: bool) -> Listing | None:
+    """As `_in`, where a set was found already: what cannot be read there is no second one."""
+    try:
+        return _in(folder, top, fence, strict=strict)
+    except UserError:
+        return None
+
+
+def _next(level: Sequence[Path], own: Path | None) -> Iterator[Path]:
+    """The folders in those of a level that may be or hold a data set, or a second one: not in `own`, the first's.
+
+    A run is none, though its manifest.csv is a table of labels. Beside a set that was found, what has more than `_MANY`
+    folders is passed over: it has one for each patient, not for each set.
+    """
+    for folder in level:
+        if own is not None and folder.is_relative_to(own):
+            continue
+        inside = subfolders(folder)
+        if own is not None:
+            real = own.resolve()
+            inside = [] if len(inside) > _MANY else [one for one in inside if not one.resolve().is_relative_to(real)]
+        yield from (one for one in inside if not _is_run(one))
+
+
+def _is_run(folder: Path) -> bool:
+    run = RunFolder(folder)
+    return run.config.is_file() and run.manifest.is_file()
 
 
 def _with_absent(listing: Listing, fence: Fence) -> Listing:

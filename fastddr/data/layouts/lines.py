@@ -42,6 +42,7 @@ def official(folder: Path, fence: Fence) -> Listing | None:
         if not label_file.is_file():
             if split == "test":
                 listing.notes.append("There is no test split (no test.txt), so nothing is scored on it.")
+                _orphans(listing, names, split, set(), label_file.name)
                 continue
             raise UserError(f"{folder}: the label file {split}.txt is missing; the official layout has one a split.")
         if not (folder / split).is_dir():

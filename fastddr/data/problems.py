@@ -7,7 +7,6 @@ leaves it out and lists it in the report (`--on-bad`). A *note* changes nothing.
 from __future__ import annotations
 
 import csv
-import io
 import re
 import shlex
 from collections.abc import Container, Iterable, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastddr import files
 from fastddr.errors import UserError
 
 Severity = Literal["error", "note"]
@@ -127,13 +127,8 @@ def lister(data: str | Path) -> str:
 
 def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:
     """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted, and `more` rows."""
-    text = io.StringIO()
-    # All quoted: the module would leave a lone carriage return in a name bare.
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerow(["path", "kind", "reason"])
-    writer.writerows([p.path, p.kind, p.reason] for p in sorted(problems))
-    writer.writerows(more)
-    return text.getvalue()
+    rows = [[p.path, p.kind, p.reason] for p in sorted(problems)]
+    return files.table([["path", "kind", "reason"], *rows, *more], quoted=True)
 
 
 def own_list(file: Path) -> None:

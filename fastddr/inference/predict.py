@@ -7,8 +7,6 @@ A photograph that cannot be used has a row with its reason, and ends nothing.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -223,9 +221,7 @@ def rows(answer: Answer, classes: int) -> list[list[str]]:
 def _write(asked: Predict, answer: Answer, classes: int) -> None:
     """The table as a whole or not at all."""
     out = asked.out.resolve()  # a link stays one
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows(answer, classes))
-    files.put(out, text.getvalue().encode("utf-8", "surrogateescape"), sync=True)
+    files.put(out, files.table(rows(answer, classes)).encode("utf-8", "surrogateescape"), sync=True)
 
 
 def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console) -> None:

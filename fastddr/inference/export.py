@@ -74,6 +74,7 @@ def export(asked: Export) -> Path:
         recipe = masters.of_run(restored.run.manifest, config.data)
     except UserError:  # the file can be checked on any photographs; the card says what is not known
         recipe = "as the run's were, which is not known any more"
+    known = card.read(restored)
     seen, ids, said = _photographs(asked, config, console)
     deployed = Deployed(restored.model, config).eval()
 
@@ -103,7 +104,7 @@ def export(asked: Export) -> Path:
         about |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         trained = replace(restore.stored(asked.run), run_dir=None)
         about |= {"versions": versions(), "config": asdict(trained) | {"data": card.name(config), "exclude": None}}
-        (part / "model_card.md").write_text(card.markdown(restored, deployed, recipe, about), encoding="utf-8")
+        (part / "model_card.md").write_text(card.markdown(restored, known, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out)
     finally:

@@ -187,13 +187,13 @@ def _explain(
 def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
     """The file of each photograph's overlay: by its name, with a number where several bear it.
 
-    None is named as a photograph is: the folder may be one of photographs.
+    None is named as a photograph is: the folder may be one of photographs, where `photos.find` passes them over.
     """
     taken: set[str] = set()
     found = []
     for photo in usable:
         stem = Path(photo.path).stem
-        names = (f"{stem}{'' if number == 1 else f'.{number}'}.heat.png" for number in count(1))
+        names = (f"{stem}{'' if number == 1 else f'.{number}'}{photos.HEAT}" for number in count(1))
         # A file system may take two names for one that differ in capitals alone.
         name = next(name for name in names if name.lower() not in taken)
         taken.add(name.lower())

@@ -61,6 +61,12 @@ def export(asked: Export) -> Path:
     out = output.followed(asked.out or asked.run / "exports" / asked.format)
     config = _settings(asked)
     formats.check(asked.format)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if launched not in ("", "no"):
+        raise UserError(
+            f"accelerate launch --mixed_precision {launched}: an export is checked in float32, by one process; give "
+            "`fastddr export` without the launcher, or --mixed_precision no."
+        )
     if out.exists() and not (asked.overwrite and (out / "export.json").is_file()):
         what = "it is there already" if (out / "export.json").is_file() else "it is there and no export"
         raise UserError(f"--out {out}: {what}; give another folder, or --overwrite in the place of an export.")
@@ -91,10 +97,12 @@ def export(asked: Export) -> Path:
         about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
         try:
             formats.write(asked.format, deployed, file, about)
+            run = formats.read(asked.format, file, rebuild, deployed)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--format {asked.format}: {config.model} cannot be exported so ({reason}).") from error
-        run = formats.read(asked.format, file, rebuild, deployed)
+            raise UserError(
+                f"--format {asked.format}: {config.model} cannot be exported so ({reason}); take another --format."
+            ) from error
         about["difference"] = difference(run, restored, began, seen, ids)
         if not about["difference"] <= ALLOWED:
             raise UserError(

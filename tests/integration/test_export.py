@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,19 @@ def test_a_file_with_other_answers_is_not_kept(
     out = tmp_path / "out"
     assert main(["export", str(run), "--format", "safetensors", "--out", str(out)]) == 2
     assert "so it is not kept" in capsys.readouterr().err
+    asked = ["export", str(run), "--out", str(out)]
+    monkeypatch.setattr(formats, "write", write)
+    monkeypatch.setattr(formats, "find_spec", lambda name: name)
+    monkeypatch.setattr(formats, "_LARGEST", 2**10)
+    assert main(asked) == 2
+    assert "GiB, and one file holds 0.00 GiB); take another --format." in capsys.readouterr().err
+    if find_spec("onnxruntime") is not None:
+        monkeypatch.setattr(formats, "write", lambda format, deployed, file, about: file.write_bytes(b"junk"))
+        assert main(asked) == 2
+        assert "--format onnx: onnxruntime does not run the file" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main([*asked, "--format", "safetensors"]) == 2
+    assert "--mixed_precision bf16: an export is checked in float32" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -53,6 +53,11 @@ class Progress:
     grading: dict[str, Any] | None = None
     """Of a regression: thresholds and spread, as the last validation fitted them (`evaluation.grading`)."""
 
+    @property
+    def at(self) -> str:
+        """As the names of weights have it, `inference.restore`'s too: `step 130, epoch 10`."""
+        return f"step {self.step}, epoch {self.epoch}"
+
     def keep_if_best(self, qwk: float, loss: float) -> bool:
         """Keep the epoch just scored on valid as the best one, if it is that; whether it is.
 

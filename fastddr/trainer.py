@@ -375,7 +375,7 @@ class Trainer:
         progress = self.progress
         self.train_loader.close()
         tta = views.told(self.config.evaluation.tta)
-        results = {"valid_last": self._score(self.valid_loader, f"last (step {progress.step}){tta}")}
+        results = {"valid_last": self._score(self.valid_loader, f"last ({progress.at}){tta}")}
         assert self.saver is not None
         self.saver.flush()
         ranks.meet()

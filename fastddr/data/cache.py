@@ -20,7 +20,7 @@ from platformdirs import user_cache_dir
 from fastddr.errors import UserError
 
 #: Of the records. Raise it with every change of what they say: older ones are then made anew.
-_VERSION = 2
+_VERSION = 3
 
 
 class Record(NamedTuple):

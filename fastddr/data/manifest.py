@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from fastddr import files
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
 from fastddr.data import masters, survey
@@ -103,13 +102,10 @@ class Manifest:
 
     def to_csv(self) -> str:
         """All rows as CSV, behind comment lines with the fingerprint and with how the photographs were prepared."""
-        text = io.StringIO()
-        text.write(f"{_FINGERPRINT}{self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["id", "path", "split", "grade", "width", "height", "bytes", "patient"])
-        columns = (self.path, self.split, self.grade, self.width, self.height, self.size, self.patient)
-        writer.writerows([row, *map(str, values)] for row, values in enumerate(zip(*columns, strict=True)))
-        return text.getvalue()
+        head = f"{_FINGERPRINT}{self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n"
+        numbers = [values.tolist() for values in (self.grade, self.width, self.height, self.size)]
+        rows = zip(range(len(self)), self.path, self.split, *numbers, self.patient, strict=True)
+        return head + files.table([("id", "path", "split", "grade", "width", "height", "bytes", "patient"), *rows])
 
 
 def read(

@@ -188,7 +188,7 @@ class Output:
         self, rows: Sequence[Row], bad: Sequence[Problem], absent: Sequence[Entry], facts: Mapping[str, Any]
     ) -> None:
         """Fold the journals into one table, and list what is bad and what is left out."""
-        self._table("prepared.csv", as_csv([Row._fields, *rows]))
+        self._table("prepared.csv", files.table([Row._fields, *rows]))
         self._table("excluded.csv", write_list(bad) if bad else "")
         self._table(_ABSENT, _of_absent(absent) if absent else "")
         for journal in self._journals():
@@ -265,25 +265,10 @@ def _move(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
-def as_csv(rows: Iterable[Sequence[Any]], delimiter: str = ",") -> str:
-    """A table as text. The module would leave a lone carriage return in a name bare: then all cells are quoted."""
-    rows = list(rows)
-    torn = any("\r" in cell for row in rows for cell in row if isinstance(cell, str))
-    text = io.StringIO(newline="")
-    writer = csv.writer(
-        text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if torn else csv.QUOTE_MINIMAL
-    )
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _of_absent(entries: Sequence[Entry]) -> str:
     """What is left out, as `layouts.find` reads it."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerow(["path", "grade", "patient"])
-    writer.writerows([entry.path, entry.grade, entry.patient or ""] for entry in entries)
-    return text.getvalue()
+    rows = [[entry.path, entry.grade, entry.patient or ""] for entry in entries]
+    return files.table([["path", "grade", "patient"], *rows], quoted=True)
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -265,7 +265,7 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     if image.mode.startswith(("I", "F")) or "16" in str(raw):
         raise BadPhotograph("16-bit", f"it has more than 8 bits a channel (mode {image.mode})")
     if (rare := _unlike(image)) is not None:
-        raise BadPhotograph("format", f"it is {rare}, which decoders take for different colours")
+        raise BadPhotograph("format", f"it is {rare}")
     # EXIF of a PNG may come last, so that it has to be decoded whole; most have none.
     if image.format == "PNG" and "exif" not in image.info and _png_has_exif(stream):
         image.load()
@@ -295,16 +295,19 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
 
 
 def _unlike(image: Image.Image) -> str | None:
-    """What a photograph is of which Pillow and DALI make unlike pixels; None where they agree."""
+    """What a photograph is of which Pillow and DALI make unlike pixels, or DALI none; None where they agree."""
+    colours = "which decoders take for different colours"
     if image.mode == "CMYK" and image.format != "TIFF" and "adobe" not in image.info:
-        return "a CMYK JPEG that does not say whether its inks are inverted"
+        return f"a CMYK JPEG that does not say whether its inks are inverted, {colours}"
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.mode == "LAB":
-            return "a CIELAB TIFF"
+            return f"a CIELAB TIFF, {colours}"
         if image.mode in ("LA", "PA"):
-            return "a TIFF of one channel with transparency"
+            return f"a TIFF of one channel with transparency, {colours}"
         if 1 in image.tag_v2.get(TiffImagePlugin.EXTRASAMPLES, ()):
-            return "a TIFF with premultiplied transparency"
+            return f"a TIFF with premultiplied transparency, {colours}"
+        if TiffImagePlugin.BITSPERSAMPLE not in image.tag_v2:  # as Pillow writes those of 1 bit
+            return "a TIFF that does not say how many bits a sample has, which DALI does not decode"
     return None
 
 

@@ -23,9 +23,11 @@ from fastddr.data.layouts.common import PHOTOGRAPHS, folders_below
 from fastddr.data.manifest import Manifest
 from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import delimiter, one_line
+from fastddr.data.problems import one_line, rows_of
 from fastddr.errors import UserError
 
+#: How the names of heat maps end, which `predict --explain` may put below the photographs.
+HEAT = ".heat.png"
 #: Called with (what is done, done, total).
 Progress = Callable[[str, int, int], None]
 
@@ -62,17 +64,19 @@ def find(named: Sequence[str]) -> Found:
     """The photographs of these files, folders (with all below), globs and lists (.csv), in this order.
 
     A list has a column `path`, or a path a line; relative ones are below the list's folder. Hidden files are passed
-    over, and in folders and globs what is no photograph by its name.
+    over, and in folders and globs what is no photograph by its name, and heat maps.
 
     Raises:
         UserError: there is nothing of that name, a list cannot be read, or there is no photograph at all.
     """
     paths: dict[str, str] = {}
-    doubled = others = 0
+    doubled = others = maps = 0
     for name in named:
         for path, wanted in _of(name):
             if not wanted and not path.lower().endswith(PHOTOGRAPHS):
                 others += 1
+            elif not wanted and path.lower().endswith(HEAT):
+                maps += 1
             elif (key := os.path.abspath(path)) in paths:
                 doubled += 1
             else:
@@ -80,6 +84,7 @@ def find(named: Sequence[str]) -> Found:
     if not paths:
         raise UserError(f"{', '.join(named)}: there is no photograph here ({', '.join(PHOTOGRAPHS)}); name others.")
     notes = [f"{others} files are passed over: no photographs by their names."] if others else []
+    notes += [f"{maps} heat maps of --explain (*{HEAT}) are passed over."] if maps else []
     notes += [f"{doubled} photographs were named twice and count once."] if doubled else []
     return Found(tuple(paths.values()), tuple(notes))
 
@@ -89,7 +94,8 @@ def _of(name: str) -> Iterator[tuple[str, bool]]:
     if os.path.isdir(name):
         yield from ((path, False) for path in _below(name))
     elif name.lower().endswith(".csv"):
-        yield from ((path, True) for path in _listed(name))
+        lists = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        yield from ((path, True) for file in lists or [name] for path in _listed(file))
     elif os.path.lexists(name):
         yield name, True
     elif found := sorted(glob.glob(name, recursive=True)):
@@ -108,16 +114,16 @@ def _below(folder: str) -> Iterator[str]:
 def _listed(file: str) -> Iterator[str]:
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            mark = delimiter(stream.readline())
-            stream.seek(0)
-            rows = [row for row in csv.reader(stream, delimiter=mark, strict=True) if row]
+            rows, headed = rows_of(stream)
     except (OSError, csv.Error) as error:
         raise UserError(
             f"{file}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
         ) from None
-    headed = bool(rows) and "path" in rows[0]
-    column = rows[0].index("path") if headed else 0
-    for number, row in enumerate(rows[headed:], 1 + headed):
+    column = headed or 0
+    first = rows[0] if rows else []
+    if headed is None and len(first) > 1 and "\0" not in first[0] and not first[0].lower().endswith(PHOTOGRAPHS):
+        raise UserError(f"{file}: none of its columns is called path; call that of the photographs so.")
+    for number, row in enumerate(rows[headed is not None :], 1 + (headed is not None)):
         if len(row) <= column or not row[column]:
             raise UserError(f"{file}: its row {number} has no path; mend it.")
         if "\0" in row[column]:

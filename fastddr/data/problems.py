@@ -7,14 +7,14 @@ leaves it out and lists it in the report (`--on-bad`). A *note* changes nothing.
 from __future__ import annotations
 
 import csv
-import io
 import re
 import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
+from fastddr import files
 from fastddr.errors import UserError
 
 Severity = Literal["error", "note"]
@@ -127,13 +127,8 @@ def lister(data: str | Path) -> str:
 
 def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:
     """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted, and `more` rows."""
-    text = io.StringIO()
-    # All quoted: the module would leave a lone carriage return in a name bare.
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerow(["path", "kind", "reason"])
-    writer.writerows([p.path, p.kind, p.reason] for p in sorted(problems))
-    writer.writerows(more)
-    return text.getvalue()
+    rows = [[p.path, p.kind, p.reason] for p in sorted(problems)]
+    return files.table([["path", "kind", "reason"], *rows, *more], quoted=True)
 
 
 def own_list(file: Path) -> None:
@@ -168,11 +163,26 @@ def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) ->
     return kept, len(lacking) - len(kept)
 
 
-def delimiter(first: str) -> str:
-    """What separates the cells of a list of photographs with this first line: a comma, else a semicolon or a tab."""
+def rows_of(stream: TextIO) -> tuple[list[list[str]], int | None]:
+    """The rows of a list of photographs, with its header where it has one, and then the column of paths: that which is
+    called `path`, however it is written and separated; None without a header.
+
+    Raises:
+        csv.Error: it is no CSV.
+    """
+    first = stream.readline()
+    stream.seek(0)
     mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
-    # A mark of a list that is just paths is part of them.
-    return mark if "path" in [cell.strip().strip('"') for cell in first.split(mark)] else ","
+    headed = any(_is_path(cell.replace('"', "")) for cell in first.split(mark))
+    mark = mark if headed else ","  # one of a list that is just paths is part of them
+    # Spaces after the marks of the header are after those of the rows too.
+    found = csv.reader(stream, delimiter=mark, skipinitialspace=headed and f"{mark} " in first, strict=True)
+    rows = [row for row in found if row]
+    return rows, next((k for k, cell in enumerate(rows[0]) if _is_path(cell)), None) if rows else None
+
+
+def _is_path(cell: str) -> bool:
+    return cell.strip().casefold() == "path"
 
 
 def read_list(file: str | Path) -> frozenset[str]:
@@ -183,18 +193,13 @@ def read_list(file: str | Path) -> frozenset[str]:
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            first = stream.readline()
-            stream.seek(0)
-            rows = list(csv.reader(stream, delimiter=delimiter(first), strict=True))
+            rows, headed = rows_of(stream)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
     if any("\0" in cell for row in rows for cell in row):
         raise UserError(f"--exclude {file}: it holds NULs, as in UTF-16; save the list as CSV in UTF-8.")
-    if rows and "path" in rows[0]:
-        column = rows[0].index("path")
-        rows = rows[1:]
-    else:
-        column = 0
+    column = headed or 0
+    rows = rows[headed is not None :]
     short = next((number for number, row in enumerate(rows, 1) if row and len(row) <= column), None)
     if short is not None:
         raise UserError(f"--exclude {file}: row {short} has no path.")

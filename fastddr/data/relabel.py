@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fastddr import files
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import folded
 from fastddr.data.layouts.table import delimiter, key_column
-from fastddr.data.output import as_csv
 from fastddr.errors import UserError
 
 
@@ -119,7 +119,7 @@ def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
             found.append(row if new == old else [*row[:key], new, *row[key + 1 :]])
     if found == [header, *(row for _, row in rows)]:
         return None
-    return as_csv(found, mark)
+    return files.table(found, mark)
 
 
 def _changed(file: Path, line: int) -> UserError:

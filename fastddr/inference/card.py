@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,43 @@ from fastddr.inference.restore import Restored
 from fastddr.reporting import tables
 
 
-def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Known:
+    """What a run's own files say of it: read before the export, which is long."""
+
+    data: list[str]
+    """Paragraphs on what it was trained on."""
+    figures: Mapping[str, Any]
+    """Of metrics.json, by split: those of the exported weights."""
+    rows: list[list[str]]
+    """The figures as a table."""
+
+
+def read(restored: Restored) -> Known:
+    """What the card takes from the run's folder.
+
+    Raises:
+        UserError: its manifest.csv or metrics.json is broken.
+    """
+    file = restored.run.path / "report" / "metrics.json"
+    try:
+        found = _metrics(file, restored)
+        rows = [[label, *cells] for label, cells in tables.rows(found)] if found else []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise UserError(
+            f"{file}: these are no figures of a report; `fastddr report` makes them again, and without them the card "
+            "says that there are none."
+        ) from None
+    return Known(_data(restored), found, rows)
+
+
+def markdown(
+    restored: Restored, known: Known, deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, Any]
+) -> str:
     """The text of the card.
 
     `recipe`: how the run's photographs were prepared, in words where it is not known. `about`: what was exported and
     how it was checked; its keys are those of export.json.
-
-    Raises:
-        UserError: the run's metrics.json cannot be read.
     """
     config, run = restored.config, restored.run
     parts = [f"# {in_markdown(run.path.resolve().name)}: {config.model}", f"**{tables.DISCLAIMER}**"]
@@ -38,10 +68,10 @@ def markdown(restored: Restored, deployed: Deployed, recipe: Recipe | str | None
         + f". Referable means grade {REFERABLE} ({ICDR[REFERABLE]}) or worse."
     ]
     parts += ["## Input and output", _input(deployed, recipe, about)]
-    parts += ["## Data", *_data(restored)]
-    found = _metrics(restored)
+    parts += ["## Data", *known.data]
+    found = known.figures
     if found:
-        lines = [["", *map(tables.title, found)], *([label, *cells] for label, cells in tables.rows(found))]
+        lines = [["", *map(tables.title, found)], *known.rows]
         parts += ["## Figures", tables.table(lines[0], lines[1:])]
         parts += [
             "In brackets: 95 % intervals over the photographs, as the run's report has them"
@@ -104,22 +134,33 @@ def _input(deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, 
 
 def _averaged(found: Mapping[str, Any], restored: Restored) -> str:
     """What is to be said where the run's report has the mean over several views."""
-    views = {values["weights"].removeprefix(restored.weights).strip(", ") for values in found.values()} - {""}
+    views = {_behind(values["weights"], restored) for values in found.values()} - {""}
     return f"; the run took each photograph's {views.pop()} views, and this file sees one" if views else ""
 
 
 def _data(restored: Restored) -> list[str]:
-    """What it was trained on: split sizes by grade, from the run's manifest."""
+    """What it was trained on: split sizes by grade, from the run's manifest.
+
+    Raises:
+        UserError: it is broken.
+    """
     try:
         with restored.run.manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
             first = [line for line in (next(stream, ""), next(stream, "")) if line and not line.startswith("#")]
             rows = list(csv.DictReader(chain(first, stream)))
+        counts: dict[str, Counter[str]] = {}
+        for photograph in rows:
+            if None in photograph.values():
+                raise ValueError("a row is cut off")
+            counts.setdefault(photograph["split"], Counter())[photograph["grade"]] += 1
+        grades = sorted({grade for of_split in counts.values() for grade in of_split}, key=int)
     except FileNotFoundError:
         return ["The run has no manifest.csv, so its photographs are not known."]
-    counts: dict[str, Counter[str]] = {}
-    for photograph in rows:
-        counts.setdefault(photograph["split"], Counter())[photograph["grade"]] += 1
-    grades = sorted({grade for of_split in counts.values() for grade in of_split}, key=int)
+    except (OSError, csv.Error, KeyError, ValueError):
+        raise UserError(
+            f"{restored.run.manifest}: this is no list of a run's photographs, or it is cut off; restore it, or move "
+            "it away, and the card says that they are not known."
+        ) from None
     names = {str(k): f"{k} {name}" for k, name in enumerate(tables.names(6))} | {"-1": "unknown"}
     head = ["split", *(names.get(grade, grade) for grade in grades)]
     body = [[split, *(f"{of_split[grade]:,}" for grade in grades)] for split, of_split in counts.items()]
@@ -138,14 +179,22 @@ def name(config: Config) -> str:
     return place.parent.name if place.name == "DR_grading" and place.parent.name else place.name
 
 
-def _metrics(restored: Restored) -> dict[str, Any]:
-    file = restored.run.path / "report" / "metrics.json"
+def _metrics(file: Path, restored: Restored) -> dict[str, Any]:
+    """Figures of the exported weights by split, from the run's report; none where it has none."""
     try:
         found = files.parse(file.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise UserError(f"{file}: this is not JSON; make the run's report again.") from None
-    splits = ("valid", "valid_last", "test")
-    # After the weights may stand how many views of a photograph the run took the mean of.
-    return {name: found[name] for name in splits if found.get(name, {}).get("weights", "").startswith(restored.weights)}
+    splits = [name for name in ("valid", "valid_last", "test") if name in found]
+    return {name: found[name] for name in splits if _behind(found[name]["weights"], restored) is not None}
+
+
+def _behind(weights: str, restored: Restored) -> str | None:
+    """What stands behind the name of the exported weights: how many views of a photograph the run took the mean of.
+    None where it names others.
+    """
+    # Older runs named the last ones without their epoch.
+    for name in (restored.weights, f"{restored.weights.partition(',')[0]})"):
+        if weights.startswith(name):
+            return weights.removeprefix(name).strip(", ")
+    return None

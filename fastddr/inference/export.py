@@ -61,6 +61,12 @@ def export(asked: Export) -> Path:
     out = output.followed(asked.out or asked.run / "exports" / asked.format)
     config = _settings(asked)
     formats.check(asked.format)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if launched not in ("", "no"):
+        raise UserError(
+            f"accelerate launch --mixed_precision {launched}: an export is checked in float32, by one process; give "
+            "`fastddr export` without the launcher, or --mixed_precision no."
+        )
     if out.exists() and not (asked.overwrite and (out / "export.json").is_file()):
         what = "it is there already" if (out / "export.json").is_file() else "it is there and no export"
         raise UserError(f"--out {out}: {what}; give another folder, or --overwrite in the place of an export.")
@@ -74,6 +80,7 @@ def export(asked: Export) -> Path:
         recipe = masters.of_run(restored.run.manifest, config.data)
     except UserError:  # the file can be checked on any photographs; the card says what is not known
         recipe = "as the run's were, which is not known any more"
+    known = card.read(restored)
     seen, ids, said = _photographs(asked, config, console)
     deployed = Deployed(restored.model, config).eval()
 
@@ -90,10 +97,12 @@ def export(asked: Export) -> Path:
         about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
         try:
             formats.write(asked.format, deployed, file, about)
+            run = formats.read(asked.format, file, rebuild, deployed)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--format {asked.format}: {config.model} cannot be exported so ({reason}).") from error
-        run = formats.read(asked.format, file, rebuild, deployed)
+            raise UserError(
+                f"--format {asked.format}: {config.model} cannot be exported so ({reason}); take another --format."
+            ) from error
         about["difference"] = difference(run, restored, began, seen, ids)
         if not about["difference"] <= ALLOWED:
             raise UserError(
@@ -103,7 +112,7 @@ def export(asked: Export) -> Path:
         about |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         trained = replace(restore.stored(asked.run), run_dir=None)
         about |= {"versions": versions(), "config": asdict(trained) | {"data": card.name(config), "exclude": None}}
-        (part / "model_card.md").write_text(card.markdown(restored, deployed, recipe, about), encoding="utf-8")
+        (part / "model_card.md").write_text(card.markdown(restored, known, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out)
     finally:

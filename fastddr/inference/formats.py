@@ -33,6 +33,8 @@ assert set(FILES) == set(get_args(Format))
 #: Names of the graph's input and output.
 INPUT, OUTPUT = "canvas", "probabilities"
 _OPSET = 18
+#: Weights of more bytes PyTorch writes into a second file beside an ONNX one, whatever it is told.
+_LARGEST = 1536 * 2**20
 
 
 def check(format: Format) -> None:
@@ -45,7 +47,11 @@ def check(format: Format) -> None:
 
 
 def write(format: Format, deployed: Deployed, file: Path, about: Mapping[str, object]) -> None:
-    """Write a model, on the CPU and in evaluation mode, to a file; `about` is kept in it as JSON."""
+    """Write a model, on the CPU and in evaluation mode, to a file; `about` is kept in it as JSON.
+
+    Raises:
+        RuntimeError, ValueError: the format cannot hold this model.
+    """
     facts = {"fastddr": json.dumps(about)}
     if format == "safetensors":
         # Those of the bare model: a regression's thresholds stand in the file's facts.
@@ -53,6 +59,9 @@ def write(format: Format, deployed: Deployed, file: Path, about: Mapping[str, ob
         tensors = {key: value.contiguous() for key, value in state.items()}
         file.write_bytes(save(tensors, facts))
         return
+    held = sum(tensor.nbytes for tensor in deployed.state_dict().values())
+    if format == "onnx" and held > _LARGEST:
+        raise ValueError(f"its weights take {held / 2**30:.2f} GiB, and one file holds {_LARGEST / 2**30:.2f} GiB")
     height, width = deployed.canvas, deployed.canvas + 8
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     # The batch and both sides may have any size, as long as a window fits.
@@ -73,12 +82,23 @@ def write(format: Format, deployed: Deployed, file: Path, about: Mapping[str, ob
 
 
 def read(format: Format, file: Path, rebuild: Callable[[], nn.Module], deployed: Deployed) -> Run:
-    """The file as a function, by nothing but what is in it; of safetensors, in a new model that `rebuild` makes."""
+    """The file as a function, by nothing but what is in it; of safetensors, in a new model that `rebuild` makes.
+
+    Raises:
+        RuntimeError, ValueError: it cannot be read.
+        UserError: onnxruntime cannot read it or, from the function, not run it.
+    """
     if format == "onnx":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda canvas: session.run([OUTPUT], {INPUT: canvas})[0]
+        with _onnxruntime():
+            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+        def answer(canvas: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b C"]:
+            with _onnxruntime():
+                return session.run([OUTPUT], {INPUT: canvas})[0]
+
+        return answer
     network: nn.Module
     if format == "torch-export":
         with _quiet():
@@ -93,6 +113,21 @@ def read(format: Format, file: Path, rebuild: Callable[[], nn.Module], deployed:
             return network(torch.from_numpy(canvas)).numpy()
 
     return run
+
+
+@contextmanager
+def _onnxruntime() -> Iterator[None]:
+    """Within it onnxruntime's errors, which have no kind in common, are `UserError`."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    try:
+        yield
+    except kinds as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--format onnx: onnxruntime does not run the file ({reason}), so it is not kept; take another --format."
+        ) from error
 
 
 @contextmanager

@@ -7,8 +7,6 @@ A photograph that cannot be used has a row with its reason, and ends nothing.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -189,13 +187,13 @@ def _explain(
 def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
     """The file of each photograph's overlay: by its name, with a number where several bear it.
 
-    None is named as a photograph is: the folder may be one of photographs.
+    None is named as a photograph is: the folder may be one of photographs, where `photos.find` passes them over.
     """
     taken: set[str] = set()
     found = []
     for photo in usable:
         stem = Path(photo.path).stem
-        names = (f"{stem}{'' if number == 1 else f'.{number}'}.heat.png" for number in count(1))
+        names = (f"{stem}{'' if number == 1 else f'.{number}'}{photos.HEAT}" for number in count(1))
         # A file system may take two names for one that differ in capitals alone.
         name = next(name for name in names if name.lower() not in taken)
         taken.add(name.lower())
@@ -223,9 +221,7 @@ def rows(answer: Answer, classes: int) -> list[list[str]]:
 def _write(asked: Predict, answer: Answer, classes: int) -> None:
     """The table as a whole or not at all."""
     out = asked.out.resolve()  # a link stays one
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows(answer, classes))
-    files.put(out, text.getvalue().encode("utf-8", "surrogateescape"), sync=True)
+    files.put(out, files.table(rows(answer, classes)).encode("utf-8", "surrogateescape"), sync=True)
 
 
 def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console) -> None:

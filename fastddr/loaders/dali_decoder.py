@@ -181,7 +181,7 @@ def explained(error: RuntimeError, ids: Sequence[int], task: Task) -> Exception:
     refused = name_refused(ids, task)
     if refused is None:
         return error
-    return UserError(f"{refused}; save it anew as an RGB JPEG or take --loader torchvision, in a new run.")
+    return UserError(f"{refused}; save it anew as an RGB JPEG or take --loader torchvision (to train, in a new run).")
 
 
 def name_refused(ids: Sequence[int], task: Task) -> str | None:

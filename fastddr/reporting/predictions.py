@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastddr import files
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult
 
@@ -23,11 +24,9 @@ def dump(splits: Mapping[str, SplitResult]) -> bytes:
 
     Where a patient is known, `patient` stands last.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     classes = next((split.logits.shape[1] for split in splits.values()), 0)
     known = any(split.patients is not None for split in splits.values())
-    writer.writerow([*_head(classes), *(["patient"] if known else [])])
+    rows: list[list[Any]] = [[*_head(classes), *(["patient"] if known else [])]]
     for name, split in splits.items():
         probabilities = split.logits.detach().cpu().double().softmax(1).tolist()
         predicted, grades = split.logits.argmax(1).tolist(), split.grades.tolist()
@@ -35,9 +34,9 @@ def dump(splits: Mapping[str, SplitResult]) -> bytes:
             values = [repr(value) for value in probabilities[row]]
             if known:
                 values.append("" if split.patients is None else split.patients[row])
-            writer.writerow([split.paths[row], name, grades[row], predicted[row], *values])
+            rows.append([split.paths[row], name, grades[row], predicted[row], *values])
     # A file's name may hold bytes that are no text.
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return files.table(rows).encode("utf-8", "surrogateescape")
 
 
 def load(file: Path, weights: Mapping[str, str]) -> dict[str, SplitResult]:

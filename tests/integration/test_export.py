@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from tests_support import train
 
 from fastddr.__main__ import main
 from fastddr.data import manifest
-from fastddr.inference import formats
+from fastddr.errors import UserError
+from fastddr.inference import card, formats, restore
+from fastddr.runs import RunFolder
 
 QUICK = ("--epochs", "1", "--lr", "0.01")
 
@@ -90,6 +93,34 @@ def test_the_card_says_how_the_figures_came_and_test_is_left_alone(regression: P
     assert not (regression / "test_scorings.jsonl").exists()
 
 
+def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", "safetensors", "--weights", "last", "--out", str(out)]) == 0
+    assert "|  | valid (last weights) |" in (out / "model_card.md").read_text()
+    weights = json.loads((out / "export.json").read_text())["weights"]
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    restored = restore.Restored(RunFolder(copy), restore.stored(run), torch.nn.Identity(), weights, fingerprint="")
+    figures = json.loads((copy / "report" / "metrics.json").read_text())
+    assert figures["valid_last"]["weights"] == weights
+    # Older runs named them without their epoch.
+    figures["valid_last"]["weights"] = f"{weights.split(',')[0]}), flips averaged"
+    (copy / "report" / "metrics.json").write_text(json.dumps(figures))
+    known = card.read(restored)
+    assert list(known.figures) == ["valid_last"]
+    assert "; the run took each photograph's flips averaged views" in card._averaged(known.figures, restored)
+    # What is torn is told before the export, which is long.
+    for text in ("[]", '{"valid": []}', '{"valid": {"weights": 1}}', json.dumps({"valid": {"weights": weights}}), "{"):
+        (copy / "report" / "metrics.json").write_text(text)
+        with pytest.raises(UserError, match=r"metrics\.json: these are no figures of a report"):
+            card.read(restored)
+    (copy / "report" / "metrics.json").unlink()
+    listed = (copy / "manifest.csv").read_text()
+    for text in (listed[:-30], listed.replace("split", "part"), listed.replace("train,", "train,x")):
+        (copy / "manifest.csv").write_text(text)
+        with pytest.raises(UserError, match=r"manifest\.csv: this is no list of a run's photographs"):
+            card.read(restored)
+
+
 def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:
     needs("onnx")
     import onnxruntime
@@ -133,6 +164,19 @@ def test_a_file_with_other_answers_is_not_kept(
     out = tmp_path / "out"
     assert main(["export", str(run), "--format", "safetensors", "--out", str(out)]) == 2
     assert "so it is not kept" in capsys.readouterr().err
+    asked = ["export", str(run), "--out", str(out)]
+    monkeypatch.setattr(formats, "write", write)
+    monkeypatch.setattr(formats, "find_spec", lambda name: name)
+    monkeypatch.setattr(formats, "_LARGEST", 2**10)
+    assert main(asked) == 2
+    assert "GiB, and one file holds 0.00 GiB); take another --format." in capsys.readouterr().err
+    if find_spec("onnxruntime") is not None:
+        monkeypatch.setattr(formats, "write", lambda format, deployed, file, about: file.write_bytes(b"junk"))
+        assert main(asked) == 2
+        assert "--format onnx: onnxruntime does not run the file" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main([*asked, "--format", "safetensors"]) == 2
+    assert "--mixed_precision bf16: an export is checked in float32" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

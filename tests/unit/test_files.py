@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from fastddr import files, runs, tracking
-from fastddr.data import output
+from fastddr.data import manifest, output
+from fastddr.data.photos import Photo
+from fastddr.evaluation.metrics import SplitResult
 from fastddr.inference import predict
 from fastddr.inference.flags import Predict
+from fastddr.reporting import predictions
 from fastddr.tracking import copies
 
 WRITERS: dict[str, Callable[[Path], object]] = {
@@ -58,3 +65,23 @@ def test_a_file_is_made_anew_with_the_rights_of_the_old_one_or_not_at_all(
     with pytest.raises(FileExistsError):
         files.put(tmp_path / "new", b"evil")
     assert old.read_text() == "new"
+
+
+def test_a_carriage_return_in_a_name_tears_no_table(tmp_path: Path) -> None:
+    """Which Python before 3.13 leaves bare. Tables without one keep their bytes."""
+    name, number = "a\rb.jpg", np.array([0])
+    seen = manifest.Manifest(tmp_path, (name,), number, ("test",), number, number, number, ("",), ())
+    result = SplitResult(torch.eye(5)[:1], torch.tensor([0]), torch.arange(1), [name], "best")
+    out = tmp_path / "grades.csv"
+    bad = predict.Answer((Photo(name, kind="missing", reason="gone"),), None)
+    predict._write(Predict(run=tmp_path, out=out), bad, 5)
+    written = [
+        seen.to_csv().encode(),
+        predictions.dump({"test": result}),
+        out.read_bytes(),
+        files.table([["path"], [name]]).encode(),
+    ]
+    for table in written:
+        *_, row = csv.reader(io.StringIO(table.decode(), newline=""))
+        assert name in row
+    assert files.table([["path", "n"], ["a,b", 1]]) == 'path,n\n"a,b",1\n'

@@ -16,6 +16,7 @@ from fastddr.data import cache, manifest, masters, photos, prepare
 from fastddr.data.masters import Recipe
 from fastddr.data.problems import read_list
 from fastddr.errors import UserError
+from fastddr.inference import predict
 
 RECIPE = Recipe(prepare.VERSION, 48, "jpeg")
 
@@ -47,8 +48,22 @@ def test_folders_globs_files_and_lists(folder: Path) -> None:
     assert names(photos.find([str(folder / "some.csv")]), folder) == ["below/c.png", "gone.jpg"]
     (folder / "semicolons.csv").write_text("grade;path\n1;b.jpg\n")
     assert names(photos.find([str(folder / "semicolons.csv")]), folder) == ["b.jpg"]
+    (folder / "spaced.csv").write_text('grade, Path\n1, b.jpg\n2, "below/c.png"\n')
+    assert names(photos.find([str(folder / "spaced.csv")]), folder) == ["b.jpg", "below/c.png"]
+    assert read_list(folder / "spaced.csv") == {"b.jpg", "below/c.png"}
+    assert names(photos.find([f"{folder}/s*.csv"]), folder) == ["b.jpg", "below/c.png", "gone.jpg"], "lists"
     (folder / "bare.csv").write_text("b.jpg\na.JPG\n")
     assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG"]
+
+
+def test_heat_maps_below_the_photographs_are_passed_over(folder: Path) -> None:
+    (own,) = predict.overlays(folder / "heat", [photos.Photo(str(folder / "b.jpg"))])
+    draw(own, 9, format="PNG")
+    for name in (str(folder), f"{folder}/**"):
+        found = photos.find([name])
+        assert names(found, folder) == ["a.JPG", "b.jpg", "below/c.png"]
+        assert "heat maps of --explain (*.heat.png) are passed over." in found.notes[1]
+    assert photos.find([str(own)]).paths == (str(own),), "what is named by itself is taken"
 
 
 def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:
@@ -60,11 +75,13 @@ def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:
 def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.csv").write_text("path,grade\n,1\n")
+    (tmp_path / "other.csv").write_text("file,grade\na.jpg,1\n")
     (tmp_path / "quote.csv").write_text('path,grade\na.jpg,"1\nb.jpg,2\n')
     (tmp_path / "wide.csv").write_text("path\na.jpg\n", encoding="utf-16")
     for name, said in (
         ("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no"),
-        ("quote.csv", "cannot be read"), ("wide.csv", "row 1 holds a NUL"),
+        ("other.csv", "none of its columns is called path"), ("quote.csv", "cannot be read"),
+        ("wide.csv", "row 1 holds a NUL"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             photos.find([str(tmp_path / name)])

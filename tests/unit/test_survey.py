@@ -198,6 +198,7 @@ RARE: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
     "grey with alpha": ("TIFF", "LA", bytes, "one channel with transparency"),
     "palette with alpha": ("TIFF", "PA", bytes, "one channel with transparency"),
     "premultiplied": ("TIFF", "RGBA", lambda c: c.replace(_entry(338, 2), _entry(338, 1)), "premultiplied"),
+    "bits without a number": ("TIFF", "1", bytes, "how many bits a sample has, which DALI does not decode"),
     "unknown tiff": ("TIFF", "RGB", lambda c: c.replace(_entry(262, 2), _entry(262, 77)), "header is whole"),
     "12-bit jpeg": ("JPEG", "RGB", _deeper, "header is whole"),
 }

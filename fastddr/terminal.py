@@ -29,6 +29,7 @@ def any_terminal() -> None:
     that was closed at the start takes all."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
+            # Open for as long as the process lives.
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -114,16 +114,16 @@ def _below(folder: str) -> Iterator[str]:
 def _listed(file: str) -> Iterator[str]:
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows, headed = rows_of(stream)
+            rows, named = rows_of(stream)
     except (OSError, csv.Error) as error:
         raise UserError(
             f"{file}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
         ) from None
-    column = headed or 0
+    column = named or 0
     first = rows[0] if rows else []
-    if headed is None and len(first) > 1 and "\0" not in first[0] and not first[0].lower().endswith(PHOTOGRAPHS):
+    if named is None and len(first) > 1 and "\0" not in first[0] and not first[0].lower().endswith(PHOTOGRAPHS):
         raise UserError(f"{file}: none of its columns is called path; call that of the photographs so.")
-    for number, row in enumerate(rows[headed is not None :], 1 + (headed is not None)):
+    for number, row in enumerate(rows, 1 if named is None else 2):
         if len(row) <= column or not row[column]:
             raise UserError(f"{file}: its row {number} has no path; mend it.")
         if "\0" in row[column]:

@@ -164,8 +164,8 @@ def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) ->
 
 
 def rows_of(stream: TextIO) -> tuple[list[list[str]], int | None]:
-    """The rows of a list of photographs, with its header where it has one, and then the column of paths: that which is
-    called `path`, however it is written and separated; None without a header.
+    """The rows of a list of photographs below its header, and the column of paths: that which is called `path`, however
+    it is written and separated; None without a header.
 
     Raises:
         csv.Error: it is no CSV.
@@ -178,7 +178,8 @@ def rows_of(stream: TextIO) -> tuple[list[list[str]], int | None]:
     # Spaces after the marks of the header are after those of the rows too.
     found = csv.reader(stream, delimiter=mark, skipinitialspace=headed and f"{mark} " in first, strict=True)
     rows = [row for row in found if row]
-    return rows, next((k for k, cell in enumerate(rows[0]) if _is_path(cell)), None) if rows else None
+    column = next((k for k, cell in enumerate(rows[0]) if _is_path(cell)), None) if rows else None
+    return rows if column is None else rows[1:], column
 
 
 def _is_path(cell: str) -> bool:
@@ -193,14 +194,13 @@ def read_list(file: str | Path) -> frozenset[str]:
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows, headed = rows_of(stream)
+            rows, named = rows_of(stream)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
     if any("\0" in cell for row in rows for cell in row):
         raise UserError(f"--exclude {file}: it holds NULs, as in UTF-16; save the list as CSV in UTF-8.")
-    column = headed or 0
-    rows = rows[headed is not None :]
-    short = next((number for number, row in enumerate(rows, 1) if row and len(row) <= column), None)
+    column = named or 0
+    short = next((number for number, row in enumerate(rows, 1) if len(row) <= column), None)
     if short is not None:
         raise UserError(f"--exclude {file}: row {short} has no path.")
-    return frozenset(row[column] for row in rows if row and row[column])
+    return frozenset(row[column] for row in rows if row[column])

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from fastddr.errors import UserError
+
 #: A second Ctrl-C stops at once; one that comes sooner after the first is the launcher's copy of it.
 _COPIES = 1.0
 #: Seconds between two looks at the file, which may lie on a slow file system.
@@ -73,6 +75,8 @@ class Stopping:
         self._ends = None if max_hours is None else since + 3600 * max_hours
         self._max_hours = max_hours
         self._asked: str | None = None
+        #: Whether this rank's clock asks, whether clocks alone do on all ranks, and whether this start has got further.
+        self._late = self._by_clock = self._further = False
         self._first_interrupt: float | None = None
         self._looked = 0.0
         self._save_every = None if save_every_minutes is None else 60 * save_every_minutes
@@ -120,7 +124,7 @@ class Stopping:
         """Why this rank would stop; None if it would not."""
         now = time.monotonic()
         if self._asked is None and self._ends is not None and now >= self._ends:
-            self._asked = f"max_hours {self._max_hours:g}"
+            self._asked, self._late = f"max_hours {self._max_hours:g}", True
         if self._asked is None and self._rank == 0 and now - self._looked >= _LOOK:
             self._looked = now
             # A hiccup of a file system over the network is no request.
@@ -141,7 +145,7 @@ class Stopping:
 
     def saved(self) -> None:
         """A checkpoint was taken; the minutes to the next one count from here."""
-        self._saved, self.wanted = time.monotonic(), False
+        self._saved, self.wanted, self._further = time.monotonic(), False, True
 
     def ask(self) -> str | None:
         """Why the run is to stop, None if it is not; to be called by all ranks after each step, and the same on all.
@@ -150,20 +154,27 @@ class Stopping:
         It comes over the CPU, and a rank that is lost is told so. In a wait for a GPU whose part in a collective never
         ends nothing could be told, so this comes before any.
         """
+        self._further = True
+        return self._agreed()
+
+    def _agreed(self) -> str | None:
         reason = self._reason()
         due = self._rank == 0 and self._save_every is not None and time.monotonic() - self._saved >= self._save_every
         if due:
             self._saved = time.monotonic()  # asked for once
         if self._world == 1:
             self.wanted |= due
+            self._by_clock = self._late
             return reason
-        before, self._pending = self._pending, self._send(reason is not None, due)
+        asked = 0 if reason is None else 1 if self._late else 2
+        before, self._pending = self._pending, self._send(asked, due)
         if before is None:
             return None
         answer, work = before
         work.wait()
         stop, save = answer.tolist()
         self.wanted |= bool(save)
+        self._by_clock = stop == 1
         return (reason or "another rank was asked to stop") if stop else None
 
     def arrived(self) -> None:
@@ -184,10 +195,22 @@ class Stopping:
             raise StopRequested(reason)
 
     def check(self) -> None:
-        """`ask`, and follow it at once."""
-        self.follow(self.ask())
+        """`ask` where a split is scored, and follow it at once.
 
-    def _send(self, *asked: bool) -> tuple[torch.Tensor, Any]:
+        Raises:
+            StopRequested: there is a reason.
+            UserError: it is the clock, and this start has got no further than the last; nor would the next.
+        """
+        reason = self._agreed()
+        if reason is not None and self._by_clock and not self._further:
+            self.settle()
+            raise UserError(
+                f"max_hours {self._max_hours:g} is over before this start got any further: to prepare and to score a "
+                "split take longer; give --max-hours more, and the same command goes on."
+            )
+        self.follow(reason)
+
+    def _send(self, *asked: int) -> tuple[torch.Tensor, Any]:
         answer = torch.tensor(asked, dtype=torch.int32)
         highest = torch.distributed.ReduceOp.MAX
         return answer, torch.distributed.all_reduce(answer, op=highest, group=self._group, async_op=True)

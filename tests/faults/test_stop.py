@@ -59,7 +59,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             calls += 1
             return "a test" if calls == call else None
 
-        trainer.stopping.ask = ask  # type: ignore[method-assign]  # a stop at a call of its own
+        trainer.stopping._agreed = ask  # type: ignore[method-assign]  # a stop at a call of its own
         trainer.fit()
         assert trainer.stopped == "a test"
     assert status(run) == {"state": "preempted", "step": step, "reason": "a test"}
@@ -87,14 +87,14 @@ def test_means_stand_for_each_step_once_where_a_run_goes_on_within_them(tiny: Pa
     whole = {line["step"]: line for line in figures(train(tiny, tmp_path / "whole", *every)) if "train/loss" in line}
     run = tmp_path / "run"
     with Trainer(settings(tiny, run, *every, *(("--save-every-steps", "2") if how == "saved" else ()))) as trainer:
-        ask, calls = trainer.stopping.ask, 0
+        ask, calls = trainer.stopping._agreed, 0
 
         def asked() -> str | None:
             nonlocal calls
             calls += 1
             return "a test" if how == "stopped" and calls == 2 else ask()
 
-        trainer.stopping.ask = asked  # type: ignore[method-assign]  # likewise
+        trainer.stopping._agreed = asked  # type: ignore[method-assign]  # likewise
         trainer.fit()
     if how == "stopped":
         train(tiny, run, *every)
@@ -302,6 +302,23 @@ def test_hours_count_from_where_the_run_began(tmp_path: Path, monkeypatch: pytes
     assert Stopping(tmp_path / "STOP", 1, rank=0, world=1).ask() is None
     assert Stopping(tmp_path / "STOP", 1, rank=0, world=1, since=now - 3599).ask() is None
     assert Stopping(tmp_path / "STOP", 1, rank=0, world=1, since=now - 3601).ask() == "max_hours 1"
+
+
+def test_a_start_that_its_hours_bring_no_further_is_not_preempted(tmp_path: Path) -> None:
+    """A scheduler would start it for ever: to prepare and to score valid takes longer than it may take."""
+    over = Stopping(tmp_path / "STOP", 1e-9, rank=0, world=1)
+    with pytest.raises(UserError, match="max_hours 1e-09 is over before this start got any further"):
+        over.check()
+    over.saved()
+    with pytest.raises(StopRequested):
+        over.check()
+    stepped = Stopping(tmp_path / "STOP", 1e-9, rank=0, world=1)
+    assert stepped.ask() is not None
+    with pytest.raises(StopRequested):
+        stepped.check()
+    (tmp_path / "STOP").touch()
+    with pytest.raises(StopRequested):
+        Stopping(tmp_path / "STOP", 1, rank=0, world=1).check()
 
 
 def test_a_checkpoint_that_the_clock_wants_is_wanted_until_it_is_taken(tmp_path: Path) -> None:

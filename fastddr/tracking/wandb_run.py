@@ -89,6 +89,7 @@ class WandbRun:
         #: Of a sweep's run also the project and the entity that its agent gave it.
         self._kept = _read_id(run_dir / "wandb" / "id.txt")
         self._project = options.project or os.environ.get("WANDB_PROJECT") or self._kept.project or PROJECT
+        self._name = os.environ.get("WANDB_NAME") or run_dir.name
         self._run: Any = None
         #: Variables of the environment that this run has set.
         self._own: list[str] = []
@@ -295,7 +296,7 @@ class WandbRun:
             project=self._project,
             group=self._options.group,
             job_type="train",
-            name=self._run_dir.name,
+            name=self._name,
             dir=str(self._run_dir),
             id=self._kept.id,
             entity=os.environ.get("WANDB_ENTITY") or self._kept.entity or None,

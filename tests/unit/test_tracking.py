@@ -333,12 +333,14 @@ def test_ctrl_c_while_wandb_begins_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("asked", "variable", "project"), [("mine", "other", "mine"), (None, "other", "other"), (None, None, "fastddr")]
 )
-def test_the_project_of_wandb(
+def test_the_project_and_the_name_at_wandb(
     asked: str | None, variable: str | None, project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("WANDB_PROJECT", variable)
-    assert wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=asked))._project == project
+        monkeypatch.setenv("WANDB_NAME", "a name")
+    found = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=asked))
+    assert (found._project, found._name) == (project, tmp_path.name if variable is None else "a name")
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), ConnectionResetError("Connection lost")])

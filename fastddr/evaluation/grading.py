@@ -48,7 +48,8 @@ class Grading:
         −(g − k)² / (2 sigma²) but for a number that all k share. A value that is not finite gives NaN.
         """
         x = values.double()
-        cuts = torch.tensor(self.thresholds, dtype=torch.float64, device=x.device)
+        # Filled where they are: a tensor of a list would be copied, and the host would wait for the card.
+        cuts = torch.stack([x.new_full((), threshold) for threshold in self.thresholds])
         edges = torch.cat([cuts[:1] - 1, cuts, cuts[-1:] + 1])
         above = (x > cuts).sum(1, keepdim=True)
         low, high, grade = edges[above], edges[above + 1], above.double()

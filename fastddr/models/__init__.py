@@ -21,7 +21,10 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
-    """Make a function known to `build` as `name`.
+    """Make a function known to `build` as `name`; for the files of this package.
+
+    A configuration knows its models by their sections, so a `name` from elsewhere is refused there: a model of one's
+    own is registered with timm instead (docs/models.md).
 
     The function takes `num_classes` and `image_size` and, as further keywords with defaults, the model's own
     settings; `build` reads their names off its signature. Raises ValueError where the name is taken.

@@ -4,15 +4,48 @@ and tables of names that may hold anything."""
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+#: What may pass by itself, as where a server is away for a moment: it says nothing of what lies there.
+PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOLCK", "EMFILE", "ENFILE",
+        "ENOMEM",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+
+
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What in a folder has a name like this, hidden ones too, sorted; nothing where there is no such folder.
+
+    `Path.glob` and `os.walk` take a folder that cannot be listed for an empty one.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if fnmatchcase(name, pattern)]
+
+
+def unlisted(error: OSError) -> None:
+    """`onerror` of `os.walk`: raise what it met, but where a folder went away meanwhile."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def parse(text: str | bytes) -> dict[str, Any]:

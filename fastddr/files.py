@@ -4,7 +4,6 @@ and tables of names that may hold anything."""
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
@@ -15,16 +14,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-
-#: What may pass by itself, as where a server is away for a moment: it says nothing of what lies there.
-PASSING = {
-    getattr(errno, name)
-    for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOLCK", "EMFILE", "ENFILE",
-        "ENOMEM",
-    )
-    if hasattr(errno, name)
-}  # fmt: skip
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -46,6 +35,14 @@ def unlisted(error: OSError) -> None:
     """`onerror` of `os.walk`: raise what it met, but where a folder went away meanwhile."""
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+def end(path: Path) -> str | None:
+    """Where a path leads, through links; None where it leads to nothing. Raises OSError where nobody can tell."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except FileNotFoundError:
+        return None
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
@@ -106,7 +103,9 @@ def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part"
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # an error of writing names none
         raise

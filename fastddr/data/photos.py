@@ -68,6 +68,7 @@ def find(named: Sequence[str]) -> Found:
 
     Raises:
         UserError: there is nothing of that name, a list cannot be read, or there is no photograph at all.
+        OSError: a folder cannot be listed: the table must not lack its photographs in silence.
     """
     paths: dict[str, str] = {}
     doubled = others = maps = 0

@@ -72,8 +72,9 @@ def test_a_folder_below_that_cannot_be_read_is_not_left_out_in_silence(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlistable(monkeypatch, folder / "below", errno.EACCES)
-    with pytest.raises(PermissionError, match="below"):
-        photos.find([str(folder)])
+    for named in (str(folder), f"{folder}/**/*.png", f"{folder}/*/*.png", f"{folder}/*"):
+        with pytest.raises(PermissionError, match="below"):
+            photos.find([named])
 
 
 def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:

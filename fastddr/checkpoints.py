@@ -36,6 +36,8 @@ from fastddr.errors import UserError
 #: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
 _NAME = re.compile(r"step-\d{8}(\.\d\d)?")
 _BESIDE = re.compile(r"\.step-\d{8}(\.\d\d)?\.\d+")
+#: A file that is not there, or is none.
+_NONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 #: What safetensors calls the types, in the order in which it writes them: so each tensor begins at its alignment.
 _TYPES = {
@@ -212,13 +214,16 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         UserError: it is not whole.
+        OSError: it cannot be read now, and may be whole; with the name of a file or folder.
     """
     while True:
         there = path.resolve()
         try:
             return _load(there)
-        except UserError:
+        except (UserError, OSError) as error:
             if path.resolve() == there:
+                if isinstance(error, OSError):
+                    error.filename = error.filename or str(there)  # an error of reading names none
                 raise
 
 
@@ -235,7 +240,7 @@ def _load(path: Path) -> Checkpoint:
         model = deserialize((path / "model.safetensors").read_bytes())
         ema = deserialize((path / "ema.safetensors").read_bytes()) if "ema.safetensors" in sums else None
         moments = deserialize((path / "optimizer.safetensors").read_bytes())
-    except (OSError, SafetensorError) as error:
+    except (*_NONE, SafetensorError) as error:
         raise UserError(f"{path}: the tensors of this checkpoint cannot be read ({error}).") from None
     try:
         optimizer = _join_optimizer(moments, state.pop("optimizer"))
@@ -245,26 +250,37 @@ def _load(path: Path) -> Checkpoint:
 
 
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over."""
+    """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over.
+
+    Raises:
+        UserError: one cannot be read now: to pass over it might throw away hours of work.
+        OSError: the folder cannot be listed.
+    """
     for path in reversed(standing(folder)):
         try:
             return load(path)
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: {error.strerror}, so nobody knows whether this checkpoint is whole; give the same "
+                f"command again, or where that does not help, move {path} elsewhere: the one before is taken then."
+            ) from error
     return None
 
 
 def standing(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, by step."""
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    """The checkpoints in a folder, whole or not, by step. Raises OSError where it cannot be listed."""
+    return [path for path in files.listed(folder) if _NAME.fullmatch(path.name)]
 
 
 def put_aside(folder: Path, after: Path, say: Callable[[str], None]) -> None:
     """Rename the checkpoints of later steps than `after`, which were passed over: what comes would delete them."""
     for path in standing(folder):
         if path.name > after.name:
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            names = (f"damaged-{path.name}{again}" for again in ("", *(f"-{n}" for n in range(2, 1000))))
+            # What was put aside an earlier time may be sound.
+            aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
             os.rename(path, aside)
             say(f"kept as {aside}")
 
@@ -320,7 +336,7 @@ def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> d
 def _json(path: Path) -> dict[str, Any]:
     try:
         return files.parse(path.read_bytes())
-    except (OSError, ValueError):
+    except (*_NONE, ValueError):
         raise _no_checkpoint(path) from None
 
 
@@ -329,10 +345,10 @@ def _no_checkpoint(file: Path) -> UserError:
 
 
 def _is_whole(file: Path, expected: Any) -> bool:
-    """Whether a file is there and has this size and sum, and can be read at all."""
+    """Whether a file is there and has this size and sum. Raises OSError where it cannot be read."""
     try:
         return file.stat().st_size == expected["bytes"] and _sha256(file) == expected["sha256"]
-    except (OSError, TypeError, KeyError):  # the last two of a manifest that is none
+    except (*_NONE, TypeError, KeyError):  # the last two of a manifest that is none
         return False
 
 
@@ -387,11 +403,13 @@ def _sync(path: Path) -> None:
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
+    there = files.listed(folder)  # once: of two listings one may lack what the other has
+    ours = [path for path in there if _NAME.fullmatch(path.name)]
     # By where they lead: somebody who sets a link anew may spell it otherwise than we do.
-    led_to = {os.path.realpath(folder / name) for name in ("last", "best")}
-    kept = {path.name for path in standing(folder) if os.path.realpath(path) in led_to}
-    kept |= set([path.name for path in standing(folder) if path.name <= newest][-keep:])
-    for path in folder.iterdir():
+    led_to = {files.end(folder / name) for name in ("last", "best")} - {None}
+    kept = {newest} | {path.name for path in ours if files.end(path) in led_to}
+    kept |= set([path.name for path in ours if path.name <= newest][-keep:])
+    for path in there:
         if path.is_symlink():
             if path.name.startswith((".last.", ".best.")):  # left by a kill
                 path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastddr import ranks
 from fastddr.config import MODELS, Config, check, flatten, load_preset, preset_names
 from fastddr.config.sections import governed, sized
-from fastddr.errors import EXIT_USER_ERROR, UserError, nearest
+from fastddr.errors import EXIT_USER_ERROR, UserError, nearest, unusable
 
 T = TypeVar("T")
 
@@ -112,9 +112,10 @@ def answered(work: Callable[[], int]) -> int:
     except ranks.RankLost as error:
         said, code = str(error), 1
     except OSError as error:
-        if error.filename is None:
+        told = unusable(error)
+        if told is None:
             raise
-        said, code = f"{error.filename}: {error.strerror}; give a place that can be used.", EXIT_USER_ERROR
+        said, code = told, EXIT_USER_ERROR
     print(f"fastddr: {said}", file=sys.stderr)
     return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 #: Exit code of every command for a mistake of the user's.
@@ -13,11 +14,43 @@ EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
 
 
+def _numbers(*names: str) -> set[int]:
+    return {getattr(errno, name) for name in names if hasattr(errno, name)}  # not every system knows each of them
+
+
+#: What the system says where there is no room.
+_FULL = _numbers("ENOSPC", "EDQUOT", "EFBIG")
+_AWAY = _numbers("EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOLCK")
+#: What may pass by itself, as where a server is away for a moment; it says nothing of what lies there.
+PASSING = _AWAY | _numbers("EMFILE", "ENFILE", "ENOMEM")
+#: What it says where a place cannot be used, for these reasons or others.
+CANNOT_USE = _FULL | _AWAY | _numbers(
+    "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "ENOTEMPTY", "ENAMETOOLONG", "EBUSY", "EOPNOTSUPP",
+    "ENOSYS",
+)  # fmt: skip
+
+
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one sentence: what is wrong, where, and what to do.
 
     The command line prints it without a traceback and exits with `EXIT_USER_ERROR`.
     """
+
+
+def unusable(error: BaseException, where: object = None) -> str | None:
+    """What to say of an error of the disk or of a folder, in one sentence; None of other errors.
+
+    `where`: what was at work, for errors that name no file, as those of writing and reading.
+    """
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in CANNOT_USE):
+        return None
+    place = error.filename or where
+    way = "give"
+    if error.errno in _FULL:
+        way = "make room, or give"
+    elif error.errno in PASSING:
+        way = "give the same command again, or"
+    return f"{f'{place}: ' if place else ''}{error.strerror or error}; {way} a place that can be used."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

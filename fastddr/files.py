@@ -10,9 +10,39 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What in a folder has a name like this, hidden ones too, sorted; nothing where there is no such folder.
+
+    `Path.glob` and `os.walk` take a folder that cannot be listed for an empty one.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if fnmatchcase(name, pattern)]
+
+
+def unlisted(error: OSError) -> None:
+    """`onerror` of `os.walk`: raise what it met, but where a folder went away meanwhile."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def end(path: Path) -> str | None:
+    """Where a path leads, through links; None where it leads to nothing. Raises OSError where nobody can tell."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except FileNotFoundError:
+        return None
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
@@ -73,7 +103,9 @@ def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part"
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # an error of writing names none
         raise

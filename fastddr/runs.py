@@ -154,10 +154,10 @@ class RunFolder:
         self.write(self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
 
     def status(self) -> dict[str, Any]:
-        """The status as it was last written; empty for a run that never got so far."""
+        """The status as it was last written; empty for a run that never got so far. Raises OSError as reading does."""
         try:
             return files.parse((self.path / "status.json").read_bytes())
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return {}
 
     def append_test_scoring(

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastddr import alone, ranks
 from fastddr.config import Config
-from fastddr.errors import UserError
+from fastddr.errors import UserError, unusable
 
 T = TypeVar("T")
 
@@ -248,7 +248,7 @@ def from_main(do: Callable[[], T]) -> T:
         except UserError as error:
             said[1] = str(error)
         except OSError as error:  # a folder that cannot be used; the other ranks must not wait for this one
-            said[1] = f"{error.filename or 'a file'}: {error.strerror}; give a place that can be used."
+            said[1] = unusable(error) or f"{error}; give a place that can be used."
     broadcast_object_list(said)
     if said[1] is not None:
         raise UserError(said[1])

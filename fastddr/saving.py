@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -18,28 +17,9 @@ from fastddr.checkpoints import Snapshot, Writer
 from fastddr.config import Config, from_mapping
 from fastddr.config.strict import read_yaml
 from fastddr.data import manifest, source
-from fastddr.errors import UserError
+from fastddr.errors import CANNOT_USE, UserError
 from fastddr.meters import versions
 from fastddr.runs import Progress, RunFolder
-
-#: What the system says where a place cannot be written to or is full; not every system knows each of them.
-_CANNOT_WRITE = {
-    getattr(errno, name)
-    for name in (
-        "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOENT", "ENOTDIR", "EISDIR",
-        "ENOTEMPTY", "ENAMETOOLONG", "EBUSY",
-        # Of file systems of a network, whose server is away or knows no such thing.
-        "ESHUTDOWN", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EREMOTEIO", "EOPNOTSUPP", "ENOSYS", "ENOLCK",
-    )
-    if hasattr(errno, name)
-}  # fmt: skip
-
-
-def unusable(error: BaseException, where: Path) -> str | None:
-    """What to say of an error of the disk or of a folder; None of other errors."""
-    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _CANNOT_WRITE):
-        return None
-    return f"{error.filename or where}: {error.strerror}; make room, or give a place that can be used."
 
 
 @contextmanager
@@ -115,7 +95,8 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
         say: hears of each checkpoint that is passed over, and of the step.
 
     Raises:
-        UserError: on every rank, no checkpoint is whole, the data are others, or the weights are of another model.
+        UserError: on every rank, no checkpoint is whole, or one cannot be read now; the data are others, or the weights
+            are of another model.
     """
 
     def newest() -> Any:
@@ -181,13 +162,13 @@ def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> 
     return False
 
 
-def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> checkpoints.Checkpoint:
-    """The best checkpoint at the end, or where it is lost the last one, which then counts as the best.
+def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> tuple[checkpoints.Checkpoint, str]:
+    """The best checkpoint at the end, and what its weights are called; where it is lost, the last one.
 
     To be called by all ranks; rank 0 chooses.
 
     Raises:
-        UserError: on every rank, neither is whole.
+        UserError: on every rank, neither is whole, or one cannot be read now.
     """
 
     def choose() -> Any:
@@ -201,8 +182,9 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> chec
 
     found = checkpoints.load(runtime.from_main(choose))
     known = found.state["progress"]
+    at, is_best = f"(step {known['step']}, epoch {known['epoch']})", known["step"] == progress.best_step
     progress.best_step, progress.best_epoch = known["step"], known["epoch"]
-    return found
+    return found, f"best {at}" if is_best else f"last {at}, for the best ones are lost"
 
 
 def kept(run: RunFolder) -> str:
@@ -297,7 +279,7 @@ class Saver:
         try:
             yield
         except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
+            if error.errno not in CANNOT_USE:
                 raise
             with suppress(OSError):  # where the last checkpoint cannot be written either, the one before is left
                 self.flush()

@@ -20,7 +20,7 @@ from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ra
 from fastddr.alone import let_go, take
 from fastddr.config import Config, checked, dump
 from fastddr.data import manifest, source
-from fastddr.errors import UserError
+from fastddr.errors import UserError, unusable
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, deciding, figures, headline
@@ -67,7 +67,7 @@ class Trainer:
                 self._set_up()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
-            said = saving.unusable(error, self.run.path)
+            said = unusable(error, self.run.path)
             if said is not None:
                 raise UserError(said) from error
             raise
@@ -379,10 +379,10 @@ class Trainer:
         assert self.saver is not None
         self.saver.flush()
         ranks.meet()
-        best = saving.best(self.run, progress, self.console.print)
+        best, weights = saving.best(self.run, progress, self.console.print)
         checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
         progress.grading = best.state["progress"].get("grading")
-        weights = f"best (step {progress.best_step}, epoch {progress.best_epoch}){tta}"
+        weights += tta
         for split in manifest.SPLITS:
             if self.manifest.has(split) and (split != "test" or self.config.evaluation.test):
                 assert self.loaders is not None

@@ -20,7 +20,7 @@ from fastddr import ranks
 from fastddr.cli import answered, flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
-from fastddr.errors import UserError
+from fastddr.errors import UserError, unusable
 from fastddr.progress import EpochBar
 
 if TYPE_CHECKING:
@@ -261,9 +261,9 @@ def _on_all(do: Callable[[], T]) -> T:
     except UserError as error:
         said = str(error)
     except OSError as error:
-        if error.filename is None:
+        if (told := unusable(error)) is None:
             raise
-        said = f"{error.filename}: {error.strerror}; give a place that can be used."
+        said = told
     if told := next(filter(None, ranks.gather([said])), ""):
         raise UserError(told)
     return found[0]

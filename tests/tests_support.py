@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from fastddr import checkpoints, cli, loaders
@@ -32,6 +33,24 @@ SMALL = [
     "--tracking.no-tensorboard", "--tracking.log-every-steps", "1", "--threads", "1", "--loading.threads", "1",
     "--optimizer.ema-decay", "0.9", "--optimizer.clip-norm", "1", "--optimizer.warmup-ratio", "0.4",
 ]  # fmt: skip
+
+
+def unlistable(patch: pytest.MonkeyPatch, folder: Path, code: int, *, once: bool = False) -> list[str]:
+    """Let the system refuse to list a folder, with the error of this number; the calls that it refused."""
+    refused: list[str] = []
+
+    def instead(call: Any) -> Any:
+        def listing(place: Any = ".") -> Any:
+            if os.fspath(place) == str(folder) and not (once and refused):
+                refused.append(call.__name__)
+                raise OSError(code, os.strerror(code), str(folder))
+            return call(place)
+
+        return listing
+
+    for name in ("listdir", "scandir"):
+        patch.setattr(os, name, instead(getattr(os, name)))
+    return refused
 
 
 def settings(data: Path, run: Path, *more: str) -> Config:

@@ -55,13 +55,14 @@ class Output:
 
         Raises:
             UserError: it is neither; or another process is at it; or something in it leads out of it.
+            OSError: it cannot be listed: what lies in it might be written over.
         """
         try:
             there = self.facts()
             different = [key for key in identity if there[key] != identity[key]]
         except FileNotFoundError:
             # A run that was killed at once left an empty folder, or a hidden file in it.
-            if any(path != self.folder for path in (*self.out.glob("*"), *self.folder.glob("[!.]*"))):
+            if any(path != self.folder for path in (*files.listed(self.out), *files.listed(self.folder, "[!.]*"))):
                 raise UserError(
                     f"{self.out}: it is not empty and not made by `fastddr prepare`; give a new folder."
                 ) from None
@@ -129,7 +130,7 @@ class Output:
 
     def _refuse_links(self) -> None:
         """Nothing of ours in OUT is a link: what is moved, written and deleted beyond one would lie elsewhere."""
-        for folder, inside, names in os.walk(self.out):
+        for folder, inside, names in os.walk(self.out, onerror=files.unlisted):
             names = names if folder == str(self.folder) else []
             if link := next((path for n in inside + names if os.path.islink(path := os.path.join(folder, n))), None):
                 raise UserError(
@@ -199,9 +200,9 @@ class Output:
         """The photographs back in sight, and last of all the labels: from now on it is finished."""
         # What a process that was killed was writing, and folders that are empty without it.
         for place in {self.out, self.folder, *((self.out / self.inner / label).parent for label in labels)}:
-            for part in place.glob(f".*{crop.PART}"):
+            for part in files.listed(place, f".*{crop.PART}"):
                 part.unlink()
-        for folder, _, names in os.walk(self.hidden, topdown=False):
+        for folder, _, names in os.walk(self.hidden, topdown=False, onerror=files.unlisted):
             for name in names:
                 if name.startswith(".") and name.endswith(crop.PART):
                     os.unlink(os.path.join(folder, name))
@@ -226,7 +227,7 @@ class Output:
             (self.folder / name).unlink(missing_ok=True)
 
     def _journals(self) -> list[Path]:
-        return sorted(self.folder.glob("journal-*.jsonl"))
+        return files.listed(self.folder, "journal-*.jsonl")
 
     def _rows(self) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {}

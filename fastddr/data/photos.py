@@ -68,6 +68,7 @@ def find(named: Sequence[str]) -> Found:
 
     Raises:
         UserError: there is nothing of that name, a list cannot be read, or there is no photograph at all.
+        OSError: a folder cannot be listed: the table must not lack its photographs in silence.
     """
     paths: dict[str, str] = {}
     doubled = others = maps = 0
@@ -94,15 +95,25 @@ def _of(name: str) -> Iterator[tuple[str, bool]]:
     if os.path.isdir(name):
         yield from ((path, False) for path in _below(name))
     elif name.lower().endswith(".csv"):
-        lists = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        lists = [name] if os.path.lexists(name) else _matching(name)
         yield from ((path, True) for file in lists or [name] for path in _listed(file))
     elif os.path.lexists(name):
         yield name, True
-    elif found := sorted(glob.glob(name, recursive=True)):
+    elif found := _matching(name):
         for path in found:
             yield from ((inner, False) for inner in (_below(path) if os.path.isdir(path) else [path]))
     else:
         raise UserError(f"{name}: there is no such photograph, folder or list; correct its name.")
+
+
+def _matching(pattern: str) -> list[str]:
+    """What a glob means, sorted; a folder that cannot be listed is an error, and not one where nothing matches."""
+    above, name = os.path.split(pattern)
+    if glob.has_magic(name):
+        for folder in _matching(above) if glob.has_magic(above) else [above or "."]:
+            if os.path.isdir(folder):
+                os.listdir(folder)
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastddr import ranks
+from fastddr import files, ranks
 from fastddr.config import SplitConfig
 from fastddr.data import crop, layouts, relabel, splits, survey
 from fastddr.data import sheet as contact
@@ -326,7 +326,7 @@ class _Main:
         """The contact sheets, drawn anew unless they show just this."""
         folder = self.output.folder
         pages = contact.pages(folder, min(self.sheet, len(rows)))
-        old = sorted(folder.glob("sheet-*.jpg"))
+        old = files.listed(folder, "sheet-*.jpg")
         if not self.output.clean or old != pages or self.output.facts().get("sheet") != self.sheet:
             chosen = sorted(rows, key=lambda row: (float(row.confidence), row.path))[: self.sheet]
             for path, content in zip(pages, contact.draw(self.seen.root, chosen, ranks.cores()), strict=True):

@@ -181,11 +181,12 @@ def test_a_best_checkpoint_that_is_lost_at_the_end_is_replaced_by_the_last(
             flush()
             if trainer.progress.epoch == 2:
                 (run / "checkpoints" / "best").unlink()
+                trainer.progress.best_step, trainer.progress.best_epoch = 3, 1
 
         trainer.saver.flush = flushed  # type: ignore[union-attr,method-assign]
         trainer.fit()
     assert "the best checkpoint is lost" in " ".join(capsys.readouterr().out.split())
-    assert "best (step 6, epoch 2)" in (run / "report" / "report.md").read_text()
+    assert "last (step 6, epoch 2), for the best ones are lost" in (run / "report" / "report.md").read_text()
 
 
 def test_bad_steps_that_come_again_are_not_doubled(tmp_path: Path) -> None:

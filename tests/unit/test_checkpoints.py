@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save as by_the_library
+from tests_support import unlistable
 from torch import nn
 
 from fastddr import checkpoints, saving
 from fastddr.checkpoints import Snapshot
 from fastddr.errors import UserError
-from fastddr.runs import RunFolder
+from fastddr.runs import Progress, RunFolder
 
 
 def trained(kind: str = "adam") -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -161,6 +163,10 @@ def test_what_was_passed_over_is_kept_and_the_users_folders_too(tmp_path: Path) 
     said: list[str] = []
     checkpoints.put_aside(tmp_path, found.path, said.append)
     assert said == [f"kept as {tmp_path / 'damaged-step-00000003'}"]
+    (tmp_path / "step-00000003").mkdir()
+    checkpoints.put_aside(tmp_path, found.path, said.append)
+    assert (tmp_path / "damaged-step-00000003" / "state.json").is_file(), "which may be sound"
+    (tmp_path / "damaged-step-00000003-2").rmdir()
     for step in (3, 4, 5):
         write(tmp_path, step, best=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -229,8 +235,8 @@ def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: p
     assert checkpoints.load(tmp_path / "last").path.name == "step-00000002"
 
 
-def test_a_part_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a disk with a bad sector: the one before is taken."""
+def test_a_part_that_cannot_be_read_now_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server may be away for a moment; on a disk with a bad sector the user takes the one before."""
     write(tmp_path, 1)
     write(tmp_path, 2, keep=2)
     whole = checkpoints._sha256
@@ -241,9 +247,44 @@ def test_a_part_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: 
         return whole(file)
 
     monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
-    found = checkpoints.load_newest(tmp_path)
-    assert found is not None
-    assert found.path.name == "step-00000001"
+    with pytest.raises(UserError, match=r"step-00000002: Input/output error, .* move .*step-00000002 elsewhere"):
+        checkpoints.load_newest(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_for_a_moment_loses_no_checkpoint(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1, best=True)
+    write(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        refused = unlistable(patch, tmp_path, code, once=True)
+        with pytest.raises(OSError, match=tmp_path.name):
+            write(tmp_path, 3)
+        assert len(refused) == 1
+    steps = [checkpoints.load(tmp_path / name).state["progress"]["step"] for name in ("best", "last")]
+    assert steps == [1, 3]
+    unlistable(monkeypatch, tmp_path, code)
+    with pytest.raises(OSError, match=tmp_path.name):  # and not None, as before the first one
+        checkpoints.load_newest(tmp_path)
+
+
+def test_the_best_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read = RunFolder(tmp_path), Path.read_bytes
+    best = write(run.checkpoints, 1, best=True)
+    write(run.checkpoints, 2)
+
+    def away(file: Path) -> bytes:
+        if file == best / "manifest.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(OSError, match="Input/output error") as told:
+        saving._is_best(run, Progress(step=2, best_step=1), print)
+    assert told.value.filename == str(best)
+    monkeypatch.undo()
+    assert checkpoints.load(run.checkpoints / "best").path == best
 
 
 def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:

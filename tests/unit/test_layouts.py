@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from photographs import LAYOUTS, SET, draw, folders, gdrbench, official, write_csv
+from tests_support import unlistable
 
 from fastddr.config import SplitConfig
 from fastddr.data import layouts, splits
@@ -184,6 +186,21 @@ def test_a_class_folder_that_may_not_be_read_is_a_problem(tmp_path: Path, monkey
     monkeypatch.setattr(os, "scandir", refuse)
     found = layouts.find(tmp_path)
     assert [(problem.path, problem.kind) for problem in found.problems] == [("train/2", "unreadable")]
+
+
+def test_a_folder_that_cannot_be_read_below_a_table_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, 1):
+        draw(tmp_path / f"part{number}" / f"{number}.jpg", number)
+    write_csv(tmp_path / "labels.csv", ["path", "grade"], [["0.jpg", 0], ["1.jpg", 1]])
+    unlistable(monkeypatch, tmp_path / "part1", errno.EACCES)
+    assert f"{tmp_path / 'part1'}: this folder cannot be read" in layouts.find(tmp_path).notes[0]
+
+
+def test_a_server_that_is_away_for_a_moment_makes_no_other_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path)
+    unlistable(monkeypatch, tmp_path / "train", errno.ESTALE, once=True)
+    with pytest.raises(OSError, match="train"):
+        layouts.find(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ tables

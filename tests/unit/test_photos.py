@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from photographs import draw, official, write_csv
+from tests_support import unlistable
 
 from fastddr import ranks
 from fastddr.data import cache, manifest, masters, photos, prepare
@@ -64,6 +66,15 @@ def test_heat_maps_below_the_photographs_are_passed_over(folder: Path) -> None:
         assert names(found, folder) == ["a.JPG", "b.jpg", "below/c.png"]
         assert "heat maps of --explain (*.heat.png) are passed over." in found.notes[1]
     assert photos.find([str(own)]).paths == (str(own),), "what is named by itself is taken"
+
+
+def test_a_folder_below_that_cannot_be_read_is_not_left_out_in_silence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlistable(monkeypatch, folder / "below", errno.EACCES)
+    for named in (str(folder), f"{folder}/**/*.png", f"{folder}/*/*.png", f"{folder}/*"):
+        with pytest.raises(PermissionError, match="below"):
+            photos.find([named])
 
 
 def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:

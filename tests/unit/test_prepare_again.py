@@ -16,9 +16,10 @@ from typing import Any
 import photographs
 import pytest
 from eyes import FEW, content, damage, eye, folders, official, quick, run, table, told
+from tests_support import unlistable
 
 from fastddr import files
-from fastddr.data import crop, layouts, photograph, survey
+from fastddr.data import crop, layouts, output, photograph, survey
 from fastddr.data.prepare import Settings
 from fastddr.errors import UserError
 
@@ -344,6 +345,20 @@ def test_foreign_folders_files_and_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty/prepared/settings.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         run(data, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "mine" / "DR_grading" / "train" / "n0.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    unlistable(monkeypatch, tmp_path / "mine", code)
+    with pytest.raises(OSError, match="mine"):
+        output.Output(tmp_path / "mine", "").open({})
+    assert own.read_bytes() == b"mine"
+    assert not (tmp_path / "mine" / "prepared").exists()
 
 
 def test_what_leads_out_of_a_folder_from_elsewhere_is_left_alone(tmp_path: Path) -> None:

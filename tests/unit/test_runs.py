@@ -1,5 +1,6 @@
 """Which epoch is the best one, and how a run is called."""
 
+import errno
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -76,3 +77,19 @@ def test_other_settings_are_refused_with_the_way_on(tmp_path: Path) -> None:
         continue_from(replace(began, lr=0.5), run, world=1)
     assert f"--preset '{run.config}' --run-dir '{run.path}'" in str(caught.value)
     assert continue_from(load_preset(str(run.config)), run, world=1).lr == began.lr
+
+
+def test_a_status_that_cannot_be_read_for_a_moment_is_not_that_of_a_run_that_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is done would train again, and score test once more."""
+    run = RunFolder(tmp_path)
+    assert run.status() == {}
+    run.set_status("done", 3)
+
+    def away(file: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        run.status()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ import torch
 from rich.console import Console
 from tests_support import ROOT, printed
 
-from fastddr import checkpoints, control_groups, ranks, runs, runtime, saving
+from fastddr import checkpoints, cli, control_groups, files, ranks, runs, runtime, saving
 from fastddr.checkpoints import Snapshot
 from fastddr.config import load_preset
 from fastddr.data import cache, source, survey
-from fastddr.errors import UserError
+from fastddr.errors import EXIT_USER_ERROR, UserError, unusable
 from fastddr.progress import EpochBar, terminal
 from fastddr.terminal import any_terminal
 
@@ -240,7 +241,29 @@ def test_a_place_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("code", [errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EIO, errno.EDQUOT])
 def test_errors_of_a_network_are_one_sentence(code: int) -> None:
-    assert saving.unusable(OSError(code, os.strerror(code)), Path("runs/a")) is not None
+    assert unusable(OSError(code, os.strerror(code)), Path("runs/a")) is not None
+
+
+def test_a_disk_that_is_full_when_a_file_is_synced_or_closed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Errors of writing name no file."""
+
+    def fails(code: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", fails(errno.ENOSPC))
+    for work in (lambda: files.put(tmp_path / "grades.csv", b"new", sync=True), lambda: os.fsync(1)):
+        assert cli.answered(work) == EXIT_USER_ERROR
+    own, other = capsys.readouterr().err.splitlines()
+    assert own == f"fastddr: {tmp_path / 'grades.csv'}: {other.removeprefix('fastddr: ')}"
+    assert other == "fastddr: No space left on device; make room, or give a place that can be used."
+    monkeypatch.setattr(os, "fsync", fails(errno.EBADF))
+    with pytest.raises(OSError, match="Bad file descriptor"):  # a mistake of ours keeps its traceback
+        cli.answered(lambda: os.fsync(1))
 
 
 def _written(folder: Path, step: int, *, best: bool) -> None:

@@ -6,14 +6,15 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from fastddr import files
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.problems import Problem, one_line
-from fastddr.errors import UserError
+from fastddr.errors import PASSING, UserError
 
 SPLITS = ("train", "valid", "test")
 #: Where `fastddr prepare` keeps its tables and sheets.
@@ -159,11 +160,15 @@ def is_photograph(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted, without those that hold no data and what may not be read."""
+    """Folders in a folder, sorted, without those that hold no data and what may not be read.
+
+    Raises:
+        OSError: it cannot be listed for another reason: what is not seen now would make another set of it.
+    """
     try:
         with os.scandir(folder) as found:
             names = sorted(entry.name for entry in found if _is_folder(entry))
-    except OSError:
+    except (PermissionError, FileNotFoundError):
         return []
     return [folder / name for name in names if not _aside(str(folder), name)]
 
@@ -171,7 +176,9 @@ def subfolders(folder: Path) -> list[Path]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself; its neighbours may be folders
+    except OSError as error:  # a link that leads to itself; its neighbours may be folders
+        if error.errno in PASSING:
+            raise
         return False
 
 
@@ -182,10 +189,13 @@ def _aside(folder: str, name: str) -> bool:
     return name == PREPARED and os.path.isfile(os.path.join(folder, name, "settings.json"))
 
 
-def folders_below(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder below a folder that may hold data, through links too, with the sorted names of its files."""
+def folders_below(root: str, unlisted: Callable[[OSError], None] = files.unlisted) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below a folder that may hold data, through links too, with the sorted names of its files.
+
+    `unlisted` hears of each that cannot be listed; without it that is an error.
+    """
     seen: set[tuple[int, int]] = set()
-    for folder, inside, names in os.walk(root, followlinks=True):
+    for folder, inside, names in os.walk(root, onerror=unlisted, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back
             inside[:] = []
@@ -195,9 +205,16 @@ def folders_below(root: str) -> Iterator[tuple[str, list[str]]]:
         yield folder, sorted(names)
 
 
-def walk(root: Path) -> Iterator[str]:
-    """Paths of all photographs in `folders_below` a folder."""
-    for folder, names in folders_below(str(root)):
+def walk(root: Path, notes: list[str]) -> Iterator[str]:
+    """Paths of all photographs in `folders_below` a folder; `notes` hear of each that may not be read."""
+
+    def unlisted(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            notes.append(f"{error.filename}: this folder cannot be read ({error.strerror}) and is left out.")
+        else:
+            files.unlisted(error)
+
+    for folder, names in folders_below(str(root), unlisted):
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in names:
             if is_photograph(name):
@@ -213,11 +230,13 @@ class Names:
         self._any_case: dict[str, dict[str, list[str]]] = {}
 
     def of(self, folder: str) -> frozenset[str]:
-        """All names in a folder, none where it may not be read."""
+        """All names in a folder, none where it may not be read. Raises OSError of what may pass by itself."""
         if folder not in self._names:
             try:
                 self._names[folder] = frozenset(os.listdir(self.root / folder))
-            except OSError:
+            except OSError as error:  # a name that is too long, for one
+                if error.errno in PASSING:
+                    raise
                 self._names[folder] = frozenset()
         return self._names[folder]
 

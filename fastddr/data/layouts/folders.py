@@ -75,7 +75,7 @@ def _without_splits(root: Path, below: list[Path]) -> Listing | None:
 def _orphans(listing: Listing) -> None:
     """Photographs below the root that lie in no class folder."""
     named = {entry.path for entry in listing.entries}
-    orphans = sorted(path for path in walk(listing.root) if path not in named)
+    orphans = sorted(path for path in walk(listing.root, listing.notes) if path not in named)
     listing.problems.extend(Problem(path, "orphan", "it lies in no class folder of a split") for path in orphans)
     if orphans:
         listing.notes.append(

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastddr import files
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.layouts.common import (
     SPLITS,
@@ -71,7 +72,7 @@ def gdrbench(folder: Path, fence: Fence) -> Listing | None:
         folder, asked = folder.parent.parent, folder.name
     if not (folder / "images").is_dir() or not (folder / "splits").is_dir():
         return None
-    lists = sorted((folder / "splits").glob("*_train.txt"))
+    lists = files.listed(folder / "splits", "*_train.txt")
     sets = [file.name.removesuffix("_train.txt") for file in lists]
     there = [name for name in sets if (folder / "images" / name).is_dir()]
     if not there:

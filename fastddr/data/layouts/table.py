@@ -35,7 +35,7 @@ from fastddr.data.layouts.common import (
     walk,
 )  # fmt: skip
 from fastddr.data.problems import Problem, one_line
-from fastddr.errors import UserError
+from fastddr.errors import PASSING, UserError
 
 #: (column of the name, column of the grade), spelled, and what such a table is called.
 _HEADERS = {
@@ -162,7 +162,7 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
             next(reader)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
-        if fence is not None:
+        if fence is not None and error.errno not in PASSING:
             return None
         raise UserError(f"{file}: this table cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
@@ -179,8 +179,9 @@ class _Index:
 
     def __init__(self, root: Path) -> None:
         self.paths: set[str] = set()
+        self.notes: list[str] = []
         self.by_name: dict[str, list[str]] = defaultdict(list)
-        for path in walk(root):
+        for path in walk(root, self.notes):
             name = path.rpartition("/")[2]
             self.paths.add(path)
             for bare in (name, os.path.splitext(name)[0]):
@@ -232,6 +233,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
         root = root.parent
         index = _Index(root)
     listing = Listing(found[0].layout, root, [])
+    listing.notes.extend(index.notes)
     known = Named(listing)
     for one, split in zip(found, splits, strict=True):
         _add(one, split, index, listing, known)

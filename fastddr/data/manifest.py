@@ -211,11 +211,11 @@ def commonest(file: Path, classes: int) -> int | None:
     """
     if not file.is_file():
         return None
-    counted = [0] * classes
+    named, counted = [str(grade) for grade in range(classes)], [0] * classes
     with file.open(encoding="utf-8", errors="replace", newline="") as lines:
         for row in csv.DictReader(dropwhile(lambda line: line.startswith("#"), lines)):
-            if row.get("split") == "train" and (grade := row.get("grade")) in map(str, range(classes)):
-                counted[int(grade)] += 1
+            if row.get("split") == "train" and row.get("grade") in named:
+                counted[named.index(row["grade"])] += 1
     return counted.index(max(counted)) if any(counted) else None
 
 

@@ -20,10 +20,11 @@ _PUBLIC = {
     "Manifest": ("fastddr.data.manifest", "Manifest"),
     "Trainer": ("fastddr.trainer", "Trainer"),
     "UserError": ("fastddr.errors", "UserError"),
+    "load": ("fastddr.inference.restore", "load"),
     "load_preset": ("fastddr.config", "load_preset"),
     "read_manifest": ("fastddr.data.manifest", "read"),
 }
-__all__ = ["Config", "Manifest", "Trainer", "UserError", "__version__", "load_preset", "read_manifest"]
+__all__ = ["Config", "Manifest", "Trainer", "UserError", "__version__", "load", "load_preset", "read_manifest"]
 
 
 def __getattr__(name: str) -> Any:

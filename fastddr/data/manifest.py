@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,7 @@ from fastddr.data.problems import NOTES, Problem, errors, one_line, refuse
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "fingerprint_in", "of", "read"]
+__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "of", "read"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
@@ -200,6 +202,21 @@ def fingerprint_in(file: Path) -> str:
     with file.open(encoding="utf-8", errors="replace") as lines:
         first = lines.readline(len(_FINGERPRINT) + 100)
     return first.removeprefix(_FINGERPRINT).strip() if first.startswith(_FINGERPRINT) else ""
+
+
+def commonest(file: Path, classes: int) -> int | None:
+    """The most frequent grade below `classes` that a file of `Manifest.to_csv` has in train, of a tie the lowest.
+
+    None where there is no such file, or it tells of no such photograph.
+    """
+    if not file.is_file():
+        return None
+    named, counted = [str(grade) for grade in range(classes)], [0] * classes
+    with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+        for row in csv.DictReader(dropwhile(lambda line: line.startswith("#"), lines)):
+            if row.get("split") == "train" and row.get("grade") in named:
+                counted[named.index(row["grade"])] += 1
+    return counted.index(max(counted)) if any(counted) else None
 
 
 #: Kinds of notes that the notes of the layout say already.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from torch import nn
 from fastddr import checkpoints, meters, models, ranks, runtime
 from fastddr.config import Config, from_mapping
 from fastddr.config.strict import read_yaml
+from fastddr.data.problems import one_line
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.metrics import SplitResult
@@ -50,6 +51,35 @@ class Restored:
     def averaged(self) -> nn.Module:
         """The model, or its mean over the views of the configuration."""
         return views.averaged(self.model, self.config.evaluation.tta)
+
+
+def load(run: str | Path, weights: Weights = "best", device: str | torch.device = "cpu") -> nn.Module:
+    """The trained model of a run, for a notebook: embeddings, Grad-CAM, or a training of one's own.
+
+    In evaluation mode, in float32, on the device: images (b, 3, s, s), upright, normalised by the run's `augment.mean`
+    and `augment.std`, of the side s = `image_size` of its config.yaml, to logits (b, C). The weights are the averaged
+    ones where the run kept an average. Of a regression it is the model with its thresholds around it, and `.model`
+    gives the value (b, 1).
+
+    Args:
+        run: its folder, like runs/NAME.
+        weights: `best`, of the best epoch on valid, or `last`.
+        device: where the model shall be, like "cuda".
+
+    Raises:
+        UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
+    """
+    run = Path(run).expanduser()
+    if weights not in get_args(Weights):
+        raise UserError(f"fastddr.load: there are no weights {weights!r}; take {' or '.join(get_args(Weights))}.")
+    config = stored(run)
+    config = replace(config, memory=replace(config.memory, checkpointing=False))  # a hook would be called twice
+    try:
+        place = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:
+        said = one_line(error)[:120]
+        raise UserError(f"fastddr.load: the device {str(device)!r} cannot be used ({said}); take another.") from None
+    return restore(run, config, weights, place, say=lambda line: None).model
 
 
 def stored(run: Path) -> Config:

@@ -13,6 +13,7 @@ from fastddr.memory.cards import images_per_second
 from fastddr.memory.predicting import (
     PHOTOGRAPHS,
     Case,
+    batch_normed,
     expect,
     fits,
     gib,
@@ -88,7 +89,8 @@ class _Change:
 def _changes(case: Case) -> Iterator[_Change]:
     """All that `ways` tries, in its order."""
     config, smaller = case.config, range(1, case.micro)
-    yield _Change("", "", case, micro=range(FEW, case.micro))
+    few = FEW if batch_normed(config) else 1
+    yield _Change("", "", case, micro=range(few, case.micro))
     if _has_blocks(config):
         again = replace(case, config=replace(config, memory=replace(config.memory, checkpointing=True)))
         yield _Change("--memory.checkpointing", "nothing in the result; a step takes about a third longer", again)
@@ -96,7 +98,7 @@ def _changes(case: Case) -> Iterator[_Change]:
         half = replace(case, config=replace(config, precision="bf16"))
         for micro in (None, smaller):
             yield _Change("--precision bf16", "numbers of less precision (fp16 on older cards)", half, HALF, micro)
-    yield _Change("", "", case, micro=range(1, FEW))
+    yield _Change("", "", case, micro=range(1, few))
     if config.model == "resnet" and config.resnet.stem != "standard":
         stem = replace(case, config=replace(config, resnet=replace(config.resnet, stem="standard")))
         yield _Change("--resnet.stem standard", "another model: its maps are a sixteenth as large", stem)
@@ -106,7 +108,18 @@ def _changes(case: Case) -> Iterator[_Change]:
         if size:
             sized = replace(case, config=replace(config, image_size=size))
             costs = "less of the photograph is seen at once"
+            if size < config.canvas and _allowed(replace(config, image_size=size, canvas=size)):
+                costs += f"; with --canvas {size} too the whole of it, in fewer pixels"
             yield _Change(f"--image-size {size}", costs, sized, _share(config, size))
+
+
+def _allowed(config: Config) -> bool:
+    """Whether image, canvas and augmentation go together."""
+    try:
+        check(config, "fastddr plan")
+    except UserError:
+        return False
+    return True
 
 
 def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
@@ -148,7 +161,9 @@ def _way(change: _Change, case: Case, limit: int, allowance: Allowance) -> Way |
         if found is None or found not in change.micro:
             return None
         micro, flags = found, f"{change.flags} --micro-batch-size {found}".strip()
-        normed = f"BatchNorm sees {micro} photographs at a time; the global batch stays"
+        normed = "the global batch stays"
+        if batch_normed(change.case.config):
+            normed = f"BatchNorm sees {micro} photographs at a time; {normed}"
         costs = "; ".join(filter(None, (costs, normed)))
     changed = replace(change.case, micro=micro)
     return Way(flags, costs, changed, predict(changed, allowance).total)

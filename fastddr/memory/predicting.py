@@ -245,6 +245,12 @@ def _built(model: str, chosen: Chosen, classes: int, size: int) -> nn.Module:
         return models.build(model, num_classes=classes, image_size=size, **dict(chosen))
 
 
+def batch_normed(config: Config) -> bool:
+    """Whether the model of a configuration has BatchNorm, to which it matters how many photographs are held at once."""
+    built = _built(config.model, tuple(config.model_settings.items()), config.outputs, config.image_size)
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in built.modules())
+
+
 @lru_cache(maxsize=32)
 def _prime(model: str, chosen: Chosen, classes: int, size: int) -> int | None:
     return prime(_maker(model, chosen, classes, size), size)

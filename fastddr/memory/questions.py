@@ -190,8 +190,9 @@ def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: 
         return 0
     console = terminal()
     settings = ", ".join(f"{key} {value}" for key, value in config.model_settings.items())
+    name = f"{config.model} ({settings})" if settings else config.model
     console.print(
-        f"{config.model} ({settings}), {config.image_size} px of a canvas of {config.canvas}, {config.precision}, "
+        f"{name}, {config.image_size} px of a canvas of {config.canvas}, {config.precision}, "
         f"{case.micro} photographs at once of a global batch of {config.batch_size} on {asked.gpus} GPU(s)"
     )
     console.print(_kinds(found))
@@ -205,6 +206,8 @@ def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: 
     for number, way in enumerate(ways):
         head = "cheapest change" if number == 0 else "or"
         console.print(f"{head}: {way.flags}  ({gib(way.total)}; {way.costs})")
+    if config.micro_batch_size == "auto" and any(way.flags.startswith("--micro-batch-size") for way in ways):
+        console.print("on a GPU --micro-batch-size auto, the default, takes by itself the micro batch that fits")
     if not fits and not ways:
         console.print("no single change makes it fit: take a smaller model or a larger card")
     console.print(f"context, workspaces and decoder: {allowance.source}")

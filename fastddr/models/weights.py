@@ -4,13 +4,16 @@ imagenet      what timm or torchvision publishes for this model, from their cach
 PATH          a file: safetensors, or a state dict that PyTorch saved
 run:NAME      the best weights of an earlier run in runs/NAME, or in the folder that is named
 
-Nothing is loaded that could run code: a pickle is read with `weights_only=True`.
+Nothing is loaded that could run code: a pickle is read with `weights_only=True`, and beside tensors and plain values it
+may hold the flags of the script that wrote it, an `argparse.Namespace`, which is a bag of such values.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +37,11 @@ CONVMIXERS = {
     (1024, 20, 9, 14, "gelu"): "convmixer_1024_20_ks9_p14",
     (1536, 20, 9, 7, "gelu"): "convmixer_1536_20",
 }
-#: What wraps a state dict in a file, and what wraps its names.
-_INSIDE = ("state_dict", "model")
+#: Learning rates of Adam from here on are such as models are trained with from random weights.
+FROM_SCRATCH = 1e-3
+#: What wraps a state dict in a file, and what wraps its names. First what timm's and ConvNeXt's scripts call averages.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_INSIDE = (*_AVERAGES, "state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -49,6 +55,16 @@ class Saved(Protocol):
     @property
     def ema(self) -> dict[str, Tensor] | None:
         """Their average, where there is one."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some weights as they are kept."""
+
+    tensors: dict[str, Tensor]
+    """By their own names, on the CPU."""
+    lines: tuple[str, ...] = ()
+    """What to know of where they were found."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +101,11 @@ def begin(
     """
     if config.init is None:
         return ()
-    read: list[dict[str, Tensor]] = []
+    read: list[Source] = []
     # Rank 0 first: what it downloads the others find.
     runtime.from_main(lambda: read.append(source(config, load_checkpoint)))
-    found = fit(model, read[0] if read else source(config, load_checkpoint), config)
+    there = read[0] if read else source(config, load_checkpoint)
+    found = fit(model, there.tensors, config)
     # A file may lie on each machine by itself, and a run may train on and name another checkpoint the best.
     ranks.agree(
         lambda: _digest(found.taken),
@@ -97,7 +114,7 @@ def begin(
     )
     for target in (model, average):
         put(target, found.taken)
-    lines = found.lines
+    lines = (*found.lines, *there.lines)
     trained = zoo.normalisation(model) if config.init == "imagenet" else None
     if trained is not None and trained != (config.augment.mean, config.augment.std):
         mean, std = (" ".join(map(str, values)) for values in trained)
@@ -107,6 +124,11 @@ def begin(
         )
     for line in lines:
         say(f"  {line}")
+    if not config.init.startswith("run:") and config.optimizer.name in ("adam", "adamw") and config.lr >= FROM_SCRATCH:
+        say(
+            f"  --lr {config.lr:g} is a rate for training from scratch: pretrained weights are usually fine-tuned at a "
+            "fifth to a tenth of it, such as --lr 2e-4"
+        )
     return lines
 
 
@@ -118,14 +140,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def source(config: Config, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:
-    """The tensors that `config.init` names, by their own names, on the CPU; `UserError` where they cannot be had."""
+def source(config: Config, load_checkpoint: Callable[[Path], Saved]) -> Source:
+    """The weights that `config.init` names; `UserError` where they cannot be had."""
     init = config.init
     assert init is not None
     if init == "imagenet":
-        return _imagenet(config)
+        return Source(_imagenet(config))
     if init.startswith("run:"):
-        return _run(init, load_checkpoint)
+        return Source(_run(init, load_checkpoint))
     return _file(Path(init).expanduser())
 
 
@@ -180,7 +202,7 @@ def _run(init: str, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tenso
     return saved.model if saved.ema is None else saved.ema
 
 
-def _file(path: Path) -> dict[str, Tensor]:
+def _file(path: Path) -> Source:
     where = f"--init {path}"
     if path.is_dir():
         raise UserError(f"{where}: this is a folder; give a file, or run:{path} for the best weights of a run.")
@@ -191,8 +213,11 @@ def _file(path: Path) -> dict[str, Tensor]:
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:120]
         raise UserError(f"{where}: this is neither safetensors nor what torch.save wrote ({said}).") from None
+    lines: tuple[str, ...] = ()
     for key in _INSIDE:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            if key in _AVERAGES:  # which are what these scripts score, and what timm takes
+                lines = (f"init: of this file the averaged weights are taken, {key!r}",)
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{where}: there are no named tensors in it; save a model's state_dict().")
@@ -203,12 +228,14 @@ def _file(path: Path) -> dict[str, Tensor]:
     strange = [name for name, value in named.items() if not isinstance(value, Tensor)]
     if strange:
         raise UserError(f"{where}: {strange[0]!r} among the weights is no tensor; save a model's state_dict() alone.")
-    return named
+    return Source(named, lines)
 
 
 def _unpickled(path: Path, where: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # It is made without `__init__` and filled by `__dict__.update`, with values that are allowed themselves.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # The reason stands in the middle of a text of many lines; what matters is what it asked for.
         said = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
@@ -227,15 +254,16 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:
     """What of `tensors` goes into the model. The names may be ours, the paper's, timm's or torchvision's.
 
+    The model may be a part of another, as in Lightning's checkpoints: then what its names begin with is taken off.
     Where no name is ours, but kinds and shapes agree one by one, they are taken in their order.
 
     Raises:
         UserError: not even half of the model's weights, the head left out, are there; or one is not finite.
     """
     mine = model.state_dict()
-    theirs = {our_name(name): tensor for name, tensor in tensors.items()} if isinstance(model, ConvMixer) else tensors
+    tensors, lines = _part(model, tensors)
+    theirs = {_name(model, name): tensor for name, tensor in tensors.items()}
     prefixes = tuple(f"{name}." for name in heads(model))
-    lines = []
     if not set(mine) & set(theirs) and _alike(mine, theirs, prefixes):
         theirs = dict(zip(mine, theirs.values(), strict=True))
         lines.append("init: its names are not this model's, but kinds and shapes are, one by one: taken in that order")
@@ -260,6 +288,29 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"--init {config.init}: {name} is not finite; take other weights.")
     return Fit(taken, (f"init {config.init}: {len(taken)} of {len(mine)} tensors taken", *lines))
+
+
+def _name(model: nn.Module, name: str) -> str:
+    """What a tensor is called here."""
+    return our_name(name) if isinstance(model, ConvMixer) else name
+
+
+def _part(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The tensors by the names that they have within the part of them that is this model, and a line that says which.
+
+    They stay where as many names are the model's as they stand, and where too few are for the part to be this model.
+    """
+    mine, behind = set(model.state_dict()), Counter[str]()
+    for name in tensors:
+        places = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        behind.update(name[:place] for place in places if _name(model, name[place:]) in mine)
+    most = max(behind.values(), default=0)
+    if most in (0, behind[""]) or 2 * most < len(mine):
+        return tensors, []
+    first = next(start for start, count in behind.items() if count == most)
+    others = sum(not name.startswith(first) for name in tensors)
+    line = f"init: taken from what its names begin with, {first!r}" + (f"; {others} begin otherwise" if others else "")
+    return {name.removeprefix(first): tensor for name, tensor in tensors.items()}, [line]
 
 
 def _alike(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], heads: tuple[str, ...]) -> bool:

@@ -51,6 +51,7 @@ def write(
     fit: bool = True,
     title: str | None = None,
     predicted: bool = True,
+    commonest: int | None = None,
 ) -> Path:
     """Write RUN/report/, or another folder, and return the path of its report.md.
 
@@ -60,8 +61,9 @@ def write(
     is there. `left_out` are the photographs and labels that were not used. The temperature for calibrated
     probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one; with
     `fit` false, for photographs that are not the run's, none is fitted. `title` is by default the run's name.
-    Predictions are written unless they are there already (`predicted` false). Raises OSError when a file cannot be
-    written; a photograph that cannot be opened is a grey tile.
+    Predictions are written unless they are there already (`predicted` false). `commonest` is the most frequent grade of
+    the photographs that were trained on, by default that of train where it is among the splits. Raises
+    OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
     """
     # With them comes matplotlib, which a run has no use for until it ends.
     from fastddr.reporting import plots, ranked
@@ -70,10 +72,15 @@ def write(
     report.mkdir(parents=True, exist_ok=True)
     if fit and "valid" in splits and len(splits["valid"].grades):
         temperature = fitted(splits["valid"].logits, splits["valid"].grades)
+    if commonest is None and "train" in splits and len(splits["train"].grades):
+        commonest = int(splits["train"].grades.bincount().argmax())
     found = {}
     for name, split in splits.items():
         own = name == LAST and len(split.grades)  # valid under other weights has a temperature of its own
         found[name] = _figures(split, fitted(split.logits, split.grades) if own else temperature)
+        if commonest is not None and len(split.grades):
+            share = float((split.grades == commonest).double().mean())
+            found[name]["baseline"] = {"grade": commonest, "accuracy": share}
     logged = read_metrics(run_dir)
     shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
     # Which epoch is the best is more than its kappa: of equal ones the loss decides, of six classes macro F1.
@@ -97,6 +104,7 @@ def write(
         "root": None if root is None else str(Path(root).absolute()),
         "temperature": temperature,
         "fit": fit,
+        "commonest": commonest,
     }
     files.put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
     files.put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
@@ -155,7 +163,8 @@ def summary(
     # To see an offline W&B run in the terminal, and to upload it.
     commands += [(word, command) for word, command in zip(("view", "upload"), wandb_commands, strict=True) if command]
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
-    body = Group(table, Text(), *_weights(found), Text(), Text(tables.DISCLAIMER, style="dim"))
+    constant = [Text(said, style="yellow") for said in tables.constant(found)]
+    body = Group(table, Text(), *_weights(found), *constant, Text(), Text(tables.DISCLAIMER, style="dim"))
     panel = Panel(body, title=Text(run_dir.resolve().name), title_align="left", expand=False, padding=(1, 2))
     console = console or Console(markup=False, emoji=False)
     if console.measure(panel, options=console.options.update(max_width=_WIDE)).maximum <= console.width:

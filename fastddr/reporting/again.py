@@ -13,10 +13,11 @@ from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.reporting import ABOUT, predictions
 
-#: What about.json holds; older ones lack the last two.
+#: What about.json holds; older ones lack the last three.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "facts": dict, "notes": list, "weights": dict, "root": (str, type(None)), "run": str,
     "temperature": (float, int, type(None)), "fit": bool,
+    "commonest": (int, type(None)),
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     file = folder / ABOUT
     try:
-        found = {"temperature": None, "fit": True} | files.parse(file.read_bytes())
+        found = {"temperature": None, "fit": True, "commonest": None} | files.parse(file.read_bytes())
         for key, kinds in _KINDS.items():
             if key not in found or not isinstance(found[key], kinds):
                 raise ValueError(f"{key!r} is missing or of another kind")
@@ -123,4 +124,5 @@ def write(place: Path, root: Path | None = None) -> Path:
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
         temperature=about["temperature"], fit=about["fit"], title=about["run"], predicted=False,
+        commonest=about["commonest"],
     )  # fmt: skip

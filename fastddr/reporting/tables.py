@@ -23,6 +23,7 @@ Figures = Mapping[str, Any]
 #: Label, place in the figures, and whether it is read in per cent.
 RATES = (
     ("Accuracy", ("accuracy",), True),
+    ("Accuracy of one grade for all", ("baseline", "accuracy"), True),
     ("Quadratic-weighted kappa", ("qwk",), False),
     ("Macro F1", ("macro_f1",), False),
     ("Balanced accuracy", ("balanced_accuracy",), True),
@@ -135,6 +136,12 @@ def markdown(
     titles = [title(split) for split in found]
     parts = [f"# {in_markdown(name)}", f"**{DISCLAIMER}**", "## Figures"]
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
+    if usual := next((values["baseline"] for values in found.values() if "baseline" in values), None):
+        parts.append(
+            f"One grade for all: to give grade {usual['grade']}, the most frequent one in training, to every "
+            "photograph has that accuracy and a kappa of 0."
+        )
+    parts += constant(found)
     known = any("patients" in values.get("ci", {}) for values in found.values())
     alike = (
         "Where patients are known (the line of photographs says it), whole patients are drawn, and of fewer than "
@@ -202,6 +209,21 @@ def markdown(
         parts += ["## The run", table(["", ""], [[key, _fact(value)] for key, value in facts.items()])]
     parts += ["## Files", "[metrics.json](metrics.json), [predictions.csv](predictions.csv)"]
     return "\n\n".join(parts) + "\n"
+
+
+def constant(found: Mapping[str, Figures]) -> list[str]:
+    """A sentence where a model gives one grade to all photographs of valid, or of the split that was scored alone."""
+    split = "valid" if "valid" in found else next(iter(found), None)
+    if split is None:
+        return []
+    matrix = found[split]["confusion_matrix"]
+    given = [grade for grade, column in enumerate(zip(*matrix, strict=True)) if sum(column)]
+    if len(given) != 1 or sum(any(row) for row in matrix) < 2:
+        return []
+    return [
+        f"The model gives grade {given[0]} to every photograph of {split}: it has learned nothing yet; train it for "
+        "more epochs or at another learning rate, or begin at pretrained weights (--init)."
+    ]
 
 
 def _recall(found: Mapping[str, Figures]) -> str:

@@ -20,7 +20,8 @@ import torch
 from tests_support import launch, train
 from torch import nn
 
-from fastddr import ranks
+import fastddr
+from fastddr import checkpoints, ranks
 from fastddr.__main__ import main
 from fastddr.config.sections import LoadingConfig
 from fastddr.errors import EXIT_USER_ERROR, UserError
@@ -57,6 +58,20 @@ def test_a_split_gets_the_figures_of_the_report(run: Path, split: str) -> None:
     assert rows == reported(run, split)
     assert (folder / "report.md").is_file()
     assert (folder / "confusion_matrix.png").is_file()
+
+
+def test_a_runs_model_is_loaded_in_python(run: Path, tmp_path: Path) -> None:
+    model = fastddr.load(run)
+    best = checkpoints.load(run / "checkpoints" / "best")
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in (best.ema or best.model).items())
+    config = restore.stored(run)
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, config.image_size, config.image_size)).shape == (2, 5)
+    assert not any(module.training for module in model.modules())
+    for wrong, said in ({"run": tmp_path}, "no run here"), ({"device": "gpu"}, "the device 'gpu' cannot be used"):
+        with pytest.raises(UserError, match=said):
+            fastddr.load(**({"run": run} | wrong))
 
 
 def test_every_scoring_of_test_is_noted(run: Path) -> None:

@@ -154,7 +154,7 @@ def test_photographs_without_a_label_are_a_note(copy: Path) -> None:
     assert any("orphan.jpg" in note and "no line" in note for note in manifest.read(copy).notes)
 
 
-def test_csv_has_every_row_and_the_fingerprint(tiny: Path) -> None:
+def test_csv_has_every_row_and_the_fingerprint(tiny: Path, tmp_path: Path) -> None:
     found = manifest.read(tiny)
     lines = found.to_csv().splitlines()
     assert lines[0] == f"# fingerprint: {found.fingerprint}"
@@ -163,6 +163,10 @@ def test_csv_has_every_row_and_the_fingerprint(tiny: Path) -> None:
     assert lines[3] == f"0,{found.path[0]},train,{found.grade[0]},80,80,{found.size[0]},"
     assert found.patients is None
     assert len(lines) == len(found) + 3
+    (tmp_path / "manifest.csv").write_text(found.to_csv())
+    counts = found.counts()["train"]
+    assert manifest.commonest(tmp_path / "manifest.csv", 5) == int(np.argmax(counts[:5]))
+    assert manifest.commonest(tmp_path / "none.csv", 5) is None
 
 
 def test_a_changed_file_is_read_again_in_spite_of_the_cache(copy: Path) -> None:

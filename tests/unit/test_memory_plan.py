@@ -136,13 +136,22 @@ def test_a_change_that_is_clearly_too_large_is_not_traced(monkeypatch: pytest.Mo
     assert {one.image_size for one in asked} == {128}
 
 
-def test_the_cheapest_change_comes_first() -> None:
+def test_the_cheapest_change_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(config(loading={"store": "vram"}), 24)
     limit = predict(case, NOTHING).total - MIB
     assert next(ways(case, limit, NOTHING)).flags == "--loading.store ram"
     plain = Case(config(), 24)
     limit = predict(replace(plain, micro=12), NOTHING).total
-    assert next(ways(plain, limit, NOTHING)).flags == "--micro-batch-size 12"
+    first = next(ways(plain, limit, NOTHING))
+    assert (first.flags, first.costs[:14]) == ("--micro-batch-size 12", "BatchNorm sees")
+    assert any("with --canvas 32 too the whole of it" in change.costs for change in planning._changes(plain))
+    assert predicting.batch_normed(plain.config)
+    # Of a model without BatchNorm a small micro batch costs nothing.
+    limit = predict(replace(plain, micro=4), NOTHING).total
+    assert next(ways(plain, limit, NOTHING)).flags != "--micro-batch-size 4"
+    monkeypatch.setattr(planning, "batch_normed", lambda config: False)
+    first = next(ways(plain, limit, NOTHING))
+    assert (first.flags, first.costs) == ("--micro-batch-size 4", "the global batch stays")
 
 
 def test_a_line_of_the_table() -> None:
@@ -499,6 +508,9 @@ def test_plan_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixtur
     assert found["total"] == sum(found["kinds"].values()) > found["limit"]
     assert found["ways"][0]["flags"].startswith("--micro-batch-size ")
     assert all(way["total"] <= found["limit"] for way in found["ways"])
+    flags.remove("--json")
+    assert verbs.main("plan", flags) == 0
+    assert "--micro-batch-size auto, the default, takes by itself" in capsys.readouterr().out
 
 
 def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -576,3 +588,15 @@ def test_a_tape_of_a_model_of_timms_is_of_one_version(monkeypatch: pytest.Monkey
         keys.add(predicting._key("timm:resnet18", (), tracing.Steps(64)))
     assert len(keys) == 2
     assert predicting._timm("resnet") is None
+
+
+def test_a_transformer_has_no_batchnorm_and_no_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("timm")
+    asked = Case(config(model="timm:test_vit"), 24)
+    assert not predicting.batch_normed(asked.config)
+    enough = predicting.Prediction({"activations": GIB}, False)
+    monkeypatch.setattr(questions, "predict", lambda case, allowance: enough)
+    assert verbs.main("plan", ["--vram", "8", "--model", "timm:test_vit"]) == 0
+    assert capsys.readouterr().out.startswith("timm:test_vit, 224 px")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastddr import models, ranks
-from fastddr.config import Config, ConvMixerConfig, ResNetConfig
+from fastddr.config import Config, ConvMixerConfig, OptimizerConfig, ResNetConfig
 from fastddr.errors import UserError
 from fastddr.models import weights, zoo
 from fastddr.models.convmixer import our_name
 
-SMALL = Config(image_size=16, convmixer=ConvMixerConfig(dim=6, depth=2, kernel_size=3, patch_size=4))
+SMALL = Config(image_size=16, lr=2e-4, convmixer=ConvMixerConfig(dim=6, depth=2, kernel_size=3, patch_size=4))
 
 
 def build(config: Config = SMALL, num_classes: int = 5, seed: int = 0) -> nn.Module:
@@ -71,11 +72,15 @@ def test_ranks_that_read_different_weights_are_refused(tmp_path: Path, monkeypat
         ranks.agree(lambda: digests[2], "the ranks have read different weights")
 
 
-@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "model", "module.", "both", "half", "paper", "safetensors"])
+@pytest.mark.parametrize(
+    "wrapped",
+    ["plain", "state_dict", "model", "module.", "both", "half", "paper", "safetensors", "mae", "timm", "lightning"],
+)
 def test_every_form_of_a_file_gives_all_of_its_weights(wrapped: str, tmp_path: Path) -> None:
     state = build().state_dict()
     file = tmp_path / ("w.safetensors" if wrapped == "safetensors" else "w.pth")
     content: Any = dict(state)
+    more: list[str] = []
     if wrapped in ("state_dict", "model"):
         content = {"epoch": 3, wrapped: state}
     elif wrapped == "module.":
@@ -88,6 +93,18 @@ def test_every_form_of_a_file_gives_all_of_its_weights(wrapped: str, tmp_path: P
     elif wrapped == "paper":
         content = {to_paper(name): tensor for name, tensor in state.items()}
         assert "7.weight" in content
+    elif wrapped == "mae":
+        content = {"model": state, "epoch": 3, "args": Namespace(lr=1e-3, output_dir="out")}
+    elif wrapped == "timm":
+        content = {"state_dict": build(seed=3).state_dict(), "state_dict_ema": state, "args": Namespace(model="x")}
+        more = ["init: of this file the averaged weights are taken, 'state_dict_ema'"]
+    elif wrapped == "lightning":
+        named = {f"model.{name}": tensor for name, tensor in state.items()}
+        content = {"state_dict": named | {"criterion.weight": torch.ones(5)}, "hyper_parameters": {"lr": 1e-3}}
+        more = [
+            "init: taken from what its names begin with, 'model.'; 1 begin otherwise",
+            "init: criterion.weight is left out: it is not in this model",
+        ]
     if wrapped == "safetensors":
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
     else:
@@ -96,7 +113,7 @@ def test_every_form_of_a_file_gives_all_of_its_weights(wrapped: str, tmp_path: P
     assert not equal(build(seed=1).state_dict(), state)
     assert equal(model.state_dict(), state)
     assert equal(average.state_dict(), state)
-    assert said == [f"init {file}: {len(state)} of {len(state)} tensors taken"]
+    assert said == [f"init {file}: {len(state)} of {len(state)} tensors taken", *more]
     assert model.get_parameter("layers.0.depthwise.weight").dtype == torch.float32
 
 
@@ -155,6 +172,17 @@ def test_a_damaged_safetensors_a_folder_and_nothing(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=said):
             begin(str(init))
+
+
+def test_a_learning_rate_for_training_from_scratch_is_told(tmp_path: Path) -> None:
+    file, told = tmp_path / "w.pth", "a rate for training from scratch"
+    torch.save(build().state_dict(), file)
+    high = replace(SMALL, lr=1e-3)
+    for config, said in (high, True), (SMALL, False), (replace(high, optimizer=OptimizerConfig(name="sgd")), False):
+        assert (told in begin(str(file), config)[2][-1]) == said
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    _, _, lines = begin(f"run:{tmp_path}", high, lambda path: SimpleNamespace(model=build().state_dict(), ema=None))
+    assert told not in lines[-1], "a run of one's own"
 
 
 # -------------------------------------------------------------------------------------------------------- what is taken

@@ -218,7 +218,7 @@ def test_published_weights_of_an_efficientnet_fit(timm: ModuleType) -> None:
     file = next((Path(spec.origin).parent / "models").glob("*.pth"))
     config = Config(model="timm:tf_efficientnet_lite0", init=str(file), image_size=224)
     model = models.build(config.model, num_classes=5, image_size=224)
-    found = weights.fit(model, weights.source(config, lambda path: pytest.fail("no run")), config)
+    found = weights.fit(model, weights.source(config, lambda path: pytest.fail("no run")).tensors, config)
     assert len(found.lines) == 4, found.lines
     assert len(found.taken) == len(model.state_dict()) - 2
     weights.put(model, found.taken)

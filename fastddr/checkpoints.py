@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from fastddr.errors import UserError
 #: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
 _NAME = re.compile(r"step-\d{8}(\.\d\d)?")
 _BESIDE = re.compile(r"\.step-\d{8}(\.\d\d)?\.\d+")
+#: Seconds after which a disk that failed is asked again.
+_PATIENCE = 2.0
 #: A file that is not there, or is none.
 _NONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -252,13 +255,15 @@ def _load(path: Path) -> Checkpoint:
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over.
 
+    One that the disk fails to read twice (EIO, a bad sector) is not whole.
+
     Raises:
         UserError: one cannot be read now: to pass over it might throw away hours of work.
         OSError: the folder cannot be listed.
     """
     for path in reversed(standing(folder)):
         try:
-            return load(path)
+            return _load_patiently(path)
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
         except OSError as error:
@@ -267,6 +272,19 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
                 f"command again, or where that does not help, move {path} elsewhere: the one before is taken then."
             ) from error
     return None
+
+
+def _load_patiently(path: Path) -> Checkpoint:
+    for again in (True, False):
+        try:
+            return load(path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            if not again:
+                raise UserError(f"{error.filename or path}: {error.strerror}, twice.") from error
+        time.sleep(_PATIENCE)
+    raise AssertionError("it returned or raised")
 
 
 def standing(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastddr import ranks
-from fastddr.data import masters, photograph
+from fastddr.data import masters, photograph, workers
 from fastddr.data.grades import UNKNOWN
 from fastddr.data.layouts.common import PHOTOGRAPHS, folders_below
 from fastddr.data.manifest import Manifest
@@ -194,7 +194,7 @@ def _sound(paths: Sequence[str], on_progress: Progress) -> list[Photo]:
     """Each photograph as it is, decoded once to see that it is whole: the ranks share them."""
     mine, done = ranks.share(paths), []
     with photograph.strict_sizes(), ThreadPoolExecutor(ranks.cores()) as pool:
-        for photo in pool.map(_checked, mine):
+        for photo in workers.threaded(pool, _checked, mine):
             done.append(photo)
             on_progress("checking photographs", len(done), len(mine))
     return ranks.gather(done)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
-from fastddr.data import cache, layouts, photograph, splits
+from fastddr.data import cache, layouts, photograph, splits, workers
 from fastddr.data.cache import Record
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
@@ -37,8 +37,9 @@ Progress = Callable[[int, int], None]
 _CHUNK = 256
 #: Seconds a file from which on the storage, and not the interpreter, is what is waited for; then so many threads wait.
 _SLOW, _THREADS = 1e-3, 16
-#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill.
-_SAVE_EVERY = 20.0
+#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill. At least so many
+#: times what the last one took: that of a large set is read, compared and written as a whole.
+_SAVE_EVERY, _SAVE_RARELY = 20.0, 20
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
 _OUTER = ("missing", "broken-link", "outside", "unreadable", "format")
 
@@ -155,15 +156,16 @@ class Survey:
             keep: save what is found now and then, so that a kill loses little; of several ranks only one may.
         """
         found: dict[str, Record] = {}
-        saved = time.monotonic()
+        saved, pause = time.monotonic(), _SAVE_EVERY
         with photograph.strict_sizes(), ThreadPoolExecutor(threads) as pool:
-            for path, record in zip(paths, pool.map(self._decoded, paths), strict=True):
+            for path, record in zip(paths, workers.threaded(pool, self._decoded, paths), strict=True):
                 found[path] = record
                 if on_progress:
                     on_progress(len(found), len(paths))
-                if keep and time.monotonic() - saved > _SAVE_EVERY:
+                if keep and (began := time.monotonic()) - saved > pause:
                     self.learn(found)
                     saved = time.monotonic()
+                    pause = max(_SAVE_EVERY, _SAVE_RARELY * (saved - began))
         self.learn(found, keep=keep)
         return found
 

@@ -1,11 +1,12 @@
-"""A part of the work in every process that a rank may have."""
+"""A part of the work in every process that a rank may have, or in its threads."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,6 +16,24 @@ from fastddr.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: Jobs that threads are given ahead: as many as keep them busy beside a slow one, for each weighs more than a kilobyte.
+AHEAD = 1024
+
+
+def threaded(pool: ThreadPoolExecutor, do: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
+    """What `do` makes of each job, in the order of the jobs, as `pool.map`, which takes all of them at once."""
+    waiting: deque[Future[R]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(do, job))
+            if len(waiting) == AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 @contextmanager

@@ -59,6 +59,7 @@ def intervals(
     *,
     patients: Sequence[str] | None = None,
     seed: int = 0,
+    drawn: Sampled | None = None,
 ) -> dict[str, Any]:
     """95 % intervals `[low, high]` in the shape of the figures `point` (`metrics.figures` of the same photographs).
 
@@ -68,9 +69,11 @@ def intervals(
 
     Args:
         patients: of each photograph, "" where the patient is not known.
+        drawn: what `sampled` made of the same, where it is there already.
     """
     groups = _groups(patients, len(grades))
-    found = _interval_of(point, _drawn([logits], grades, groups, seed)[0])
+    drawn = sampled(logits, grades, patients=patients, seed=seed) if drawn is None else drawn
+    found = _interval_of(point, drawn)
     truth, predicted = grades.detach().cpu().numpy(), logits.detach().cpu().argmax(1).numpy()
 
     def of(value: float | None, right: np.ndarray, among: np.ndarray) -> list[float] | None:
@@ -92,17 +95,27 @@ def intervals(
     return {**found, "referable": found["endpoints"].get("referable"), "samples": samples(len(grades)), **told}
 
 
-def differences(
-    first: Float[Tensor, "n C"],
-    second: Float[Tensor, "n C"],
+def sampled(
+    logits: Float[Tensor, "n C"],
     grades: Int[Tensor, " n"],
     *,
     patients: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Sampled:
-    """Samples of each figure of `second` less that of `first`, paired; in the shape of the figures, (b,) each."""
-    one, other = _drawn([first, second], grades, _groups(patients, len(grades)), seed)
-    return _joined([one, other], lambda values: values[1] - values[0])
+    """Each figure of each sample, (b,), in the shape of the figures; for every model the photographs of a sample are
+    the same."""
+    truth, groups = grades.detach().cpu().long(), _groups(patients, len(grades))
+    model = _Weighed(logits.detach().cpu().double(), truth)
+    few = len(np.unique(groups)) < min(FEWEST, len(groups))
+    # Of few patients one sample, for the shape alone.
+    blocks = [model.figures(counts) for counts in _counts(groups, 1 if few else samples(len(truth)), seed)]
+    drawn = _joined(blocks, np.concatenate)
+    return _joined([drawn], lambda values: np.full_like(values[0], np.nan)) if few else drawn
+
+
+def differences(first: Sampled, second: Sampled) -> Sampled:
+    """Each figure of `second` less that of `first`, paired; both of `sampled`, of the same photographs."""
+    return _joined([first, second], lambda values: values[1] - values[0])
 
 
 def interval(values: Float[np.ndarray, " b"]) -> list[float] | None:
@@ -167,20 +180,6 @@ def _groups(patients: Sequence[str] | None, n: int) -> Int[np.ndarray, " n"]:
 def samples(n: int) -> int:
     """How many samples of n photographs are drawn."""
     return int(np.clip(SAMPLES * FEW // max(n, 1), LEAST, SAMPLES))
-
-
-def _drawn(models: Sequence[Tensor], grades: Tensor, groups: Int[np.ndarray, " n"], seed: int) -> list[Sampled]:
-    """Each model's figures of the same samples."""
-    truth = grades.detach().cpu().long()
-    weighed = [_Weighed(logits.detach().cpu().double(), truth) for logits in models]
-    few = len(np.unique(groups)) < min(FEWEST, len(groups))
-    blocks: list[list[Sampled]] = [[] for _ in models]
-    # Of few patients one sample, for the shape alone.
-    for counts in _counts(groups, 1 if few else samples(len(truth)), seed):
-        for model, found in zip(weighed, blocks, strict=True):
-            found.append(model.figures(counts))
-    drawn = [_joined(found, np.concatenate) for found in blocks]
-    return [_joined([one], lambda values: np.full_like(values[0], np.nan)) for one in drawn] if few else drawn
 
 
 def _counts(groups: Int[np.ndarray, " n"], total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:

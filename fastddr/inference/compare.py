@@ -19,6 +19,7 @@ from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference.flags import Compare
+from fastddr.progress import EpochBar
 from fastddr.reporting import again, tables
 
 #: Splits that hold photographs of valid.
@@ -73,14 +74,17 @@ def compare(asked: Compare) -> list[Compared]:
     )  # fmt: skip
     patients = next((named for named in known if any(named)), None)
     compared: list[Compared] = []
-    for name, split, order in zip(names, splits, rows, strict=True):
-        logits = split.logits[order]
-        values = figures(logits, grades)
-        drawn = None
-        if compared:
-            drawn = bootstrap.differences(splits[0].logits[rows[0]], logits, grades, patients=patients)
-        ci = bootstrap.intervals(logits, grades, values, patients=patients)
-        compared.append(Compared(name, split.weights, values, ci, drawn))
+    first: bootstrap.Sampled | None = None
+    with EpochBar(Console(stderr=True), "drawing samples of runs", len(splits)) as bar:
+        for name, split, order in zip(names, splits, rows, strict=True):
+            logits = split.logits[order]
+            values = figures(logits, grades)
+            drawn = bootstrap.sampled(logits, grades, patients=patients)
+            ci = bootstrap.intervals(logits, grades, values, patients=patients, drawn=drawn)
+            differences = None if first is None else bootstrap.differences(first, drawn)
+            first = drawn if first is None else first
+            compared.append(Compared(name, split.weights, values, ci, differences))
+            bar.update(len(compared), total=len(splits))
     return compared
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -190,12 +189,16 @@ def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
     None is named as a photograph is: the folder may be one of photographs, where `photos.find` passes them over.
     """
     taken: set[str] = set()
+    # Where to begin with the next of a name: all numbers below are taken.
+    free: dict[str, int] = {}
     found = []
     for photo in usable:
         stem = Path(photo.path).stem
-        names = (f"{stem}{'' if number == 1 else f'.{number}'}{photos.HEAT}" for number in count(1))
+        number = free.get(stem, 1)
         # A file system may take two names for one that differ in capitals alone.
-        name = next(name for name in names if name.lower() not in taken)
+        while (name := f"{stem}{'' if number == 1 else f'.{number}'}{photos.HEAT}").lower() in taken:
+            number += 1
+        free[stem] = number + 1
         taken.add(name.lower())
         found.append(folder / name)
     return found

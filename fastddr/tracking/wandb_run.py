@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -42,6 +43,8 @@ _READ_TIMEOUT = 120
 _TURNS = {"train": 0, "valid": 1, "final": 2}
 _OF_A_STEP = len(_TURNS)
 
+#: The artifact of fastddr's source.
+_CODE = "fastddr-code"
 #: Points of a curve at most; a chart holds 10,000 in all.
 POINTS = 500
 
@@ -149,10 +152,30 @@ class WandbRun:
         for metric, summary in SUMMARIES.items():
             self._run.define_metric(metric, step_metric="step", summary=summary)
         if self._options.log_code:
-            self._run.log_code(root=str(Path(fastddr.__file__).parent), name="fastddr-code")
+            self._log_code()
         if self.sync_command is None:
             return f"W&B: {self.url}" if self.url else f"W&B: {mode}"
         return f"W&B: offline ({why}); see it with: {self.view_command}; upload later with: {self.sync_command}"
+
+    def _log_code(self) -> None:
+        """fastddr's source. Offline W&B copies it each time, so it is logged once, and again where it has changed or
+        where that part of the run is put aside, in another project, not whole, or was copied to another folder."""
+        source, folder = Path(fastddr.__file__).parent, self._run_dir / "wandb"
+        if not self._run.offline:  # its copies go as soon as they are uploaded
+            self._run.log_code(root=str(source), name=_CODE)
+            return
+        file = folder / "code.txt"
+        # W&B keeps where its copies lie from the root on.
+        state = [_hash_of(source, folder.resolve()), self._project]
+        words = file.read_text(encoding="utf-8", errors="replace").strip().split(maxsplit=2) if file.is_file() else []
+        part = folder / words[0] / f"run-{self._run.id}.wandb" if words[1:] == state else None
+        # W&B writes it after the code; a process that was killed may have written neither.
+        if part is not None and part.is_file() and b'"code_path"' in part.read_bytes():
+            # What W&B shows as a run's code is that of its last part.
+            self._run.config.update({"_wandb": {"code_path": _CODE}}, allow_val_change=True)
+            return
+        self._run.log_code(root=str(source), name=_CODE)
+        write_line(file, " ".join([Path(self._run.dir).parent.name, *state]))
 
     @property
     def id(self) -> str:
@@ -330,6 +353,15 @@ def choose_mode(wandb: Any) -> tuple[str, str]:
     except Exception:  # noqa: BLE001  # a key that is no key
         known = False
     return ("online", "") if known else ("offline", "not logged in")
+
+
+def _hash_of(source: Path, place: Path) -> str:
+    """Of the modules of a package, and of a place."""
+    found = hashlib.sha256(os.fsencode(place))
+    for file in sorted(source.rglob("*.py")):
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(source)} {len(content)} ".encode() + content)
+    return found.hexdigest()
 
 
 def _writable(folder: Path) -> bool:

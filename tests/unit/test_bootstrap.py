@@ -28,6 +28,12 @@ def answers(n: int, skill: float = 1.5, seed: int = 0, noise: int = 0) -> tuple[
     return drawn + skill * torch.nn.functional.one_hot(grades, 5), grades
 
 
+def differences(
+    one: torch.Tensor, other: torch.Tensor, grades: torch.Tensor, patients: list[str] | None = None
+) -> dict[str, Any]:
+    return bootstrap.differences(*(bootstrap.sampled(logits, grades, patients=patients) for logits in (one, other)))
+
+
 @st.composite
 def weighed(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores with ties, truth and counts of a few samples: some photographs in none, some truths all one answer."""
@@ -174,8 +180,8 @@ def test_photographs_that_say_the_same_twice_are_worth_half() -> None:
     for name, (low, high) in ((name, value) for name, value in once.items() if isinstance(value, list)):
         assert twice[name] == pytest.approx([low, high], abs=0.25 * (high - low)), name
         assert twice[name][1] - twice[name][0] > 1.2 * (naive[name][1] - naive[name][0]), name
-    drawn = bootstrap.differences(both, both.roll(1, 1), truth, patients=patients)["qwk"]
-    assert drawn.std() > 1.25 * bootstrap.differences(both, both.roll(1, 1), truth)["qwk"].std()
+    drawn = differences(both, both.roll(1, 1), truth, patients)["qwk"]
+    assert drawn.std() > 1.25 * differences(both, both.roll(1, 1), truth)["qwk"].std()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
@@ -227,7 +233,7 @@ def test_of_few_patients_only_shares_have_intervals(monkeypatch: pytest.MonkeyPa
     assert found["qwk"] is None
     assert found["referable"]["auc"] is None
     assert found["accuracy"] is not None
-    drawn = bootstrap.differences(logits, logits.roll(1, 0), grades, patients=patients)["qwk"]
+    drawn = differences(logits, logits.roll(1, 0), grades, patients)["qwk"]
     assert bootstrap.interval(drawn) is None
     assert counted == [1, 1, 1], "nothing is drawn that is not told"
     enough = [f"p{row % 10}" for row in range(60)]
@@ -259,7 +265,7 @@ def test_new_photographs_have_another_mix_of_grades() -> None:
     """Two graders with one answer each: their difference is that of two shares, and as uncertain as the mix."""
     _, grades = answers(2000)
     always = [40.0 * torch.nn.functional.one_hot(torch.full_like(grades, grade), 5) for grade in (0, 2)]
-    found = bootstrap.differences(always[0], always[1], grades)["accuracy"]
+    found = differences(always[0], always[1], grades)["accuracy"]
     each = (grades == 2).double() - (grades == 0).double()
     assert found.std() == pytest.approx(float(each.std()) / 2000**0.5, rel=0.1)
 
@@ -268,13 +274,13 @@ def test_pairs_are_surer_than_two_intervals() -> None:
     """Two graders that err on the same photographs: their difference is known better than either."""
     one, grades = answers(500)
     other = one + 0.3 * torch.randn(500, 5, generator=torch.Generator().manual_seed(5))
-    found = bootstrap.differences(one, other, grades)
+    found = differences(one, other, grades)
     low, high = bootstrap.interval(found["accuracy"])
     alone = bootstrap.intervals(one, grades, figures(one, grades))["accuracy"]
     assert high - low < 0.8 * (alone[1] - alone[0])
     exact = figures(other, grades)["accuracy"] - figures(one, grades)["accuracy"]
     assert low < exact < high
-    same = bootstrap.differences(one, one, grades)
+    same = differences(one, one, grades)
     assert all(np.all(values == 0) for values in (same["accuracy"], same["qwk"], same["referable"]["auc"]))
 
 

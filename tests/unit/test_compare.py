@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastddr.__main__ import main
+from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.inference import compare
 from fastddr.inference.flags import Compare
@@ -109,6 +110,27 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["runs"][0]["difference_ci"] is None
     low, high = found["runs"][2]["difference_ci"]["referable.auc"]
     assert low < found["runs"][2]["referable"]["auc"] - found["runs"][0]["referable"]["auc"] < high
+
+
+def test_each_run_is_drawn_once_whatever_it_is_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its intervals are those that it has alone."""
+    runs = tuple(folder(tmp_path / str(seed), valid=result(seed)) for seed in range(4))
+    drawn: list[int] = []
+
+    class Counted(bootstrap._Weighed):
+        def __init__(self, logits: torch.Tensor, grades: torch.Tensor) -> None:
+            drawn.append(len(logits))
+            super().__init__(logits, grades)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bootstrap, "_Weighed", Counted)
+        compared = compare.compare(Compare(runs))
+    assert drawn == [200] * 4
+    # Rows by path, as the comparison has them.
+    one = result(2)
+    order = torch.tensor(sorted(range(200), key=one.paths.__getitem__))
+    logits, grades = one.logits[order], one.grades[order]
+    assert compared[2].ci == bootstrap.intervals(logits, grades, figures(logits, grades))
 
 
 def test_patients_are_drawn_whole_where_a_run_knows_them(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 from collections import Counter
@@ -351,6 +352,34 @@ def test_a_bad_row_is_named_with_its_line(row: list[str], kind: str, said: str, 
     assert said in problem.reason
     assert problem.severity == "error"
     assert "line 3" in problem.path + problem.reason
+
+
+def test_a_name_that_many_photographs_bear_is_sought_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photographs by patient, whose table has no more than `left.jpg`: rows times photographs would be days."""
+    draw(tmp_path / "left.jpg", 0)
+    for number in range(50):
+        home = tmp_path / "photos" / ("test" if number == 7 else "train") / f"{number:02d}"
+        home.mkdir(parents=True)
+        os.link(tmp_path / "left.jpg", home / "left.jpg")
+    (tmp_path / "left.jpg").unlink()
+    asked: list[list[str]] = []
+    # The package has a function of this module's name.
+    table = importlib.import_module("fastddr.data.layouts.table")
+    split_in = table._split_in
+
+    def counted(names: list[str]) -> str | None:
+        asked.append(names)
+        return split_in(names)
+
+    monkeypatch.setattr(table, "_split_in", counted)
+    rows = [["left.jpg", 1, "train"]] * 49 + [["left.jpg", 2, "test"]]
+    write_csv(tmp_path / "labels.csv", ["path", "grade", "split"], rows)
+    found = layouts.find(tmp_path / "labels.csv")
+    assert [(entry.path, entry.split) for entry in found.entries] == [("photos/test/07/left.jpg", "test")]
+    wrong = [problem.reason for problem in found.problems if problem.kind == "ambiguous"]
+    photographs = [f"photos/train/{number:02d}/left.jpg" for number in range(3)]
+    assert wrong == [f"left.jpg may be {', '.join(photographs)}, …"] * 49
+    assert len(asked) == 50, "each folder once"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from hypothesis import strategies as st
 from photographs import LAYOUTS, SET, Photo, draw, folders, labelled, official, write_csv
 from PIL import Image
 
-from fastddr.data import cache, manifest, photograph, problems, survey
+from fastddr.data import cache, manifest, photograph, photos, problems, survey, workers
+from fastddr.data.cache import Record
 from fastddr.data.problems import ERRORS, NOTES, Problem
 from fastddr.data.survey import Survey
 from fastddr.errors import UserError
@@ -325,6 +329,7 @@ def test_a_broken_cache_is_made_anew(data: Path) -> None:
 
 def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(survey, "_SAVE_RARELY", 0)
     seen = survey.take(data)
 
     class Killed(BaseException):
@@ -337,6 +342,43 @@ def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.Mon
     with pytest.raises(Killed):
         seen.decode(seen.undecoded(), threads=1, on_progress=die)
     assert len(survey.take(data).undecoded()) == len(SET) - 9
+
+
+def test_of_many_photographs_few_wait_and_what_is_slow_to_save_is_saved_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """5,000 photographs of a second, and savings of 10 s."""
+    clock, submitted, saved = 0.0, 0, 0
+    paths = [f"{number}.jpg" for number in range(5000)]
+
+    class Counted(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal submitted
+            submitted += 1
+            return super().submit(*args, **kwargs)
+
+    def learn(self: survey.Survey, found: dict[str, Record], *, keep: bool = True) -> None:
+        nonlocal clock, saved
+        clock, saved = clock + 10, saved + 1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal clock
+        clock += 1
+        assert submitted - done < workers.AHEAD
+        assert total == 5000
+
+    monkeypatch.setattr(survey, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(survey.Survey, "_decoded", lambda self, path: Record(int(path[:-4]), 0))
+    monkeypatch.setattr(survey.Survey, "learn", learn)
+    monkeypatch.setattr(survey, "time", SimpleNamespace(monotonic=lambda: clock))
+    found = survey.Survey("x", Path("x"), "csv", [], {}, [], []).decode(paths, 2, progress)
+    assert [(path, record.size) for path, record in found.items()] == [(path, int(path[:-4])) for path in paths]
+    assert saved == 1 + (5000 - 21) // 201 + 1, "the first after 20 s, those after it every 200 s, and at the end"
+    submitted = 0
+    monkeypatch.setattr(photos, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(photos, "_checked", photos.Photo)
+    listed, _ = photos.ready(paths, None, lambda what, done, total: progress(done, total))
+    assert [photo.path for photo in listed] == paths
 
 
 # ------------------------------------------------------------------------------------------ between photographs

@@ -37,10 +37,12 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     """Without a login it goes offline, says so in one line, and stays in the run folder."""
     run, said, picture = tmp_path / "run", [], tmp_path / "curves.png"
     Image.new("RGB", (8, 6), "red").save(picture)
-    tracker = start(run, said, wandb=True)
+    tracker = start(run, said, wandb=True, log_code=True)
     tracker.log({"train/loss": 0.5}, step=4, epoch=1)
     tracker.finish()
-    tracker = start(run, said, wandb=True, resume_step=4)
+    staged = set(run.glob("wandb/artifacts/staging/*"))
+    tracker = start(run, said, wandb=True, log_code=True, resume_step=4)
+    assert set(run.glob("wandb/artifacts/staging/*")) == staged != set(), "the code is copied once"
     tracker.log({"train/loss": 0.25, "train/nan": math.nan}, step=5, epoch=1)
     tracker.log_image("report/curves", picture, 5)
     tracker.log({"final/test_qwk": 0.5}, step=5, epoch=1)
@@ -55,6 +57,7 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     assert "WANDB_DATA_DIR" not in os.environ
     files = offline_files(run)
     assert len(files) == 2
+    assert [b'"code_path"' in path.read_bytes() for path in files] == [True, True]
     first, second = (inspect(path) for path in files)
     assert first["run_id"] == second["run_id"] == (run / "wandb" / "id.txt").read_text().strip()
     assert first["summary"]["train/loss"] == 0.5
@@ -214,6 +217,39 @@ def test_another_project_has_none_of_the_rows(tmp_path: Path, monkeypatch: pytes
             copy = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=project))
             copy._run = SimpleNamespace(id="x")
             assert copy._known() == steps
+
+
+def test_code_is_logged_again_where_the_part_with_it_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, logged, shown = tmp_path / "wandb" / "offline-run-1-x", list[str](), list[Any]()
+    part.mkdir(parents=True)
+    run = SimpleNamespace(
+        offline=True, id="x", dir=str(part / "files"), log_code=lambda root, name: logged.append(name),
+        config=SimpleNamespace(update=lambda values, allow_val_change: shown.append(values)),
+    )  # fmt: skip
+
+    def again(project: str = "a") -> bool:
+        """Whether one more start logs it."""
+        copy, before = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=project)), len(logged)
+        copy._run = run
+        copy._log_code()
+        return len(logged) > before
+
+    assert again()
+    assert again(), "a process that was killed had not written it"
+    (part / "run-x.wandb").write_bytes(b'... {"code_path": ...')
+    assert not again()
+    assert shown == [{"_wandb": {"code_path": "fastddr-code"}}]
+    assert [again("another project"), again("another project"), again()] == [True, False, True]
+    for changed in (lambda *_: "changed", wandb_run._hash_of):
+        monkeypatch.setattr(wandb_run, "_hash_of", changed)
+        assert [again(), again()] == [True, False]
+    assert wandb_run._hash_of(tmp_path, tmp_path) != wandb_run._hash_of(tmp_path, part), "the folder was moved"
+    wandb_run._put_aside([part / "run-x.wandb"])
+    assert again()
+    run.offline = False
+    assert [again(), again()] == [True, True], "the server knows it"
 
 
 def test_a_part_that_cannot_be_read_is_said_and_ends_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,9 @@ class _Index:
             self.paths.add(path)
             for bare in (name, os.path.splitext(name)[0]):
                 self.by_name[bare].append(path)
+        # What many photographs may mean is sought once: their table may name each of them so.
+        self._several: dict[tuple[str, str | None], list[str]] = {}
+        self._splits: dict[str, str | None] = {}
         # Asked where nothing is written just so.
         self._any_case: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
@@ -198,10 +201,22 @@ class _Index:
         it, those of the split."""
         if token in self.paths:
             return [token]
-        found = sorted(set(self.by_name.get(token) or self._any_case.get(folded(token), [])))
-        if len(found) > 1 and split is not None:
-            found = [p for p in found if _split_in(p.split("/")[:-1]) == split] or found
-        return found
+        named = self.by_name.get(token) or self._any_case.get(folded(token), [])
+        if len(named) < 2:
+            return named
+        if (token, split) not in self._several:
+            found = self._several.setdefault((token, None), sorted(set(named)))
+            if len(found) > 1 and split is not None:
+                found = [path for path in found if self._split_of(path) == split] or found
+            self._several[token, split] = found
+        return self._several[token, split]
+
+    def _split_of(self, path: str) -> str | None:
+        """The split that the folders of a photograph tell."""
+        folder = path.rpartition("/")[0]
+        if folder not in self._splits:
+            self._splits[folder] = _split_in(folder.split("/"))
+        return self._splits[folder]
 
 
 def _split_in(names: Sequence[str]) -> str | None:

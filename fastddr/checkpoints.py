@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from fastddr import files
 from fastddr.errors import UserError
+from fastddr.serializing import plain, serialized
 
 #: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
 _NAME = re.compile(r"step-\d{8}(\.\d\d)?")
@@ -42,13 +43,6 @@ _PATIENCE = 2.0
 #: A file that is not there, or is none.
 _NONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
-#: What safetensors calls the types, in the order in which it writes them: so each tensor begins at its alignment.
-_TYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
-    torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,9 +87,9 @@ class Snapshot:
             optimizer: `Optimizer.state_dict()`.
         """
         moments, rest = _split_optimizer(optimizer)
-        tensors = {"model.safetensors": _plain(model), "optimizer.safetensors": moments}
+        tensors = {"model.safetensors": plain(model), "optimizer.safetensors": moments}
         if ema is not None:
-            tensors["ema.safetensors"] = _plain(ema)
+            tensors["ema.safetensors"] = plain(ema)
         return cls(step, tensors, {**state, "optimizer": rest})
 
 
@@ -118,7 +112,7 @@ def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Pat
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        sums = {name: _write(temporary / name, _serialized(part)) for name, part in snapshot.tensors.items()}
+        sums = {name: _write(temporary / name, serialized(part)) for name, part in snapshot.tensors.items()}
         sums["state.json"] = _write(temporary / "state.json", [json.dumps(snapshot.state, indent=1).encode()])
         _write(temporary / "manifest.json", [json.dumps(sums, indent=1, sort_keys=True).encode()])
         _sync(temporary)
@@ -325,12 +319,6 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 moments["step"] = moments["step"].to(weight.device, torch.float32)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors keeps neither strides nor shared storage: plain contiguous copies on the CPU.
-    layout = torch.contiguous_format
-    return {name: value.detach().to("cpu", copy=True, memory_format=layout) for name, value in tensors.items()}
-
-
 def _split_optimizer(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -340,7 +328,7 @@ def _split_optimizer(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
                 tensors[f"{index}.{name}"] = value
             else:
                 scalars.setdefault(str(index), {})[name] = value
-    return _plain(tensors), {"param_groups": optimizer["param_groups"], "scalars": scalars}
+    return plain(tensors), {"param_groups": optimizer["param_groups"], "scalars": scalars}
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -373,26 +361,6 @@ def _is_whole(file: Path, expected: Any) -> bool:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes that `safetensors.torch.save` gives, tensor by tensor, of plain tensors on the CPU (`_plain`).
-
-    The library's own would let training wait, for it copies everything in one go and under Python's lock; what it
-    writes to a file itself raises no OSError on a full disk.
-    """
-    types = list(_TYPES)
-    ordered = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
-    header: dict[str, dict[str, Any]] = {}
-    end = 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:

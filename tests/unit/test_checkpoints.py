@@ -16,7 +16,7 @@ from safetensors.torch import save as by_the_library
 from tests_support import unlistable
 from torch import nn
 
-from fastddr import checkpoints, saving
+from fastddr import checkpoints, saving, serializing
 from fastddr.checkpoints import Snapshot
 from fastddr.errors import UserError
 from fastddr.runs import Progress, RunFolder
@@ -176,15 +176,15 @@ def test_what_was_passed_over_is_kept_and_the_users_folders_too(tmp_path: Path) 
 
 def test_the_tensors_are_written_as_the_library_would_and_are_not_copied_for_it(tmp_path: Path) -> None:
     """Its own way keeps Python's lock, and with it training, for as long as it takes to copy all."""
-    tensors = {f"{kind}/{n}": torch.arange(5 * n).to(kind) for n in (2, 1) for kind in reversed(checkpoints._TYPES)}
+    tensors = {f"{kind}/{n}": torch.arange(5 * n).to(kind) for n in (2, 1) for kind in reversed(serializing._TYPES)}
     tensors |= {"α\n": torch.ones(2, 3), "number": torch.tensor(7), "none": torch.empty(0, 3)}
     for given in (tensors, {}):
-        pieces = list(checkpoints._serialized(given))
+        pieces = list(serializing.serialized(given))
         assert b"".join(pieces) == by_the_library(given)
         told = checkpoints._write(tmp_path / "file", pieces)
         assert (tmp_path / "file").read_bytes() == b"".join(pieces)
         assert checkpoints._is_whole(tmp_path / "file", told)
-    pieces = list(checkpoints._serialized(tensors))
+    pieces = list(serializing.serialized(tensors))
     before = b"".join(pieces)
     tensors["α\n"].zero_()
     assert b"".join(pieces) != before, "a piece is the tensor itself"

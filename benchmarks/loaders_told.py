@@ -19,11 +19,14 @@ _PEERS = {
     "torchvision-gpu": "torchvision's decoder for GPUs",
     "spdl": "SPDL",
     "spdl-decode-jpeg": "SPDL with torchvision's decoder",
+    "dali-plain": "plain DALI pipeline",
 }
 #: Those of them that only a GPU can run.
 _ON_GPUS = ("torchvision-gpu",)
 _STORES = {"vram": "in the GPU's memory", "ram": "in RAM", "mmap": "in a file"}
 _BEST = ", the best peer"
+#: In a table, which has those peers alone that were run.
+_OF_THESE = "the best of these peers"
 #: Photographs that are not their own canvas, and how they are not; what is not here nor synthetic may be any.
 _LARGER = {"fundus960": "larger than the canvas and not square"}
 
@@ -102,12 +105,18 @@ def _conditions(panels: Sequence[tuple[str, str]], result: Result) -> list[str]:
     absent = [name for name in _PEERS if name not in tried and (result.gpu or name not in _ON_GPUS)]
     if absent:
         told.append(f"Known peers that were not run: {words(f'`{name}`' for name in absent)}.")
+    peers = {row["name"].partition(", ")[0] for row in result.measured if row["kind"] == "peer"}
+    plain = "dali-plain" in peers  # which samples as fastddr does
+    if plain and len(peers) == 1:
+        return told
+    others = "other peers" if plain else "peers"
+    ours = "the plain DALI pipeline and fastddr's loaders" if plain else "fastddr's loaders"
     for photographs in dict.fromkeys(name for name, _ in panels if not name.startswith("synthetic")):
         known = _LARGER.get(photographs)
         first = f"The photographs are {known}: " if known else "Where photographs are not as large as the canvas, "
-        told.append(f"{first}peers resample the whole photograph, fastddr's loaders the window alone.")
+        told.append(f"{first}{others} resample the whole photograph, {ours} the window alone.")
     if any(policy == "fundus" for _, policy in panels):
-        told.append("For `fundus` peers change the hue in HSV, which costs them more than it costs fastddr.")
+        told.append(f"For `fundus` {others} change the hue in HSV, which costs them more than it costs fastddr.")
     return told
 
 
@@ -139,10 +148,13 @@ def _ratios(panels: Sequence[Mapping[tuple[str, str], Row]]) -> list[list[str]]:
         usual = [[row for (kind, ratio), row in panel.items()
                   if kind == "ratio" and ratio.removesuffix(_BEST) == f"{name} / {baseline}"]
                  for panel in panels]  # fmt: skip
-        for found, what in ((usual, _PEERS.get(baseline or "", baseline)), (against, "the best peer of the column")):
+        bests = {row["name"].removesuffix(_BEST).partition(" / ")[2] for rows in against for row in rows}
+        first = _PEERS.get(baseline or "", baseline)
+        if bests == {baseline}:
+            against, first = [], f"{first}, {_OF_THESE}"
+        second = f"{loader_name(*bests)}, {_OF_THESE}" if len(bests) == 1 else "the best peer of the column"
+        for found, what in ((usual, first), (against, second)):
             if any(found):
                 cells = [figure(rows[0], "×") if rows else "" for rows in found]
-                if found is against and any(usual) and cells == lines[-1][1:]:
-                    continue  # the best is that one in all columns
                 lines.append([f"{_marked('fastddr', name)} / {what}", *cells])
     return lines

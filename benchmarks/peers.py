@@ -4,7 +4,7 @@ Each peer does the whole work: read the JPEG, decode it, a random window of the 
 with colour a random turn, scale and jitter, and normalisation, to float32 batches (b, 3, h, w) in the main process,
 shuffled, epoch after epoch. Windows and turns come from the peer's own random numbers, in its own documented way. The
 window is cut before it is turned, which is the least work: the corners get black, where fastddr's loaders show what is
-there. Number of workers, batch and prefetch are the same for all.
+there. Number of workers and batch are the same for all, and prefetch is what each has by default, two batches.
 
 `pip install -e ".[peers]"` installs what can be had from the registry. SPDL's own decoder also wants FFmpeg's libraries
 (4 to 9), which its wheels do not bring: `apt install ffmpeg` on Debian and Ubuntu. FFCV is not here: it installs from
@@ -14,45 +14,20 @@ source only, against OpenCV's and libturbojpeg's headers, and reads a file of it
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from dali_plain import DaliPlain
+from peer import Peer
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastddr.loaders import Task
-
-
-class Peer(ABC):
-    """Batches of images, for ever."""
-
-    name: ClassVar[str]
-    #: Batches that each worker may have made before anybody asks, as `DataLoader` has it by default.
-    prefetch: ClassVar[int] = 2
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.files = [task.files[id_] for id_ in task.ids]
-
-    @classmethod
-    def missing(cls, task: Task) -> str | None:
-        """Why this peer cannot do the task here; None if it can."""
-        del task
-        return None
-
-    @abstractmethod
-    def batches(self) -> Iterator[Tensor]:
-        """Normalised images on the device, without end."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Lets go of threads and processes."""
-
 
 # ------------------------------------------------------------------------------------- torchvision, worker processes
 
@@ -388,5 +363,5 @@ class TorchvisionGpu(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (TorchPil, TorchDecodeJpeg, TorchCodec, Spdl, SpdlDecodeJpeg, TorchvisionGpu)
+    peer.name: peer for peer in (TorchPil, TorchDecodeJpeg, TorchCodec, Spdl, SpdlDecodeJpeg, TorchvisionGpu, DaliPlain)
 }

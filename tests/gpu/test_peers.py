@@ -12,6 +12,8 @@ from reference import needs_dali
 from tests_support import task
 
 from fastddr.data import manifest
+from fastddr.errors import UserError
+from fastddr.loaders import dali_decoder
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)
@@ -35,6 +37,24 @@ def test_peers_give_normalised_batches_on_the_card(name: str, load: Callable[[st
     assert (images.shape, images.dtype, images.device) == ((4, 3, 32, 32), torch.float32, CARD)
     # From black to white, in ImageNet's normalisation.
     assert -2.2 < images.min() < 0 < images.max() < 2.7
+
+
+@needs_dali
+def test_a_plain_dali_pipeline_gives_batches_on_the_card(load: Callable[[str], Any], tiny: Path) -> None:
+    """In a process of its own, as the benchmark has it: some builds of nvImageCodec crash at a part of a photograph."""
+    trials = load("trials")
+    wanted = task(manifest.read(tiny), device=CARD, threads=1, batch_size=4, image_size=32)
+    try:
+        trial = trials.Trial(trials.Spec("dali-plain"), wanted)
+        try:
+            trial.warm()
+        finally:
+            trial.close()
+    except UserError as problem:
+        if "has died" in str(problem):
+            pytest.skip(f"nvImageCodec {', '.join(dali_decoder.codecs())} crashes at it")
+        raise
+    assert trial.warmth.vram
 
 
 @pytest.mark.alone

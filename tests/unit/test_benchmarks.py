@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from reference import needs_dali
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
@@ -129,7 +133,8 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
 def test_a_peer_that_is_not_installed_is_left_out(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     peers = benchmark("peers")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    for name in ("spdl", "spdl-decode-jpeg", "torchcodec"):
+    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
+    for name in ("spdl", "spdl-decode-jpeg", "torchcodec", "dali-plain"):
         assert "not installed" in peers.PEERS[name].missing(task())
     assert "GPU" in peers.PEERS["torchvision-gpu"].missing(task())
     assert peers.PEERS["torch-pil"].missing(task()) is None
@@ -156,7 +161,7 @@ def test_peers_give_normalised_batches(benchmark: Any, tiny: Path, policy: str) 
     wanted = task(
         files=files, widths=np.full(8, 80), heights=np.full(8, 80), threads=0, augment=AugmentConfig(**turned)
     )
-    for name in ("torch-pil", "torch-decode-jpeg", "torchcodec", "spdl", "spdl-decode-jpeg"):
+    for name in ("torch-pil", "torch-decode-jpeg", "torchcodec", "spdl", "spdl-decode-jpeg", "dali-plain"):
         if peers.PEERS[name].missing(wanted) is not None:
             continue
         threads = torch.get_num_threads()
@@ -169,6 +174,35 @@ def test_peers_give_normalised_batches(benchmark: Any, tiny: Path, policy: str) 
         assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32), name
         # From black to white, in ImageNet's normalisation.
         assert -2.2 < images.min() < 0 < images.max() < 2.7, name
+
+
+@needs_dali
+def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(benchmark: Any, tmp_path: Path) -> None:
+    y, x = np.mgrid[:96, :64].astype(np.uint8)
+    files = []
+    for k, size in enumerate([(64, 64)] * 6 + [(96, 64)] * 2):
+        pixels = np.stack([2 * x, 2 * y, np.full_like(x, 30 * k)], axis=2)[: size[0], : size[1]]
+        files.append(str(tmp_path / f"{k}.png"))
+        Image.fromarray(pixels).save(files[-1])
+    plain = AugmentConfig(hflip=False, vflip=False, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+    wanted = task(files=files, heights=np.array([64] * 6 + [96] * 2), ids=np.arange(6), augment=plain)
+    peer = benchmark("dali_plain").DaliPlain(wanted)
+    batches = list(itertools.islice(peer.batches(), 4))
+    peer.close()
+    assert [len(images) for images in batches] == [4, 2] * 2
+    for epoch in (torch.cat(batches[:2]), torch.cat(batches[2:])):
+        assert sorted(epoch[:, 2, 0, 0].round().tolist()) == [30 * k for k in range(6)]
+        # Each pixel as it is in the file.
+        assert (epoch[:, 0].diff(dim=2) == 2).all()
+        assert (epoch[:, 1].diff(dim=1) == 2).all()
+    assert peer._area() == [0.25, 0.25]
+    longer = replace(wanted, ids=np.arange(8), augment=replace(plain, scale=(0.8, 1.25)))
+    peer = benchmark("dali_plain").DaliPlain(longer)
+    images = next(peer.batches())
+    peer.close()
+    assert images.shape == (4, 3, 32, 32)
+    share = 0.25 * (6 + 2 * 64 / 96) / 8
+    assert peer._area() == pytest.approx([share / 1.25**2, share / 0.8**2])
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")

@@ -1,0 +1,37 @@
+"""What one of others' loaders is to `benchmarks/loader.py`; `peers` has them all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import Tensor
+
+from fastddr.loaders import Task
+
+
+class Peer(ABC):
+    """Batches of images, for ever."""
+
+    name: ClassVar[str]
+    #: Batches that each worker may have made before anybody asks, as `DataLoader` has it by default.
+    prefetch: ClassVar[int] = 2
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.files = [task.files[id_] for id_ in task.ids]
+
+    @classmethod
+    def missing(cls, task: Task) -> str | None:
+        """Why this peer cannot do the task here; None if it can."""
+        del task
+        return None
+
+    @abstractmethod
+    def batches(self) -> Iterator[Tensor]:
+        """Normalised images on the device, without end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of threads and processes."""

@@ -18,6 +18,7 @@ from fastddr.data import output
 from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.inference import seeds
 from fastddr.inference.flags import Compare
 from fastddr.progress import EpochBar
 from fastddr.reporting import again, tables
@@ -47,6 +48,8 @@ class Compared:
     found: dict[str, Any]
     ci: dict[str, Any]
     differences: dict[str, Any] | None
+    recipe: tuple[str, int] | None = None
+    """All but the seed, and the seed (`seeds.recipe`)."""
 
 
 def compare(asked: Compare) -> list[Compared]:
@@ -83,7 +86,8 @@ def compare(asked: Compare) -> list[Compared]:
             ci = bootstrap.intervals(logits, grades, values, patients=patients, drawn=drawn)
             differences = None if first is None else bootstrap.differences(first, drawn)
             first = drawn if first is None else first
-            compared.append(Compared(name, split.weights, values, ci, differences))
+            recipe = seeds.recipe(asked.runs[len(compared)], split.weights)
+            compared.append(Compared(name, split.weights, values, ci, differences, recipe))
             bar.update(len(compared), total=len(splits))
     return compared
 
@@ -96,7 +100,7 @@ def _ours(file: Path) -> bool:
         known = len(rest) == 1 and _BOOTSTRAP in rest[0] and rest[0].endswith(tables.DISCLAIMER) and "\n" not in rest[0]
         return not text or (known and all(line.startswith("|") for line in table_.splitlines()))
     try:
-        return not text or files.parse(text).keys() == {"split", "first", "runs"}
+        return not text or files.parse(text).keys() - {"seeds"} == {"split", "first", "runs"}
     except ValueError:
         return False
 
@@ -158,7 +162,7 @@ def _rows(splits: Sequence[SplitResult], names: Sequence[str], common: bool) -> 
 
 
 def table(compared: Sequence[Compared]) -> list[list[str]]:
-    """Head and rows: each run's figures, then the differences of each to the first."""
+    """Head and rows: each run's figures, the differences of each to the first, and means of those of other seeds."""
     body = [["", *(label for label, *_ in COLUMNS)]]
     for one in compared:
         cells = [tables.cell(tables.at(one.found, keys), tables.at(one.ci, keys), pct) for _, keys, pct in COLUMNS]
@@ -172,7 +176,26 @@ def table(compared: Sequence[Compared]) -> list[list[str]]:
             interval = None if first is None or here is None or drawn is None else bootstrap.interval(drawn)
             cells.append(_signed(None if first is None or here is None else here - first, interval, per_cent))
         body.append([f"{one.name} − {compared[0].name}", *cells])
+    for group in _seeds(compared):
+        label = f"mean ± SD of {', '.join(one.name for one in group)}"
+        body.append([label, *(_mean(seeds.spread([tables.at(one.found, keys) for one in group]), pct)
+                              for _, keys, pct in COLUMNS)])  # fmt: skip
     return body
+
+
+def _seeds(compared: Sequence[Compared]) -> list[list[Compared]]:
+    return [[compared[place] for place in group] for group in seeds.groups([one.recipe for one in compared])]
+
+
+def _mean(spread: tuple[float, float] | None, per_cent: bool) -> str:
+    """ "76.2 ± 0.4 %", or "0.757 ± 0.004"."""
+    if spread is None:
+        return "–"
+    return (
+        "{:.1f} ± {:.1f} %".format(*(100 * value for value in spread))
+        if per_cent
+        else "{:.3f} ± {:.3f}".format(*spread)
+    )
 
 
 def _signed(value: float | None, interval: Sequence[float] | None, per_cent: bool) -> str:
@@ -195,6 +218,10 @@ def legend(compared: Sequence[Compared], split: str) -> str:
         + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
+        + (
+            "± is the standard deviation over training seeds, of runs that are alike in all else. "
+            * bool(_seeds(compared))
+        )
         + ("On valid a regression has the advantage that its thresholds are fitted there. " * (split in _FITTED))
         + tables.DISCLAIMER
     )
@@ -212,7 +239,17 @@ def as_json(compared: Sequence[Compared], split: str) -> dict[str, Any]:
                 if (values := tables.at(one.differences, keys)) is not None
             }
         runs.append({"run": one.name, "weights": one.weights, **one.found, "ci": one.ci, "difference_ci": difference})
-    return {"split": split, "first": compared[0].name, "runs": runs}
+    over = [
+        {
+            "runs": [one.name for one in group],
+            "seeds": [one.recipe[1] for one in group if one.recipe is not None],
+            "mean_and_sd": {
+                ".".join(keys): seeds.spread([tables.at(one.found, keys) for one in group]) for _, keys, _ in COLUMNS
+            },
+        }
+        for group in _seeds(compared)
+    ]
+    return {"split": split, "first": compared[0].name, "runs": runs, "seeds": over}
 
 
 def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastddr.__main__ import main
+from fastddr.config import strict
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.inference import compare
+from fastddr.inference import compare, seeds
 from fastddr.inference.flags import Compare
 from fastddr.reporting import ABOUT, predictions
 
@@ -62,6 +64,37 @@ def test_runs_are_compared_photograph_by_photograph(tmp_path: Path) -> None:
     assert cell.endswith("*"), "so large a difference is no chance"
     same = compare.compare(Compare((runs[0], runs[0])))
     assert compare.table(same)[3][1] == "+0.0 (+0.0 to +0.0)"
+
+
+def test_runs_that_differ_in_their_seed_alone_have_a_mean(tmp_path: Path) -> None:
+    settings = {"seed": 1, "lr": 0.1, "threads": 2, "tracking": {"project": "a"}, "augment": {"hue": 0.1}}
+    changes: dict[str, dict[str, Any]] = {
+        "a": {}, "b": {"seed": 2, "threads": 4, "tracking": {"project": "b"}}, "c": {"seed": 3, "augment": {"hue": 0.2}},
+        "d": {"seed": 4, "lr": 0.2}, "e": {"seed": 2},
+    }  # fmt: skip
+    runs = []
+    for noise, (name, change) in enumerate(changes.items()):
+        runs.append(folder(tmp_path / name, valid=result(noise)))
+        (runs[-1] / "config.yaml").write_text(strict.write(settings | change))
+        (runs[-1] / "manifest.csv").write_text("path,grade,split")
+    runs.append(folder(tmp_path / "f", valid=result(9)))  # whose settings are not known
+    compared = compare.compare(Compare(tuple(runs)))
+    head, *body = compare.table(compared)
+    mean = {row[0]: row for row in body}["mean ± SD of a, b"]
+    assert [row[0] for row in body if "±" in row[0]] == [mean[0]], "of a seed that comes again the first run"
+    first, second = (one.found["qwk"] for one in compared[:2])
+    sd = abs(first - second) / 2**0.5
+    assert mean[head.index("kappa (QWK)")] == f"{(first + second) / 2:.3f} ± {sd:.3f}"
+    assert mean[head.index("accuracy")].endswith(" %")
+    assert "standard deviation over training seeds" in compare.legend(compared, "valid")
+    assert "standard deviation" not in compare.legend(compared[2:4], "valid")
+    (over,) = compare.as_json(compared, "valid")["seeds"]
+    assert (over["runs"], over["seeds"]) == (["a", "b"], [1, 2])
+    assert over["mean_and_sd"]["qwk"] == pytest.approx(((first + second) / 2, sd))
+    (runs[1] / "manifest.csv").write_text("other photographs")
+    assert seeds.recipe(runs[0], "best (step 1)") != seeds.recipe(runs[1], "best (step 1)")
+    assert seeds.recipe(runs[0] / "evaluations" / "x", "best (step 1)") == seeds.recipe(runs[0], "best (step 2)")
+    assert seeds.recipe(runs[0], "best (step 1)") != seeds.recipe(runs[0], "last (step 1)")
 
 
 def test_runs_of_one_name_have_as_many_parents_as_tell_them_apart() -> None:

@@ -191,11 +191,8 @@ def _mean(spread: tuple[float, float] | None, per_cent: bool) -> str:
     """ "76.2 ± 0.4 %", or "0.757 ± 0.004"."""
     if spread is None:
         return "–"
-    return (
-        "{:.1f} ± {:.1f} %".format(*(100 * value for value in spread))
-        if per_cent
-        else "{:.3f} ± {:.3f}".format(*spread)
-    )
+    mean, deviation = spread
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f} %" if per_cent else f"{mean:.3f} ± {deviation:.3f}"
 
 
 def _signed(value: float | None, interval: Sequence[float] | None, per_cent: bool) -> str:
@@ -218,10 +215,7 @@ def legend(compared: Sequence[Compared], split: str) -> str:
         + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
-        + (
-            "± is the standard deviation over training seeds, of runs that are alike in all else. "
-            * bool(_seeds(compared))
-        )
+        + ("± is the standard deviation over training seeds, all else alike. " * bool(_seeds(compared)))
         + ("On valid a regression has the advantage that its thresholds are fitted there. " * (split in _FITTED))
         + tables.DISCLAIMER
     )

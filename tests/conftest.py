@@ -115,8 +115,8 @@ def _blank_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     # Not the fixture `monkeypatch`: that one would begin here, and end after all other fixtures of the test.
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("pictures") is None:
-            whole = plots.png
-            patch.setattr(plots, "png", lambda figure: whole(Figure(figsize=(1, 1))))
+            whole = plots.drawn
+            patch.setattr(plots, "drawn", lambda figure, kind="png": whole(Figure(figsize=(1, 1)), kind))
         yield
 
 

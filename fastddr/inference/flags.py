@@ -135,6 +135,8 @@ class Report:
     """The run's folder, or an evaluation's (RUN/evaluations/NAME)."""
     data: Path | None = None
     """Where the photographs lie now, for the picture of the worst mistakes; by default where they lay then."""
+    vector: Literal["pdf", "svg"] | None = None
+    """Draw curves and matrices in this form as well, for print."""
 
 
 _FLAGS: dict[str, Any] = {

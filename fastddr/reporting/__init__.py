@@ -52,6 +52,7 @@ def write(
     title: str | None = None,
     predicted: bool = True,
     commonest: int | None = None,
+    vector: str | None = None,
 ) -> Path:
     """Write RUN/report/, or another folder, and return the path of its report.md.
 
@@ -62,7 +63,8 @@ def write(
     probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one; with
     `fit` false, for photographs that are not the run's, none is fitted. `title` is by default the run's name.
     Predictions are written unless they are there already (`predicted` false). `commonest` is the most frequent grade of
-    the photographs that were trained on, by default that of train where it is among the splits. Raises
+    the photographs that were trained on, by default that of train where it is among the splits. `vector`, "pdf" or
+    "svg", draws all pictures but that of the photographs a second time, for print. Raises
     OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
     """
     # With them comes matplotlib, which a run has no use for until it ends.
@@ -86,15 +88,15 @@ def write(
     # Which epoch is the best is more than its kappa: of equal ones the loss decides, of six classes macro F1.
     told = (re.match(r"best \(step \d+, epoch (\d+)\)", split.weights) for split in splits.values())
     best = next((int(match[1]) for match in told if match), None)
-    pictures: dict[str, Callable[[], bytes]] = {}
+    pictures: dict[str, Callable[[str], bytes]] = {}
     if plots.has_curves(logged):
-        pictures["curves.png"] = lambda: plots.curves(logged, best, tables.measured(facts))
-    pictures["confusion_matrix.png"] = lambda: plots.confusion({name: found[name] for name in shown})
-    pictures["roc.png"] = lambda: ranked.curves(shown, found)
-    pictures["reliability.png"] = lambda: plots.reliability(shown, found, temperature)
+        pictures["curves.png"] = lambda kind: plots.curves(logged, best, tables.measured(facts), kind)
+    pictures["confusion_matrix.png"] = lambda kind: plots.confusion({name: found[name] for name in shown}, kind)
+    pictures["roc.png"] = lambda kind: ranked.curves(shown, found, kind)
+    pictures["reliability.png"] = lambda kind: plots.reliability(shown, found, temperature, kind)
     if shown:
         of = "test" if "test" in shown else next(iter(shown))
-        pictures["worst.png"] = lambda: plots.worst(of, splits[of], root)
+        pictures["worst.png"] = lambda _: plots.worst(of, splits[of], root)
     title = title or Path(run_dir).resolve().name
     about = {
         "run": title,
@@ -119,7 +121,9 @@ def write(
     files.put(report / "report.md", text.encode())
     # Last: a picture that cannot be drawn takes no figures with it.
     for name, draw in pictures.items():
-        files.put(report / name, draw())
+        files.put(report / name, draw("png"))
+        if vector is not None and name != "worst.png":
+            files.put((report / name).with_suffix(f".{vector}"), draw(vector))
     return report / "report.md"
 
 

@@ -104,10 +104,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write(place: Path, root: Path | None = None) -> Path:
+def write(place: Path, root: Path | None = None, vector: str | None = None) -> Path:
     """Make the report of a run, or of an evaluation, again; the path of its report.md.
 
-    `root` is where the photographs lie now, by default where they lay then.
+    `root` is where the photographs lie now, by default where they lay then; `vector` as in `reporting.write`.
 
     Raises:
         UserError: there is no report, or what it was made of is broken.
@@ -124,5 +124,5 @@ def write(place: Path, root: Path | None = None) -> Path:
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
         temperature=about["temperature"], fit=about["fit"], title=about["run"], predicted=False,
-        commonest=about["commonest"],
+        commonest=about["commonest"], vector=vector,
     )  # fmt: skip

@@ -69,7 +69,10 @@ def has_curves(logged: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def curves(
-    logged: Sequence[Mapping[str, Any]], best_epoch: int | None, measured: Mapping[str, str] | None = None
+    logged: Sequence[Mapping[str, Any]],
+    best_epoch: int | None,
+    measured: Mapping[str, str] | None = None,
+    kind: str = "png",
 ) -> bytes:
     """Loss, accuracy and kappa of train and valid by epoch; the epoch whose weights are the best is marked.
 
@@ -97,10 +100,10 @@ def curves(
                     axes.plot(best_epoch, value, "o", color=VALID, markersize=6, label=said)
             if axes.lines:
                 axes.legend(loc="best")
-        return png(figure)
+        return drawn(figure, kind)
 
 
-def confusion(found: Mapping[str, Figures]) -> bytes:
+def confusion(found: Mapping[str, Figures], kind: str = "png") -> bytes:
     """Confusion matrices side by side: counts, and per cent of the row, rows = truth; colour = row share."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 6.3 * max(len(found), 1), 6.0), layout="constrained")
@@ -112,11 +115,14 @@ def confusion(found: Mapping[str, Figures]) -> bytes:
             bar.set_label("Share of the row (recall on the diagonal)")
             bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             bar.outline.set_visible(False)
-        return png(figure)
+        return drawn(figure, kind)
 
 
 def reliability(
-    splits: Mapping[str, metrics.SplitResult], found: Mapping[str, Figures], temperature: float | None = None
+    splits: Mapping[str, metrics.SplitResult],
+    found: Mapping[str, Figures],
+    temperature: float | None = None,
+    kind: str = "png",
 ) -> bytes:
     """Accuracy against confidence in bins, and how many photographs lie in each; on the line = calibrated.
 
@@ -128,7 +134,7 @@ def reliability(
             grid = figure.subplots(2, len(splits), sharex=True, squeeze=False, height_ratios=[3.4, 1])
             for (top, bottom), (name, split) in zip(grid.T, splits.items(), strict=True):
                 _calibration(top, bottom, name, split, found[name]["ece"], temperature)
-        return png(figure)
+        return drawn(figure, kind)
 
 
 def mistakes(split: metrics.SplitResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +182,7 @@ def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> by
         with warnings.catch_warnings():
             # Letters that the font lacks are drawn as boxes.
             warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
-            return png(figure)
+            return drawn(figure)
 
 
 def _matrix(axes: Axes, split: str, values: Figures) -> Any:
@@ -333,7 +339,8 @@ def _middle(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
-def png(figure: Figure) -> bytes:
+def drawn(figure: Figure, kind: str = "png") -> bytes:
+    """A picture as a file of this kind, the same bytes each time: "png", or "pdf" or "svg" for print."""
     stream = io.BytesIO()
     FigureCanvasAgg(figure)
     engine = figure.get_layout_engine()
@@ -342,5 +349,10 @@ def png(figure: Figure) -> bytes:
         figure.set_dpi(DPI)
         engine.execute(figure)
         figure.set_layout_engine(None)
-    figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs=PACKED)
+    if kind == "png":
+        figure.savefig(stream, format=kind, dpi=DPI, metadata={"Software": None}, pil_kwargs=PACKED)
+    else:
+        # Without the time at which it was drawn; letters stay letters, of fonts that printers take.
+        with mpl.rc_context({"svg.hashsalt": "fastddr", "pdf.fonttype": 42}):
+            figure.savefig(stream, format=kind, metadata={"CreationDate" if kind == "pdf" else "Date": None})
     return stream.getvalue()

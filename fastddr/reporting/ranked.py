@@ -23,7 +23,7 @@ LOOKS = {
 }
 
 
-def curves(splits: Mapping[str, metrics.SplitResult], figures: Mapping[str, Figures]) -> bytes:
+def curves(splits: Mapping[str, metrics.SplitResult], figures: Mapping[str, Figures], kind: str = "png") -> bytes:
     """A row a split: ROC, and precision against recall; a ring on the ROC where the predicted grade stands.
 
     `figures` are those of the splits.
@@ -34,7 +34,7 @@ def curves(splits: Mapping[str, metrics.SplitResult], figures: Mapping[str, Figu
             rows = figure.subplots(len(splits), 2, squeeze=False)
             for (left, right), (name, split) in zip(rows, splits.items(), strict=True):
                 _row(left, right, name, split, figures[name]["endpoints"])
-        return plots.png(figure)
+        return plots.drawn(figure, kind)
 
 
 def _row(left: Axes, right: Axes, name: str, split: metrics.SplitResult, found: Mapping[str, Figures]) -> None:

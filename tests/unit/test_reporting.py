@@ -186,7 +186,7 @@ def test_curves_say_of_what_each_is_and_share_no_axis_where_they_do_not_compare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(plots, "drawn", lambda figure, *_: drawn.append(figure) or b"")
     logged: list[dict[str, Any]] = [
         {"epoch": epoch, f"{split}/loss": 2 / epoch, f"{split}/accuracy": 0.76 + epoch / 100}
         for epoch in (1, 2) for split in ("train", "valid")
@@ -262,7 +262,7 @@ def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_rings_of_the_roc_have_a_name_and_are_whole_at_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(plots, "drawn", lambda figure, *_: drawn.append(figure) or b"")
     result = SPLITS["test"]
     ranked.curves({"test": result}, {"test": figures(result.logits, result.grades)})
     axes = drawn[0].axes[0]
@@ -274,7 +274,7 @@ def test_the_rings_of_the_roc_have_a_name_and_are_whole_at_the_edge(monkeypatch:
 
 def test_a_matrix_is_drawn_with_the_truth_down(monkeypatch: pytest.MonkeyPatch) -> None:
     figure_of: list[Any] = []
-    monkeypatch.setattr(plots, "png", lambda figure: figure_of.append(figure) or b"")
+    monkeypatch.setattr(plots, "drawn", lambda figure, *_: figure_of.append(figure) or b"")
     plots.confusion({"test": figures(SPLITS["test"].logits, SPLITS["test"].grades)})
     axes = figure_of[0].axes[0]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("Truth", "Predicted")
@@ -325,10 +325,12 @@ def test_a_report_made_again_is_the_same(run: Path, tmp_path: Path) -> None:
         # Through what somebody has put there nothing is written.
         (copy / f"report/.{name}.tmp").symlink_to(copy / "config.yaml")
     (copy / "config.yaml").write_text("lr: 1")
-    assert again.write(copy) == copy / "report" / "report.md"
+    assert again.write(copy, vector="pdf") == copy / "report" / "report.md"
     assert (copy / "config.yaml").read_text() == "lr: 1"
     after = {path.name: path.read_bytes() for path in (copy / "report").iterdir() if not path.is_symlink()}
-    assert after.keys() == before.keys()
+    print_ = {f"{name}.pdf" for name in ("curves", "confusion_matrix", "roc", "reliability")}
+    assert after.keys() == before.keys() | print_
+    assert all(after[name].startswith(b"%PDF") for name in print_)
     same = {"report.md", "predictions.csv", "predictions_last.csv", "about.json", "confusion_matrix.png", "worst.png"}
     for name in same - {"about.json"}:
         assert after[name] == before[name], name

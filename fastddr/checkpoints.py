@@ -257,7 +257,7 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
     """
     for path in reversed(standing(folder)):
         try:
-            return _load_patiently(path)
+            return load_patiently(path)
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
         except OSError as error:
@@ -268,7 +268,8 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
     return None
 
 
-def _load_patiently(path: Path) -> Checkpoint:
+def load_patiently(path: Path) -> Checkpoint:
+    """As `load`, but what the disk fails to read twice (EIO) is a checkpoint that is not whole."""
     for again in (True, False):
         try:
             return load(path)

@@ -48,6 +48,8 @@ def unusable(error: BaseException, where: object = None) -> str | None:
     way = "give"
     if error.errno in _FULL:
         way = "make room, or give"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        way = "give yourself the right to it, or give"
     elif error.errno in PASSING:
         way = "give the same command again, or"
     return f"{f'{place}: ' if place else ''}{error.strerror or error}; {way} a place that can be used."

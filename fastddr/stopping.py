@@ -108,6 +108,7 @@ class Stopping:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
+        self._late = False  # it is no longer the clock alone
         if number == signal.SIGINT:
             if self._first_interrupt is not None and now - self._first_interrupt > _COPIES:
                 raise KeyboardInterrupt

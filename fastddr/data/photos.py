@@ -19,7 +19,7 @@ import numpy as np
 from fastddr import ranks
 from fastddr.data import masters, photograph, workers
 from fastddr.data.grades import UNKNOWN
-from fastddr.data.layouts.common import PHOTOGRAPHS, folders_below
+from fastddr.data.layouts.common import PHOTOGRAPHS, aside, folders_below
 from fastddr.data.manifest import Manifest
 from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
@@ -111,7 +111,7 @@ def _matching(pattern: str) -> list[str]:
     above, name = os.path.split(pattern)
     if glob.has_magic(name):
         for folder in _matching(above) if glob.has_magic(above) else [above or "."]:
-            if os.path.isdir(folder):
+            if os.path.isdir(folder) and not aside(*os.path.split(folder)):
                 os.listdir(folder)
     return sorted(glob.glob(pattern, recursive=True))
 

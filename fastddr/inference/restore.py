@@ -79,7 +79,7 @@ def load(run: str | Path, weights: Weights = "best", device: str | torch.device 
     except (RuntimeError, AssertionError) as error:
         said = one_line(error)[:120]
         raise UserError(f"fastddr.load: the device {str(device)!r} cannot be used ({said}); take another.") from None
-    return restore(run, config, weights, place, say=lambda line: None).model
+    return restore(run, config, weights, place, say=lambda line: None, agreed=False).model
 
 
 def stored(run: Path) -> Config:
@@ -179,7 +179,13 @@ def enough_memory(asked: Scoring) -> AbstractContextManager[None]:
 
 
 def restore(
-    run: Path, config: Config, weights: Weights, device: torch.device, say: Callable[[str], None] = print
+    run: Path,
+    config: Config,
+    weights: Weights,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+    *,
+    agreed: bool = True,
 ) -> Restored:
     """The model of a run.
 
@@ -189,6 +195,7 @@ def restore(
         weights: which; the averaged ones where the run kept an average.
         device: where the model shall be.
         say: hears what to know of the model.
+        agreed: all ranks call this, and must have read the same checkpoint.
 
     Raises:
         UserError: it has no such checkpoint, or one that cannot be used.
@@ -198,10 +205,11 @@ def restore(
     if not path.is_dir():
         raise UserError(f"{run}: it has no {weights} checkpoint yet; train it further, or name other --weights.")
     saved = checkpoints.load(path)
-    ranks.agree(
-        lambda: json.dumps(saved.state["progress"]),
-        f"{path}: another checkpoint became the {weights} one while it was read; give the same command again.",
-    )
+    if agreed:
+        ranks.agree(
+            lambda: json.dumps(saved.state["progress"]),
+            f"{path}: another checkpoint became the {weights} one while it was read; give the same command again.",
+        )
     model = models.from_config(config, say)
     checkpoints.load_weights(model, saved.model if saved.ema is None else saved.ema, saved.path)
     progress = saved.state["progress"]

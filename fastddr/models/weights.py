@@ -308,9 +308,12 @@ def _part(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str,
     if most in (0, behind[""]) or 2 * most < len(mine):
         return tensors, []
     first = next(start for start, count in behind.items() if count == most)
-    others = sum(not name.startswith(first) for name in tensors)
-    line = f"init: taken from what its names begin with, {first!r}" + (f"; {others} begin otherwise" if others else "")
-    return {name.removeprefix(first): tensor for name, tensor in tensors.items()}, [line]
+    inside = {name.removeprefix(first): tensor for name, tensor in tensors.items() if name.startswith(first)}
+    # What bears a name of the model's outside of the part is of another set of weights.
+    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(first)}
+    extra = {name: tensor for name, tensor in outside.items() if _name(model, name) not in mine}
+    line = f"init: taken from what its names begin with, {first!r}"
+    return inside | extra, [f"{line}; {len(outside)} begin otherwise and are left" if outside else line]
 
 
 def _alike(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], heads: tuple[str, ...]) -> bool:

@@ -287,15 +287,33 @@ def test_the_best_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, m
 
     def away(file: Path) -> bytes:
         if file == best / "manifest.json":
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return read(file)
 
     monkeypatch.setattr(Path, "read_bytes", away)
-    with pytest.raises(OSError, match="Input/output error") as told:
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)) as told:
         saving._is_best(run, Progress(step=2, best_step=1), print)
     assert told.value.filename == str(best)
     monkeypatch.undo()
     assert checkpoints.load(run.checkpoints / "best").path == best
+
+
+def test_a_best_one_on_a_bad_sector_is_lost_and_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, whole, said = RunFolder(tmp_path), checkpoints._sha256, list[str]()
+    bad = write(run.checkpoints, 1, best=True)
+    write(run.checkpoints, 2, progress={"step": 2, "epoch": 2})
+
+    def bad_sector(file: Path) -> str:
+        if file.parent.samefile(bad):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return whole(file)
+
+    monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
+    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
+    found, label = saving.best(run, Progress(step=2, best_step=1), said.append)
+    assert (found.state["progress"]["step"], label[:4]) == (2, "last")
+    assert "Input/output error, twice" in said[0]
+    assert not saving._is_best(run, Progress(step=2, best_step=1), said.append)
 
 
 def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:

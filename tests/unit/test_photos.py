@@ -75,6 +75,10 @@ def test_a_folder_below_that_cannot_be_read_is_not_left_out_in_silence(
     for named in (str(folder), f"{folder}/**/*.png", f"{folder}/*/*.png", f"{folder}/*"):
         with pytest.raises(PermissionError, match="below"):
             photos.find([named])
+    monkeypatch.undo()
+    (folder / "lost+found").mkdir()  # of the system, which lets nobody look
+    unlistable(monkeypatch, folder / "lost+found", errno.EACCES)
+    assert names(photos.find([f"{folder}/*/*.png"]), folder) == ["below/c.png"]
 
 
 def test_a_photograph_that_is_named_twice_counts_once(folder: Path) -> None:

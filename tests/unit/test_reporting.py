@@ -447,6 +447,11 @@ def test_a_model_that_gives_one_grade_to_all_has_learned_nothing_however_accurat
     matrix[:, 2] = [0, 0, 30, 0, 0]
     right = split(matrix)
     assert not tables.constant({"test": figures(right.logits, right.grades)}), "all are of it"
+    matrix[:, 2] = [0, 3, 30, 0, 0]
+    few = split(matrix)
+    of_few = figures(few.logits, few.grades)
+    assert not tables.constant({"test": of_few}), "a sound model may do so with a few of two grades"
+    assert tables.constant({"valid": of_few})
 
 
 def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:

@@ -100,9 +100,11 @@ def test_every_form_of_a_file_gives_all_of_its_weights(wrapped: str, tmp_path: P
         more = ["init: of this file the averaged weights are taken, 'state_dict_ema'"]
     elif wrapped == "lightning":
         named = {f"model.{name}": tensor for name, tensor in state.items()}
-        content = {"state_dict": named | {"criterion.weight": torch.ones(5)}, "hyper_parameters": {"lr": 1e-3}}
+        # Beside it another set of weights, by a name of the model's own.
+        beside = {"criterion.weight": torch.ones(5), "layers.0.depthwise.weight": torch.ones(1)}
+        content = {"state_dict": named | beside, "hyper_parameters": {"lr": 1e-3}}
         more = [
-            "init: taken from what its names begin with, 'model.'; 1 begin otherwise",
+            "init: taken from what its names begin with, 'model.'; 2 begin otherwise and are left",
             "init: criterion.weight is left out: it is not in this model",
         ]
     if wrapped == "safetensors":

@@ -170,7 +170,7 @@ def subfolders(folder: Path) -> list[Path]:
             names = sorted(entry.name for entry in found if _is_folder(entry))
     except (PermissionError, FileNotFoundError):
         return []
-    return [folder / name for name in names if not _aside(str(folder), name)]
+    return [folder / name for name in names if not aside(str(folder), name)]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -182,7 +182,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _aside(folder: str, name: str) -> bool:
+def aside(folder: str, name: str) -> bool:
     """Whether a folder holds no data: hidden, the system's, or where `fastddr prepare` keeps its tables and sheets."""
     if name.startswith(".") or name.lower() in _OF_SYSTEM:
         return True
@@ -201,7 +201,7 @@ def folders_below(root: str, unlisted: Callable[[OSError], None] = files.unliste
             inside[:] = []
             continue
         seen.add((status.st_dev, status.st_ino))
-        inside[:] = sorted(name for name in inside if not _aside(folder, name))
+        inside[:] = sorted(name for name in inside if not aside(folder, name))
         yield folder, sorted(names)
 
 

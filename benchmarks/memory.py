@@ -11,9 +11,10 @@ replayed allocator, without any allowance. On a CPU the measured side is what Py
 nothing of a GPU's workspaces.
 
 `--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, with what libraries
-load into it in a first step, and finds by bisection the largest batch whose steps go through, and of the report's ResNet the largest crop, beside what `fastddr
-plan` says of such a card. The case of the 2022 report, a ResNet of 40 layers on 512 px in
-float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and bf16 cure it.
+load into it in a first step, and finds by bisection the largest batch whose steps go through, and of the report's
+ResNet the largest crop, beside what `fastddr plan` says of such a card. The case of the 2022 report, a ResNet of 40
+layers on 512 px in float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and
+bf16 cure it.
 
 Rows of `kind` memory: median, low and high are the measured peak in GiB over the steps; `predicted_gib`, `error` (of
 predicted to measured), and the predicted kinds. The last rows are the median and the worst error.

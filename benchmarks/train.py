@@ -63,7 +63,7 @@ class Options:
     models: tuple[str, ...] = ()
     """Models, each with its settings in the preset; by default the preset's own."""
     precisions: tuple[Literal["auto", "fp32", "bf16", "fp16"], ...] = ("auto",)
-    """Of fastddr and of those peers that have a choice. `auto`: what fastddr trains in here, as `runs_in` of a row says."""
+    """Of fastddr and of those peers that have a choice. `auto`: what fastddr trains in here, `runs_in` of a row."""
     image_sizes: tuple[int, ...] = ()
     """Sides of the window; the canvas keeps its proportion to it. By default the preset's."""
     batch_sizes: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from recipe import Case, Recipe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastddr import models
+from fastddr import models, runtime
 from fastddr.evaluation.metrics import figures
 from fastddr.meters import Waited
 
@@ -30,6 +30,16 @@ class Loop(Recipe):
         super().__init__(case, options)
         #: Of the maps: PyTorch's default, or the other, which a user has to ask for.
         self.layout = "NHWC" if "channels_last" in options else "NCHW"
+        #: fp32, bf16 or fp16: `auto` is what fastddr would train in here.
+        self.precision = self.chosen_precision()
+
+    def chosen_precision(self) -> str:
+        """What it trains in."""
+        card = runtime.card_of(self.device) if self.device.type == "cuda" else (None, "")
+        return runtime.choose_precision(self.config.precision, "", *card)[0]
+
+    def about(self) -> dict[str, Any]:
+        return {"runs_in": self.precision}
 
     def build_model(self) -> nn.Module:
         """The configuration's model, its maps in the loop's layout."""
@@ -55,12 +65,10 @@ class Loop(Recipe):
         share = (self.config.image_size / self.config.canvas) ** 2
         return share, share
 
-    @property
-    def half(self) -> bool:
-        """Whether the configuration trains in half precision."""
-        return self.config.precision in ("bf16", "fp16") or (
-            self.config.precision == "auto" and self.device.type == "cuda"
-        )
+    def autocast(self) -> torch.amp.autocast:
+        """Of the forward pass, in the loop's precision."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.amp.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def _train(self) -> tuple[int, float]:
         self.model.train()
@@ -101,6 +109,9 @@ class Report(Loop):
 
     options = ("workers", "channels_last")
 
+    def chosen_precision(self) -> str:
+        return "fp32"
+
     def __init__(self, case: Case, options: Mapping[str, str]) -> None:
         super().__init__(case, options)
         from torchvision import transforms
@@ -130,7 +141,10 @@ class Report(Loop):
 
 
 class Torchvision(Loop):
-    """torchvision's classification reference, with `--amp` where the configuration trains in half precision."""
+    """torchvision's classification reference, with `--amp` where the configuration trains in half precision.
+
+    Its own is float16 alone, with a scaler; here it is the one of the others, and without a scaler if that is bfloat16.
+    """
 
     options = ("workers", "channels_last")
 
@@ -157,14 +171,13 @@ class Torchvision(Loop):
         self.model = self.build_model()
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-4)
-        amp = self.half and self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler("cuda") if amp else None
+        self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.seen: list[float] = []
 
     def step(self, image: Tensor, grade: Tensor) -> int:
         image, grade = self.place(image), grade.to(self.device)
-        with torch.amp.autocast("cuda", enabled=self.scaler is not None):
+        with self.autocast():
             output = self.model(image)
             loss = self.criterion(output, grade)
         self.optimizer.zero_grad()
@@ -201,7 +214,6 @@ class Timm(Loop):
         from timm.data import create_dataset, create_loader
 
         config, augment = case.config, case.config.augment
-        self.dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         common = {
             "input_size": (3, config.image_size, config.image_size), "batch_size": config.batch_size,
@@ -226,7 +238,7 @@ class Timm(Loop):
         # PyTorch types what it compiles as any callable; of a module it is a module.
         self.model = torch.compile(model) if "compile" in options else model  # type: ignore[assignment]
         self.criterion = nn.CrossEntropyLoss()
-        self.scaler: Any = utils.NativeScaler() if self.half and self.dtype == torch.float16 else None
+        self.scaler: Any = utils.NativeScaler() if self.precision == "fp16" else None
         self.losses, self.steps = utils.AverageMeter(), 0
 
     def build_model(self) -> nn.Module:
@@ -245,7 +257,7 @@ class Timm(Loop):
 
     def step(self, image: Tensor, grade: Tensor) -> int:
         image = self.place(image)
-        with torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.half):
+        with self.autocast():
             loss = self.criterion(self.model(image), grade)
         if self.scaler is not None:
             self.scaler(loss, self.optimizer, parameters=self.model.parameters())

@@ -1,7 +1,7 @@
 """Peak memory of training steps, measured beside what `fastddr plan` predicts, one fresh process a trial.
 
     python benchmarks/memory.py                      # on a GPU: six models, crops, batches, precisions, recomputation
-    python benchmarks/memory.py --cards 4 6 8 12 16 24 48 80   # and the largest batch on cards of these sizes, emulated
+    python benchmarks/memory.py --cards 4 6 8 12 16 24   # and the largest batch on smaller cards than this, emulated
     python benchmarks/memory.py --tiny               # a rehearsal on a CPU, where the witness is the CPU's allocator
 
 On a GPU a trial is some steps of `fastddr.step.training_step`; measured are the most that PyTorch's allocator gave out
@@ -10,10 +10,11 @@ replayed allocator, without any allowance. On a CPU the measured side is what Py
 (`torch.profiler` with `profile_memory`), the scratch of CPU kernels included: it rehearses the benchmark and says
 nothing of a GPU's workspaces.
 
-`--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, and finds by
-bisection the largest batch whose steps go through, and of the report's ResNet the largest crop, beside what `fastddr
-plan` says of such a card. The case of the 2022 report, a ResNet of 40 layers on 512 px in
-float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and bf16 cure it.
+`--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, with what libraries
+load into it in a first step, and finds by bisection the largest batch whose steps go through, and of the report's
+ResNet the largest crop, beside what `fastddr plan` says of such a card. The case of the 2022 report, a ResNet of 40
+layers on 512 px in float32 with a stem of stride 1, is among the default configurations; `--resnet.stem standard` and
+bf16 cure it.
 
 Rows of `kind` memory: median, low and high are the measured peak in GiB over the steps; `predicted_gib`, `error` (of
 predicted to measured), and the predicted kinds. The last rows are the median and the worst error.
@@ -21,6 +22,7 @@ predicted to measured), and the predicted kinds. The last rows are the median an
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -107,7 +109,7 @@ class Options:
     compiled: tuple[bool, ...] = (False,)
     """Under torch.compile, beside the plan's estimate of it, which is no part of the errors in the last rows."""
     cards: tuple[float, ...] = ()
-    """Sizes in GiB of cards to emulate, on a GPU."""
+    """Sizes in GiB of cards to emulate, on a GPU that is no smaller."""
     tiny: bool = False
     """Small models on small images: a rehearsal in a minute."""
     out: Path | None = None
@@ -143,12 +145,8 @@ def measured(trial: Trial) -> dict[str, Any]:
     if gpu:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-        torch.zeros(1, device=device)
-        free, total = torch.cuda.mem_get_info(device)
-        context = total - free - torch.cuda.memory_reserved(device)
         if trial.limit_gib is not None:
-            share = (trial.limit_gib * GIB - context) / total
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+            cap(trial, device)
     network = trial.make().to(device)
     training = Training(network, trial.steps, trial.batch_size)
     if trial.compiled:
@@ -163,12 +161,42 @@ def measured(trial: Trial) -> dict[str, Any]:
         training.step(number)
         torch.cuda.synchronize(device)
         allocated.append(torch.cuda.max_memory_allocated(device))
-    free, total = torch.cuda.mem_get_info(device)
     return {
         "allocated": allocated,
         "reserved": torch.cuda.max_memory_reserved(device),
-        "context": total - free - torch.cuda.memory_reserved(device),
+        "context": context(device)[0],
     }
+
+
+def context(device: torch.device) -> tuple[int, int]:
+    """Bytes of the card: used beyond what PyTorch's allocator holds, and all there are."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device), total
+
+
+def cap(trial: Trial, device: torch.device) -> None:
+    """Leave the allocator what a card of the trial's size would have left for it.
+
+    Raises:
+        torch.OutOfMemoryError: that is nothing.
+    """
+    # Libraries load their kernels when they are first called, and they too are in the context.
+    _first_step(trial, device)
+    gc.collect()  # a model in half precision is freed by nothing else
+    torch.cuda.empty_cache()
+    assert trial.limit_gib is not None
+    taken, total = context(device)
+    share = (trial.limit_gib * GIB - taken) / total
+    if share <= 0:
+        raise torch.OutOfMemoryError("out of memory: the context alone is larger")
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+
+
+def _first_step(trial: Trial, device: torch.device) -> None:
+    """A step of few of its photographs; of BatchNorm's smallest maps one alone would be too few."""
+    training = Training(trial.make().to(device), trial.steps, min(trial.batch_size, 2))
+    training.begin()
+    training.step(0)
 
 
 def on_cpu(training: Training) -> int:
@@ -342,6 +370,12 @@ def main(options: Options) -> None:
     gpu = torch.cuda.is_available()
     if options.cards and not gpu:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
+    if options.cards:
+        # Of its properties, which leave no context on it: trials would count one as theirs.
+        whole = torch.cuda.get_device_properties(0).total_memory / GIB
+        for size in options.cards:
+            if not 0 < size <= whole:
+                raise UserError(f"--cards {size:g}: give sizes above 0 and up to this card's own {whole:.2f} GiB.")
     harness.begin(options.out)
     rows: list[dict[str, Any]] = []
     with harness.writing("memory", rows, options.out, wandb=options.wandb, tiny=options.tiny):

@@ -50,6 +50,8 @@ class Recipe(ABC):
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.free = self._free()
         self.tuned = False
+        self.room = 0
+        """Bytes of the GPU that `rest` gave back and the next epoch will want."""
         self.workers = int(options.get("workers", available_cores()))
 
     @classmethod
@@ -75,6 +77,10 @@ class Recipe(ABC):
 
     def epoch(self) -> Epoch:
         """Train for one epoch, and wait for the device at its end."""
+        if self.room:
+            # As one block, of which the allocator cuts what it is asked for: to ask the driver is no part of training.
+            torch.empty(self.room, dtype=torch.uint8, device=self.device)
+            self.room = 0
         began = time.perf_counter()
         images, waited = self._train()
         if self.device.type == "cuda":
@@ -85,6 +91,12 @@ class Recipe(ABC):
             torch.cuda.reset_peak_memory_stats(self.device)
             self.tuned = True
         return Epoch(images, took, waited)
+
+    def rest(self) -> None:
+        """Leave the GPU's memory that holds nothing to others, whose turn is next."""
+        if self.device.type == "cuda":
+            self.room = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+            torch.cuda.empty_cache()
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0

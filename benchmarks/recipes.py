@@ -6,7 +6,7 @@ epoch's last, partial batch to their own habit; images are counted as trained.
 `fastddr` is the `Trainer` itself, its log lines and progress bar included; validation and checkpoints are between the
 epochs and not timed. `report` is the way of the 2022 report that fastddr comes from: `ImageFolder`, Pillow,
 `RandomCrop`, flips, `ToTensor`, a `DataLoader`, eager float32 in PyTorch's default layout, Adam. `torchvision` is the
-loop of torchvision's classification reference (`RandomResizedCrop` of PIL images, SGD, float16 with `--amp`), and
+loop of torchvision's classification reference (`RandomResizedCrop` of PIL images, SGD, `--amp`), and
 `timm` that of timm's training script (its loader with prefetcher, autocast, its optimizer and model), both made of the
 installed package, since the scripts are not in it. Their random resized crop is held to one size, so that they cut the
 same windows. `channels_last` lays out a peer's network and its batches in that order, which their users do not have to

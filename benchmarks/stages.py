@@ -270,10 +270,11 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
         requests.seen.at(k)
         return task.micro_batch_size
 
+    if task.store == "vram":
+        # Nothing is copied and nothing else is waited for: beyond the kernel's own time the card waits for Python.
+        return Stages(_shares({"kernel": [1 / alone for alone in kernel(loader, seconds)]}, 1 / rate), [])
     found = _raced({"Python": _repeated(asked, seconds)})
-    # From a store in the GPU's memory nothing is copied.
-    rest = "kernel, waiting" if task.store == "vram" else "copy, kernel, waiting"
-    found[rest] = [1 / rate - known for known in found["Python"]]
+    found["copy, kernel, waiting"] = [1 / rate - known for known in found["Python"]]
     return Stages(_shares(found, 1 / rate), [])
 
 

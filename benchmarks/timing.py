@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-#: Cycles of a GPU, about 100 µs at 2 GHz: more than Python takes to send one operation.
+#: Cycles of a GPU, about 100 µs at 2 GHz: what Python takes to send one operation, if the host is not slow.
 _SENT = 2 * 10**5
+#: So many times as long where it is.
+_SLOW = 10
 #: So many calls, of a few kernels each, can wait for a GPU; to send more the host would wait for it.
 _QUEUED = 128
 
@@ -34,19 +36,25 @@ class Clock:
         """Seconds that one of so many calls takes, from the first one's start to the last one's end on the device."""
         self.synchronize()
         if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if self.queued:
-                torch.cuda._sleep(_SENT * times)
-            start.record()
-            for _ in range(times):
-                work()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1000 / times
+            took, early = self._on_card(work, times, _SENT)
+            return self._on_card(work, times, _SLOW * _SENT)[0] if early and self.queued else took
         began = time.perf_counter()
         for _ in range(times):
             work()
         return (time.perf_counter() - began) / times
+
+    def _on_card(self, work: Callable[[], object], times: int, sent: int) -> tuple[float, bool]:
+        """As `seconds`, and whether the first call began before the last one was sent."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self.queued:
+            torch.cuda._sleep(sent * times)
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        early = start.query()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / times, early
 
     def repeats(self, work: Callable[[], object], least: float, warm: int = 3) -> tuple[int, float]:
         """(Calls that last `least` seconds together, seconds of one), after a warm-up of so many calls.

@@ -9,8 +9,9 @@ Every recipe (`recipes` says what each does) lives in processes of its own, whic
 measured; one epoch of each is a warm-up, in which the resident loader decodes and a compiler compiles. In each round
 every recipe has one turn; intervals are those of the median over the rounds, ratios are taken round by round.
 
-`fastddr, replay` repeats one batch and so has nothing to load: the ceiling of this model on this machine. A loader that
-never keeps the model waiting comes to 1.0 of it.
+`fastddr, replay` repeats one batch and so has nothing to load: the ceiling of this model on this machine, in micro
+batches of the loop of fastddr's that is named before it. A loader that never keeps the model waiting comes to 1.0
+of it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Options:
     models: tuple[str, ...] = ()
     """Models, each with its settings in the preset; by default the preset's own."""
     precisions: tuple[Literal["auto", "fp32", "bf16", "fp16"], ...] = ("auto",)
-    """Of fastddr and of those peers that have a choice. `auto`: half on a GPU, float32 on a CPU."""
+    """Of fastddr and of those peers that have a choice. `auto`: what fastddr trains in here, `runs_in` of a row."""
     image_sizes: tuple[int, ...] = ()
     """Sides of the window; the canvas keeps its proportion to it. By default the preset's."""
     batch_sizes: tuple[int, ...] = ()
@@ -118,6 +119,7 @@ class Contender(Halted):
             self.gpu_use = seen.mean
         # Now, while no other is beside it, and because one that is stopped in its turn answers nothing any more.
         self.vram, self.about = self.ask("vram"), self.ask("about")
+        self.ask("rest")
         return first
 
     def __call__(self) -> float:
@@ -125,6 +127,7 @@ class Contender(Halted):
         before = harness.cpu_seconds(self._process.pid or 0)
         epoch: Epoch = self.ask("epoch")
         self.turns.append((epoch, harness.cpu_seconds(self._process.pid or 0) - before))
+        self.ask("rest")
         return epoch.images / epoch.seconds
 
     def row(self) -> dict[str, Any]:
@@ -238,7 +241,7 @@ def race(
             try:
                 if until is not None and time.monotonic() > until and len(contenders) > 1:
                     raise UserError(harness.TIME_UP)
-                contenders[spec.label] = Contender(spec, case)
+                contenders[spec.label] = Contender(spec, _as_its_loader(spec, case, contenders))
                 first = contenders[spec.label].warm()
             except (UserError, RuntimeError) as problem:
                 leave_out(spec.label, harness.sentence(problem))
@@ -253,6 +256,14 @@ def race(
     finally:
         for contender in contenders.values():
             contender.close()
+
+
+def _as_its_loader(spec: Spec, case: Case, contenders: Mapping[str, Contender]) -> Case:
+    """For a ceiling, with the micro batch of fastddr's first loop: `auto` would choose from what that has left free."""
+    for other in contenders.values():
+        if (spec.kind, other.spec.kind) == ("ceiling", "fastddr"):
+            return replace(case, config=replace(case.config, micro_batch_size=other.about["micro_batch_size"]))
+    return case
 
 
 def _judged(

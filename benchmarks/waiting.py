@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -37,6 +38,9 @@ def share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int) 
         with patch.dict(os.environ, FASTDDR_CACHE=folder):
             return _share(spec, task, model, steps)
     finally:
+        # Whatever is measured next is in another process, which cannot use what this one's allocator holds.
+        gc.collect()
+        torch.cuda.empty_cache()
         shutil.rmtree(folder, ignore_errors=True)
 
 

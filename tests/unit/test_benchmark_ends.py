@@ -205,6 +205,7 @@ class Turns:
     def __init__(self, spec: Any, wanted: Any = None, fails_at: int | None = None) -> None:
         self.spec, self.task, self.fails_at = spec, wanted, fails_at
         self.turns, self.closed = 0, False
+        self.about = {"micro_batch_size": 4}
         self.memory, self.warmth = (0, 0), SimpleNamespace(vram=None, first_epoch=None)
         self.first = SimpleNamespace(images=8, seconds=1.0)
 
@@ -409,7 +410,8 @@ def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch
 
     def ask(self: Any, question: str, *arguments: object) -> Any:
         asked.append(question)
-        return {"epoch": load("recipe").Epoch(8, 1.0, 0.5), "vram": {}, "about": {"loader": "dali"}}[question]
+        said = {"epoch": load("recipe").Epoch(8, 1.0, 0.5), "vram": {}, "about": {"loader": "dali"}, "rest": None}
+        return said[question]
 
     def begin(self: Any, *_: object) -> None:
         self.memory, self._process = (0, 0), SimpleNamespace(pid=os.getpid())
@@ -419,6 +421,7 @@ def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch
     contender = train.Contender(recipes.Spec.parse("fastddr"), None)
     contender.warm()
     contender()
+    assert asked == ["epoch", "vram", "about", "rest", "epoch", "rest"], "others have the card while it is halted"
     before = len(asked)
     row = contender.row()
     assert (row["loader"], row["data_wait"]) == ("dali", 0.5)

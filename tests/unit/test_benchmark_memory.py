@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -114,6 +115,39 @@ def test_only_a_process_that_does_not_see_the_card_traces(memory: Any, monkeypat
     assert seen == [""]
     # Trials have this process's environment.
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+@pytest.mark.parametrize(("size", "share"), [(24.0, 0.25), (4.0, None), (0.5, None)])
+def test_an_emulated_card_has_no_room_for_what_libraries_load(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, size: float, share: float | None
+) -> None:
+    """Of 80 GiB a context of 1 is there before the first step, 4 after it, and 2 are in the allocator's cache."""
+    used, capped = [1 * GIB, 0], []
+    trial = memory.Trial("convmixer-16-2-k3-p8", 32, 16, "fp32", False, limit_gib=size)
+    monkeypatch.setattr(memory, "_first_step", lambda *_: used.__setitem__(slice(None), [4 * GIB, 2 * GIB]))
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda device: (80 * GIB - sum(used), 80 * GIB))
+    monkeypatch.setattr(memory.torch.cuda, "memory_reserved", lambda device: used[1])
+    monkeypatch.setattr(memory.torch.cuda, "empty_cache", lambda: used.__setitem__(1, 0))
+    monkeypatch.setattr(memory.torch.cuda, "set_per_process_memory_fraction", lambda part, device: capped.append(part))
+    if share is None:
+        with pytest.raises(torch.OutOfMemoryError, match="the context alone is larger") as problem:
+            memory.cap(trial, torch.device("cuda", 0))
+        # As the process that asked reads it.
+        monkeypatch.setattr(memory, "in_process", lambda trial: {"failed": f"torch.OutOfMemoryError: {problem.value}"})
+        assert not memory.works(trial)
+    else:
+        memory.cap(trial, torch.device("cuda", 0))
+    assert (capped, used[1]) == ([] if share is None else [share], 0)
+
+
+@pytest.mark.parametrize("size", [0.0, -8.0, 80.0, float("nan")])
+def test_a_card_that_cannot_be_emulated_is_refused(memory: Any, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=int(79.25 * GIB))
+    monkeypatch.setattr(memory.torch.cuda, "get_device_properties", lambda number: properties)
+    monkeypatch.setattr(memory.harness, "begin", lambda out: pytest.fail("it was begun"))
+    with pytest.raises(UserError, match=rf"--cards {size:g}: .* own 79\.25 GiB"):
+        memory.main(memory.Options(cards=(8.0, size)))
 
 
 def test_a_compiled_step_is_held_against_the_plans_estimate(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

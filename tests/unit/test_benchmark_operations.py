@@ -72,6 +72,9 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def synchronize(self) -> None:
             pass
 
+        def query(self) -> bool:
+            return False
+
         def elapsed_time(self, end: Event) -> float:
             return 100.0
 
@@ -88,6 +91,12 @@ def test_short_calls_wait_for_the_card_together(benchmark: Any, on_card: list[An
     assert clock.seconds(lambda: on_card.append("call"), 3) == pytest.approx(0.1 / 3)
     assert on_card == [3 * timing._SENT, "event", *["call"] * 3, "event"]
     assert clock.repeats(int, 100.0)[0] == timing._QUEUED
+    on_card.clear()
+    # Where the card was done with its sleep before the host had sent the calls, it waited for Python between them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.Event, "query", lambda event: True)
+        clock.seconds(int, 3)
+    assert on_card == [3 * timing._SENT, "event", "event", 3 * timing._SLOW * timing._SENT, "event", "event"]
     on_card.clear()
     plain = timing.Clock(card)
     plain.seconds(int)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,85 @@ def case(load: Any, tiny: Path, tmp_path: Path) -> Any:
     preset.write_text(SMALL)
     load("recipe").class_folders(tiny, tmp_path / "photographs", 0)
     return load("recipe").Case(str(tmp_path / "photographs"), load_preset(str(preset)), resized=True)
+
+
+def test_a_loop_at_rest_leaves_the_card_to_others(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its next epoch wants is taken again before the clock begins."""
+    recipe, told = load("recipe"), []
+
+    class Loop(recipe.Recipe):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            self.device, self.tuned, self.room = torch.device("cuda", 0), True, 0
+
+        def _train(self) -> tuple[int, float]:
+            told.append("train")
+            return 8, 0.0
+
+        score = close = None
+
+    for name, answer in {"max_memory_allocated": 50, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("given back"))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: told.append(f"took {size}"))
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(perf_counter=lambda: told.append("clock") or 0.0))
+    loop = Loop()
+    for _ in range(2):
+        loop.epoch()
+        loop.rest()
+    turn = ["clock", "train", "clock", "given back"]
+    assert told == [*turn, "took 30", *turn]
+
+
+def test_the_ceiling_trains_in_the_micro_batches_of_fastddr(
+    load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, recipes, given = load("train"), load("recipes"), {}
+
+    def contender(spec: Any, wanted: Any) -> Any:
+        given[spec.label] = wanted.config.micro_batch_size
+        return SimpleNamespace(
+            spec=spec, about={"micro_batch_size": 4}, close=lambda: None, row=dict,
+            warm=lambda: SimpleNamespace(images=8, seconds=1.0),
+        )  # fmt: skip
+
+    monkeypatch.setattr(train, "Contender", contender)
+    monkeypatch.setattr(train.harness, "interleaved", lambda *_: {})
+    specs = [recipes.Spec.parse(text) for text in ("report", "fastddr", "fastddr:loader=replay", "fastddr:loader=dali")]
+    train.race(specs, case(load, tiny, tmp_path), {"device": "cuda", "model": "m"}, 5, None, lambda line: None)
+    assert given == {"report": "auto", "fastddr": "auto", "fastddr, replay": 4, "fastddr, dali": "auto"}
+
+
+@pytest.mark.parametrize(("capability", "runs_in"), [((7, 5), "fp16"), ((9, 0), "bf16")])
+def test_peers_train_in_the_precision_of_fastddr(
+    load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs_in: str
+) -> None:
+    loops, wanted = load("loops"), case(load, tiny, tmp_path)
+    wanted = replace(wanted, config=replace(wanted.config, precision="auto"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(loops.runtime, "card_of", lambda device: (capability, "a card"))
+    for kind, expected in ((loops.Torchvision, runs_in), (loops.Timm, runs_in), (loops.Report, "fp32")):
+        loop = kind.__new__(kind)
+        loops.Loop.__init__(loop, wanted, {})
+        assert loop.about() == {"runs_in": expected}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_peers_compute_in_the_precision_that_their_rows_say(load: Any, tiny: Path, tmp_path: Path, name: str) -> None:
+    recipes, wanted = load("recipes"), case(load, tiny, tmp_path)
+    spec, seen = recipes.Spec.parse(f"{name}:workers=0"), []
+    if recipes.RECIPES[name].missing() is not None:
+        pytest.skip("timm is not installed")
+    recipe = recipes.make(spec, replace(wanted, config=replace(wanted.config, precision="bf16")))
+    try:
+        convolution = next(module for module in recipe.model.modules() if isinstance(module, torch.nn.Conv2d))
+        convolution.register_forward_hook(lambda module, given, found: seen.append(found.dtype))
+        recipe.step(*next(iter(recipe.loader)))
+    finally:
+        recipe.close()
+    assert (seen, recipe.about(), recipe.scaler) == ([torch.bfloat16], {"runs_in": "bf16"}, None)
 
 
 # timm leaves its files to the garbage collector.

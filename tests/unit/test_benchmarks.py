@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -291,7 +292,17 @@ def test_waiting_for_a_step_is_no_waiting_for_data(benchmark: Any, tiny: Path, m
     monkeypatch.setattr(waiting, "Watch", Looking)
     files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
     wanted = task(files=files, widths=np.full(8, 80), heights=np.full(8, 80))
+    build, networks, left = waiting.models.build, [], []
+
+    def built(*arguments: Any, **settings: Any) -> Any:
+        network = build(*arguments, **settings)
+        networks.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(waiting.models, "build", built)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.extend(network() for network in networks))
     row = waiting.share(trials.Spec("replay"), wanted, (8, 1, 3, 8), 10)
+    assert left == [None], "a card's memory is left to the loaders that are measured next"
     assert row["n"] == 10
     while "next" in events[-1:]:
         events.pop()

@@ -163,7 +163,7 @@ def _no_number(said: str) -> str:
         return said
     flag, before, value, behind = match.groups()
     kind = (before + behind).lower()
-    if "tuple" in kind and "float" in kind:
+    if ("tuple" in kind and "float" in kind) or "float float" in kind:
         wanted = "numbers alone, like 0.9 0.999"
     elif "int|" in kind or "|int" in kind or "int()" in kind:
         wanted = "a whole number alone, like 8"

@@ -117,7 +117,7 @@ def test_a_saved_configuration_is_a_preset(tmp_path: Path) -> None:
         (["--augment.resized-crop", "0.5", "0.4"], "augment.resized_crop", "rise"),
         (["--augment.resized-crop", "0.5", "1.1"], "augment.resized_crop", "at most 1"),
         (["--augment.resized-crop", "1e-9", "1"], "augment.resized_crop", "the least is 1"),
-        (["--augment.resized-crop", "0.5"], "--augment.resized-crop", "0.5"),
+        (["--augment.resized-crop", "0.5"], "--augment.resized-crop", "0.5: give numbers alone"),
         (["--augment.ratio", "0.75", "1.3"], "augment.ratio", "augment.resized_crop"),
         (["--augment.resized-crop", "0.2", "0.4", "--augment.ratio", "0", "1"], "augment.ratio", "above 0"),
         (["--augment.resized-crop", "0.2", "0.4", "--augment.ratio", "1.2", "1"], "augment.ratio", "rise"),

@@ -230,9 +230,7 @@ def test_a_list_that_cannot_be_read_now_is_not_to_be_removed(
     assert told.value.filename == str(bad)
 
 
-def test_a_list_that_is_a_link_or_a_pipe(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_list_that_is_a_link_or_a_pipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "DR_grading" / "train/007-0000-000.jpg").write_bytes(b"")
     (tmp_path / "bad.csv").symlink_to(tmp_path / "real.csv")
     assert check(data, "--fix-list", tmp_path / "bad.csv") == 1

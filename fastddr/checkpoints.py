@@ -102,9 +102,10 @@ def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Pat
         keep: how many stay, this one included, besides the best.
 
     Raises:
-        OSError: it could not be written; what stood before stands.
+        OSError: it could not be written, or the run's folder is gone; what stood before stands.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    # Without its parents: where the run's folder is gone, a new one in its place would be no run.
+    folder.mkdir(exist_ok=True)
     # A step that stands already is not written over but beside, and goes away when it is not kept any more.
     names = (f"step-{snapshot.step:08d}{suffix}" for suffix in ("", *(f".{n:02d}" for n in range(1, 100))))
     final = next(folder / name for name in names if not (folder / name).exists())

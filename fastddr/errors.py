@@ -26,7 +26,7 @@ PASSING = _AWAY | _numbers("EMFILE", "ENFILE", "ENOMEM")
 #: What it says where a place cannot be used, for these reasons or others.
 CANNOT_USE = _FULL | _AWAY | _numbers(
     "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "ENOTEMPTY", "ENAMETOOLONG", "EBUSY", "EOPNOTSUPP",
-    "ENOSYS",
+    "ENOSYS", "ENXIO",
 )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ def end(path: Path) -> str | None:
         return os.path.realpath(path, strict=True)
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it an OSError that names no file, as those of reading and writing do not, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def parse(text: str | bytes) -> dict[str, Any]:

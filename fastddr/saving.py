@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +19,7 @@ from fastddr.checkpoints import Snapshot, Writer
 from fastddr.config import Config, from_mapping
 from fastddr.config.strict import read_yaml
 from fastddr.data import manifest, source
-from fastddr.errors import CANNOT_USE, UserError
+from fastddr.errors import CANNOT_USE, PASSING, UserError
 from fastddr.meters import versions
 from fastddr.runs import Progress, RunFolder
 
@@ -275,21 +277,32 @@ class Saver:
 
     @contextmanager
     def readable(self, progress: Progress) -> Iterator[None]:
-        """Turn the error of a full disk or an unwritable folder into a sentence that says what is left."""
+        """Turn the error of a full disk, an unwritable folder or too many open files into a sentence that says what is
+        left."""
         try:
             yield
         except OSError as error:
-            if error.errno not in CANNOT_USE:
+            if error.errno not in CANNOT_USE | PASSING:
                 raise
             with suppress(OSError):  # where the last checkpoint cannot be written either, the one before is left
                 self.flush()
             run = self._run
-            kept = checkpoints.standing(run.checkpoints)
-            left = f"the last checkpoint is {kept[-1].name}" if kept else "there was no checkpoint yet"
-            raise UserError(
-                f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}, and {left}: "
-                f"make room or mend the folder, and give the same command with --run-dir {run.path}."
-            ) from error
+            again = f"give the same command with --run-dir {run.path}"
+            ends = f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}"
+            if error.errno == errno.ENOENT and not os.path.isdir(run.path):
+                raise UserError(
+                    f"{ends}, for its folder {run.path} is gone (was it moved?): bring it back, and {again}."
+                ) from error
+            if error.errno not in PASSING:
+                again = f"make room or mend the folder, and {again}"
+            raise UserError(f"{ends}, and {self._left()}: {again}.") from error
+
+    def _left(self) -> str:
+        try:
+            kept = checkpoints.standing(self._run.checkpoints)
+        except OSError:  # what ended the run keeps it from being listed too
+            return f"the last checkpoint is in {self._run.checkpoints}"
+        return f"the last checkpoint is {kept[-1].name}" if kept else "there was no checkpoint yet"
 
     def close(self) -> None:
         """As `flush`, for good. Safe to call again."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from fastddr import ranks
+from fastddr import files, ranks
 from fastddr.cli import answered, flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
@@ -101,7 +101,8 @@ class Check:
         from fastddr.data import output, problems
 
         if file.exists() and not file.is_file():  # a pipe
-            file.write_text(problems.write_list(bad), encoding="utf-8", errors="surrogateescape")
+            with files.naming(file):
+                file.write_text(problems.write_list(bad), encoding="utf-8", errors="surrogateescape")
             return
         kept, gone = problems.kept_rows(file, bad, exclude)
         # Where it is a link, what it leads to.

@@ -49,6 +49,9 @@ class Record(NamedTuple):
         return bool(self.digest or self.kind)
 
 
+_TYPES = tuple(map(type, Record(0, 0)))
+
+
 def folder() -> Path:
     """The folder of all caches: $FASTDDR_CACHE, else the user's."""
     chosen = os.environ.get("FASTDDR_CACHE")
@@ -98,9 +101,17 @@ def load(root: Path) -> dict[str, Record]:
         if stored["version"] != _VERSION:
             return {}
         rows = zip(*(stored[column] for column in Record._fields), strict=True)
-        return dict(zip(stored["path"], map(Record._make, rows), strict=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        named = zip(stored["path"], map(Record._make, rows), strict=True)
+        return {path: record for path, record in named if _can_be(record)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # no cache yet, or a broken one: it is made anew
+
+
+def _can_be(record: Record) -> bool:
+    """Whether a photograph may have such a record: one that was written over is looked at anew."""
+    if tuple(map(type, record)) != _TYPES:
+        return False
+    return bool(record.kind) or (record.width > 0 and record.height > 0)
 
 
 def store(root: Path, records: Mapping[str, Record]) -> str | None:

@@ -167,10 +167,11 @@ def cut(image: Image.Image, left: int, top: int, side: int, size: int) -> Image.
 
 def _upright(file: str) -> Image.Image:
     try:
-        return photograph.upright(file)
+        return photograph.again(photograph.upright, file)
     except photograph.DAMAGED as error:
-        kind = "unreadable" if isinstance(error, OSError) and error.errno else "corrupt"
-        raise BadPhotograph(kind, f"the decoder complains: {error}") from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise photograph.unreadable(error) from None
+        raise BadPhotograph("corrupt", f"the decoder complains: {error}") from None
 
 
 def _encoded(image: Image.Image, format: Format) -> bytes:

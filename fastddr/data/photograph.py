@@ -14,16 +14,19 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from fastddr.data.problems import one_line
+from fastddr.errors import PASSING
+
+T = TypeVar("T")
 
 #: A file with more pixels is refused by its header, undecoded: Pillow's limit, 89 million, far above any fundus camera.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -85,6 +88,23 @@ class BadPhotograph(Exception):
         self.kind, self.reason = kind, one_line(reason)
 
 
+def unreadable(error: OSError) -> BadPhotograph:
+    """What an error of the system's says of a file: nothing, where it may pass by itself."""
+    if error.errno in PASSING:
+        return BadPhotograph("unreadable-now", f"it cannot be read now ({error.strerror})")
+    return BadPhotograph("unreadable", f"it cannot be read ({error.strerror or error})")
+
+
+def again(read: Callable[[str], T], file: str) -> T:
+    """What reading a file gives, and once more after an error that may pass by itself."""
+    try:
+        return read(file)
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+    return read(file)
+
+
 @contextmanager
 def strict_sizes() -> Iterator[None]:
     """Within it `header` refuses decompression bombs; for all threads, so it is entered before they start.
@@ -100,13 +120,15 @@ def strict_sizes() -> Iterator[None]:
 def status(file: str) -> tuple[int, int]:
     """(bytes, time of change in ns) of a file. Raises `BadPhotograph` where it is not there."""
     try:
-        found = os.stat(file)
+        found = again(os.stat, file)
     except OSError as error:
+        if error.errno in PASSING:
+            raise unreadable(error) from None
         if os.path.islink(file):
             raise BadPhotograph("broken-link", f"it is a link to {os.readlink(file)}, which is not there") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise BadPhotograph("missing", "there is no such photograph") from None
-        raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror})") from None
+        raise unreadable(error) from None
     if not stat.S_ISREG(found.st_mode):
         raise BadPhotograph("format", "it is a folder or a device, not a file")
     # Size and time of change would not tell. Most may be read by everybody, which saves asking.
@@ -122,10 +144,14 @@ def header(file: str) -> Header:
         BadPhotograph: the header alone shows that the file cannot be used.
     """
     try:
-        with open(file, "rb") as stream:
-            return _header(stream, file)
+        return again(_header_of, file)
     except OSError as error:
-        raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror or error})") from None
+        raise unreadable(error) from None
+
+
+def _header_of(file: str) -> Header:
+    with open(file, "rb") as stream:
+        return _header(stream, file)
 
 
 def digest(file: str) -> str:
@@ -152,13 +178,17 @@ def sound(file: str) -> Header:
 
 def _decoded(file: str) -> tuple[Header, np.ndarray]:
     try:
-        with open(file, "rb") as stream:
-            content = stream.read()
+        content = again(_content, file)
     except OSError as error:
-        raise BadPhotograph("unreadable", f"it cannot be read ({error.strerror or error})") from None
+        raise unreadable(error) from None
     found = _header(io.BytesIO(content), file)
     pixels = _decode_jpeg(content) if content[:2] == b"\xff\xd8" else None
     return found, _decode_by_pillow(content) if pixels is None else pixels
+
+
+def _content(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read()
 
 
 def upright(file: str) -> Image.Image:
@@ -235,6 +265,8 @@ def _header(stream: io.BufferedReader | io.BytesIO, file: str) -> Header:
         stream.seek(0)
         raise _unknown(stream.read(4096), stream) from None
     except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's own have none
+            raise
         raise BadPhotograph(_kind(error), f"its header cannot be read ({error})") from None
 
 

@@ -25,6 +25,7 @@ ERRORS = {
     "broken-link": "restore what it points at or remove its label",
     "outside": "copy what it points at into the set, or take such links with --follow-links",
     "unreadable": "give yourself the right to read it",
+    "unreadable-now": "give the same command again, or where that does not help, restore it from a copy",
     "empty": "fetch it again",
     "truncated": "fetch it again",
     "corrupt": "fetch it again",
@@ -134,7 +135,7 @@ def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) 
 def own_list(file: Path) -> None:
     """Raise `UserError` where a file is there that `write_list` has not written, and that a list would replace."""
     if file.is_file() and file.stat().st_size:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+        with files.naming(file), file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
             first = stream.readline().strip().replace('"', "")
         if first != "path,kind,reason":
             raise UserError(f"--fix-list {file}: this file holds something else; give a new name for the list.")
@@ -154,7 +155,12 @@ def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) ->
             rows = [row for row in list(csv.reader(stream))[1:] if row and row[0]]
     except FileNotFoundError:
         return [], 0
-    except (OSError, csv.Error) as error:
+    except OSError as error:  # it says nothing of the list, in which there may be rows of the user's own
+        raise UserError(
+            f"--fix-list {file}: the list there cannot be read ({error.strerror}); give the same command again, or a "
+            "new name."
+        ) from None
+    except csv.Error as error:
         raise UserError(f"--fix-list {file}: the list there cannot be read ({one_line(error)}); remove it.") from None
     listed = {problem.path for problem in found}
     lacking = [row for row in rows if row[0] not in listed]

@@ -41,7 +41,7 @@ _SLOW, _THREADS = 1e-3, 16
 #: times what the last one took: that of a large set is read, compared and written as a whole.
 _SAVE_EVERY, _SAVE_RARELY = 20.0, 20
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
-_OUTER = ("missing", "broken-link", "outside", "unreadable", "format")
+_OUTER = ("missing", "broken-link", "outside", "unreadable", "unreadable-now", "format")
 
 
 @dataclass

@@ -115,6 +115,9 @@ def export(asked: Export) -> Path:
         (part / "model_card.md").write_text(card.markdown(restored, known, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # an error of writing names none
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     console.print(

@@ -357,17 +357,23 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
-def undecodable(named: str) -> UserError:
-    """The error of a photograph that cannot be decoded; `named` is what `name_unreadable` says of it, or its file."""
-    return UserError(f"{named}: this photograph cannot be decoded; replace it or take it out of the set.")
+def unusable_photograph(file: str, error: Exception) -> UserError:
+    """What to raise where a photograph gave one of `DAMAGED`: it cannot be decoded, or only not be read now."""
+    if isinstance(error, OSError) and error.errno is not None:  # the system's; the decoder's have none
+        return UserError(
+            f"{file}: this photograph cannot be read now ({error.strerror}), which says nothing of what it holds; "
+            "give the same command again, or where that does not help, mend the disk or the rights."
+        )
+    why = " ".join(str(error).split())
+    return UserError(f"{file} ({why}): this photograph cannot be decoded; replace it or take it out of the set.")
 
 
-def name_unreadable(files: Sequence[str]) -> str | None:
-    """The first of these files that PIL cannot decode, with its reason; None if it can decode them all."""
+def first_unusable(files: Sequence[str]) -> UserError | None:
+    """What to raise of the first of these files that PIL cannot decode; None if it can decode them all."""
     for file in files:
         try:
             with Image.open(file) as image:
                 image.load()
         except DAMAGED as error:
-            return f"{file} ({' '.join(str(error).split())})"
+            return unusable_photograph(file, error)
     return None

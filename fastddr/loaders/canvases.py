@@ -15,7 +15,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.data.photograph import DAMAGED, upright
 from fastddr.loaders import dali_decoder
-from fastddr.loaders.base import Task, name_unreadable, undecodable
+from fastddr.loaders.base import Task, unusable_photograph
 
 
 def decoder(task: Task) -> str:
@@ -63,8 +63,8 @@ class PillowCanvases:
         file = self._task.files[id_]
         try:
             photograph = upright(file)
-        except DAMAGED:
-            raise undecodable(name_unreadable([file]) or file) from None
+        except DAMAGED as error:
+            raise unusable_photograph(file, error) from None
         size = (int(self._width[id_]), int(self._height[id_]))
         if photograph.size != size:
             photograph = photograph.resize(size, Image.Resampling.BILINEAR)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastddr import sampling
 from fastddr.errors import UserError
-from fastddr.loaders.base import Task, name_unreadable, undecodable
+from fastddr.loaders.base import Task, first_unusable
 from fastddr.meters import IN_DALI, is_out_of_memory
 
 # The numbers of this file that are of a card's memory are not measured on one.
@@ -29,6 +29,8 @@ SCRATCH = 128 * 2**20
 _SCARCE = 256 * 2**20
 #: Bytes of the photographs that are decoded at once for a store, about; and how many these are at least.
 _AT_ONCE, _FEWEST = 256 * 2**20, 4
+#: What DALI says where the operator of `read` fails.
+_READER = "`nvidia.dali.fn.io.file.read`"
 
 
 def installed() -> bool:
@@ -172,16 +174,28 @@ def explained(error: RuntimeError, ids: Sequence[int], task: Task) -> Exception:
     """What to raise for an error of a pipeline that read these photographs: it does not always say which it was."""
     if is_out_of_memory(error):
         return error
-    bad = name_unreadable([task.files[id_] for id_ in ids])
+    bad = first_unusable([task.files[id_] for id_ in ids])
     if bad is not None:
-        return undecodable(bad)
+        return bad
+    passed = _passed(str(error))
     # A decoder that gets no memory says only that it failed.
-    if task.device.type == "cuda" and torch.cuda.mem_get_info(task.device)[0] < _SCARCE:
+    if passed is None and task.device.type == "cuda" and torch.cuda.mem_get_info(task.device)[0] < _SCARCE:
         return torch.OutOfMemoryError(f"{IN_DALI}: {' '.join(str(error).split())}")
     refused = name_refused(ids, task)
     if refused is None:
-        return error
+        return passed or error
     return UserError(f"{refused}; save it anew as an RGB JPEG or take --loader torchvision (to train, in a new run).")
+
+
+def _passed(said: str) -> UserError | None:
+    """What to raise where DALI could not read a photograph that can be read by now; None of its other errors."""
+    if _READER not in said:
+        return None
+    why = re.search(r"failed: (.+)", said)
+    return UserError(
+        f"a photograph could not be read for a moment ({why[1].strip(' .') if why else 'DALI does not say why'}); give "
+        "the same command again, and mend the disk if it comes again."
+    )
 
 
 def name_refused(ids: Sequence[int], task: Task) -> str | None:

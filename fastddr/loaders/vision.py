@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastddr import ranks, sampling
 from fastddr.data.photograph import DAMAGED, upright
 from fastddr.errors import UserError
-from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, name_unreadable, undecodable
+from fastddr.loaders.base import Loader, Requests, Task, keep_for_ever, unusable_photograph
 
 #: Batches ahead for each worker; also PyTorch's default.
 _AHEAD = 2
@@ -85,12 +85,12 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
     """One photograph through its maps, by PIL: to the canvas (antialiased), warped (bilinear), coloured.
 
     Raises:
-        UserError: the file cannot be decoded.
+        UserError: the file cannot be decoded, or not be read now.
     """
     try:
         photograph = upright(item.file)
-    except DAMAGED:
-        raise undecodable(name_unreadable([item.file]) or item.file) from None
+    except DAMAGED as error:
+        raise unusable_photograph(item.file, error) from None
     pixels = _window(photograph, item, size) if only_crops else _warped(photograph, item, size)
     # Whole rows at a time: a loop over three channels for each pixel costs more than the arithmetic.
     rows = pixels.reshape(size, -1)

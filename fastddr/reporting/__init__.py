@@ -71,7 +71,7 @@ def write(
     from fastddr.reporting import plots, ranked
 
     report = folder or Path(run_dir) / "report"
-    report.mkdir(parents=True, exist_ok=True)
+    report.mkdir(parents=folder is not None, exist_ok=True)  # that of a run that is gone is not made anew
     if fit and "valid" in splits and len(splits["valid"].grades):
         temperature = fitted(splits["valid"].logits, splits["valid"].grades)
     if commonest is None and "train" in splits and len(splits["train"].grades):

@@ -13,6 +13,7 @@ hold a tracker that does nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -157,8 +158,12 @@ class Tracker:
         """Bring what was logged to the disk itself: a checkpoint must not be later than the figures before it.
 
         May be called in another thread than all else; a tracker that cannot do it will say so when it next logs.
+        Raises OSError where it cannot be done, and where `metrics.jsonl` was removed or replaced: lines still go to the
+        old file, which nobody finds any more.
         """
         if self._lines is not None:
+            if not os.path.samestat(os.fstat(self._lines.fileno()), os.stat(self._lines.name)):
+                raise FileNotFoundError(errno.ENOENT, "another file is in its place", self._lines.name)
             os.fsync(self._lines.fileno())
         for copy in list(self._copies):
             with contextlib.suppress(*copy.errors):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import stat
 from importlib.util import find_spec
@@ -174,6 +176,13 @@ def test_a_file_with_other_answers_is_not_kept(
         monkeypatch.setattr(formats, "write", lambda format, deployed, file, about: file.write_bytes(b"junk"))
         assert main(asked) == 2
         assert "--format onnx: onnxruntime does not run the file" in capsys.readouterr().err
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(formats, "write", full)
+    assert main([*asked, "--format", "safetensors"]) == 2
+    assert f"fastddr: {out}: No space left on device; make room" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert main([*asked, "--format", "safetensors"]) == 2
     assert "--mixed_precision bf16: an export is checked in float32" in capsys.readouterr().err

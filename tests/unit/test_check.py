@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -209,10 +211,32 @@ def test_a_list_keeps_what_was_added_to_it_and_what_it_left_out(
     assert not list(tmp_path.glob(".bad*")), "written beside, and renamed"
 
 
-def test_a_list_that_is_a_link_or_a_pipe(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_list_that_cannot_be_read_now_is_not_to_be_removed(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text(problems.write_list([]))
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "open", away)
+    said = rf"--fix-list {bad}: the list there cannot be read \({os.strerror(code)}\); give the same command again"
+    with pytest.raises(UserError, match=said):
+        problems.kept_rows(bad, [], ())
+    with pytest.raises(OSError, match="bad") as told:
+        problems.own_list(bad)
+    assert told.value.filename == str(bad)
+
+
+def test_a_list_that_is_a_link_or_a_pipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "DR_grading" / "train/007-0000-000.jpg").write_bytes(b"")
     (tmp_path / "bad.csv").symlink_to(tmp_path / "real.csv")
     assert check(data, "--fix-list", tmp_path / "bad.csv") == 1
     assert (tmp_path / "bad.csv").is_symlink()
     assert problems.read_list(tmp_path / "real.csv") == {"train/007-0000-000.jpg"}
     assert check(data, "--fix-list", "/dev/null") == 1
+    if Path("/dev/full").exists():  # not on macOS
+        assert check(data, "--fix-list", "/dev/full") == 2
+        assert "fastddr: /dev/full: No space left on device; make room" in capsys.readouterr().err

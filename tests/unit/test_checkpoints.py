@@ -16,9 +16,10 @@ from safetensors.torch import save as by_the_library
 from tests_support import unlistable
 from torch import nn
 
-from fastddr import checkpoints, saving, serializing
+from fastddr import checkpoints, reporting, saving, serializing
 from fastddr.checkpoints import Snapshot
-from fastddr.errors import UserError
+from fastddr.config import Config
+from fastddr.errors import PASSING, UserError
 from fastddr.runs import Progress, RunFolder
 
 
@@ -216,6 +217,40 @@ def test_progress_of_another_version_is_one_sentence(tmp_path: Path) -> None:
     write(run.checkpoints, 1, progress={"step": 1, "mood": "good"}, fingerprint="f", versions={"fastddr": "9"})
     with pytest.raises(UserError, match=r"unexpected keyword argument 'mood'\); go on with the version .*'9'"):
         saving.resume(run, saving.Training(model, None, optimizer, None), "f", print)
+
+
+@pytest.mark.parametrize("code", [*sorted(PASSING), errno.ENXIO, errno.ENOSPC, errno.ENOENT])
+def test_what_the_disk_says_ends_a_run_in_one_sentence(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, (model, optimizer) = RunFolder(tmp_path / "run"), trained()
+    saver = saving.Saver(
+        run, saving.Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
+        wandb_id=None, before=lambda: None,
+    )  # fmt: skip
+    if code != errno.ENOENT:
+        run.path.mkdir()
+        write(run.checkpoints, 1)
+    if code == errno.EMFILE:
+        unlistable(monkeypatch, run.checkpoints, code)
+    with pytest.raises(UserError) as told, saver.readable(Progress(step=2)):
+        raise OSError(code, os.strerror(code))
+    said, again = str(told.value), f"give the same command with --run-dir {run.path}."
+    assert said.startswith(f"{run.path}: {os.strerror(code)}; the run ends at step 2, ")
+    if code == errno.ENOENT:
+        assert said.endswith(f"its folder {run.path} is gone (was it moved?): bring it back, and {again}")
+    else:
+        assert said.endswith(f": {again}" if code in PASSING else f": make room or mend the folder, and {again}")
+        left = f"in {run.checkpoints}:" if code == errno.EMFILE else "step-00000001:"
+        assert f"and the last checkpoint is {left}" in said
+
+
+def test_a_run_that_was_moved_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "gone" / "checkpoints", 1)
+    with pytest.raises(FileNotFoundError):
+        reporting.write(tmp_path / "gone", {}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,14 @@ def test_a_decoder_without_memory_is_told_from_a_bad_photograph(
     found = dali_decoder.explained(failed, [0, 1, 2], replace(on_card, files=files))
     assert isinstance(found, UserError)
     assert "broken.jpg" in str(found)
+    # What could not be read once, and can be now; in DALI's own words.
+    away = RuntimeError(
+        "Error in CPU operator `nvidia.dali.fn.io.file.read`,\nwhich was used\n\nencountered:\n\n"
+        'Assert on "fp_ != nullptr" failed: Could not open file /data/a.jpg\nC++ context: [/opt/dali/std_file.cc:29] '
+    )
+    found = dali_decoder.explained(away, [0, 1], wanted)
+    assert isinstance(found, UserError)
+    assert "for a moment (Could not open file /data/a.jpg); give the same command again" in str(found)
 
 
 @needs_dali
@@ -345,7 +353,7 @@ def test_a_card_without_memory_is_no_bad_photograph(found: manifest.Manifest, mo
 
     loader = loaders.build("dali", task(found))
     loader._pipeline = Full()  # type: ignore[attr-defined]  # of the DALI loader alone
-    monkeypatch.setattr(dali_decoder, "name_unreadable", lambda files: pytest.fail("looked for a bad photograph"))
+    monkeypatch.setattr(dali_decoder, "first_unusable", lambda files: pytest.fail("looked for a bad photograph"))
     with pytest.raises(RuntimeError, match="CUDA allocation failed"):
         loader._receive(loader.task.requests(0), 0)  # type: ignore[attr-defined]  # likewise
     loader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ from fastddr import loaders
 from fastddr.config import AugmentConfig
 from fastddr.data import manifest
 from fastddr.errors import UserError
+from fastddr.loaders.base import first_unusable
+from fastddr.loaders.canvases import PillowCanvases
 
 ALL = [*REAL, "replay"]
 STD = 255 * torch.tensor(AugmentConfig().std).view(1, 3, 1, 1)
@@ -246,6 +249,23 @@ def test_a_photograph_that_cannot_be_decoded_is_named(
         list(loader.epoch(0))
     assert "\n" not in str(caught.value)
     loader.close()
+
+
+def test_a_photograph_that_cannot_be_read_now_is_not_called_damaged(
+    found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(file: object, *_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), file)
+
+    loader = loaders.build("torchvision", task(found, threads=0))
+    monkeypatch.setattr(Image, "open", away)
+    with pytest.raises(UserError, match=r"\.jpg: this photograph cannot be read now \(Input/output error\)"):
+        list(loader.epoch(0))
+    loader.close()
+    canvases = PillowCanvases(task(found, threads=1), 2)
+    with pytest.raises(UserError, match="cannot be read now"):
+        next(canvases.walk(np.arange(2)))
+    assert "cannot be read now" in str(first_unusable(found.files()))
 
 
 @needs_dali

@@ -294,6 +294,7 @@ def test_a_run_whose_links_were_followed_goes_on(tmp_path: Path) -> None:
 
 def test_ranks_are_told_a_checkpoint_by_the_path_that_was_given(tmp_path: Path) -> None:
     """Links on the way to a run may be of one machine alone."""
+    (tmp_path / "real").mkdir()
     _written(tmp_path / "real" / "checkpoints", 3, best=True)
     (tmp_path / "link").symlink_to("real")
     run = runs.RunFolder(tmp_path / "link")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -244,6 +245,33 @@ def test_a_photograph_that_may_not_be_read(data: Path, monkeypatch: pytest.Monke
     assert found_in(survey.take(data)) == {}, "what rights hide is not remembered"
 
 
+@pytest.mark.parametrize("step", ["stat", "header", "pixels"])
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_what_may_pass_is_tried_twice_and_is_not_remembered(
+    code: int, step: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, name = {"stat": (os, "stat"), "header": (Image, "open"), "pixels": (photograph, "_content")}[step]
+    real, failing = getattr(where, name), 0
+
+    def away(file: Any, *arguments: Any, **more: Any) -> Any:
+        nonlocal failing
+        if failing and str(getattr(file, "name", file)).endswith(FIRST):
+            failing -= 1
+            raise OSError(code, os.strerror(code))
+        return real(file, *arguments, **more)
+
+    monkeypatch.setattr(where, name, away)
+    failing = 1
+    assert found_in(checked(data)) == {}
+    assert failing == 0
+    failing = 2
+    seen = checked(data, afresh=True)
+    assert found_in(seen) == {SPOILED: {"unreadable-now"}}
+    with pytest.raises(UserError, match=r"cannot be read now \(.*\); give the same command again"):
+        manifest.of(seen)
+    assert found_in(survey.take(data)) == {}
+
+
 def test_faults_of_the_scan_need_decoding_and_the_rest_do_not(data: Path) -> None:
     for number, what in enumerate(["scan", "no end", "empty", "html", "bomb"]):
         FAULTS[what][1](data / f"train/007-{number:04d}-000.jpg")
@@ -321,10 +349,16 @@ def test_a_broken_cache_is_made_anew(data: Path) -> None:
     (stored,) = [
         p for p in (cache.folder() / "photographs").iterdir() if str(data) in p.read_text(errors="surrogateescape")
     ]
-    older = json.dumps(json.loads(stored.read_text()) | {"version": 0})
-    for content in ("", "{", "[]", '{"version": 2, "path": ["a"], "size": [1]}', older):
+    whole = json.loads(stored.read_text())
+    older, deep = json.dumps(whole | {"version": 0}), "[" * 10**5 + "]" * 10**5
+    for content in ("", "{", "[]", '{"version": 2, "path": ["a"], "size": [1]}', older, deep):
         stored.write_text(content)
         assert len(survey.take(data).undecoded()) == len(SET)
+    for wrong in (None, 0, "40", True):  # of one photograph alone
+        stored.write_text(json.dumps(whole | {"width": [wrong, *whole["width"][1:]]}))
+        seen = survey.take(data)
+        assert len(seen.undecoded()) == 1
+        assert {record.width for record in seen.records.values()} == {40}
 
 
 def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

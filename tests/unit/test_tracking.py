@@ -39,6 +39,20 @@ def test_a_line_is_flat_json_and_there_at_once(tmp_path: Path) -> None:
     tracker.finish()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_figures_that_nobody_finds_any_more_are_told(tmp_path: Path, replaced: bool) -> None:
+    tracker = start(tmp_path)
+    tracker.log({"train/loss": 1.0}, step=1, epoch=0)
+    tracker.sync()
+    (tmp_path / "metrics.jsonl").unlink()
+    if replaced:
+        (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(FileNotFoundError) as told:
+        tracker.sync()
+    assert told.value.filename == str(tmp_path / "metrics.jsonl")
+    tracker.finish()
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = Tracker.silent()
     tracker.log({"train/loss": 1.0}, step=1, epoch=0)

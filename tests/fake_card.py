@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms.v2 import _augment
 
 CUDA = torch.device("cuda", 0)
 
@@ -157,15 +158,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(
         torch.autocast, "__init__", lambda self, device_type, *args, **more: autocast(self, "cpu", *args, **more)
     )
-    # On a CPU alone it looks at the values.
-    monkeypatch.setattr(
-        torch.nn.functional, "one_hot",
-        lambda tensor, num_classes: (
-            (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
-            if tensor.is_cuda
-            else one_hot(tensor, num_classes)
-        ),
-    )  # fmt: skip
+
+    def one_hot_there(tensor: Tensor, num_classes: int) -> Tensor:
+        """On a CPU alone PyTorch's own looks at the values."""
+        if not tensor.is_cuda:
+            return one_hot(tensor, num_classes)
+        return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
+
+    for module in (torch.nn.functional, _augment):  # the second has it by name
+        monkeypatch.setattr(module, "one_hot", one_hot_there)
     with one:
         yield one
 

@@ -217,11 +217,10 @@ def load(path: Path) -> Checkpoint:
     while True:
         there = path.resolve()
         try:
-            return _load(there)
-        except (UserError, OSError) as error:
+            with files.naming(there):
+                return _load(there)
+        except (UserError, OSError):
             if path.resolve() == there:
-                if isinstance(error, OSError):
-                    error.filename = error.filename or str(there)  # an error of reading names none
                 raise
 
 
@@ -271,16 +270,18 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
 
 def load_patiently(path: Path) -> Checkpoint:
     """As `load`, but what the disk fails to read twice (EIO) is a checkpoint that is not whole."""
-    for again in (True, False):
-        try:
-            return load(path)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            if not again:
-                raise UserError(f"{error.filename or path}: {error.strerror}, twice.") from error
-        time.sleep(_PATIENCE)
-    raise AssertionError("it returned or raised")
+    try:
+        return load(path)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+    time.sleep(_PATIENCE)
+    try:
+        return load(path)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}, twice.") from error
 
 
 def standing(folder: Path) -> list[Path]:

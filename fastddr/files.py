@@ -103,7 +103,7 @@ def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part"
     beside = path.with_name(f".{path.name[:40]}.{uuid4().hex[:8]}{ending}")
     stream = beside.open("xb")  # closed below
     try:
-        with stream:
+        with naming(path), stream:
             with suppress(OSError):  # there is none yet; and not every file system has rights
                 before = os.lstat(path)
                 if stat.S_ISREG(before.st_mode):
@@ -113,9 +113,7 @@ def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part"
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(beside, path)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):
             beside.unlink()
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # an error of writing names none
         raise

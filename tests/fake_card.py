@@ -28,6 +28,7 @@ Clock = dict[int, int]
 _HOST = None
 #: Operations whose result the host must have: a number, or a size.
 _WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+#: Where a tensor is in truth. PyTorch's types do not know this base of all tensors.
 _REAL_DEVICE = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
 
 

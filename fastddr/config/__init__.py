@@ -166,14 +166,15 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def may_change(key: str) -> bool:
+    """Whether a dotted key may be another one when a run is resumed; all others are its identity."""
+    return any(key == own or key.startswith(f"{own}.") for own in RUNTIME_KEYS)
+
+
 def identity_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Identity keys in which two configurations differ: key to (old, new)."""
     before, after = flatten(old), flatten(new)
-    return {
-        key: (before[key], after[key])
-        for key in before
-        if before[key] != after[key] and not any(key == r or key.startswith(r + ".") for r in RUNTIME_KEYS)
-    }
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key] and not may_change(key)}
 
 
 # ---------------------------------------------------------------------------------------------- YAML

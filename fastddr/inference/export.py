@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import UInt8
 from rich.console import Console
 
-from fastddr import loaders, models, runtime
+from fastddr import files, loaders, models, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, output, photos, source
@@ -90,7 +90,8 @@ def export(asked: Export) -> Path:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with files.naming(out), ExitStack() as stack:
+        stack.callback(shutil.rmtree, part, ignore_errors=True)
         # In a folder that passes its group on, so does this one.
         part.chmod(0o777 & ~_umask() | part.stat().st_mode & stat.S_ISGID)
         file = part / formats.FILES[asked.format]
@@ -115,11 +116,6 @@ def export(asked: Export) -> Path:
         (part / "model_card.md").write_text(card.markdown(restored, known, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out)
-    except OSError as error:
-        error.filename = error.filename or str(out)  # an error of writing names none
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     console.print(
         f"{out / file.name}: its probabilities on {len(ids)} photographs ({said}) are the run's to "
         f"{about['difference']:.1e}; read {out / 'model_card.md'} before you use it"

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddr.config import RUNTIME_KEYS
+from fastddr.config import may_change
 from fastddr.config.strict import read_yaml
 
 #: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
-_OF_THE_MACHINE = {"seed", "loader", "threads", "micro_batch_size", "deterministic"}
+_OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
 
 
 def recipe(place: Path, weights: str) -> tuple[str, int] | None:
@@ -33,12 +33,8 @@ def recipe(place: Path, weights: str) -> tuple[str, int] | None:
     if run is None or not (run / "manifest.csv").is_file():
         return None
     settings = _flat(read_yaml(run / "config.yaml"))
-    seed = settings.get("seed")
-    kept = {
-        key: value
-        for key, value in settings.items()
-        if key not in _OF_THE_MACHINE and not any(key == own or key.startswith(f"{own}.") for own in RUNTIME_KEYS)
-    }
+    seed = settings.pop("seed", None)
+    kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE and not may_change(key)}
     photographs = hashlib.sha256((run / "manifest.csv").read_bytes()).hexdigest()
     text = json.dumps([kept, photographs, re.sub(r" \(.*?\)", "", weights)], sort_keys=True, default=str)
     return None if not isinstance(seed, int) else (hashlib.sha256(text.encode()).hexdigest(), seed)

@@ -86,7 +86,7 @@ def test_a_loop_at_rest_leaves_the_card_to_others(load: Any, monkeypatch: pytest
     """What its next epoch wants is taken again before the clock begins."""
     recipe, told = load("recipe"), []
 
-    class Loop(recipe.Recipe):  # type: ignore[misc,name-defined]
+    class Loop(recipe.Recipe):  # type: ignore[misc,name-defined]  # loaded by a fixture
         def __init__(self) -> None:
             self.device, self.tuned, self.room = torch.device("cuda", 0), True, 0
 

@@ -440,7 +440,7 @@ def test_a_model_that_gives_one_grade_to_all_has_learned_nothing_however_accurat
     matrix[:, 2] = [3, 1, 30, 0, 4]
     text = reporting.write(tmp_path, {"valid": split(matrix)}, {}, commonest=0).read_text()
     reporting.summary(tmp_path, console=(console := Console(file=io.StringIO(), width=200)))
-    for said in (text, console.file.getvalue()):  # type: ignore[attr-defined]
+    for said in (text, console.file.getvalue()):  # type: ignore[attr-defined]  # a StringIO
         assert "gives grade 2 to every photograph of valid: it has learned nothing yet" in said
     assert f"| Accuracy of one grade for all | {tables.cell(3 / 38)} |" in text
     assert again.write(tmp_path).read_text() == text

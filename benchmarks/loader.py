@@ -245,7 +245,7 @@ class Panel:
         for label, trial in self.trials.items():
             if not self.options.profile or trial.spec.name in PEERS:
                 continue
-            seconds = min(self.options.seconds / 6, 0.5)
+            seconds = min(self.options.seconds / 4, 0.5)
             found = self._asked(
                 f"the profile of {label}", trial, "stages", float(np.median(self.speeds[label])), seconds
             )
@@ -263,7 +263,7 @@ class Panel:
     def limits(self) -> None:
         """What the hardware allows."""
         cores, rounds = self.task.threads, self.options.rounds
-        seconds = min(self.options.seconds / 6, 0.5)
+        seconds = min(self.options.seconds / 4, 0.5)
         files = limits.spaced(self.task.files, 64)
         if all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
             rates = limits.decoded(files, seconds, rounds)

@@ -1,7 +1,8 @@
 """What stops a loader: how much of its time goes into reading, decoding, warping, normalising, copying and Python.
 
 A stage's share is what it adds to the time of one image when it is put behind the stages before it, so a stage that
-runs beside a slower one adds nothing. `Python` is what is left over: feeding, batching, passing between processes.
+runs beside a slower one adds nothing. `Python` is what is left over: feeding, batching, passing between processes,
+waiting for each other. Of DALI it is what the whole loader takes in the same rounds beyond its stages.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from unittest.mock import patch
 
 import harness
 import numpy as np
+import torch
 from PIL import Image
 from timing import Clock, in_turn
 
 from fastddr.data.photograph import upright
 from fastddr.loaders import Loader, Task, dali, vision
 from fastddr.loaders.base import Requests
+from fastddr.loaders.normaliser import Normaliser
 
 #: Rounds in which the stages are timed, in turn.
 ROUNDS = 5
@@ -59,7 +62,7 @@ def of(loader: Loader, rate: float, seconds: float) -> Stages | None:
     """
     match loader.name:
         case "dali":
-            return _dali(loader, rate, seconds)
+            return _dali(loader, loader, seconds)
         case "torchvision":
             return _torchvision(loader, rate, seconds)
         case "resident":
@@ -74,12 +77,13 @@ def sentence(label: str, shares: Mapping[str, Sequence[float]]) -> str:
     return f"{label}: {', '.join(said)}"
 
 
-def _shares(added: Mapping[str, Sequence[float]], whole: float) -> dict[str, list[float]]:
-    """Per cent from seconds an image; what the stages do not explain of `whole` is Python's."""
+def _shares(added: Mapping[str, Sequence[float]], whole: float | Sequence[float]) -> dict[str, list[float]]:
+    """Per cent from seconds an image; what the stages do not explain of `whole`, also by rounds, is Python's."""
     found: dict[str, list[float]] = {stage: [] for stage in (*added, "Python")}
-    for seconds in zip(*added.values(), strict=True):
+    wholes = itertools.repeat(whole) if isinstance(whole, float) else whole
+    for took, *seconds in zip(wholes, *added.values(), strict=False):
         round_ = {stage: max(value, 0.0) for stage, value in zip(added, seconds, strict=True)}
-        round_["Python"] = round_.get("Python", 0.0) + max(whole - sum(round_.values()), 0.0)
+        round_["Python"] = round_.get("Python", 0.0) + max(took - sum(round_.values()), 0.0)
         total = sum(round_.values())
         for stage, value in round_.items():
             found[stage].append(100 * value / total)
@@ -111,6 +115,7 @@ class _Cut:
 
     def __init__(self, build: Callable[[], Any], stage: str) -> None:
         self.names: set[str] = set()
+        self.began = False
 
         def graph(task: Task, pixels: Any, **settings: Any) -> Any:
             node = _ends(whole(task, pixels, **settings))[stage]
@@ -124,6 +129,25 @@ class _Cut:
     def feed_input(self, name: str, value: Any, **settings: Any) -> None:
         if name in self.names:
             self.pipeline.feed_input(name, value, **settings)
+
+    def send(self, loader: Any, batches: Iterator[tuple[Requests, int]]) -> None:
+        """Begins a batch, as the loader whose pipeline this is would."""
+        loader._feed(*next(batches))
+        self.pipeline.schedule_run()
+
+    def fill(self, loader: Any, batches: Iterator[tuple[Requests, int]]) -> int:
+        """Begins as many batches as may be on their way; how many that are."""
+        depth: int = self.pipeline.prefetch_queue_depth
+        if self.began:
+            for _ in range(depth):
+                self.send(loader, batches)
+        else:
+            # DALI's first run fills its whole queue.
+            for _ in range(depth):
+                loader._feed(*next(batches))
+            self.pipeline.schedule_run()
+            self.began = True
+        return depth
 
 
 def _ends(node: Any) -> dict[str, Any]:
@@ -153,7 +177,8 @@ def _epochs(task: Task) -> Iterator[tuple[Requests, int]]:
             yield requests, k
 
 
-def _dali(loader: Any, rate: float, seconds: float) -> Stages:
+def _dali(loader: Any, outer: Loader, seconds: float, begin: Callable[[], None] = lambda: None) -> Stages:
+    """Of a loader with a pipeline, which is `outer` or a part of it. `begin` is called before each turn of a stage."""
     task = loader.task
     names: list[str] = []
 
@@ -167,30 +192,52 @@ def _dali(loader: Any, rate: float, seconds: float) -> Stages:
     cuts = {stage: _Cut(loader._build, stage) for stage in names}
     batches = _epochs(task)
 
-    def send(cut: _Cut) -> None:
-        loader._pipeline = cut
-        loader._feed(*next(batches))
-        cut.pipeline.schedule_run()
+    def turn(cut: _Cut, normaliser: Normaliser | None = None) -> float:
+        """Seconds an image. What other turns have left is done by then, and nothing is left to them."""
+        own, loader._pipeline = loader._pipeline, cut
+        begin()
 
-    def receive_one(cut: _Cut) -> int:
-        cut.pipeline.outputs()
-        send(cut)
-        return task.micro_batch_size
+        def receive() -> int:
+            (output,) = cut.pipeline.outputs()
+            cut.send(loader, batches)
+            if normaliser is not None:
+                normaliser(torch.from_dlpack(output.as_tensor()))
+            return task.micro_batch_size
 
-    for cut in cuts.values():
-        # DALI's first run fills its whole queue.
-        loader._pipeline = cut
-        for _ in range(cut.pipeline.prefetch_queue_depth):
-            loader._feed(*next(batches))
-        cut.pipeline.schedule_run()
-    try:
-        found = _raced({stage: _repeated(partial(receive_one, cut), seconds) for stage, cut in cuts.items()})
-    finally:
-        loader._pipeline = None
+        try:
+            depth = cut.fill(loader, batches)
+            for _ in range(depth):  # which were made one after the other, with nobody waiting
+                receive()
+            took = _repeated(receive, seconds)()
+            for _ in range(depth):
+                cut.pipeline.outputs()
+        finally:
+            loader._pipeline = own
+        return took
+
+    def turn_of_all() -> float:
+        walk = (batch for epoch in itertools.count() for batch in outer.epoch(epoch))
+
+        def receive() -> int:
+            next(walk)
+            return task.micro_batch_size
+
+        try:
+            for _ in range(dali._depth(task) + 1):
+                receive()
+            return _repeated(receive, seconds)()
+        finally:
+            walk.close()
+
+    turns: dict[str, Callable[[], float]] = {stage: partial(turn, cut) for stage, cut in cuts.items()}
+    if loader._normaliser is not None:
+        turns["normalise"] = partial(turn, cuts[names[-1]], loader._normaliser)
+        names.append("normalise")
+    found = _raced({**turns, "all": turn_of_all})
     added = {names[0]: found[names[0]]}
     for before, stage in itertools.pairwise(names):
         added[stage] = [a - b for a, b in zip(found[stage], found[before], strict=True)]
-    return Stages(_shares(added, 1 / rate), [1 / value for value in found.get("decode", [])])
+    return Stages(_shares(added, found["all"]), [1 / value for value in found.get("decode", [])])
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision
@@ -257,9 +304,12 @@ def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
 def _resident(loader: Any, rate: float, seconds: float) -> Stages:
     task = loader.task
     if loader._finisher is not None:
-        # Everything is in the store by now, so nothing has to be made ready.
-        loader._finisher._fed = len(task.requests(0))
-        found = _dali(loader._finisher, rate, seconds).shares
+
+        def begin() -> None:
+            # Everything is in the store by now, so nothing has to be made ready.
+            loader._finisher._fed = len(task.requests(0))
+
+        found = _dali(loader._finisher, loader, seconds, begin).shares
         # What its first operator is fed with is gathered from the store.
         return Stages({stage.replace("Python", "gather, Python"): values for stage, values in found.items()}, [])
 

@@ -8,7 +8,7 @@ a photograph, says which links it has:
 3. Mirror it, where every map is a window; else warp it.
 4. Colour: the normalisation alone, or a matrix for each photograph.
 
-`device_id=None` runs the chain on the CPU.
+`device_id=None` runs the chain on the CPU, where PyTorch may normalise what comes out of it (`normaliser`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Loader, Requests, Seen, Task, close_all, keep_for_ever
+from fastddr.loaders.normaliser import Normaliser
 
 #: Steps whose use of their batches may still be queued on a GPU when the next one is asked for; not measured.
 _QUEUED = 2
@@ -38,6 +39,8 @@ class DaliLoader(Loader):
     """Streams photographs through a DALI pipeline."""
 
     name = "dali"
+    #: What makes the pixels, as `_build` has it.
+    _source: Callable[[Task], Any] | None = None
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -51,6 +54,9 @@ class DaliLoader(Loader):
         self._pipeline: Any = None
         # Of a whole block at once, which each batch then takes its rows of.
         self._of_block = lru_cache(maxsize=2)(partial(_inputs, task))
+        self._normaliser: Normaliser | None = None
+        if _normalised_after(task, self._source):
+            self._normaliser = Normaliser(task.augment, task.threads)
 
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         depth, wanted = _depth(self.task), len(requests) - start
@@ -107,7 +113,7 @@ class DaliLoader(Loader):
                 used.popleft().synchronize()
 
     def _build(self) -> Any:
-        return _build(self.task)
+        return _build(self.task, self._source)
 
     def _feed(self, requests: Requests, k: int) -> None:
         # One array for a whole batch: as a list the paths would take several times as long.
@@ -132,7 +138,8 @@ class DaliLoader(Loader):
                 raise
             raise found from error
         # DALI's dynamic executor hands the buffer over for good: it is freed some time after the tensor, never reused.
-        return torch.from_dlpack(output.as_tensor())
+        images = torch.from_dlpack(output.as_tensor())
+        return images if self._normaliser is None else self._normaliser(images)
 
     def close(self) -> None:
         """Frees the pipeline, its threads and its buffers."""
@@ -218,8 +225,18 @@ def _mirrors(task: Task) -> bool:
     return task.train and (task.augment.hflip or task.augment.vflip)
 
 
-def _build(task: Task, source: Callable[[Task], Any] | None = None) -> Any:
-    """The pipeline. `source` makes the operator that gives it pixels; by default they are read and decoded."""
+def _normalised_after(task: Task, source: Callable[[Task], Any] | None) -> bool:
+    """Whether images leave the pipeline before they are normalised, on a CPU.
+
+    Windows of canvases that are there already (a `source`) do not: they keep the thread that asks for them busy, and
+    DALI's threads have little else to do.
+    """
+    alone = task.device.type == "cpu" and task.only_normalises
+    return alone and (source is None or not task.only_crops)
+
+
+def _build(task: Task, source: Callable[[Task], Any] | None) -> Any:
+    """The pipeline. `source` makes the operator that gives it pixels; with None they are read and decoded."""
     # Larger buffers come from DALI's own pool instead of `malloc`, which would give them back to the system and fetch
     # them anew, page by page, for each batch. Read when DALI first allocates.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
@@ -237,7 +254,9 @@ def _build(task: Task, source: Callable[[Task], Any] | None = None) -> Any:
         seed=0,  # nothing in the graph is random
     )
     with pipeline:
-        pipeline.set_outputs(_graph(task, (source or _decoded)(task), upright=source is None))
+        after = _normalised_after(task, source)
+        pixels = (source or _decoded)(task)
+        pipeline.set_outputs(_graph(task, pixels, upright=source is None, normalise=not after))
     return dali_decoder.built(pipeline)
 
 
@@ -264,10 +283,11 @@ def given_pixels(task: Task) -> Any:
     return _external("pixels", "UINT8", 3, layout="HWC", no_copy=True)
 
 
-def _graph(task: Task, pixels: Any, *, upright: bool) -> Any:
+def _graph(task: Task, pixels: Any, *, upright: bool, normalise: bool) -> Any:
     """From pixels and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32.
 
-    `upright`: windows that shall be upside down are not so yet.
+    `upright`: windows that shall be upside down are not so yet. Without `normalise` the images are of levels 0-255,
+    windows as uint8.
     """
     from nvidia.dali import fn, types
 
@@ -287,17 +307,21 @@ def _graph(task: Task, pixels: Any, *, upright: bool) -> Any:
     if not task.only_crops:
         pixels = _warp(pixels, given("back", types.FLOAT, 2), task)
     elif _mirrors(task):
-        mirror = {"mirror": given("hflip", types.INT32, 0)}
-        if upright:
-            pixels = fn.flip(pixels, horizontal=0, vertical=given("vflip", types.INT32, 0))
-    if task.only_normalises:
+        left_right = given("hflip", types.INT32, 0)
+        upside_down = given("vflip", types.INT32, 0) if upright else 0
+        if task.only_normalises and normalise:
+            # To normalise mirrors left to right without a pass of its own.
+            mirror = {"mirror": left_right}
+            left_right = 0
+        if upright or not mirror:
+            pixels = fn.flip(pixels, horizontal=left_right, vertical=upside_down)
+    if task.only_normalises and normalise:
         mean, std = ([255 * value for value in values] for values in (task.augment.mean, task.augment.std))
         # DALI has no bfloat16: that is cast from float32, on the device.
         dtype = types.FLOAT16 if task.dtype == torch.float16 else types.FLOAT
-        # It mirrors without a pass of its own.
         return fn.crop_mirror_normalize(pixels, mean=mean, std=std, dtype=dtype, output_layout="HWC", **mirror)
-    if mirror:
-        pixels = fn.flip(pixels, horizontal=mirror["mirror"])
+    if task.only_normalises:
+        return pixels
     return fn.coord_transform(pixels, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
 
 

@@ -18,6 +18,8 @@ from fastddr.loaders.base import Requests, Task
 class Finisher(dali.DaliLoader):
     """Warps, mirrors and colours boxes of canvases that are there already, by the same operators; on the CPU."""
 
+    _source = staticmethod(dali.given_pixels)
+
     def __init__(self, task: Task, canvas: Callable[[int], UInt8[Tensor, "h w 3"]]) -> None:
         """`canvas`: the canvas of an id; it is looked at when a batch is fed, `depth` batches ahead."""
         width, height = sampling.canvas_size(task.widths, task.heights, task.canvas)
@@ -45,9 +47,6 @@ class Finisher(dali.DaliLoader):
 
     def _boxes(self, inputs: dict[str, np.ndarray], ids: np.ndarray, out: Any) -> Iterator[Any]:
         return zip(out, ids.tolist(), inputs["start"].tolist(), inputs["shape"].tolist(), strict=True)
-
-    def _build(self) -> Any:
-        return dali._build(self.task, dali.given_pixels)
 
     def _feed(self, requests: Requests, k: int) -> None:
         if k > self._fed:

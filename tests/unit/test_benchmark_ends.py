@@ -352,27 +352,6 @@ def test_a_loop_that_breaks_has_a_row_in_the_race_to_a_kappa(load: Any, monkeypa
     }
 
 
-@pytest.mark.parametrize("name", ["_torchvision", "_resident"])
-def test_the_first_round_of_a_profile_warms_up(
-    name: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stages = load("stages")
-    wanted = task(manifest.read(tiny))
-    rounds: list[int] = []
-
-    def timed(work: Any, seconds: float) -> Any:
-        times = iter([1e9, *(1.0 + 0.1 * turn for turn in range(stages.ROUNDS))])
-        return lambda: rounds.append(work()) or next(times)
-
-    monkeypatch.setattr(stages, "_repeated", timed)
-    given = SimpleNamespace(task=wanted, _finisher=None)
-    found = getattr(stages, name)(given, 1e-3, 0.0).shares
-    assert rounds, "nothing was timed"
-    for values in found.values():
-        assert len(values) == stages.ROUNDS
-    assert max(found["Python"]) < 100, "a cold round is no share"
-
-
 def test_errors_are_one_line(load: Any) -> None:
     harness = load("harness")
     assert harness.sentence(UserError("no\n room.")) == "no room"

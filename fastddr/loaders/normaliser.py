@@ -1,7 +1,7 @@
 """The normalisation of a batch on a CPU, by PyTorch.
 
-DALI's `crop_mirror_normalize` takes a quarter of all the time where windows are only cut, since it computes a value at
-a time where the channels stay last; PyTorch computes several, in less than half of it.
+DALI's `crop_mirror_normalize` computes a value at a time where the channels stay last, PyTorch several; where windows
+are only cut, that is much of the time.
 """
 
 from __future__ import annotations

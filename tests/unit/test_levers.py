@@ -327,7 +327,8 @@ json.dump(found, open(sys.argv[1], "w"))
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_compiled_step_is_the_eager_one_to_rounding(tmp_path: Path) -> None:
+def test_a_compiled_step_is_the_eager_one_to_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # to start processes that compile takes longer
     subprocess.run([sys.executable, "-c", STEPS, str(tmp_path / "found.json")], check=True, cwd=ROOT, timeout=300)
     found = json.loads((tmp_path / "found.json").read_text())
     eager, compiled = found["eager"], found["compiled"]

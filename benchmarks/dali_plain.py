@@ -23,8 +23,8 @@ class DaliPlain(Peer):
     only compute each pixel again, is left out there. Elsewhere other scales come about, by how long a photograph is.
     For policies that turn and colour there are `rotate` and `color_twist`.
 
-    It shuffles within the reader's buffer of 1024 files. An epoch's last batch is padded by the reader: what pads it is
-    decoded, and not counted.
+    It shuffles within the reader's buffer of 1024 files. An epoch's last batch is filled from the next epoch, so that
+    nothing is decoded that does not count.
     """
 
     name = "dali-plain"
@@ -42,7 +42,7 @@ class DaliPlain(Peer):
         with pipeline:
             pipeline.set_outputs(*self._graph())
         self.iterator: Any = DALIClassificationIterator(
-            pipeline, reader_name="photographs", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True
+            pipeline, reader_name="photographs", last_batch_policy=LastBatchPolicy.FILL, auto_reset=True
         )
 
     def _graph(self) -> tuple[Any, Any]:
@@ -54,7 +54,6 @@ class DaliPlain(Peer):
             files=self.files,
             labels=[int(task.grades[id_]) for id_ in task.ids],
             random_shuffle=True,
-            pad_last_batch=True,
             name="photographs",
         )
         images = fn.decoders.image_random_crop(

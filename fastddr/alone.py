@@ -1,7 +1,8 @@
 """One Trainer at a time in a process.
 
 How many micro batches make a step is Accelerate's for the whole process, and so is the lock that holds a run's folder:
-a second Trainer would change the steps of the first one, and let go of its folder.
+a second Trainer would change the steps of the first one, and let go of its folder. Of several ranks a process has one
+in its life: at its end they leave each other, and Accelerate does not let them meet again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+
+from accelerate.state import PartialState
+from torch import distributed
 
 from fastddr.errors import UserError
 
@@ -31,7 +35,8 @@ def take(trainer: object, closed: bool = False) -> None:
     """From here on `trainer` is the one that is open.
 
     Raises:
-        UserError: one is, or this one was `closed`; or this process is a worker that imports its parent's script.
+        UserError: one is, or this one was `closed`; or this process is a worker that imports its parent's script, or
+            one of several ranks that have left each other.
     """
     global _open
     if _imports_a_script():
@@ -41,6 +46,11 @@ def take(trainer: object, closed: bool = False) -> None:
         )
     if closed:
         raise UserError("this Trainer is closed; Trainer(trainer.config) makes a new one, which goes on with its run.")
+    if PartialState._shared_state.get("num_processes", 1) > 1 and not distributed.is_initialized():
+        raise UserError(
+            "of several ranks a process has one Trainer in its life, and this one has had it: its ranks have left each "
+            "other; start the command again for the next one."
+        )
     with _lock:
         check()
         _open = weakref.ref(trainer)

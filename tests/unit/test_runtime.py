@@ -472,3 +472,19 @@ def test_a_window_tells_of_the_rank_that_waited_longest() -> None:
     found = window.close(gather, sums, 6.0, {"memory": 1.5})
     assert found["train/data_wait"] == pytest.approx(2 / 100, rel=0.01)
     assert math.isnan(found["train/loss"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_that_have_left_each_other_do_not_train_again(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Some:
+        pass
+
+    monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": processes})
+    trainer = Some()
+    if processes == 1:
+        alone.take(trainer)
+        return
+    with pytest.raises(UserError, match="start the command again for the next one"):
+        alone.take(trainer)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    alone.take(trainer)

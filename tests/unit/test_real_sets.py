@@ -16,6 +16,7 @@ from photographs import draw, folders, gdrbench, kaggle, labelled, official
 from fastddr.config import SplitConfig
 from fastddr.data import layouts, manifest, photos, problems, splits, survey
 from fastddr.data.layouts import Entry, Listing
+from fastddr.data.layouts.common import patient_of
 from fastddr.errors import UserError
 
 EYES = [f"{patient}_{side}" for patient in (10, 13, 15, 16, 17) for side in ("left", "right")]
@@ -74,6 +75,18 @@ def _in_a_table(root: Path) -> None:
 def test_names_of_eyepacs_tell_the_patient_in_every_layout(make: Callable[[Path], Path], tmp_path: Path) -> None:
     make(tmp_path / "set")
     assert patients(tmp_path / "set") == {f"{name}.jpeg": name.split("_")[0] for name in EYES}
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [("10_LEFT.JPG", "10"), ("10_left-600.jpg", "10"), ("10_right-600-FA.jpg", "10")]
+    + [("10_left_jpeg.rf.1a2b.jpg", "10"), ("a/10_right (1).png", "10"), ("10_left", "10")]
+    + [
+        (name, None) for name in ("10_leftover.jpg", "10_left2.jpg", "x10_left.jpg", "10_left/7.jpg", "007-10_left.jpg")
+    ],
+)
+def test_copies_of_eyepacs_tell_the_patient_too(name: str, patient: str | None) -> None:
+    assert patient_of(name) == patient
 
 
 def test_eyes_of_one_patient_are_drawn_into_one_split_and_told_where_they_are_not(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ _GRADE_NAMES = {
 
 #: Folders that a system puts beside photographs, in lower case.
 _OF_SYSTEM = ("__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found")
-#: The name of a photograph of EyePACS, which tells its patient.
-_EYE = re.compile(r"(\d+)_(?:left|right)")
+#: The name of a photograph of EyePACS, which tells its patient; copies add to it: `10_left-600`, `10_left_jpeg.rf.1a2b`.
+_EYE = re.compile(r"(\d+)_(?:left|right)(?![^\W_])", re.IGNORECASE)
 #: Characters of a line of a label file that a sentence shows.
 _QUOTED = 40
 #: What stands in a column of patients where there is none, in lower case.
@@ -107,7 +107,7 @@ def grade_of(name: str) -> int | None:
 
 def patient_of(path: str) -> str | None:
     """The patient that a name of EyePACS tells (`10_left.jpeg`), for labels that say nothing of patients."""
-    match = _EYE.fullmatch(os.path.splitext(path.rpartition("/")[2])[0])
+    match = _EYE.match(path.rpartition("/")[2])
     return match[1] if match else None
 
 

@@ -288,6 +288,12 @@ def test_idrid_whose_names_stand_in_both_splits(tmp_path: Path) -> None:
             ("a. Training Set", 3, "train"),
             ("b. Testing Set", 4, "test"),
         ]
+    # Without it, the other of its name must not take its place.
+    (home / "1. Original Images" / "b. Testing Set" / "IDRiD_001.jpg").unlink()
+    (problem,) = layouts.find(home).problems
+    assert (problem.path, problem.kind) == ("1. Original Images/a. Training Set/IDRiD_001.jpg", "doubled")
+    assert problem.reason.startswith("IDRiD_001 is of grade 4 by 2. Groundtruths/b. IDRiD_")
+    assert problem.reason.endswith("or is one of two photographs of this name, of which the other is missing")
 
 
 def test_messidor_2_by_its_header(tmp_path: Path) -> None:

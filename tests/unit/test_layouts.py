@@ -271,6 +271,12 @@ def test_aptos_with_test_photographs_that_have_no_grade(tmp_path: Path) -> None:
     assert found.layout == "aptos"
     assert seen(found) == {"000c1434d8d7.png": 2}
     assert not found.problems
+    for grade in (0, 1):
+        draw(tmp_path / "test" / str(grade) / "a.png", grade)
+    (note,) = layouts.find(tmp_path).notes
+    assert note == (
+        "3 photographs lie in folders of which train.csv names none, and are not read: test/0/, test/1/, test_images/."
+    )
 
 
 def test_idrid_whose_names_stand_in_both_splits(tmp_path: Path) -> None:
@@ -343,7 +349,7 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
         (["../a.jpg", "1", ""], "label", "leads out of the folder"),
         (["/etc/a.jpg", "1", ""], "label", "leads out of the folder"),
         (["a.jpg", "1", "holdout"], "label", "the split 'holdout' of a.jpg"),
-        (["b.jpg", "1", "train"], "doubled", "labels.csv, line 3: b.jpg stands already in line 2"),
+        (["b.jpg", "1", "train"], "doubled", "b.jpg is of grade 0 by labels.csv, line 2 and of grade 1 by labels.csv, line 3"),
         (["twice", "1", "train"], "ambiguous", "twice may be one/twice.jpg, two/twice.jpg"),
     ],
 )

@@ -113,7 +113,9 @@ def test_a_column_of_patients_overrules_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "patient"),
     [("17", "17"), ("17.0", "17"), ("1.2.840.0", "1.2.840.0"), ("17.5", "17.5"), ("p/3", "p/3"), (" p1 ", "p1")]
-    + [(cell, None) for cell in ("", "NA", "n/a", "NaN", "None", "null", "Unknown", "anon", "-")],
+    + [("017", "017"), ("#12", "#12"), (unicodedata.normalize("NFD", "Müller"), unicodedata.normalize("NFC", "Müller"))]
+    + [(cell, None) for cell in ("", "NA", "n/a", "NaN", "None", "null", "Unknown", "anon", "-")]
+    + [(cell, None) for cell in ("#N/A", "#NV", "<NA>", "#REF!")],
 )
 def test_what_a_cell_says_of_the_patient(cell: str, patient: str | None, tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg")

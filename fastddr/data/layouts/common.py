@@ -37,8 +37,9 @@ _OF_SYSTEM = ("__macosx", "$recycle.bin", "system volume information", "@eadir",
 _EYE = re.compile(r"(\d+)_(?:left|right)(?![^\W_])", re.IGNORECASE)
 #: Characters of a line of a label file that a sentence shows.
 _QUOTED = 40
-#: What stands in a column of patients where there is none, in lower case.
-_NO_PATIENT = ("", "-", "na", "n/a", "nan", "none", "null", "unknown", "anon", "anonymous")
+#: What stands in a column of patients where there is none, in lower case; with a # what a spreadsheet writes.
+_NO_PATIENT = ("", "-", "na", "n/a", "nan", "none", "null", "unknown", "anon", "anonymous", "<na>", "#n/a", "#na",
+               "#nv", "#name?", "#null!", "#num!", "#ref!", "#value!", "#div/0!")  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -112,8 +113,8 @@ def patient_of(path: str) -> str | None:
 
 
 def patient_in(cell: str) -> str | None:
-    """The patient that a table's cell names."""
-    said = cell.strip()
+    """The patient that a table's cell names, in one of the ways in which Unicode spells it, as files are `folded`."""
+    said = unicodedata.normalize("NFC", cell.strip())
     # A column of numbers that ran through pandas beside an empty cell: 17 is "17.0". Other dots are part of an id.
     number = re.fullmatch(r"(\d+)\.0", said)
     return None if said.lower() in _NO_PATIENT else number[1] if number else said

@@ -349,7 +349,7 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
         (["../a.jpg", "1", ""], "label", "leads out of the folder"),
         (["/etc/a.jpg", "1", ""], "label", "leads out of the folder"),
         (["a.jpg", "1", "holdout"], "label", "the split 'holdout' of a.jpg"),
-        (["b.jpg", "1", "train"], "doubled", "is of grade 0 by labels.csv, line 2 and of grade 1 by labels.csv, line 3"),
+        (["b.jpg", "1", "train"], "doubled", "of grade 0 by labels.csv, line 2 and of grade 1 by labels.csv, line 3"),
         (["twice", "1", "train"], "ambiguous", "twice may be one/twice.jpg, two/twice.jpg"),
     ],
 )

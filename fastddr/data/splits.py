@@ -170,12 +170,16 @@ def _cut(entries: Sequence[Entry], called: dict[str, str], share: float, seed: i
     for entry in entries:
         groups[f"patient {entry.patient}" if entry.patient else entry.path].append(entry)
 
+    def in_the_draw(name: str) -> tuple[bytes, str]:
+        # A patient's name is whole: a dot or a slash in it is part of it.
+        return _place(seed, purpose, called.get(name, name)), name
+
     strata: dict[int, list[str]] = defaultdict(list)
     for name, members in groups.items():
         strata[max(entry.grade for entry in members)].append(name)
     found: set[str] = set()
     for names in strata.values():
-        drawn = sorted(names, key=lambda name: (_place(seed, purpose, called.get(name, name)), name))
+        drawn = sorted(names, key=in_the_draw)
         count = round(share * len(drawn))
         if len(drawn) >= 3 and share > 0:
             count = max(1, count)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import takewhile
 
 from fastddr.config import SplitConfig
 from fastddr.data.grades import DDR, UNGRADABLE
@@ -28,11 +29,12 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
     # Without splits of its own a prepared set is split as its source is, whatever was left out of it.
     entries = there + (listing.absent if all(entry.split is None for entry in there) else [])
     given = {entry.split for entry in entries}
-    by = "patient" if any(entry.patient for entry in entries) else "photograph"
-    what = f"by chance (seed {config.seed}), stratified by grade, {by} by {by}"
+    pool = [entry for entry in entries if entry.split in (None, "train")]
+    what = f"by chance (seed {config.seed}), stratified by grade, {_by(pool)}"
     share = config.valid_share / (1 - config.test_share)
     if given <= {None}:
         notes = []
+        called = _called(pool)
         official = _official_test(entries) if config.test != "random" else None
         if official is None and config.test == "official":
             counts = "/".join(str(n) for n in _by_grade(entries))
@@ -49,11 +51,11 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
                 f"{without if ungradable else ''}."
             )
         else:
-            test = _cut(entries, config.test_share, config.seed, "test")
+            test = _cut(entries, called, config.test_share, config.seed, "test")
             notes.append(f"The set has no splits: {config.test_share:.0%} for test were drawn {what}.")
-            notes += _nearly_ddr(entries)
+            notes += _nearly_ddr(entries) + _alike(listing, pool, called)
         rest = [entry for entry in entries if entry.path not in test]
-        valid = _cut(rest, share, config.seed, "valid")
+        valid = _cut(rest, called, share, config.seed, "valid")
         notes.append(f"Of the rest, {share:.0%} for valid were drawn {what}.")
         found = [
             e._replace(split="test" if e.path in test else "valid" if e.path in valid else "train") for e in entries
@@ -65,9 +67,10 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
             "others have; give every photograph one, or none."
         )
     elif "valid" not in given and "train" in given:
-        train = [entry for entry in entries if entry.split == "train"]
-        valid = _cut(train, share, config.seed, "valid")
+        called = _called(pool)
+        valid = _cut(pool, called, share, config.seed, "valid")
         notes = [f"The set has no valid split: {share:.0%} of train were drawn for it {what}."]
+        notes += _alike(listing, pool, called)
         found = [e._replace(split="valid") if e.path in valid else e for e in entries]
     else:
         notes = [] if config == SplitConfig() else ["The set has splits of its own, so --splitting draws none."]
@@ -109,30 +112,74 @@ def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:
     return frozenset(found)
 
 
+def _by(entries: Sequence[Entry]) -> str:
+    """Whether patients or photographs are drawn; of how many photographs the patient is known, where not of all."""
+    known = sum(bool(entry.patient) for entry in entries)
+    if known in (0, len(entries)):
+        return "patient by patient" if known else "photograph by photograph"
+    return f"patient by patient (known of {known} of {len(entries)} photographs; the others one by one)"
+
+
+def _bare(path: str) -> str:
+    return os.path.splitext(path.rpartition("/")[2])[0]
+
+
+def _called(entries: Sequence[Entry]) -> dict[str, str]:
+    """What each photograph without a known patient is called in the draw, by path.
+
+    Its name without folder and extension, so that its prepared copy falls into the same split. Of a name that several
+    bear (`007/fundus.jpg`) the hash would be one, and the order of folders would draw: they are called by their paths
+    below the folder that holds all.
+    """
+    alone = [entry.path for entry in entries if not entry.patient]
+    bearers = Counter(map(_bare, alone))
+    folders = [path.split("/")[:-1] for path in alone] or [[]]
+    # What the first and the last of them share, all do.
+    shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(min(folders), max(folders), strict=False)))
+
+    def name(path: str) -> str:
+        bare = _bare(path)
+        return bare if bearers[bare] == 1 else os.path.splitext("/".join(path.split("/")[shared:]))[0]
+
+    return {path: name(path) for path in alone}
+
+
+def _alike(listing: Listing, entries: Sequence[Entry], called: dict[str, str]) -> list[str]:
+    """The sentence about a set without patients in which most names repeat: its folders may be patients."""
+    bearers = Counter(map(_bare, called))
+    many = sum(bearers[_bare(path)] > 1 for path in called)
+    # Class folders are none.
+    if listing.layout == "folders" or len(called) < len(entries) or 2 * many <= len(entries):
+        return []
+    return [
+        f"{many} photographs bear names that others bear too, in other folders: if a folder is a patient, name it in a "
+        "column patient of a label table, or one patient's photographs fall into several splits."
+    ]
+
+
 def _place(seed: int, purpose: str, bare: str) -> bytes:
     return hashlib.sha256(f"{seed}/{purpose}/{bare}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _cut(entries: Sequence[Entry], share: float, seed: int, purpose: str) -> frozenset[str]:
+def _cut(entries: Sequence[Entry], called: dict[str, str], share: float, seed: int, purpose: str) -> frozenset[str]:
     """Paths of a share of the entries, whole patients, the same share of each grade (a patient's is the worst).
 
-    A patient's place in the draw comes from a hash of seed and name, so that one more patient moves no other. A
-    photograph's name is taken without folder and extension: its prepared copy falls into the same split.
+    A patient's place in the draw comes from a hash of seed and name, so that one more patient moves no other.
     """
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[f"patient {entry.patient}" if entry.patient else entry.path].append(entry)
 
-    def bare(name: str) -> str:
-        # A dot or a slash in an id is part of it.
-        return name if groups[name][0].patient else os.path.splitext(name.rpartition("/")[2])[0]
+    def in_the_draw(name: str) -> tuple[bytes, str]:
+        # A patient's name is whole: a dot or a slash in it is part of it.
+        return _place(seed, purpose, called.get(name, name)), name
 
     strata: dict[int, list[str]] = defaultdict(list)
     for name, members in groups.items():
         strata[max(entry.grade for entry in members)].append(name)
     found: set[str] = set()
     for names in strata.values():
-        drawn = sorted(names, key=lambda name: (_place(seed, purpose, bare(name)), name))
+        drawn = sorted(names, key=in_the_draw)
         count = round(share * len(drawn))
         if len(drawn) >= 3 and share > 0:
             count = max(1, count)

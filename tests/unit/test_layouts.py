@@ -271,6 +271,12 @@ def test_aptos_with_test_photographs_that_have_no_grade(tmp_path: Path) -> None:
     assert found.layout == "aptos"
     assert seen(found) == {"000c1434d8d7.png": 2}
     assert not found.problems
+    for grade in (0, 1):
+        draw(tmp_path / "test" / str(grade) / "a.png", grade)
+    (note,) = layouts.find(tmp_path).notes
+    assert note == (
+        "3 photographs lie in folders of which train.csv names none, and are not read: test/0/, test/1/, test_images/."
+    )
 
 
 def test_idrid_whose_names_stand_in_both_splits(tmp_path: Path) -> None:
@@ -288,6 +294,12 @@ def test_idrid_whose_names_stand_in_both_splits(tmp_path: Path) -> None:
             ("a. Training Set", 3, "train"),
             ("b. Testing Set", 4, "test"),
         ]
+    # Without it, the other of its name must not take its place.
+    (home / "1. Original Images" / "b. Testing Set" / "IDRiD_001.jpg").unlink()
+    (problem,) = layouts.find(home).problems
+    assert (problem.path, problem.kind) == ("1. Original Images/a. Training Set/IDRiD_001.jpg", "doubled")
+    assert problem.reason.startswith("IDRiD_001 is of grade 4 by 2. Groundtruths/b. IDRiD_")
+    assert problem.reason.endswith("or is one of two photographs of this name, of which the other is missing")
 
 
 def test_messidor_2_by_its_header(tmp_path: Path) -> None:
@@ -337,7 +349,7 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
         (["../a.jpg", "1", ""], "label", "leads out of the folder"),
         (["/etc/a.jpg", "1", ""], "label", "leads out of the folder"),
         (["a.jpg", "1", "holdout"], "label", "the split 'holdout' of a.jpg"),
-        (["b.jpg", "1", "train"], "doubled", "labels.csv, line 3: b.jpg stands already in line 2"),
+        (["b.jpg", "1", "train"], "doubled", "of grade 0 by labels.csv, line 2 and of grade 1 by labels.csv, line 3"),
         (["twice", "1", "train"], "ambiguous", "twice may be one/twice.jpg, two/twice.jpg"),
     ],
 )

@@ -16,6 +16,7 @@ from photographs import draw, folders, gdrbench, kaggle, labelled, official
 from fastddr.config import SplitConfig
 from fastddr.data import layouts, manifest, photos, problems, splits, survey
 from fastddr.data.layouts import Entry, Listing
+from fastddr.data.layouts.common import patient_of
 from fastddr.errors import UserError
 
 EYES = [f"{patient}_{side}" for patient in (10, 13, 15, 16, 17) for side in ("left", "right")]
@@ -76,6 +77,16 @@ def test_names_of_eyepacs_tell_the_patient_in_every_layout(make: Callable[[Path]
     assert patients(tmp_path / "set") == {f"{name}.jpeg": name.split("_")[0] for name in EYES}
 
 
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [("10_LEFT.JPG", "10"), ("10_left-600.jpg", "10"), ("10_right-600-FA.jpg", "10")]
+    + [("10_left_jpeg.rf.1a2b.jpg", "10"), ("a/10_right (1).png", "10"), ("10_left", "10")]
+    + [(name, None) for name in ("10_leftover.jpg", "10_left2.jpg", "x10_left.jpg", "10_left/7.jpg", "7-10_left.jpg")],
+)
+def test_copies_of_eyepacs_tell_the_patient_too(name: str, patient: str | None) -> None:
+    assert patient_of(name) == patient
+
+
 def test_eyes_of_one_patient_are_drawn_into_one_split_and_told_where_they_are_not(tmp_path: Path) -> None:
     _in_folders(tmp_path / "drawn")
     divided, notes = splits.assign(layouts.find(tmp_path / "drawn"), SplitConfig())
@@ -102,7 +113,9 @@ def test_a_column_of_patients_overrules_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "patient"),
     [("17", "17"), ("17.0", "17"), ("1.2.840.0", "1.2.840.0"), ("17.5", "17.5"), ("p/3", "p/3"), (" p1 ", "p1")]
-    + [(cell, None) for cell in ("", "NA", "n/a", "NaN", "None", "null", "Unknown", "anon", "-")],
+    + [("017", "017"), ("#12", "#12"), (unicodedata.normalize("NFD", "Müller"), unicodedata.normalize("NFC", "Müller"))]
+    + [(cell, None) for cell in ("", "NA", "n/a", "NaN", "None", "null", "Unknown", "anon", "-")]
+    + [(cell, None) for cell in ("#N/A", "#NV", "<NA>", "#REF!")],
 )
 def test_what_a_cell_says_of_the_patient(cell: str, patient: str | None, tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg")
@@ -209,10 +222,21 @@ def test_a_photograph_twice_in_one_split_by_two_tables_is_in_doubt(tmp_path: Pat
     for number in range(3):
         draw(tmp_path / f"{number}.jpg", number)
     table(tmp_path, "path,grade,split", "0.jpg,0,train", "1.jpg,1,valid", name="train.csv")
-    table(tmp_path, "path,grade,split", "2.jpg,2,test", "0.jpg,3,train", name="test.csv")
+    table(tmp_path, "path,grade,split", "2.jpg,2,test", "0.jpg,0,train", name="test.csv")
     (problem,) = layouts.find(tmp_path).problems
     assert (problem.path, problem.kind) == ("0.jpg", "doubled")
     assert problem.reason == "train.csv, line 2: 0.jpg stands already in test.csv, line 3"
+
+
+@pytest.mark.parametrize(("grade", "said"), [("3", "of grade 3"), ("", "without a grade")])
+def test_a_photograph_of_two_grades_is_in_doubt_whatever_its_splits(grade: str, said: str, tmp_path: Path) -> None:
+    for number in range(4):
+        draw(tmp_path / f"{number}.jpg", number)
+    rows = ["0.jpg,0,train", "1.jpg,1,valid", "2.jpg,2,test", "3.jpg,0,train", f"0.jpg,{grade},test"]
+    (problem,) = problems.errors(layouts.find(table(tmp_path, "path,grade,split", *rows)).problems)
+    assert (problem.path, problem.kind) == ("0.jpg", "doubled")
+    assert problem.reason == f"0.jpg is {said} by labels.csv, line 6 and of grade 0 by labels.csv, line 2"
+    assert "0.jpg" not in manifest.read(tmp_path, on_bad="exclude").path
 
 
 # ------------------------------------------------------------------------------------------ how names are spelled

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastddr import files
-from fastddr.data.grades import UNGRADABLE
+from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.problems import Problem, one_line
 from fastddr.errors import PASSING, UserError
 
@@ -33,12 +33,13 @@ _GRADE_NAMES = {
 
 #: Folders that a system puts beside photographs, in lower case.
 _OF_SYSTEM = ("__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found")
-#: The name of a photograph of EyePACS, which tells its patient.
-_EYE = re.compile(r"(\d+)_(?:left|right)")
+#: The name of a photograph of EyePACS, which tells its patient. That of a copy may go on: `10_left-600`.
+_EYE = re.compile(r"(\d+)_(?:left|right)(?![^\W_])", re.IGNORECASE)
 #: Characters of a line of a label file that a sentence shows.
 _QUOTED = 40
-#: What stands in a column of patients where there is none, in lower case.
-_NO_PATIENT = ("", "-", "na", "n/a", "nan", "none", "null", "unknown", "anon", "anonymous")
+#: What stands in a column of patients where there is none, in lower case; with a # what a spreadsheet writes.
+_NO_PATIENT = ("", "-", "na", "n/a", "nan", "none", "null", "unknown", "anon", "anonymous", "<na>", "#n/a", "#na",
+               "#nv", "#name?", "#null!", "#num!", "#ref!", "#value!", "#div/0!")  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -107,13 +108,13 @@ def grade_of(name: str) -> int | None:
 
 def patient_of(path: str) -> str | None:
     """The patient that a name of EyePACS tells (`10_left.jpeg`), for labels that say nothing of patients."""
-    match = _EYE.fullmatch(os.path.splitext(path.rpartition("/")[2])[0])
+    match = _EYE.match(path.rpartition("/")[2])
     return match[1] if match else None
 
 
 def patient_in(cell: str) -> str | None:
-    """The patient that a table's cell names."""
-    said = cell.strip()
+    """The patient that a table's cell names, in one of the ways in which Unicode spells it, as files are `folded`."""
+    said = unicodedata.normalize("NFC", cell.strip())
     # A column of numbers that ran through pandas beside an empty cell: 17 is "17.0". Other dots are part of an id.
     number = re.fullmatch(r"(\d+)\.0", said)
     return None if said.lower() in _NO_PATIENT else number[1] if number else said
@@ -276,12 +277,17 @@ class Named:
         """Say what is named more than once; to be called when all is added, so that the order decides on nothing.
 
         A photograph stays in the split that is held out furthest, and its lines of other splits are the errors: left
-        out, they take nothing from the held-out photographs. Named there more than once, it is in doubt itself.
+        out, they take nothing from the held-out photographs. Named there more than once, or with several grades, it is
+        in doubt itself: where two photographs bear one name, the one that is missing would lend it its grade.
         """
         for place, named in self._again.items():
             furthest = max(_held_out(entry) for entry in named)
             first, *more = (entry for entry in named if _held_out(entry) == furthest)
             self._listing.entries[place] = first
+            if other := next((entry for entry in named if entry.grade != first.grade), None):
+                both = " and ".join(f"{_graded(one)} by {one.label}, line {one.line}" for one in (first, other))
+                self._say(first.path, f"{first.token} is {both}{_or_missing(first, other)}")
+                continue
             for entry in more:
                 there = f"line {first.line}" if entry.label == first.label else f"{first.label}, line {first.line}"
                 self._say(entry.path, f"{entry.label}, line {entry.line}: {entry.token} stands already in {there}")
@@ -289,11 +295,23 @@ class Named:
                 if _held_out(entry) < furthest:
                     self._say(
                         f"{entry.label}, line {entry.line}",
-                        f"{entry.token} is in {first.split} too, by {first.label}, line {first.line}, and counts there",
+                        f"{entry.token} is in {first.split} too, by {first.label}, line {first.line}, and counts there"
+                        f"{_or_missing(first, entry)}",
                     )
 
     def _say(self, path: str, reason: str) -> None:
         self._listing.problems.append(Problem(path, "doubled", one_line(reason)))
+
+
+def _or_missing(one: Entry, other: Entry) -> str:
+    """What else two lines of one photograph may mean: a table of each split, and names without the folders."""
+    if one.label == other.label or "/" in one.token or "/" in other.token:
+        return ""
+    return ", or is one of two photographs of this name, of which the other is missing"
+
+
+def _graded(entry: Entry) -> str:
+    return "without a grade" if entry.grade == UNKNOWN else f"of grade {entry.grade}"
 
 
 def _held_out(entry: Entry) -> int:

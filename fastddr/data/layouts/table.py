@@ -263,12 +263,20 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
     named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
     homes = {os.path.dirname(entry.path) for entry in listing.entries}
-    orphans = sorted(p for p in index.paths - named if os.path.dirname(p) in homes)
+    rest = sorted(index.paths - named)
+    orphans = [path for path in rest if os.path.dirname(path) in homes]
     listing.problems.extend(Problem(path, "orphan", f"it has no row in {labels}") for path in orphans)
     if orphans:
         listing.notes.append(
             f"{len(orphans)} photographs have no row in {labels} and are left out: {some(orphans)}."
         )  # fmt: skip
+    # A competition's test set, as likely as one that was meant to be read: counted, and none listed.
+    if len(rest) > len(orphans):
+        away = sorted({os.path.dirname(path) for path in rest} - homes)
+        listing.notes.append(
+            f"{len(rest) - len(orphans)} photographs lie in folders of which {labels} names none, and are not read: "
+            f"{some([f'{folder}/' if folder else str(root) for folder in away])}."
+        )
     if unknown := [entry.path for entry in listing.entries if entry.grade == UNKNOWN]:
         listing.problems.extend(Problem(path, "unlabelled", "its grade is empty") for path in unknown)
         listing.notes.append(f"{len(unknown)} photographs have no grade in {labels} and are left out: {some(unknown)}.")

@@ -294,11 +294,15 @@ def test_messidor_2_by_its_header(tmp_path: Path) -> None:
     for number, name in enumerate(["a.png", "b.JPG", "c.png"]):
         draw(tmp_path / "IMAGES" / name, number)
     header = ["image_id", "adjudicated_dr_grade", "adjudicated_dme", "adjudicated_gradable"]
-    rows = [["a.png", "2.0", "0.0", "1"], ["b.JPG", "0.0", "0.0", "1"], ["c.png", "", "", "0"]]
-    write_csv(tmp_path / "messidor_data.csv", header, rows)
-    found = layouts.find(tmp_path)
-    assert found.layout == "messidor2"
-    assert seen(found) == {"a.png": 2, "b.JPG": 0, "c.png": 5}
+    for no in ("0", "0.0", "0.00", "False", "no"):
+        rows = [["a.png", "2.0", "0.0", "1"], ["b.JPG", "0.0", "0.0", "1.0"], ["c.png", "0", "", no]]
+        write_csv(tmp_path / "messidor_data.csv", header, rows)
+        found = layouts.find(tmp_path)
+        assert found.layout == "messidor2"
+        assert seen(found) == {"a.png": 2, "b.JPG": 0, "c.png": 5}
+    write_csv(tmp_path / "messidor_data.csv", header, [*rows[:2], ["c.png", "0", "", "ungradable"]])
+    (problem, *_) = layouts.find(tmp_path).problems
+    assert (problem.path, problem.kind) == ("messidor_data.csv, line 4", "grade")
 
 
 def test_our_own_table_by_file_with_odd_names(tmp_path: Path) -> None:
@@ -324,6 +328,25 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("path,Grade,grade ", "Grade and grade"),
+        ("path,grade,Path", "path and Path"),
+        ("path,grade,split,Split", "split and Split"),
+        ("path,grade,patient,patient", "patient and patient"),
+        ("path,grade,Patient,patient_id", "Patient and patient_id"),
+        ("image_id,adjudicated_dr_grade,adjudicated_gradable,adjudicated gradable",
+         "adjudicated_gradable and adjudicated gradable"),
+    ],
+)  # fmt: skip
+def test_two_columns_that_mean_the_same_are_refused(header: str, columns: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"{header}\na.jpg,0,1,1\n")
+    for place in (tmp_path, tmp_path / "labels.csv"):
+        with pytest.raises(UserError, match=rf"labels\.csv: its columns {columns}.* keep the right one"):
+            layouts.find(place)
+
+
+@pytest.mark.parametrize(
     ("row", "kind", "said"),
     [
         (["a.jpg", "7", ""], "grade", "grade '7' of a.jpg"),
@@ -331,6 +354,8 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
         (["a.jpg", "- 1", ""], "grade", "'- 1'"),
         (["a.jpg", "1?", ""], "grade", "'1?'"),
         (["a.jpg", "4+", ""], "grade", "'4+'"),
+        (["a.jpg", "None", ""], "grade", "'None' of a.jpg may mean that there is none"),
+        (["3", "a.jpg", "1", "train"], "label", "4 cells under 3 headings"),
         (["a\0.jpg", "1", ""], "label", "cannot hold a NUL"),
         ([], "label", "name of the photograph is empty"),
         (["", "1", ""], "label", "name of the photograph is empty"),

@@ -47,6 +47,12 @@ _HEADERS = {
 }
 #: Only Messidor's own table has this column, spelled.
 _OF_MESSIDOR = "ophthalmologicdepartment"
+#: Columns of which a table may have one, spelled; each of these sets means one thing.
+_PATIENT, _GRADABLE = ("patient", "patientid"), "adjudicatedgradable"
+#: What stands in the column that says which photographs could be graded, in lower case; an empty cell says nothing.
+_CAN_BE_GRADED = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+#: In a folder's name this is grade 0; in a cell it may as well be what a program writes where there is nothing.
+_NOTHING = ("no", "none")
 #: A competition's example of a submission has the header of the labels and made-up grades.
 _NOT_LABELS = "samplesubmission"
 
@@ -159,7 +165,7 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
             fence.check(file, file.parent)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=mark, strict=True)
-            next(reader)
+            _refuse_twice(file, next(reader))
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         if fence is not None and error.errno not in PASSING:
@@ -172,6 +178,19 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
     if layout == "aptos" and spelled(file.stem) == "drgrading":
         layout = "kaggle"
     return _Table(file, layout, header, rows)
+
+
+def _refuse_twice(file: Path, header: Sequence[str]) -> None:
+    """Raise `UserError` where two columns mean the same: which of them is right nobody can tell."""
+    names = [spelled(cell) for cell in header]
+    name, grade = (names[column] for column in _pair(names))
+    for meaning in ((name,), (grade,), ("split",), _PATIENT, (_GRADABLE,)):
+        same = [cell.strip() for cell, spelling in zip(header, names, strict=True) if spelling in meaning]
+        if len(same) > 1:
+            raise UserError(
+                f"{file}: its columns {' and '.join(same)} would both be read as one thing (case and spaces do not "
+                "count); keep the right one, and rename or remove the other."
+            )
 
 
 class _Index:
@@ -278,8 +297,8 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
 def _add(found: _Table, split: str | None, index: _Index, listing: Listing, known: Named) -> None:
     label = found.file.relative_to(listing.root).as_posix()
     grade_column = _pair(found.header)[1]
-    split_column, patient_column = found.cells("split"), found.cells("patient", "patientid")
-    gradable_column = found.cells("adjudicatedgradable")
+    split_column, patient_column = found.cells("split"), found.cells(*_PATIENT)
+    gradable_column = found.cells(_GRADABLE)
     for line, row in found.rows:
 
         def wrong(kind: str, reason: str, line: int = line) -> None:
@@ -288,6 +307,11 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         def cell(column: int | None, row: list[str] = row) -> str:
             return row[column].strip() if column is not None and column < len(row) else ""
 
+        if any(more.strip() for more in row[len(found.header) :]):
+            # Its cells stand under the wrong headings, the grade perhaps too.
+            wrong("label", f"it has {len(row)} cells under {len(found.header)} headings: put a cell that holds "
+                  "what separates cells, as a comma, in quotes")  # fmt: skip
+            continue
         # Not stripped: a name may begin or end in a space, and is looked for as it stands first.
         token = found.token(row)
         token = token if token in index.paths or token in index.by_name else token.strip()
@@ -302,9 +326,15 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         # `./a.jpg` is `a.jpg`; a name in whose folder it stands just so is left as it is.
         named = named if named in index.paths else posixpath.normpath(named)
         # A cell that ran through pandas beside an empty one is "2.0".
-        text = re.sub(r"(?<=\d)\.0+$", "", cell(grade_column))
+        text, can = (re.sub(r"(?<=\d)\.0+$", "", cell(column)) for column in (grade_column, gradable_column))
+        if can.lower() not in _CAN_BE_GRADED:
+            wrong("grade", f"{quoted(can)!r} does not say whether {quoted(token)} could be graded: 1, or 0 for no")
+            continue
+        if text.lower() in _NOTHING:
+            wrong("grade", f"grade {text!r} of {quoted(token)} may mean that there is none: say 0, or leave it empty")
+            continue
         grade = grade_of(text) if text not in ("", str(UNKNOWN)) else UNKNOWN
-        if cell(gradable_column) in ("0", "0.0"):
+        if not _CAN_BE_GRADED[can.lower()]:
             grade = UNGRADABLE
         if grade is None:
             wrong("grade", f"grade {quoted(text)!r} of {quoted(token)} is not one of 0-4 (ICDR) or 5 (ungradable)")

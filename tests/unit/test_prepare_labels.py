@@ -10,7 +10,9 @@ import photographs
 import pytest
 from eyes import eye, official, quick, run, told
 
-from fastddr.data import survey
+from fastddr.data import layouts, relabel, survey
+from fastddr.data.crop import name_of
+from fastddr.data.relabel import Kept
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +97,26 @@ def test_a_name_in_another_case_stays_clear_beside_one_that_gets_its_extension(t
     assert wanted in (tmp_path / "out" / place).read_text()
     read = {entry.path: entry.grade for entry in survey.take(tmp_path / "out").entries}
     assert (read["train/n0.JPG"], read["train/n0.jpg"]) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"1.tif": "1.tif", "a.jpg.tif": "A.JPG.TIF", "a.png": "A.PNG"},
+        {"A/a.jpg.JPG": "a.jpg", "A/a.tif": "a.tif", "A/b.tif": "b"},
+    ],
+)
+def test_a_name_stays_clear_beside_one_that_is_it_without_its_extension(named: dict[str, str], tmp_path: Path) -> None:
+    source, out = tmp_path / "data", tmp_path / "out"
+    photographs.write_csv(source / "labels.csv", ["path", "grade"], list(zip(named.values(), range(3), strict=True)))
+    for path in named:
+        photographs.draw(source / path)
+    read = layouts.find(source).entries
+    assert [entry.path for entry in read] == list(named)
+    kept = [Kept(entry, name_of(entry.path, "jpeg")) for entry in read]
+    for one in kept:
+        photographs.draw(out / one.path)
+    (out / "labels.csv").write_bytes(relabel.labels(source, kept)["labels.csv"])
+    assert [(entry.path, entry.grade) for entry in layouts.find(out).entries] == [
+        (one.path, grade) for grade, one in enumerate(kept)
+    ]

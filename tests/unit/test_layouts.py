@@ -327,6 +327,37 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
     assert [(p.path, p.kind) for p in found.problems] == [("b.jpg", "unlabelled"), ("c.jpg", "unlabelled")]
 
 
+def test_a_table_whose_photographs_all_lie_elsewhere(tmp_path: Path) -> None:
+    for number in range(3):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    rows = [[f"{number}.png", number] for number in range(3)]
+    write_csv(tmp_path / "labels" / "l.csv", ["path", "grade"], rows)
+    for place in (tmp_path / "labels", tmp_path / "labels" / "l.csv"):
+        with pytest.raises(UserError, match=r"none of the 3 photographs that l\.csv names.*holds both the table and its"):
+            layouts.find(place)
+    assert len(layouts.find(tmp_path).entries) == 3
+    write_csv(tmp_path / "labels" / "l.csv", ["path", "grade"], [[f"images/{number}.JPG", 1] for number in range(3)])
+    with pytest.raises(UserError, match=r"images/0\.JPG is not there, but photos/0\.png is: mend the names in the table"):
+        layouts.find(tmp_path)
+    # One that is there is enough, and so is a link to nothing: each of the others has an error of its own.
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.JPG").symlink_to("gone")
+    assert len(layouts.find(tmp_path).entries) == 3
+
+
+def test_a_table_whose_photographs_all_lie_in_several_folders(tmp_path: Path) -> None:
+    """EyePACS made smaller lies beside EyePACS cropped, each in a folder of a folder."""
+    for number, home in enumerate(["resized/resized", "cropped/cropped"]):
+        draw(tmp_path / home / "10_left.jpeg", number)
+        draw(tmp_path / home / "10_right.jpeg", number)
+    draw(tmp_path / "cropped" / "cropped" / "10_right.png")
+    write_csv(tmp_path / "trainLabels.csv", ["image", "level"], [["10_left", 1], ["10_right.jpeg", 2]])
+    with pytest.raises(UserError, match=r"names lies in several folders \(cropped/cropped, resized/resized\); put the"):
+        layouts.find(tmp_path / "trainLabels.csv")
+    (tmp_path / "trainLabels.csv").rename(tmp_path / "resized" / "resized" / "trainLabels.csv")
+    assert seen(layouts.find(tmp_path / "resized" / "resized")) == {"10_left.jpeg": 1, "10_right.jpeg": 2}
+
+
 @pytest.mark.parametrize(
     ("header", "columns"),
     [

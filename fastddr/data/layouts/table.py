@@ -208,6 +208,8 @@ class _Index:
         # What many photographs may mean is sought once: their table may name each of them so.
         self._several: dict[tuple[str, str | None], list[str]] = {}
         self._splits: dict[str, str | None] = {}
+        #: Of each row that may mean several photographs: these.
+        self.doubts: list[list[str]] = []
         # Asked where nothing is written just so.
         self._any_case: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
@@ -229,6 +231,12 @@ class _Index:
                 found = [path for path in found if self._split_of(path) == split] or found
             self._several[token, split] = found
         return self._several[token, split]
+
+    def near(self, path: str) -> str | None:
+        """A photograph of the same name in another folder, or with another extension."""
+        name = path.rpartition("/")[2]
+        named = (self._any_case.get(folded(bare), []) for bare in (name, os.path.splitext(name)[0]))
+        return next((paths[0] for paths in named if paths), None)
 
     def _split_of(self, path: str) -> str | None:
         """The split that the folders of a photograph tell."""
@@ -278,6 +286,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
             )
     known.judge()
     labels = ", ".join(t.file.name for t in found)
+    _refuse_elsewhere(listing, index, labels)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
     named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
@@ -292,6 +301,36 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
         listing.problems.extend(Problem(path, "unlabelled", "its grade is empty") for path in unknown)
         listing.notes.append(f"{len(unknown)} photographs have no grade in {labels} and are left out: {some(unknown)}.")
     return listing
+
+
+def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
+    """Raise `UserError` where no row finds its photograph, for one reason: they lie elsewhere, or in several folders."""
+    entries, doubts = listing.entries, index.doubts
+    if entries and not doubts and not any(_is_there(entry, listing.root, index) for entry in entries):
+        near = ((entry.token, path) for entry in entries if (path := index.near(entry.path)) is not None)
+        token, path = next(near, ("", ""))
+        raise UserError(
+            f"{listing.root}: none of the {len(entries)} photographs that {labels} names lies in it or below it; "
+            + (f"{quoted(token)} is not there, but {path} is: mend the names in the table." if path else
+               "give the folder that holds both the table and its photographs, or restore them.")
+        )  # fmt: skip
+    if doubts and not entries:
+        shared = set.intersection(*({os.path.dirname(path) for path in paths} for paths in doubts))
+        homes = [home for home in sorted(shared - {""}) if all(_below(home, paths) == 1 for paths in doubts)]
+        if homes:
+            raise UserError(
+                f"{listing.root}: each photograph that {labels} names lies in several folders ({some(homes)}); put "
+                "the table into the right one, and give that folder as --data."
+            )
+
+
+def _is_there(entry: Entry, root: Path, index: _Index) -> bool:
+    """Whether anything bears its name: a broken link, or what is no photograph by its name, has an error of its own."""
+    return entry.path in index.paths or os.path.lexists(root / entry.path)
+
+
+def _below(folder: str, paths: Sequence[str]) -> int:
+    return sum(path.startswith(f"{folder}/") for path in paths)
 
 
 def _add(found: _Table, split: str | None, index: _Index, listing: Listing, known: Named) -> None:
@@ -346,6 +385,7 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
             continue
         candidates = index.find(named, own)
         if len(candidates) > 1:
+            index.doubts.append(candidates)
             wrong("ambiguous", f"{quoted(token)} may be {some(candidates)}")
             continue
         path = candidates[0] if candidates else named

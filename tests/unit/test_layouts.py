@@ -359,6 +359,61 @@ def test_a_table_whose_photographs_all_lie_in_several_folders(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("photographs", "label_file", "header", "row"),
+    [
+        ("eye/{}/{}_{}.jpeg", "eye/labels/trainLabels.csv", "image,level", "{1}_{2}"),
+        ("export/photos/{1}/{2}.jpg", "export/tables/labels.csv", "path,grade", "photos/{1}/{2}.jpg"),
+    ],
+)
+def test_folders_like_splits_or_grades_hide_no_table(
+    photographs: str, label_file: str, header: str, row: str, tmp_path: Path
+) -> None:
+    named = [("train" if n < 9 else "test", n, side) for n in range(1, 13) for side in ("left", "right")]
+    for number, one in enumerate(named):
+        draw(tmp_path / photographs.format(*one), number)
+    home = tmp_path / label_file.partition("/")[0]
+    # Of a header that is not known, or in a form that is not: what the folders seem to be, and the table.
+    (tmp_path / label_file).parent.mkdir()
+    for file, wrong in ((label_file, "patient_id,image_id"), (f"{label_file[:-4]}.xlsx", "other form: save it as CSV")):
+        (tmp_path / file).write_text(f"{wrong}\n")
+        with pytest.raises(UserError, match=rf"no grade|is empty.*{wrong}"):
+            layouts.find(home)
+        (tmp_path / file).unlink()
+    (tmp_path / label_file).write_text("\n".join([header, *(f"{row.format(*one)},{one[1] % 5}" for one in named)]))
+    for place in (home, tmp_path):
+        found = layouts.find(place)
+        assert found.root == home
+        assert len(found.entries) == len(named)
+        assert not found.problems
+
+
+def test_a_misspelt_grade_is_told_from_the_folder_above_and_beside_another_set(tmp_path: Path) -> None:
+    folders(tmp_path / "mine")
+    (tmp_path / "mine" / "train" / "2").rename(tmp_path / "mine" / "train" / "moderrate")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"mine/train/moderrate: this class folder is no grade"):
+            layouts.find(tmp_path)
+        LAYOUTS["csv"](tmp_path / "other")
+
+
+def test_numbered_folders_beside_a_table_that_is_not_read(tmp_path: Path) -> None:
+    for number in range(10):
+        draw(tmp_path / "site" / str(1 + number % 5) / f"{number}.jpg", number)
+    assert any("No photograph is of grade 0" in note for note in layouts.find(tmp_path).notes)
+    for file in ("grades.csv", "site/grades.xlsx"):
+        (tmp_path / file).write_text("file,dr_grade\n0.jpg,0\n")
+        said = rf"site: its folders 1, 2, 3, 4, 5 may be grades or mere numbers, and {Path(file).name} beside them"
+        with pytest.raises(UserError, match=said):
+            layouts.find(tmp_path)
+        draw(tmp_path / "site" / "0" / "10.jpg", 10)
+        found = layouts.find(tmp_path)
+        assert len(found.entries) == 11, "all of 0-4 are grades"
+        assert found.notes == []
+        (tmp_path / "site" / "0" / "10.jpg").unlink()
+        (tmp_path / file).unlink()
+
+
+@pytest.mark.parametrize(
     ("header", "columns"),
     [
         ("path,Grade,grade ", "Grade and grade"),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fastddr import files
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import folded
-from fastddr.data.layouts.table import delimiter, key_column
+from fastddr.data.layouts.table import delimiter, heads, key_column
 from fastddr.errors import UserError
 
 
@@ -112,19 +112,19 @@ def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
     text = text.removeprefix("\ufeff")
     mark = delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
-    header = next(reader)
-    key = key_column(header)
+    top = [next(reader) for _ in range(heads(text))]
+    key = key_column(top[-1])
     rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     if key is None or not set(lines) <= {number for number, _ in rows}:
         raise _changed(file, 1)
-    found = [header]
+    found = [*top]
     for number, row in rows:
         if number in lines:
             old, new = lines[number]
             if row[key].strip() != old.strip():
                 raise _changed(file, number)
             found.append(row if new == old else [*row[:key], new, *row[key + 1 :]])
-    if found == [header, *(row for _, row in rows)]:
+    if found == [*top, *(row for _, row in rows)]:
         return None
     return files.table(found, mark)
 

@@ -23,10 +23,12 @@ def _quick() -> Iterator[None]:
 
 @pytest.mark.parametrize("mark", [";", "\t", ","])
 def test_a_table_keeps_what_separates_its_cells(tmp_path: Path, mark: str) -> None:
-    lines = ["path;grade;split;note"]
+    # Excel's line of what separates cells, and a comma that separates none.
+    lines, more = [*(["sep=;"] if mark == ";" else []), "path;grade;split;note"], "" if mark == "," else ", b"
+    lines[-1] += more
     for number in range(6):
         eye(tmp_path / "data" / "in" / f"n{number}.tif", number)
-        lines.append(f"in/n{number}.tif;{number % 3};{'train' if number > 2 else 'valid'};a 1")
+        lines.append(f"in/n{number}.tif;{number % 3};{'train' if number > 2 else 'valid'};a 1{more}")
     lines.append("in/gone.tif;0;train;")
     (tmp_path / "data" / "labels.csv").write_text("\ufeff" + "\n".join(lines).replace(";", mark) + "\n", "utf-8")
     run(tmp_path / "data", tmp_path / "out", on_bad="exclude")

@@ -87,11 +87,11 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
             where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
             raise UserError(f"{place}: several data sets lie below it ({where}); give one of these folders.")
         level = list(_next(level, found[0][1].root if found else None))
-    for folder, error in refused:
+    for folder, refusal in refused:
         # What looked like splits or grades was neither where a label file tells of what is in there.
         if not found or found[0][1].layout == "folders" or not _touch(folder, found[0][1].root):
             unread = _unread(place, fence)
-            raise UserError(str(error) if unread is None else f"{str(error).removesuffix('.')}; {unread}.") from None
+            raise UserError(str(refusal) if unread is None else f"{str(refusal).removesuffix('.')}; {unread}.")
     if found:
         return _whole(found[0][1], fence)
     raise UserError(
@@ -190,9 +190,9 @@ def _refuse_numbered(listing: Listing, top: Path, fence: Fence) -> None:
     for home in {listing.root, listing.root.parent if listing.root != top else top}:
         for file, _ in _unread_in(home, top, fence):
             raise UserError(
-                f"{listing.root}: its folders {', '.join(sorted(names))} may be grades or mere numbers, and {file.name} "
-                "beside them may hold the grades; make it a label table (path,grade), or move it away if the folders "
-                "are the grades."
+                f"{listing.root}: its folders {', '.join(sorted(names))} may be grades or mere numbers, and "
+                f"{file.name} beside them may hold the grades; make it a label table (path,grade), or move it away if "
+                "the folders are the grades."
             )
 
 

@@ -104,12 +104,12 @@ def table(file: Path) -> Listing:
 
 
 def unknown_header(file: Path) -> str | None:
-    """The first line of a CSV that is no label table, cut short; None where it is one, or no CSV, or cannot be read."""
+    """The header of a CSV that is no label table, cut short; None where it is one, or no CSV, or cannot be read."""
     try:
-        if file.suffix.lower() != ".csv" or not file.is_file() or _known(_header(file)[1]) is not None:
+        if file.suffix.lower() != ".csv" or not file.is_file():
             return None
-        with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            return one_line(stream.readline(200).strip()[:120]) or None
+        header = _header_line(_begin(file))
+        return None if _known(_cells(header, delimiter(header))) else one_line(header.strip()[:120]) or None
     except (OSError, csv.Error):
         return None
 
@@ -121,14 +121,30 @@ def key_column(header: Sequence[str]) -> int | None:
 
 
 def delimiter(text: str) -> str:
-    """What separates the cells of a table, by its header: a comma, else a semicolon or a tab."""
-    header = _first_line(text)
-    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    """What separates the cells of a table, by its header: under which it is known, else a comma, a semicolon, a tab."""
+    header = _header_line(text)
+    there = [mark for mark in (",", ";", "\t") if mark in header]
+    return next((mark for mark in there if _known(_cells(header, mark)) is not None), (*there, ",")[0])
 
 
-def _first_line(text: str) -> str:
-    """Up to the first line break, which may be a lone carriage return: some programs write tables so still."""
-    return re.split(r"[\r\n]", text, maxsplit=1)[0]
+def heads(text: str) -> int:
+    """How many lines a table's header takes: with the line `sep=;` above it, by which Excel knows what separates cells,
+    two."""
+    return 2 if re.fullmatch(r"\"?sep=.\"?", _lines(text)[0], re.IGNORECASE) else 1
+
+
+def _header_line(text: str) -> str:
+    return _lines(text)[heads(text) - 1]
+
+
+def _lines(text: str) -> list[str]:
+    """The first two lines. A line break may be a lone carriage return: some programs write tables so still."""
+    return [*re.split(r"\r\n|\r|\n", text, maxsplit=2), ""][:2]
+
+
+def _cells(header: str, mark: str) -> list[str]:
+    """The cells of a table's first line, spelled."""
+    return [spelled(cell) for cell in next(csv.reader([header], delimiter=mark), [])]
 
 
 def _known(header: Sequence[str]) -> str | None:
@@ -143,12 +159,10 @@ def _pair(header: Sequence[str]) -> tuple[int, int]:
     return next((header.index(key), header.index(grade)) for key, grade in _HEADERS if {key, grade} <= set(header))
 
 
-def _header(file: Path) -> tuple[str, list[str]]:
-    """What separates the cells of a table, and the cells of its first line, spelled."""
+def _begin(file: Path) -> str:
+    """The first two lines of a file, or as much of them as may be a header."""
     with file.open("rb") as raw:
-        first = _first_line(raw.readline(1 << 16).decode("utf-8-sig", "replace"))
-    mark = delimiter(first)
-    return mark, [spelled(cell) for cell in next(csv.reader([first], delimiter=mark), [])]
+        return b"".join(raw.readline(1 << 16) for _ in range(2)).decode("utf-8-sig", "replace")
 
 
 def _read(file: Path, fence: Fence | None = None) -> _Table | None:
@@ -157,7 +171,9 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
     try:
         if not file.is_file():  # whoever opens a pipe waits for ever
             return None
-        mark, header = _header(file)
+        begin = _begin(file)
+        mark = delimiter(begin)
+        header = _cells(_header_line(begin), mark)
         layout = _known(header)
         if layout is None:
             return None
@@ -165,6 +181,8 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
             fence.check(file, file.parent)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=mark, strict=True)
+            for _ in range(heads(begin) - 1):
+                next(reader)
             _refuse_twice(file, next(reader))
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
@@ -304,7 +322,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
 
 
 def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
-    """Raise `UserError` where no row finds its photograph, for one reason: they lie elsewhere, or in several folders."""
+    """Raise `UserError` where no row finds its photograph: they lie elsewhere, or all in the same several folders."""
     entries, doubts = listing.entries, index.doubts
     if entries and not doubts and not any(_is_there(entry, listing.root, index) for entry in entries):
         near = ((entry.token, path) for entry in entries if (path := index.near(entry.path)) is not None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fastddr import files
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import folded
-from fastddr.data.layouts.table import delimiter, key_column
+from fastddr.data.layouts.table import delimiter, heads, key_column
 from fastddr.errors import UserError
 
 
@@ -32,11 +32,12 @@ class Kept(NamedTuple):
 def tokens(kept: Sequence[Kept]) -> dict[str, dict[int, tuple[str, str]]]:
     """What each line of each label file calls its photograph: (before, from now on), by label file and line.
 
-    A name without an extension stays, and so do case and backslashes. A name that several outputs bear, in any case,
-    because of a new extension becomes exact: in a table a path.
+    A name without an extension stays, and so do case and backslashes. A name that several outputs bear, in any case and
+    with its extension or without (`a.jpg`, of `a.jpg.jpg` too), because of a new extension becomes exact: in a table a
+    path.
     """
-    alike = Counter(folded(_name(one.path)) for one in kept)
-    renamed = {folded(_name(one.path)) for one in kept if one.path != one.entry.path}
+    alike = Counter(key for one in kept for key in _keys(one.path))
+    renamed = {key for one in kept if one.path != one.entry.path for key in _keys(one.path)}
     found: dict[str, dict[int, tuple[str, str]]] = {}
     for entry, path in kept:
         if not entry.label:
@@ -46,7 +47,7 @@ def tokens(kept: Sequence[Kept]) -> dict[str, dict[int, tuple[str, str]]]:
         if name != new and (whole == last or whole.endswith((f"/{last}", f"\\{last}"))):
             old = os.path.splitext(name)[1]
             token = token[: len(token) - len(old)] + os.path.splitext(new)[1]
-        if folded(new) in renamed and alike[folded(new)] > 1:
+        if any(key in renamed and alike[key] > 1 for key in _keys(path)):
             folder, slash, _ = token.rpartition("/")
             token = path if entry.label.lower().endswith(".csv") else folder + slash + new
         found.setdefault(entry.label, {})[entry.line] = (entry.token, token)
@@ -55,6 +56,12 @@ def tokens(kept: Sequence[Kept]) -> dict[str, dict[int, tuple[str, str]]]:
 
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def _keys(path: str) -> set[str]:
+    """What a label may call a photograph, but for its folder."""
+    name = _name(path)
+    return {folded(name), folded(os.path.splitext(name)[0])}
 
 
 def labels(root: Path, kept: Sequence[Kept], also: Sequence[str] = ()) -> dict[str, bytes]:
@@ -105,19 +112,19 @@ def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
     text = text.removeprefix("\ufeff")
     mark = delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
-    header = next(reader)
-    key = key_column(header)
+    top = [next(reader) for _ in range(heads(text))]
+    key = key_column(top[-1])
     rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     if key is None or not set(lines) <= {number for number, _ in rows}:
         raise _changed(file, 1)
-    found = [header]
+    found = [*top]
     for number, row in rows:
         if number in lines:
             old, new = lines[number]
             if row[key].strip() != old.strip():
                 raise _changed(file, number)
             found.append(row if new == old else [*row[:key], new, *row[key + 1 :]])
-    if found == [header, *(row for _, row in rows)]:
+    if found == [*top, *(row for _, row in rows)]:
         return None
     return files.table(found, mark)
 

@@ -306,11 +306,15 @@ def test_messidor_2_by_its_header(tmp_path: Path) -> None:
     for number, name in enumerate(["a.png", "b.JPG", "c.png"]):
         draw(tmp_path / "IMAGES" / name, number)
     header = ["image_id", "adjudicated_dr_grade", "adjudicated_dme", "adjudicated_gradable"]
-    rows = [["a.png", "2.0", "0.0", "1"], ["b.JPG", "0.0", "0.0", "1"], ["c.png", "", "", "0"]]
-    write_csv(tmp_path / "messidor_data.csv", header, rows)
-    found = layouts.find(tmp_path)
-    assert found.layout == "messidor2"
-    assert seen(found) == {"a.png": 2, "b.JPG": 0, "c.png": 5}
+    for no in ("0", "0.0", "0.00", "False", "no"):
+        rows = [["a.png", "2.0", "0.0", "1"], ["b.JPG", "0.0", "0.0", "1.0"], ["c.png", "0", "", no]]
+        write_csv(tmp_path / "messidor_data.csv", header, rows)
+        found = layouts.find(tmp_path)
+        assert found.layout == "messidor2"
+        assert seen(found) == {"a.png": 2, "b.JPG": 0, "c.png": 5}
+    write_csv(tmp_path / "messidor_data.csv", header, [*rows[:2], ["c.png", "0", "", "ungradable"]])
+    (problem, *_) = layouts.find(tmp_path).problems
+    assert (problem.path, problem.kind) == ("messidor_data.csv, line 4", "grade")
 
 
 def test_our_own_table_by_file_with_odd_names(tmp_path: Path) -> None:
@@ -335,6 +339,111 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
     assert [(p.path, p.kind) for p in found.problems] == [("b.jpg", "unlabelled"), ("c.jpg", "unlabelled")]
 
 
+def test_a_table_whose_photographs_all_lie_elsewhere(tmp_path: Path) -> None:
+    for number in range(3):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    rows = [[f"{number}.png", number] for number in range(3)]
+    write_csv(tmp_path / "labels" / "l.csv", ["path", "grade"], rows)
+    for place in (tmp_path / "labels", tmp_path / "labels" / "l.csv"):
+        with pytest.raises(UserError, match=r"none of the 3 photographs that l\.csv names.*holds both the table"):
+            layouts.find(place)
+    assert len(layouts.find(tmp_path).entries) == 3
+    write_csv(tmp_path / "labels" / "l.csv", ["path", "grade"], [[f"images/{number}.JPG", 1] for number in range(3)])
+    with pytest.raises(UserError, match=r"images/0\.JPG is not there, but photos/0\.png is: mend the names"):
+        layouts.find(tmp_path)
+    # One that is there is enough, and so is a link to nothing: each of the others has an error of its own.
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.JPG").symlink_to("gone")
+    assert len(layouts.find(tmp_path).entries) == 3
+
+
+def test_a_table_whose_photographs_all_lie_in_several_folders(tmp_path: Path) -> None:
+    """EyePACS made smaller lies beside EyePACS cropped, each in a folder of a folder."""
+    for number, home in enumerate(["resized/resized", "cropped/cropped"]):
+        draw(tmp_path / home / "10_left.jpeg", number)
+        draw(tmp_path / home / "10_right.jpeg", number)
+    draw(tmp_path / "cropped" / "cropped" / "10_right.png")
+    write_csv(tmp_path / "trainLabels.csv", ["image", "level"], [["10_left", 1], ["10_right.jpeg", 2]])
+    with pytest.raises(UserError, match=r"names lies in several folders \(cropped/cropped, resized/resized\); put the"):
+        layouts.find(tmp_path / "trainLabels.csv")
+    (tmp_path / "trainLabels.csv").rename(tmp_path / "resized" / "resized" / "trainLabels.csv")
+    assert seen(layouts.find(tmp_path / "resized" / "resized")) == {"10_left.jpeg": 1, "10_right.jpeg": 2}
+
+
+@pytest.mark.parametrize(
+    ("photographs", "label_file", "header", "row"),
+    [
+        ("eye/{}/{}_{}.jpeg", "eye/labels/trainLabels.csv", "image,level", "{1}_{2}"),
+        ("export/photos/{1}/{2}.jpg", "export/tables/labels.csv", "path,grade", "photos/{1}/{2}.jpg"),
+    ],
+)
+def test_folders_like_splits_or_grades_hide_no_table(
+    photographs: str, label_file: str, header: str, row: str, tmp_path: Path
+) -> None:
+    named = [("train" if n < 9 else "test", n, side) for n in range(1, 13) for side in ("left", "right")]
+    for number, one in enumerate(named):
+        draw(tmp_path / photographs.format(*one), number)
+    home = tmp_path / label_file.partition("/")[0]
+    # Of a header that is not known, or in a form that is not: what the folders seem to be, and the table.
+    (tmp_path / label_file).parent.mkdir()
+    for file, wrong in ((label_file, "patient_id,image_id"), (f"{label_file[:-4]}.xlsx", "other form: save it as CSV")):
+        (tmp_path / file).write_text(f"{wrong}\n")
+        with pytest.raises(UserError, match=rf"no grade|is empty.*{wrong}"):
+            layouts.find(home)
+        (tmp_path / file).unlink()
+    (tmp_path / label_file).write_text("\n".join([header, *(f"{row.format(*one)},{one[1] % 5}" for one in named)]))
+    for place in (home, tmp_path):
+        found = layouts.find(place)
+        assert found.root == home
+        assert len(found.entries) == len(named)
+        assert not found.problems
+
+
+def test_a_misspelt_grade_is_told_from_the_folder_above_and_beside_another_set(tmp_path: Path) -> None:
+    folders(tmp_path / "mine")
+    (tmp_path / "mine" / "train" / "2").rename(tmp_path / "mine" / "train" / "moderrate")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"mine/train/moderrate: this class folder is no grade"):
+            layouts.find(tmp_path)
+        LAYOUTS["csv"](tmp_path / "other")
+
+
+def test_numbered_folders_beside_a_table_that_is_not_read(tmp_path: Path) -> None:
+    for number in range(10):
+        draw(tmp_path / "site" / str(1 + number % 5) / f"{number}.jpg", number)
+    assert any("No photograph is of grade 0" in note for note in layouts.find(tmp_path).notes)
+    for file in ("grades.csv", "site/grades.xlsx"):
+        (tmp_path / file).write_text("file,dr_grade\n0.jpg,0\n")
+        said = rf"site: its folders 1, 2, 3, 4, 5 may be grades or mere numbers, and {Path(file).name} beside them"
+        with pytest.raises(UserError, match=said):
+            layouts.find(tmp_path)
+        draw(tmp_path / "site" / "0" / "10.jpg", 10)
+        found = layouts.find(tmp_path)
+        assert len(found.entries) == 11, "all of 0-4 are grades"
+        assert found.notes == []
+        (tmp_path / "site" / "0" / "10.jpg").unlink()
+        (tmp_path / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("path,Grade,grade ", "Grade and grade"),
+        ("path,grade,Path", "path and Path"),
+        ("path,grade,split,Split", "split and Split"),
+        ("path,grade,patient,patient", "patient and patient"),
+        ("path,grade,Patient,patient_id", "Patient and patient_id"),
+        ("image_id,adjudicated_dr_grade,adjudicated_gradable,adjudicated gradable",
+         "adjudicated_gradable and adjudicated gradable"),
+    ],
+)  # fmt: skip
+def test_two_columns_that_mean_the_same_are_refused(header: str, columns: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"{header}\na.jpg,0,1,1\n")
+    for place in (tmp_path, tmp_path / "labels.csv"):
+        with pytest.raises(UserError, match=rf"labels\.csv: its columns {columns}.* keep the right one"):
+            layouts.find(place)
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "said"),
     [
@@ -343,6 +452,8 @@ def test_an_empty_grade_is_unknown_and_noted(tmp_path: Path) -> None:
         (["a.jpg", "- 1", ""], "grade", "'- 1'"),
         (["a.jpg", "1?", ""], "grade", "'1?'"),
         (["a.jpg", "4+", ""], "grade", "'4+'"),
+        (["a.jpg", "None", ""], "grade", "'None' of a.jpg may mean that there is none"),
+        (["3", "a.jpg", "1", "train"], "label", "4 cells under 3 headings"),
         (["a\0.jpg", "1", ""], "label", "cannot hold a NUL"),
         ([], "label", "name of the photograph is empty"),
         (["", "1", ""], "label", "name of the photograph is empty"),

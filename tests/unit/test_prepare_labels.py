@@ -10,7 +10,9 @@ import photographs
 import pytest
 from eyes import eye, official, quick, run, told
 
-from fastddr.data import survey
+from fastddr.data import layouts, relabel, survey
+from fastddr.data.crop import name_of
+from fastddr.data.relabel import Kept
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +23,12 @@ def _quick() -> Iterator[None]:
 
 @pytest.mark.parametrize("mark", [";", "\t", ","])
 def test_a_table_keeps_what_separates_its_cells(tmp_path: Path, mark: str) -> None:
-    lines = ["path;grade;split;note"]
+    # Excel's line of what separates cells, and a comma that separates none.
+    lines, more = [*(["sep=;"] if mark == ";" else []), "path;grade;split;note"], "" if mark == "," else ", b"
+    lines[-1] += more
     for number in range(6):
         eye(tmp_path / "data" / "in" / f"n{number}.tif", number)
-        lines.append(f"in/n{number}.tif;{number % 3};{'train' if number > 2 else 'valid'};a 1")
+        lines.append(f"in/n{number}.tif;{number % 3};{'train' if number > 2 else 'valid'};a 1{more}")
     lines.append("in/gone.tif;0;train;")
     (tmp_path / "data" / "labels.csv").write_text("\ufeff" + "\n".join(lines).replace(";", mark) + "\n", "utf-8")
     run(tmp_path / "data", tmp_path / "out", on_bad="exclude")
@@ -95,3 +99,26 @@ def test_a_name_in_another_case_stays_clear_beside_one_that_gets_its_extension(t
     assert wanted in (tmp_path / "out" / place).read_text()
     read = {entry.path: entry.grade for entry in survey.take(tmp_path / "out").entries}
     assert (read["train/n0.JPG"], read["train/n0.jpg"]) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"1.tif": "1.tif", "a.jpg.tif": "A.JPG.TIF", "a.png": "A.PNG"},
+        {"A/a.jpg.JPG": "a.jpg", "A/a.tif": "a.tif", "A/b.tif": "b"},
+    ],
+)
+def test_a_name_stays_clear_beside_one_that_is_it_without_its_extension(named: dict[str, str], tmp_path: Path) -> None:
+    source, out = tmp_path / "data", tmp_path / "out"
+    photographs.write_csv(source / "labels.csv", ["path", "grade"], list(zip(named.values(), range(3), strict=True)))
+    for path in named:
+        photographs.draw(source / path)
+    read = layouts.find(source).entries
+    assert [entry.path for entry in read] == list(named)
+    kept = [Kept(entry, name_of(entry.path, "jpeg")) for entry in read]
+    for one in kept:
+        photographs.draw(out / one.path)
+    (out / "labels.csv").write_bytes(relabel.labels(source, kept)["labels.csv"])
+    assert [(entry.path, entry.grade) for entry in layouts.find(out).entries] == [
+        (one.path, grade) for grade, one in enumerate(kept)
+    ]

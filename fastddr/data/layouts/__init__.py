@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastddr.data.grades import UNGRADABLE
 from fastddr.data.layouts.common import (
     PHOTOGRAPHS,
     PREPARED,
@@ -41,6 +42,8 @@ _DEPTH = 3
 _MANY = 100
 #: The folders of DDR's release that hold no grades.
 _LESIONS = {"lesion_segmentation", "lesion_detection"}
+#: Tables that are not read.
+_SHEETS = (".xls", ".xlsx", ".ods", ".tsv")
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz")
 
 
@@ -62,7 +65,7 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
         raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")
     place = located(data)
     if place.is_file() and place.suffix.lower() == ".csv":
-        return _with_absent(table(place), Fence(place.parent, follow_links))
+        return _whole(table(place), Fence(place.parent, follow_links))
     if not place.is_dir():
         packed = _packed([place.name])
         raise UserError(
@@ -72,19 +75,25 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
         )  # fmt: skip
     level, fence = [place], Fence(place, follow_links)
     found: list[tuple[Path, Listing]] = []
+    refused: list[tuple[Path, UserError]] = []
     for depth in range(_DEPTH + 1):
         look = _beside if found else _in
         found += [
             (folder, listing)
             for folder in level
-            if (listing := look(folder, place, fence, strict=depth == 0)) is not None
+            if (listing := look(folder, place, fence, refused, strict=depth == 0)) is not None
         ]
         if len(found) > 1:
             where = ", ".join(str(folder.relative_to(place)) for folder, _ in found)
             raise UserError(f"{place}: several data sets lie below it ({where}); give one of these folders.")
         level = list(_next(level, found[0][1].root if found else None))
+    for folder, refusal in refused:
+        # What looked like splits or grades was neither where a label file tells of what is in there.
+        if not found or found[0][1].layout == "folders" or not _touch(folder, found[0][1].root):
+            unread = _unread(place, fence)
+            raise UserError(str(refusal) if unread is None else f"{str(refusal).removesuffix('.')}; {unread}.")
     if found:
-        return _with_absent(found[0][1], fence)
+        return _whole(found[0][1], fence)
     raise UserError(
         f"{place}: no known layout; expected DR_grading/ with train.txt, valid.txt and test.txt, a label table "
         "(DR_grading.csv, or a CSV with the header path,grade), or class folders like train/0/ or train/mild/"
@@ -103,14 +112,39 @@ def _instead(folder: Path, fence: Fence) -> str:
         return f"; {packed}"
     if _LESIONS & {folder.name, *names}:
         return "; this is DDR's part with lesions, and the photographs with grades are in its DR_grading"
-    inside = [name for name in names if fence.holds(folder / name, folder)]
-    headers = [(name, header) for name in inside if (header := unknown_header(folder / name)) is not None]
-    if headers:
-        name, header = headers[0]
-        return f"; the header of {name} is {header}, which is none of those that are known (docs/data.md)"
+    unread = _unread(folder, fence)
+    if unread is not None:
+        return f"; {unread}"
     if any(name.lower().endswith(PHOTOGRAPHS) for name in names):
         return "; photographs lie in it, and no labels beside them"
     return ""
+
+
+def _unread(top: Path, fence: Fence) -> str | None:
+    """What to do with a table in a folder, or as far below it as a set is looked for, that is not read."""
+    level = [top]
+    for _ in range(_DEPTH + 1):
+        for folder in level:
+            for file, header in _unread_in(folder, top, fence):
+                name = file.relative_to(top)
+                if header is None:
+                    return f"{name} is a table in another form: save it as CSV"
+                return f"the header of {name} is {header}, which is none of those that are known (docs/data.md)"
+        level = [one for folder in level for one in subfolders(folder) if not _is_run(one)]
+    return None
+
+
+def _unread_in(folder: Path, top: Path, fence: Fence) -> Iterator[tuple[Path, str | None]]:
+    """The tables in a folder that are not read, with their header; None where that is not text."""
+    try:
+        names = sorted(os.listdir(folder))
+    except PermissionError:
+        return
+    for file in (folder / name for name in names if name.lower().endswith((".csv", *_SHEETS)) and name[0] not in ".~"):
+        if fence.holds(file, top):
+            header = unknown_header(file)
+            if header is not None or file.suffix.lower() != ".csv":
+                yield file, header
 
 
 def _packed(names: Sequence[str]) -> str | None:
@@ -123,20 +157,56 @@ def _packed(names: Sequence[str]) -> str | None:
     return f"{whole} is an archive: unpack it" if whole else None
 
 
-def _in(folder: Path, top: Path, fence: Fence, *, strict: bool) -> Listing | None:
+def _in(
+    folder: Path, top: Path, fence: Fence, refused: list[tuple[Path, UserError]], *, strict: bool
+) -> Listing | None:
+    """The set in a folder. Folders that look like classes and are none go to `refused`; then only labels count."""
     try:
         by_labels = official(folder, fence) or gdrbench(folder, fence) or tables(folder, top, fence)
-        return by_labels or folders(folder, strict=strict)
+        if by_labels is not None or refused:
+            return by_labels
+        try:
+            found = folders(folder, strict=strict)
+            if found is not None:
+                _refuse_numbered(found, top, fence)
+            return found
+        except UserError as error:
+            refused.append((folder, error))
+            return None
     except PermissionError:
         if strict:
             raise
         return None  # a neighbour of the data set, like lost+found
 
 
-def _beside(folder: Path, top: Path, fence: Fence, *, strict: bool) -> Listing | None:
+def _refuse_numbered(listing: Listing, top: Path, fence: Fence) -> None:
+    """Raise `UserError` where folders are numbered as grades, but not all of 0-4, beside a table that is not read.
+
+    They may as well be parts, clinics, visits or patients, and the grades in the table.
+    """
+    names = {entry.path.partition("/")[0] for entry in listing.entries if entry.split is None}
+    if not names or not all(name.isdigit() for name in names) or names >= set("01234"):
+        return
+    for home in {listing.root, listing.root.parent if listing.root != top else top}:
+        for file, _ in _unread_in(home, top, fence):
+            raise UserError(
+                f"{listing.root}: its folders {', '.join(sorted(names))} may be grades or mere numbers, and "
+                f"{file.name} beside them may hold the grades; make it a label table (path,grade), or move it away if "
+                "the folders are the grades."
+            )
+
+
+def _touch(folder: Path, other: Path) -> bool:
+    """Whether one of two folders lies in the other."""
+    return folder.is_relative_to(other) or other.is_relative_to(folder)
+
+
+def _beside(
+    folder: Path, top: Path, fence: Fence, refused: list[tuple[Path, UserError]], *, strict: bool
+) -> Listing | None:
     """As `_in`, where a set was found already: what cannot be read there is no second one."""
     try:
-        return _in(folder, top, fence, strict=strict)
+        return _in(folder, top, fence, list(refused), strict=strict)
     except UserError:
         return None
 
@@ -160,6 +230,18 @@ def _next(level: Sequence[Path], own: Path | None) -> Iterator[Path]:
 def _is_run(folder: Path) -> bool:
     run = RunFolder(folder)
     return run.config.is_file() and run.manifest.is_file()
+
+
+def _whole(listing: Listing, fence: Fence) -> Listing:
+    """The listing with what `fastddr prepare` left out of it, and a note where its scale may begin at 1."""
+    listing = _with_absent(listing, fence)
+    grades = {entry.grade for entries in (listing.entries, listing.absent) for entry in entries}
+    if 0 not in grades and (high := grades & {4, UNGRADABLE}):
+        listing.notes.append(
+            f"No photograph is of grade 0 (no retinopathy), and some are of grade {max(high)}: if these labels begin "
+            "at 1, each is one too high."
+        )
+    return listing
 
 
 def _with_absent(listing: Listing, fence: Fence) -> Listing:

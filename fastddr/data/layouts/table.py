@@ -47,6 +47,12 @@ _HEADERS = {
 }
 #: Only Messidor's own table has this column, spelled.
 _OF_MESSIDOR = "ophthalmologicdepartment"
+#: Columns of which a table may have one, spelled; each of these sets means one thing.
+_PATIENT, _GRADABLE = ("patient", "patientid"), "adjudicatedgradable"
+#: What stands in the column that says which photographs could be graded, in lower case; an empty cell says nothing.
+_CAN_BE_GRADED = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+#: In a folder's name this is grade 0; in a cell it may as well be what a program writes where there is nothing.
+_NOTHING = ("no", "none")
 #: A competition's example of a submission has the header of the labels and made-up grades.
 _NOT_LABELS = "samplesubmission"
 
@@ -98,12 +104,12 @@ def table(file: Path) -> Listing:
 
 
 def unknown_header(file: Path) -> str | None:
-    """The first line of a CSV that is no label table, cut short; None where it is one, or no CSV, or cannot be read."""
+    """The header of a CSV that is no label table, cut short; None where it is one, or no CSV, or cannot be read."""
     try:
-        if file.suffix.lower() != ".csv" or not file.is_file() or _known(_header(file)[1]) is not None:
+        if file.suffix.lower() != ".csv" or not file.is_file():
             return None
-        with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            return one_line(stream.readline(200).strip()[:120]) or None
+        header = _header_line(_begin(file))
+        return None if _known(_cells(header, delimiter(header))) else one_line(header.strip()[:120]) or None
     except (OSError, csv.Error):
         return None
 
@@ -115,14 +121,30 @@ def key_column(header: Sequence[str]) -> int | None:
 
 
 def delimiter(text: str) -> str:
-    """What separates the cells of a table, by its header: a comma, else a semicolon or a tab."""
-    header = _first_line(text)
-    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    """What separates the cells of a table, by its header: under which it is known, else a comma, a semicolon, a tab."""
+    header = _header_line(text)
+    there = [mark for mark in (",", ";", "\t") if mark in header]
+    return next((mark for mark in there if _known(_cells(header, mark)) is not None), (*there, ",")[0])
 
 
-def _first_line(text: str) -> str:
-    """Up to the first line break, which may be a lone carriage return: some programs write tables so still."""
-    return re.split(r"[\r\n]", text, maxsplit=1)[0]
+def heads(text: str) -> int:
+    """How many lines a table's header takes: with the line `sep=;` above it, by which Excel knows what separates cells,
+    two."""
+    return 2 if re.fullmatch(r"\"?sep=.\"?", _lines(text)[0], re.IGNORECASE) else 1
+
+
+def _header_line(text: str) -> str:
+    return _lines(text)[heads(text) - 1]
+
+
+def _lines(text: str) -> list[str]:
+    """The first two lines. A line break may be a lone carriage return: some programs write tables so still."""
+    return [*re.split(r"\r\n|\r|\n", text, maxsplit=2), ""][:2]
+
+
+def _cells(header: str, mark: str) -> list[str]:
+    """The cells of a table's first line, spelled."""
+    return [spelled(cell) for cell in next(csv.reader([header], delimiter=mark), [])]
 
 
 def _known(header: Sequence[str]) -> str | None:
@@ -137,12 +159,10 @@ def _pair(header: Sequence[str]) -> tuple[int, int]:
     return next((header.index(key), header.index(grade)) for key, grade in _HEADERS if {key, grade} <= set(header))
 
 
-def _header(file: Path) -> tuple[str, list[str]]:
-    """What separates the cells of a table, and the cells of its first line, spelled."""
+def _begin(file: Path) -> str:
+    """The first two lines of a file, or as much of them as may be a header."""
     with file.open("rb") as raw:
-        first = _first_line(raw.readline(1 << 16).decode("utf-8-sig", "replace"))
-    mark = delimiter(first)
-    return mark, [spelled(cell) for cell in next(csv.reader([first], delimiter=mark), [])]
+        return b"".join(raw.readline(1 << 16) for _ in range(2)).decode("utf-8-sig", "replace")
 
 
 def _read(file: Path, fence: Fence | None = None) -> _Table | None:
@@ -151,7 +171,9 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
     try:
         if not file.is_file():  # whoever opens a pipe waits for ever
             return None
-        mark, header = _header(file)
+        begin = _begin(file)
+        mark = delimiter(begin)
+        header = _cells(_header_line(begin), mark)
         layout = _known(header)
         if layout is None:
             return None
@@ -159,7 +181,9 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
             fence.check(file, file.parent)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=mark, strict=True)
-            next(reader)
+            for _ in range(heads(begin) - 1):
+                next(reader)
+            _refuse_twice(file, next(reader))
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         if fence is not None and error.errno not in PASSING:
@@ -172,6 +196,19 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
     if layout == "aptos" and spelled(file.stem) == "drgrading":
         layout = "kaggle"
     return _Table(file, layout, header, rows)
+
+
+def _refuse_twice(file: Path, header: Sequence[str]) -> None:
+    """Raise `UserError` where two columns mean the same: which of them is right nobody can tell."""
+    names = [spelled(cell) for cell in header]
+    name, grade = (names[column] for column in _pair(names))
+    for meaning in ((name,), (grade,), ("split",), _PATIENT, (_GRADABLE,)):
+        same = [cell.strip() for cell, spelling in zip(header, names, strict=True) if spelling in meaning]
+        if len(same) > 1:
+            raise UserError(
+                f"{file}: its columns {' and '.join(same)} would both be read as one thing (case and spaces do not "
+                "count); keep the right one, and rename or remove the other."
+            )
 
 
 class _Index:
@@ -189,6 +226,8 @@ class _Index:
         # What many photographs may mean is sought once: their table may name each of them so.
         self._several: dict[tuple[str, str | None], list[str]] = {}
         self._splits: dict[str, str | None] = {}
+        #: Of each row that may mean several photographs: these.
+        self.doubts: list[list[str]] = []
         # Asked where nothing is written just so.
         self._any_case: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
@@ -210,6 +249,12 @@ class _Index:
                 found = [path for path in found if self._split_of(path) == split] or found
             self._several[token, split] = found
         return self._several[token, split]
+
+    def near(self, path: str) -> str | None:
+        """A photograph of the same name in another folder, or with another extension."""
+        name = path.rpartition("/")[2]
+        named = (self._any_case.get(folded(bare), []) for bare in (name, os.path.splitext(name)[0]))
+        return next((paths[0] for paths in named if paths), None)
 
     def _split_of(self, path: str) -> str | None:
         """The split that the folders of a photograph tell."""
@@ -259,6 +304,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
             )
     known.judge()
     labels = ", ".join(t.file.name for t in found)
+    _refuse_elsewhere(listing, index, labels)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
     named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
@@ -283,11 +329,41 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
     return listing
 
 
+def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
+    """Raise `UserError` where no row finds its photograph: they lie elsewhere, or all in the same several folders."""
+    entries, doubts = listing.entries, index.doubts
+    if entries and not doubts and not any(_is_there(entry, listing.root, index) for entry in entries):
+        near = ((entry.token, path) for entry in entries if (path := index.near(entry.path)) is not None)
+        token, path = next(near, ("", ""))
+        raise UserError(
+            f"{listing.root}: none of the {len(entries)} photographs that {labels} names lies in it or below it; "
+            + (f"{quoted(token)} is not there, but {path} is: mend the names in the table." if path else
+               "give the folder that holds both the table and its photographs, or restore them.")
+        )  # fmt: skip
+    if doubts and not entries:
+        shared = set.intersection(*({os.path.dirname(path) for path in paths} for paths in doubts))
+        homes = [home for home in sorted(shared - {""}) if all(_below(home, paths) == 1 for paths in doubts)]
+        if homes:
+            raise UserError(
+                f"{listing.root}: each photograph that {labels} names lies in several folders ({some(homes)}); put "
+                "the table into the right one, and give that folder as --data."
+            )
+
+
+def _is_there(entry: Entry, root: Path, index: _Index) -> bool:
+    """Whether anything bears its name: a broken link, or what is no photograph by its name, has an error of its own."""
+    return entry.path in index.paths or os.path.lexists(root / entry.path)
+
+
+def _below(folder: str, paths: Sequence[str]) -> int:
+    return sum(path.startswith(f"{folder}/") for path in paths)
+
+
 def _add(found: _Table, split: str | None, index: _Index, listing: Listing, known: Named) -> None:
     label = found.file.relative_to(listing.root).as_posix()
     grade_column = _pair(found.header)[1]
-    split_column, patient_column = found.cells("split"), found.cells("patient", "patientid")
-    gradable_column = found.cells("adjudicatedgradable")
+    split_column, patient_column = found.cells("split"), found.cells(*_PATIENT)
+    gradable_column = found.cells(_GRADABLE)
     for line, row in found.rows:
 
         def wrong(kind: str, reason: str, line: int = line) -> None:
@@ -296,6 +372,11 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         def cell(column: int | None, row: list[str] = row) -> str:
             return row[column].strip() if column is not None and column < len(row) else ""
 
+        if any(more.strip() for more in row[len(found.header) :]):
+            # Its cells stand under the wrong headings, the grade perhaps too.
+            wrong("label", f"it has {len(row)} cells under {len(found.header)} headings: put a cell that holds "
+                  "what separates cells, as a comma, in quotes")  # fmt: skip
+            continue
         # Not stripped: a name may begin or end in a space, and is looked for as it stands first.
         token = found.token(row)
         token = token if token in index.paths or token in index.by_name else token.strip()
@@ -310,9 +391,15 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         # `./a.jpg` is `a.jpg`; a name in whose folder it stands just so is left as it is.
         named = named if named in index.paths else posixpath.normpath(named)
         # A cell that ran through pandas beside an empty one is "2.0".
-        text = re.sub(r"(?<=\d)\.0+$", "", cell(grade_column))
+        text, can = (re.sub(r"(?<=\d)\.0+$", "", cell(column)) for column in (grade_column, gradable_column))
+        if can.lower() not in _CAN_BE_GRADED:
+            wrong("grade", f"{quoted(can)!r} does not say whether {quoted(token)} could be graded: 1, or 0 for no")
+            continue
+        if text.lower() in _NOTHING:
+            wrong("grade", f"grade {text!r} of {quoted(token)} may mean that there is none: say 0, or leave it empty")
+            continue
         grade = grade_of(text) if text not in ("", str(UNKNOWN)) else UNKNOWN
-        if cell(gradable_column) in ("0", "0.0"):
+        if not _CAN_BE_GRADED[can.lower()]:
             grade = UNGRADABLE
         if grade is None:
             wrong("grade", f"grade {quoted(text)!r} of {quoted(token)} is not one of 0-4 (ICDR) or 5 (ungradable)")
@@ -324,6 +411,7 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
             continue
         candidates = index.find(named, own)
         if len(candidates) > 1:
+            index.doubts.append(candidates)
             wrong("ambiguous", f"{quoted(token)} may be {some(candidates)}")
             continue
         path = candidates[0] if candidates else named

@@ -42,7 +42,11 @@ def write_final(
         weights: which the best ones are, in words.
         progress: where training ended, with the grading of the best weights.
         resumed: whether this start went on with an earlier one.
+
+    Raises:
+        OSError: it cannot be written, or the run's folder is another's by now.
     """
+    run.check_place()
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
     logged = reporting.read_metrics(run.path)
     about = facts(

@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -82,6 +82,25 @@ class RunFolder:
     """Where each file of a run stands."""
 
     path: Path
+    lock: TextIO | None = field(default=None, compare=False)
+    """What `hold` gave to the process that trains it."""
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the folder of who trains is moved or deleted by now, and another is in its place."""
+        if self.lock is None:
+            return False
+        lock = self.path / ".lock"
+        try:
+            return not os.path.samestat(os.fstat(self.lock.fileno()), os.stat(lock))
+        except FileNotFoundError:
+            # Also a hand may have taken it for left over.
+            return os.path.isdir(self.path) and not os.path.isfile(self.config)
+
+    def check_place(self) -> None:
+        """Raise `FileNotFoundError` where another folder is in the place of this one: its files are not ours."""
+        if self.replaced:
+            raise FileNotFoundError(errno.ENOENT, "another folder is in its place", str(self.path))
 
     @property
     def config(self) -> Path:
@@ -128,7 +147,8 @@ class RunFolder:
         return self.path / "bad_steps.jsonl"
 
     def write(self, file: Path, text: str) -> None:
-        """Write a file whole or not at all."""
+        """Write a file whole or not at all. Raises OSError where it cannot be, or `check_place` does."""
+        self.check_place()
         files.put(file, text.encode(), sync=True)
 
     def begin(self, config: str, manifest: str, taken: Sequence[str]) -> None:
@@ -164,12 +184,14 @@ class RunFolder:
         self, by: str, weights: str, split: str, values: Mapping[str, Any], fingerprint: str
     ) -> None:
         """One more line of `test_scorings.jsonl`, of these figures of a split (`metrics.figures`)."""
+        self.check_place()
         shown = {key: values[key] for key in ("n", "loss", "accuracy", "qwk")}
         record = {"by": by, "weights": weights, "split": split, **shown, "fingerprint": fingerprint}
         _append(self.test_scorings, record)
 
     def append_bad_step(self, record: dict[str, Any]) -> None:
         """One more line of `bad_steps.jsonl`."""
+        self.check_place()
         _append(self.bad_steps, record)
 
     def cut_bad_steps(self, step: int) -> None:
@@ -245,17 +267,35 @@ def placed(config: Config) -> dict[str, str]:
     return found
 
 
-def hold(path: Path, say: Callable[[str], None], *, begins: bool = False) -> TextIO | None:
+def hold(path: Path, say: Callable[[str], None], *, begins: bool = False) -> TextIO:
     """Take the folder of a run for this process: until the stream that is returned is closed, or the process ends.
 
-    None where the file system knows no locks, which `say` hears. Waits some seconds for a process that is about to end.
-    `begins`: there is no run in it yet.
+    Where the file system knows no locks it is not kept from others, which `say` hears. Waits some seconds for a process
+    that is about to end. `begins`: there is no run in it yet.
 
     Raises:
         UserError: another process has it, or was faster; two would write over each other's figures, and delete each
             other's checkpoints.
     """
     stream = (path / ".lock").open("a+", encoding="utf-8")
+    try:
+        without = _lock(stream, path)
+        if begins and (path / "config.yaml").is_file():
+            raise UserError(f"--run-dir {path}: another start has begun a run here; give the command again.")
+    except UserError:
+        stream.close()
+        raise
+    if without is None:
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}\n")
+        stream.flush()
+    else:
+        say(f"  {path} is in a file system without locks ({without}): nothing keeps a second start out")
+    return stream
+
+
+def _lock(stream: TextIO, path: Path) -> str | None:
+    """Lock the stream; what the file system says where it knows no locks, else None. Raises `UserError` as `hold`."""
     ends = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -263,33 +303,16 @@ def hold(path: Path, say: Callable[[str], None], *, begins: bool = False) -> Tex
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                stream.close()
-                _begins_here(path, begins)
-                say(f"  {path} is in a file system without locks ({error.strerror}): nothing keeps a second start out")
-                return None
+                return error.strerror
             if time.monotonic() > ends:
                 stream.seek(0)
                 holder = stream.read().strip() or "another process"
-                stream.close()
                 raise UserError(
                     f"--run-dir {path}: {holder} is at this run; wait until it has ended, or give another folder."
                 ) from None
             time.sleep(0.2)
         else:
-            try:
-                _begins_here(path, begins)
-            except UserError:
-                stream.close()
-                raise
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {platform.node()}\n")
-            stream.flush()
-            return stream
-
-
-def _begins_here(path: Path, begins: bool) -> None:
-    if begins and (path / "config.yaml").is_file():
-        raise UserError(f"--run-dir {path}: another start has begun a run here; give the command again.")
+            return None
 
 
 def claim(path: Path, named: bool) -> Path:

@@ -270,10 +270,11 @@ class Saver:
         """Wait until every checkpoint that was taken stands.
 
         Raises:
-            OSError: on rank 0, it could not be written.
+            OSError: on rank 0, it could not be written, or the run's folder is another's by now.
         """
         if self._writer is not None:
             self._writer.flush()
+            self._run.check_place()
 
     @contextmanager
     def readable(self, progress: Progress) -> Iterator[None]:
@@ -292,6 +293,11 @@ class Saver:
             if error.errno == errno.ENOENT and not os.path.isdir(run.path):
                 raise UserError(
                     f"{ends}, for its folder {run.path} is gone (was it moved?): bring it back, and {again}."
+                ) from error
+            if run.replaced:
+                raise UserError(
+                    f"{run.path}: this run's folder was moved or deleted, and another is in its place; the run ends at "
+                    f"step {progress.step}: where it was moved, give the same command with --run-dir and its new place."
                 ) from error
             if error.errno not in PASSING:
                 again = f"make room or mend the folder, and {again}"

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +51,6 @@ class Trainer:
         self._named = config.run_dir is not None
         self.run = runs.RunFolder(Path(config.run_dir or "runs"))
         self.predicted_gib: float | None = None
-        self._lock: TextIO | None = None
         self._resuming = self._began = self._scoring = self._settled = self._closed = False
 
     def __enter__(self) -> Trainer:
@@ -80,7 +79,7 @@ class Trainer:
         resumed = stored is not None
         self.run = run = runs.RunFolder(where)
         if resumed:
-            self._lock = runtime.on_main(lambda: runs.hold(where, self.console.print))
+            self.run = run = runs.RunFolder(where, runtime.on_main(lambda: runs.hold(where, self.console.print)))
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             runs.seen(where)
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
@@ -170,10 +169,11 @@ class Trainer:
     def _begin(self, taken: Sequence[str]) -> None:
         """Make a new run's folder, with what `--init` took. A default name that is taken by now gets a number."""
         named = self._named
-        self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)))
+        self.run = replace(self.run, path=runtime.from_main(lambda: runs.claim(self.run.path, named)))
         self.config = replace(self.config, run_dir=str(self.run.path))
         if not self._resuming:  # on all ranks alike
-            self._lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
+            lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
+            self.run = replace(self.run, lock=lock)
         if self.runtime.is_main:
             self.run.cut_bad_steps(-1)  # of a start that ended before its first checkpoint
             self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
@@ -432,8 +432,8 @@ class Trainer:
         self._closed = True
         with ExitStack() as stack:
             stack.callback(let_go, self)
-            if self._lock is not None:
-                stack.callback(self._lock.close)
+            if self.run.lock is not None:
+                stack.callback(self.run.lock.close)
             # After a failure the other ranks may sit in a collective, and leaving the group would wait for them; the
             # launcher ends them when this process ends.
             if self._began and not (failed and self.runtime.world > 1):

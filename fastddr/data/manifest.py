@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Int
 from fastddr import files
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
-from fastddr.data import masters, survey
+from fastddr.data import masters, survey, workers
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.layouts import SPLITS
 from fastddr.data.problems import NOTES, Problem, errors, one_line, refuse
@@ -27,6 +28,18 @@ __all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "of", "read"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
+
+
+#: Threads that ask for sizes at once: on a slow disk each waits for it.
+_ASKING = 16
+
+
+def _bytes(file: str) -> int | None:
+    """Of a file; None where it cannot be looked at."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,16 @@ class Manifest:
     def files(self) -> list[str]:
         """Absolute path of each photograph."""
         return [os.path.join(self.root, path) for path in self.path]
+
+    def changed(self, ids: Int[np.ndarray, " m"] | None = None) -> list[str]:
+        """Paths of those photographs, of these ids or of all, that have other bytes by now, or cannot be looked at.
+
+        Each file is asked for once. Another content of as many bytes is not seen.
+        """
+        rows = range(len(self)) if ids is None else ids.tolist()
+        with ThreadPoolExecutor(_ASKING) as pool:
+            sizes = workers.threaded(pool, _bytes, (os.path.join(self.root, self.path[row]) for row in rows))
+            return [self.path[row] for row, size in zip(rows, sizes, strict=True) if size != self.size[row]]
 
     def _used(self, split: str) -> Int[np.ndarray, " m"]:
         return np.flatnonzero((np.array(self.split) == split) & (self.grade >= 0) & (self.grade < self.grades))

@@ -28,6 +28,8 @@ from fastddr.errors import UserError
 
 #: How the names of heat maps end, which `predict --explain` may put below the photographs.
 HEAT = ".heat.png"
+#: Threads that ask the disk at once: on a slow one each waits for it.
+_ASKING = 16
 #: Called with (what is done, done, total).
 Progress = Callable[[str, int, int], None]
 
@@ -53,8 +55,10 @@ class Photo(NamedTuple):
     """Of what is loaded, upright."""
     height: int = 0
     kind: str = ""
-    """Of the fault (a key of `problems.ERRORS`); empty where the photograph can be used."""
+    """Of the fault (a key of `problems.ERRORS`, or `changed`); empty where the photograph can be used."""
     reason: str = ""
+    seen: tuple[int, int] | None = None
+    """As `photograph.status` had it before it was checked; None of a master in the cache, which nobody changes."""
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -203,10 +207,31 @@ def _sound(paths: Sequence[str], on_progress: Progress) -> list[Photo]:
 def _checked(path: str) -> Photo:
     file = os.path.abspath(path)
     try:
+        seen = photograph.status(file)
         header = photograph.sound(file)
     except BadPhotograph as bad:
         return Photo(path, kind=bad.kind, reason=bad.reason)
-    return Photo(path, file, header.width, header.height)
+    return Photo(path, file, header.width, header.height, seen=seen)
+
+
+def again(listed: Sequence[Photo]) -> list[Photo]:
+    """The same photographs, and those that were changed or removed since they were checked with that as their fault.
+
+    A loader takes the part of a photograph that its size then was: of a larger one it would be another, in silence.
+    """
+    with ThreadPoolExecutor(_ASKING) as pool:
+        return list(workers.threaded(pool, _again, listed))
+
+
+def _again(photo: Photo) -> Photo:
+    if photo.kind or photo.seen is None:
+        return photo
+    try:
+        if photograph.status(photo.file) == photo.seen:
+            return photo
+    except BadPhotograph as bad:
+        return photo._replace(kind=bad.kind, reason=bad.reason)
+    return photo._replace(kind="changed", reason="it was changed while it was graded; give the command again")
 
 
 def _prepared(paths: Sequence[str], recipe: Recipe, on_progress: Progress) -> Iterator[Photo]:

@@ -82,7 +82,8 @@ def evaluate(asked: Evaluate) -> Path | None:
         console.print(f"  {line}")
     weights = restored.weights + views.told(config.evaluation.tta)
     weights += ", nine windows averaged" if config.evaluation.field == "multi" else ""
-    loader = scoring(config, found, began, _ids(found, asked.split), lambda line: console.print(f"  {line}"))
+    ids = _ids(found, asked.split)
+    loader = scoring(config, found, began, ids, lambda line: console.print(f"  {line}"))
     try:
         result = score(
             began.accelerator, restored.averaged, loader, paths=found.path, weights=weights, patients=found.patients
@@ -90,6 +91,12 @@ def evaluate(asked: Evaluate) -> Path | None:
     finally:
         loader.close()
     restore.check_finite(result, began.precision)
+    # The loader takes the window of the size that a photograph had.
+    if changed := runtime.from_main(lambda: found.changed(ids)):
+        raise UserError(
+            f"{found.root / changed[0]}: this photograph ({len(changed)} in all) was changed or removed while it was "
+            "scored, so nothing was written; restore it, or give the command again once nobody works on the set."
+        )
     if not began.is_main:
         return None
     by: dict[str, Any] = {"precision": began.precision, "loader": loader.name}  # what was left to `auto`, too
@@ -122,6 +129,15 @@ def _write(
     temperature: float | None,
     console: Console,
 ) -> Path:
+    if not run.config.is_file():  # else its place would be made anew
+        raise UserError(
+            f"{run.path}: this run was moved or deleted while it was scored, so nothing was written; give the command "
+            "again with its new place."
+        )
+    # How it was trained is the run's; how it was scored is what was asked for.
+    trained = replace(
+        restore.stored(run.path), evaluation=config.evaluation, precision=config.precision, loader=config.loader
+    )
     multi = ["multi"] if config.evaluation.field == "multi" else []
     tta = [] if config.evaluation.tta == "none" else [config.evaluation.tta]
     label = "-".join([asked.split, asked.weights, *tta, *multi])
@@ -129,10 +145,6 @@ def _write(
     values = figures(result.logits, result.grades)
     if asked.split in ("test", "all") and found.has("test"):
         run.append_test_scoring("evaluate", result.weights, asked.split, values, found.fingerprint)
-    # How it was trained is the run's; how it was scored is what was asked for.
-    trained = replace(
-        restore.stored(run.path), evaluation=config.evaluation, precision=config.precision, loader=config.loader
-    )
     about = facts(
         trained, found, began, restored.parameters, [], began_at=run.began_at(),
         grading=grading.unwrap(restored.model)[1],

@@ -79,7 +79,11 @@ def predict(asked: Predict) -> Answer:
     for line in (*found.notes, *said):
         console.print(f"  {one_line(line)}")
     usable = [photo for photo in listed if not photo.kind]
-    answer = Answer(tuple(listed), _logits(asked, config, restored, began, usable, console) if usable else None)
+    answer = Answer(tuple(listed), None)
+    if usable:
+        logits = _logits(asked, config, restored, began, usable, console)
+        answer = _of_unchanged(runtime.from_main(lambda: photos.again(listed)), usable, logits)
+        usable = [photo for photo in answer.photos if not photo.kind]
     if began.is_main:
         _write(asked, answer, config.num_classes)
     if asked.explain is not None and answer.logits is not None:
@@ -87,6 +91,13 @@ def predict(asked: Predict) -> Answer:
     if began.is_main:
         _sum_up(asked, answer, restored, console)
     return answer
+
+
+def _of_unchanged(now: Sequence[Photo], graded: Sequence[Photo], logits: Float[Tensor, "n C"]) -> Answer:
+    """The answer with the logits of those of the graded photographs that can still be used."""
+    whole = {photo.path for photo in now if not photo.kind}
+    rows = [row for row, photo in enumerate(graded) if photo.path in whole]
+    return Answer(tuple(now), logits[rows] if rows else None)
 
 
 def _free(asked: Predict, window: str) -> None:

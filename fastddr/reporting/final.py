@@ -42,14 +42,18 @@ def write_final(
         weights: which the best ones are, in words.
         progress: where training ended, with the grading of the best weights.
         resumed: whether this start went on with an earlier one.
+
+    Raises:
+        OSError: it cannot be written, or the run's folder is another's by now.
     """
+    run.check_place()
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
     logged = reporting.read_metrics(run.path)
     about = facts(
         config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=progress.grading,
         skipped=progress.skipped, overflowed=progress.overflowed, resumed=resumed,
     )  # fmt: skip
-    notes = [*manifest.notes, *([] if progress.grading is None else [tables.FLATTERED])]
+    notes = [*manifest.notes, *_changed(manifest), *([] if progress.grading is None else [tables.FLATTERED])]
     text = reporting.write(run.path, ordered, about, notes, root=manifest.root, left_out=manifest.left_out)
     for picture in sorted(text.parent.glob("*.png")):
         # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
@@ -69,6 +73,17 @@ def write_final(
     tracker.log(final, step=progress.step, epoch=progress.epoch)
     tracker.log_manifest(run.manifest)
     tracker.log_checkpoints(run.checkpoints)
+
+
+def _changed(manifest: Manifest) -> list[str]:
+    """The sentence about photographs that are not as they were any more; none where all are."""
+    found = manifest.changed()
+    if not found:
+        return []
+    return [
+        f"{len(found):,} photographs were changed or removed since this start looked at them, like "
+        f"{one_line(found[0])}: training and figures may be of either content, and manifest.csv has the old bytes."
+    ]
 
 
 def answers(name: str, split: SplitResult, root: Path) -> Answers:

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tests_support import launch, train
 from torch import nn
 
 import fastddr
-from fastddr import checkpoints, ranks
+from fastddr import checkpoints, ranks, saving
 from fastddr.__main__ import main
 from fastddr.config.sections import LoadingConfig
 from fastddr.errors import EXIT_USER_ERROR, UserError
@@ -297,12 +297,38 @@ def test_what_a_user_gets_wrong(run: Path, capsys: pytest.CaptureFixture[str], a
 
 
 def test_other_photographs_are_not_taken_for_the_runs_own(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = Path(shutil.copytree(tiny, tmp_path / "data"))
-    run = train(data, tmp_path / "run", "--epochs", "1")
-    photograph = next((data / "DR_grading" / "test").glob("*.jpg"))
-    photograph.write_bytes(photograph.read_bytes() + b"\0")
+    names = [line.split()[0] for line in (data / "DR_grading" / "test.txt").read_text().splitlines() if line[-1] != "5"]
+    photograph = data / "DR_grading" / "test" / names[0]
+    whole, choose = photograph.read_bytes(), saving.best
+
+    def best(*given: Any) -> Any:
+        photograph.write_bytes(whole + b"\0")
+        return choose(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "best", best)
+        run = train(data, tmp_path / "run", "--epochs", "1")
+    said = f"1 photographs were changed or removed since this start looked at them, like test/{names[0]}: "
+    assert said in (run / "report" / "report.md").read_text()
+    photograph.write_bytes(whole)
+    verb = importlib.import_module("fastddr.inference.evaluate")
+    score, moved = verb.score, tmp_path / "moved"
+
+    def meanwhile(do: Callable[[], object]) -> int:
+        monkeypatch.setattr(verb, "score", lambda *given, **more: (score(*given, **more), do())[0])
+        return main(["evaluate", str(run)])
+
+    assert meanwhile(lambda: run.rename(moved)) == 2
+    assert "run: this run was moved or deleted while it was scored" in capsys.readouterr().err
+    assert not run.exists()
+    moved.rename(run)
+    assert meanwhile(lambda: photograph.write_bytes(photograph.read_bytes() + b"\0")) == 2
+    said = f"{photograph}: this photograph (1 in all) was changed or removed while it was scored"
+    assert said in capsys.readouterr().err
+    assert list((run / "evaluations").iterdir()) == []
     assert main(["evaluate", str(run)]) == 2
     assert "these are not the photographs" in capsys.readouterr().err
 

@@ -125,13 +125,27 @@ def test_the_benchmark_compares_with_a_loop_that_sees_the_same(
 
 
 def test_a_run_on_raw_photographs_prepares_nothing(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(tiny, tmp_path / "run", "--epochs", "1")
-    assert main(["predict", str(run), str(raw(tiny, tmp_path)), "--out", str(tmp_path / "g.csv")]) == 0
+    photographs = raw(tiny, tmp_path)
+    replaced = sorted(photographs.glob("*.jpg"))[1]
+    verb = importlib.import_module("fastddr.inference.predict")
+    score = verb.score
+
+    def meanwhile(*given: Any, **more: Any) -> Any:
+        """Of a larger photograph DALI would take the part that it had been."""
+        with Image.open(replaced) as image:
+            image.resize((300, 300)).save(replaced)
+        return score(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "score", meanwhile)
+        assert main(["predict", str(run), str(photographs), "--out", str(tmp_path / "g.csv")]) == 1
     assert "no preparation: the run was trained on photographs as they are" in capsys.readouterr().out
-    wanted = evaluated(run)
-    assert [row["p0"] for row in table(tmp_path / "g.csv")] == [row["p0"] for row in wanted.values()]
+    wanted, found = evaluated(run), table(tmp_path / "g.csv")
+    assert [row["p0"] for row in found] == ["" if n == 1 else row["p0"] for n, row in enumerate(wanted.values())]
+    assert found[1]["status"] == "changed"
 
 
 def test_bad_photographs_have_a_row_and_end_nothing(

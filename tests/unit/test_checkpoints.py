@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from safetensors.torch import save as by_the_library
 from tests_support import unlistable
 from torch import nn
 
-from fastddr import checkpoints, reporting, saving, serializing
+from fastddr import checkpoints, reporting, runs, saving, serializing
 from fastddr.checkpoints import Snapshot
 from fastddr.config import Config
+from fastddr.data.manifest import Manifest
 from fastddr.errors import PASSING, UserError
+from fastddr.reporting import final
 from fastddr.runs import Progress, RunFolder
+from fastddr.runtime import Runtime
+from fastddr.tracking import Tracker
 
 
 def trained(kind: str = "adam") -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -251,6 +256,53 @@ def test_a_run_that_was_moved_is_not_made_anew(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         reporting.write(tmp_path / "gone", {}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["run", "empty"])
+def test_what_is_in_the_place_of_a_run_that_was_moved_is_left_as_it_is(place: str, tmp_path: Path) -> None:
+    path, (model, optimizer) = tmp_path / "run", trained()
+    (path / "checkpoints").mkdir(parents=True)
+    with runs.hold(path, print) as lock:
+        run = RunFolder(path, lock)
+        run.write(run.config, "")
+        (path / ".lock").unlink()
+        run.set_status("running", 1)  # a hand took the lock for left over
+        saver = saving.Saver(
+            run, saving.Training(model, None, optimizer, None), Config(), main=True, fingerprint="", step=1,
+            wandb_id=None, before=lambda: None,
+        )  # fmt: skip
+        saver.flush()
+        path.rename(tmp_path / "moved")
+        path.mkdir()
+        if place == "run":
+            for name in (".lock", "config.yaml", "status.json"):
+                (path / name).touch()
+        before = sorted(path.iterdir())
+        ends: list[Callable[[], None]] = [
+            saver.flush,
+            lambda: run.set_status("failed", 2, "bad luck"),
+            lambda: run.append_bad_step({"step": 2}),
+            lambda: run.append_test_scoring("train", "best", "test", {}, ""),
+            lambda: final.write_final(
+                run,
+                {},
+                Config(),
+                Manifest.__new__(Manifest),
+                Runtime.__new__(Runtime),
+                Tracker.silent(),
+                parameters=0,
+                weights="",
+                progress=Progress(),
+                resumed=False,
+            ),
+        ]
+        for end in ends:
+            said = "another is in its place; the run ends at step 2: "
+            with pytest.raises(UserError, match=said), saver.readable(Progress(step=2)):
+                end()
+        saver.close()
+    assert sorted(path.iterdir()) == before
+    assert all(not file.read_bytes() for file in before)
 
 
 def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import csv
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from photographs import draw, official, write_csv
 from tests_support import unlistable
@@ -232,3 +234,19 @@ def test_a_manifest_chooses_neither_places_nor_memory(wrong: dict[str, Any], tmp
 def test_masters_of_another_version_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=f"version {prepare.VERSION + 1} of `fastddr prepare`"):
         masters.make([str(folder / "b.jpg")], RECIPE._replace(version=prepare.VERSION + 1))
+
+
+def test_photographs_that_changed_since_they_were_looked_at_are_named(folder: Path) -> None:
+    paths = [str(folder / name) for name in ("a.JPG", "b.jpg", "below/c.png")]
+    listed, _ = photos.ready(paths, None, silent)
+    known = photos.as_manifest(listed)
+    known = replace(known, size=np.array([os.path.getsize(path) for path in paths]))
+    assert photos.again(listed) == listed
+    assert known.changed() == []
+    with open(paths[0], "ab") as stream:
+        stream.write(b"\0")
+    os.unlink(paths[1])
+    assert [photo.kind for photo in photos.again(listed)] == ["changed", "missing", ""]
+    assert [photo.path for photo in photos.again(listed)] == paths
+    assert known.changed() == list(known.path[:2])
+    assert known.changed(np.array([1, 2])) == [known.path[1]]

@@ -232,8 +232,9 @@ def test_a_place_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(runs.fcntl, "lockf", lockf)
     said: list[str] = []
-    assert runs.hold(tmp_path, said.append, begins=True) is None
-    assert "without locks" in said[0]
+    with runs.hold(tmp_path, said.append, begins=True) as stream:
+        assert "without locks" in said[0]
+        assert not stream.closed
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="another start has begun a run here"):
         runs.hold(tmp_path, said.append, begins=True)

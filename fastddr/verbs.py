@@ -54,7 +54,7 @@ class Check:
 
     def run(self) -> int:
         """The exit code."""
-        from fastddr.data import problems, survey
+        from fastddr.data import output, problems, survey
         from fastddr.reporting import checks
 
         # Only rank 0 speaks; the bar goes where it does not mix with what is piped on.
@@ -65,7 +65,12 @@ class Check:
             exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
             if self.fix_list and main:
                 problems.own_list(self.fix_list)
-                self.fix_list.open("a").close()  # a place that cannot be written is told before the work, not after
+                # A place that cannot be written is told before the work, not after; and there is no list until all of
+                # it is known, since an empty one leaves out nothing.
+                if self.fix_list.exists():
+                    self.fix_list.open("a").close()
+                else:
+                    output.check_place(self.fix_list, "--fix-list")
             with EpochBar(console, "reading headers", quiet=not main) as bar:
                 seen = survey.take(
                     self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True,
@@ -106,7 +111,8 @@ class Check:
             return
         kept, gone = problems.kept_rows(file, bad, exclude)
         # Where it is a link, what it leads to.
-        output.put(file.resolve(), problems.write_list(bad, kept).encode("utf-8", "surrogateescape"))
+        content = problems.write_list(bad, kept).encode("utf-8", "surrogateescape")
+        output.put(file.resolve(), content, lambda: problems.own_list(file))
         if kept:
             console.print(f"note: {len(kept)} rows of the list that was there stay, behind the errors.")
         if gone:

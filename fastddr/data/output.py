@@ -14,7 +14,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
@@ -276,34 +276,34 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def followed(out: Path) -> Path:
-    """Where `--out` leads, so that a link stays one. Raises `UserError` where it leads to itself."""
+def followed(out: Path, flag: str = "--out") -> Path:
+    """Where the path of a flag leads, so that a link stays one. Raises `UserError` where it leads to itself."""
     try:
         place = out.resolve()
     except (OSError, RuntimeError):  # before Python 3.13, which gives the link itself
         place = out
     if place.is_symlink():
-        raise UserError(f"--out {out}: this link leads to itself; give another place.")
+        raise UserError(f"{flag} {out}: this link leads to itself; give another place.")
     return place
 
 
-def check_place(out: Path) -> None:
-    """Raise `UserError` where the file of `--out` cannot be put; before the work, which would be for nothing.
+def check_place(out: Path, flag: str = "--out") -> None:
+    """Raise `UserError` where the file of a flag cannot be put; before the work, which would be for nothing.
 
     A link is followed, as by whoever writes there.
     """
-    folder = followed(out).parent
+    folder = followed(out, flag).parent
     if not folder.is_dir():
-        raise UserError(f"--out {out}: its folder is not there; make it first.")
+        raise UserError(f"{flag} {out}: its folder is not there; make it first.")
     try:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--out {out}: nothing can be written there ({error.strerror}); give a place.") from None
+        raise UserError(f"{flag} {out}: nothing can be written there ({error.strerror}); give a place.") from None
 
 
-def put(path: Path, content: bytes) -> None:
-    """Write a small file at once or not at all; one that holds the same is left as it is.
+def put(path: Path, content: bytes, check: Callable[[], object] | None = None) -> None:
+    """Write a small file at once or not at all; one that holds the same is left as it is. `check`: as in `files.put`.
 
     Raises:
         UserError: it cannot be written.
@@ -314,6 +314,6 @@ def put(path: Path, content: bytes) -> None:
     except FileNotFoundError:
         pass
     try:
-        files.put(path, content, ending=crop.PART)
+        files.put(path, content, ending=crop.PART, check=check)
     except OSError as error:
         raise crop.cannot_write(path, error) from None

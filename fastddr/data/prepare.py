@@ -230,6 +230,8 @@ class _Main:
             rows.append(row_)
         rows.sort()
         labels = relabel.labels(seen.root, kept, sorted({entry.label for entry in seen.entries if entry.label}))
+        now, _ = splits.assign(layouts.find(self.data, self.follow_links), SplitConfig())
+        relabel.refuse_changed(seen.root, kept, now)
         pages = self._sheets(rows)
         removed = output.remove(output.known.keys() - {row.path for row in rows})
         output.remove_labels(keep=labels)

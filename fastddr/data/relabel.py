@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,20 @@ def labels(root: Path, kept: Sequence[Kept], also: Sequence[str] = ()) -> dict[s
     """
     of_file = {label: dict[int, tuple[str, str]]() for label in also} | tokens(kept)
     return {label: _rewritten(root / label, lines) for label, lines in sorted(of_file.items())}
+
+
+def refuse_changed(root: Path, kept: Sequence[Kept], now: Iterable[Entry]) -> None:
+    """Raise `UserError` where the label files say something else of a photograph by now: `labels` looks at names alone.
+
+    Args:
+        root: of the source.
+        kept: as they were read before the work, with their splits.
+        now: as they are read after it.
+    """
+    there = {entry.path: (entry.grade, entry.patient, entry.split) for entry in now}
+    for entry, _ in kept:
+        if entry.label and there.get(entry.path) != (entry.grade, entry.patient, entry.split):
+            raise _changed(root / entry.label, entry.line)
 
 
 def _rewritten(file: Path, lines: Mapping[int, tuple[str, str]]) -> bytes:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,19 +136,19 @@ def write(
     loader: Loader,
     augment: AugmentConfig,
     grades: Int[Tensor, " n"],
-    files: Callable[[int], Path],
     titles: Callable[[int], str],
+    keep: Callable[[int, Image.Image], object],
     on_batch: Callable[[int], object],
 ) -> None:
-    """An overlay of each photograph that falls to this rank, of the grade that it has been given.
+    """Draw an overlay of each photograph that falls to this rank, of the grade that it has been given.
 
     Args:
         model: bare, in evaluation mode.
         loader: of the photographs, one window each.
         augment: the normalisation of its images.
         grades: of each id.
-        files: where the overlay of an id goes; its extension says the format.
-        titles: the line below it.
+        titles: the line below each.
+        keep: is given id and overlay.
         on_batch: hears how many photographs are done.
 
     Raises:
@@ -166,5 +165,5 @@ def write(
         seen = pixels(image, augment)
         for k, (id_, valid) in enumerate(zip(batch.id.tolist(), batch.valid.tolist(), strict=True)):
             if valid:
-                overlay(seen[k], maps[k], titles(id_)).save(files(id_))
+                keep(id_, overlay(seen[k], maps[k], titles(id_)))
         on_batch(int(batch.valid.sum()))

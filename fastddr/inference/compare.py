@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ def compare(asked: Compare) -> list[Compared]:
         raise UserError("fastddr compare: give at least two runs, like runs/A runs/B.")
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
-    if asked.out is not None and asked.out.exists() and not (asked.out.is_file() and _ours(asked.out)):
-        raise UserError(f"--out {asked.out}: this file holds something else than a comparison; give a new name.")
     if asked.out is not None:
+        _refuse_others(asked.out)
         output.check_place(asked.out)
     splits = [_split(place, asked.split) for place in asked.runs]
     names = _names(asked.runs)
@@ -90,6 +90,12 @@ def compare(asked: Compare) -> list[Compared]:
             compared.append(Compared(name, split.weights, values, ci, differences, recipe))
             bar.update(len(compared), total=len(splits))
     return compared
+
+
+def _refuse_others(out: Path) -> None:
+    """Raise `UserError` where something is there that a comparison may not replace."""
+    if out.exists() and not (out.is_file() and _ours(out)):
+        raise UserError(f"--out {out}: this file holds something else than a comparison; give a new name.")
 
 
 def _ours(file: Path) -> bool:
@@ -273,7 +279,8 @@ def main(asked: Compare) -> int:
                 text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
             else:
                 text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-            output.put(asked.out.resolve(), text.encode())  # a link stays one
+            # A link stays one.
+            output.put(asked.out.resolve(), text.encode(), partial(_refuse_others, asked.out))
         show(compared, body, asked.split)
         return 0
 

@@ -9,6 +9,7 @@ All of it is written beside OUT and renamed when the file, read back, gives the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,7 @@ def export(asked: Export) -> Path:
             f"accelerate launch --mixed_precision {launched}: an export is checked in float32, by one process; give "
             "`fastddr export` without the launcher, or --mixed_precision no."
         )
-    if out.exists() and not (asked.overwrite and (out / "export.json").is_file()):
-        what = "it is there already" if (out / "export.json").is_file() else "it is there and no export"
-        raise UserError(f"--out {out}: {what}; give another folder, or --overwrite in the place of an export.")
-    _check_old(out)
+    _check_place(out, asked.overwrite)
     if asked.count < 0:
         raise UserError(f"--count {asked.count}: give a number of photographs, or 0 for all.")
     began = runtime.start(config)
@@ -115,7 +113,7 @@ def export(asked: Export) -> Path:
         about |= {"versions": versions(), "config": asdict(trained) | {"data": card.name(config), "exclude": None}}
         (part / "model_card.md").write_text(card.markdown(restored, known, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        _keep(part, out)
+        _keep(part, out, asked.overwrite)
     console.print(
         f"{out / file.name}: its probabilities on {len(ids)} photographs ({said}) are the run's to "
         f"{about['difference']:.1e}; read {out / 'model_card.md'} before you use it"
@@ -208,20 +206,35 @@ def _about(asked: Export, restored: Restored, deployed: Deployed) -> dict[str, A
     }
 
 
-def _check_old(out: Path) -> None:
-    """Raise `UserError` where the folder of an earlier export, which is replaced, holds what is not of it."""
+def _check_place(out: Path, overwrite: bool) -> None:
+    """Raise `UserError` where the folder cannot be put: only an export is replaced, which holds nothing else."""
+    if out.exists() and not (overwrite and (out / "export.json").is_file()):
+        what = "it is there already" if (out / "export.json").is_file() else "it is there and no export"
+        raise UserError(f"--out {out}: {what}; give another folder, or --overwrite in the place of an export.")
     ours = {*formats.FILES.values(), "model_card.md", "export.json"}
     others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours) if out.is_dir() else []
     if others:
         raise UserError(f"--out {out}: {others[0]} is no file of an export; move it, or give another folder.")
 
 
-def _keep(part: Path, out: Path) -> None:
-    """Put the finished folder in its place; an earlier one is removed after that."""
+def _keep(part: Path, out: Path, overwrite: bool) -> None:
+    """Put the finished folder in its place; an earlier export is removed after that.
+
+    Raises:
+        UserError: something came there since it was looked at, perhaps another export; it stays.
+    """
+    _check_place(out, overwrite)
     old = part.with_name(f"{part.name}.old")
     if out.exists():
-        os.replace(out, old)
-    os.replace(part, out)
+        os.rename(out, old)
+    try:
+        os.rename(part, out)  # replaces nothing but an empty folder
+    except OSError as error:
+        with suppress(OSError):  # where the place is taken, or nothing was there
+            os.rename(old, out)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"--out {out}: something else came there meanwhile; give another folder.") from None
     shutil.rmtree(old, ignore_errors=True)
 
 

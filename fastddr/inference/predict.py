@@ -7,6 +7,7 @@ A photograph that cannot be used has a row with its reason, and ends nothing.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -84,10 +86,9 @@ def predict(asked: Predict) -> Answer:
         logits = _logits(asked, config, restored, began, usable, console)
         answer = _of_unchanged(runtime.from_main(lambda: photos.again(listed)), usable, logits)
         usable = [photo for photo in answer.photos if not photo.kind]
-    if began.is_main:
-        _write(asked, answer, config.num_classes)
+    runtime.from_main(lambda: _write(asked, answer, config.num_classes))
     if asked.explain is not None and answer.logits is not None:
-        _explain(asked.explain, config, restored, began, usable, answer.logits, console)
+        _explain(asked, asked.explain, config, restored, began, usable, answer.logits, console)
     if began.is_main:
         _sum_up(asked, answer, restored, console)
     return answer
@@ -112,13 +113,23 @@ def _free(asked: Predict, window: str) -> None:
             raise UserError(
                 "--explain shows one window of a photograph; leave it out, or give --window center or full."
             )
-        if asked.explain.is_file() or (asked.explain.is_dir() and any(asked.explain.iterdir()) and not asked.overwrite):
-            raise UserError(f"--explain {asked.explain}: it is not an empty folder; give another, or --overwrite.")
+        _check_folder(asked, asked.explain)
+    _check_table(asked)
+    output.check_place(asked.out)
+
+
+def _check_folder(asked: Predict, folder: Path) -> None:
+    """Raise `UserError` where a folder is no place for heat maps."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not asked.overwrite):
+        raise UserError(f"--explain {folder}: it is not an empty folder; give another, or --overwrite.")
+
+
+def _check_table(asked: Predict) -> None:
+    """Raise `UserError` where something is there that the table may not replace."""
     if asked.out.exists() and not asked.overwrite:
         raise UserError(f"--out {asked.out}: it is there already; give another name, or --overwrite.")
     if asked.out.is_file() and not asked.out.read_bytes().startswith(_HEADINGS):
         raise UserError(f"--out {asked.out}: this file is no table of grades, which alone --overwrite replaces.")
-    output.check_place(asked.out)
 
 
 def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
@@ -157,6 +168,7 @@ def _logits(
 
 
 def _explain(
+    asked: Predict,
     folder: Path,
     config: Config,
     restored: Restored,
@@ -169,8 +181,13 @@ def _explain(
     window is what it shows.
     """
     listed = photos.as_manifest(usable)
-    files = overlays(folder, usable)
-    runtime.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    places = overlays(folder, usable)
+
+    def make() -> None:
+        _check_folder(asked, folder)  # it may have been filled while photographs were graded
+        folder.mkdir(parents=True, exist_ok=True)
+
+    runtime.from_main(make)
     loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
     done = 0
 
@@ -185,9 +202,19 @@ def _explain(
         grade = int(grades[id_])
         return f"{grade} {_NAMES[grade]}, probability {probabilities[id_]:.2f}; right: what speaks for it"
 
+    def keep(id_: int, sheet: Image.Image) -> None:
+        content, place = io.BytesIO(), places[id_]
+        sheet.save(content, "png")
+
+        def stays() -> None:
+            if not asked.overwrite:
+                raise UserError(f"{place}: it came meanwhile; give another --explain, or --overwrite.")
+
+        files.put(place, content.getvalue(), check=stays)
+
     try:
         with EpochBar(console, "explaining", len(usable)) as bar:
-            explain.write(restored.model, loader, config.augment, grades, files.__getitem__, title, count)
+            explain.write(restored.model, loader, config.augment, grades, title, keep, count)
     finally:
         loader.close()
     ranks.meet()
@@ -233,9 +260,10 @@ def rows(answer: Answer, classes: int) -> list[list[str]]:
 
 
 def _write(asked: Predict, answer: Answer, classes: int) -> None:
-    """The table as a whole or not at all."""
+    """The table as a whole or not at all; not over one that another command has written meanwhile."""
     out = asked.out.resolve()  # a link stays one
-    files.put(out, files.table(rows(answer, classes)).encode("utf-8", "surrogateescape"), sync=True)
+    content = files.table(rows(answer, classes)).encode("utf-8", "surrogateescape")
+    files.put(out, content, sync=True, check=lambda: _check_table(asked))
 
 
 def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console) -> None:

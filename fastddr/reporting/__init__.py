@@ -110,13 +110,14 @@ def write(
     }
     files.put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
     files.put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
-    if predicted:
-        these = {name: split for name, split in splits.items() if name != LAST}
-        files.put(report / predictions.FILE, predictions.dump(these))
-        if LAST in splits:
-            files.put(report / predictions.LAST_FILE, predictions.dump({LAST: splits[LAST]}))
     if left_out:
         files.put(report / "left_out.csv", problems.write_list(left_out).encode("utf-8", "surrogateescape"))
+    if predicted:
+        if LAST in splits:
+            files.put(report / predictions.LAST_FILE, predictions.dump({LAST: splits[LAST]}))
+        # Behind all else of which `again` makes a report: by this file it knows that there is one.
+        these = {name: split for name, split in splits.items() if name != LAST}
+        files.put(report / predictions.FILE, predictions.dump(these))
     text = tables.markdown(title, found, facts, notes, list(pictures), left_out)
     files.put(report / "report.md", text.encode())
     # Last: a picture that cannot be drawn takes no figures with it.

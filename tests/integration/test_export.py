@@ -19,7 +19,7 @@ from tests_support import train
 from fastddr.__main__ import main
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.inference import card, formats, restore
+from fastddr.inference import card, export, formats, restore
 from fastddr.runs import RunFolder
 
 QUICK = ("--epochs", "1", "--lr", "0.01")
@@ -222,6 +222,31 @@ def test_an_earlier_export_is_replaced_only_when_asked(
     (out / "serve.py").unlink()
     (out / "export.json").unlink()
     assert main([*asked, "--overwrite"]) == 2, "a folder that is no export stays"
+
+
+def test_what_came_to_lie_at_out_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the model was written and checked."""
+    out, part = tmp_path / "out", tmp_path / ".out.x"
+    part.mkdir()
+    (part / "export.json").write_text("new")
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="it is there and no export; give another folder"):
+            export._keep(part, out, overwrite)
+    (out / "notes.txt").rename(out / "export.json")
+    with pytest.raises(UserError, match="it is there already"):
+        export._keep(part, out, False)
+    # Also in the last moment.
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_check_place", lambda *_: None)
+        patch.setattr(Path, "exists", lambda _: False)
+        with pytest.raises(UserError, match="something else came there meanwhile; give another folder"):
+            export._keep(part, out, False)
+    assert (out / "export.json").read_text() == "mine"
+    export._keep(part, out, True)
+    assert (out / "export.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out], "nothing is left beside"
 
 
 @pytest.mark.parametrize(

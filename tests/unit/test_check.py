@@ -125,7 +125,8 @@ def test_what_cannot_be_read_at_all_is_exit_code_2(tmp_path: Path, capsys: pytes
         ((tmp_path / "nowhere",), "no such folder"),
         ((tmp_path / "bare",), "no known layout"),
         ((tmp_path / "set", "--exclude", tmp_path / "no.csv"), "this list cannot be read"),
-        ((tmp_path / "set", "--fix-list", tmp_path / "no" / "bad.csv"), "No such file or directory"),
+        ((tmp_path / "set", "--fix-list", tmp_path / "no" / "bad.csv"), "bad.csv: its folder is not there; make it"),
+        ((tmp_path / "bare", "--fix-list", tmp_path / "bad.csv"), "no known layout"),
         ((tmp_path / "set", "--splitting.test-share", "0.9"), "must leave photographs for train and valid"),
     ]:
         assert check(*arguments) == 2
@@ -133,6 +134,7 @@ def test_what_cannot_be_read_at_all_is_exit_code_2(tmp_path: Path, capsys: pytes
         assert said in error
         assert error.startswith("fastddr: ")
         assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "bad.csv").exists(), "an empty list would leave out nothing, and say nothing"
 
 
 def test_a_set_of_one_split_can_be_checked_but_not_trained_on(
@@ -230,7 +232,9 @@ def test_a_list_that_cannot_be_read_now_is_not_to_be_removed(
     assert told.value.filename == str(bad)
 
 
-def test_a_list_that_is_a_link_or_a_pipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_that_is_a_link_or_a_pipe_or_not_one_any_more(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (data / "DR_grading" / "train/007-0000-000.jpg").write_bytes(b"")
     (tmp_path / "bad.csv").symlink_to(tmp_path / "real.csv")
     assert check(data, "--fix-list", tmp_path / "bad.csv") == 1
@@ -240,3 +244,9 @@ def test_a_list_that_is_a_link_or_a_pipe(data: Path, tmp_path: Path, capsys: pyt
     if Path("/dev/full").exists():  # not on macOS
         assert check(data, "--fix-list", "/dev/full") == 2
         assert "fastddr: /dev/full: No space left on device; make room" in capsys.readouterr().err
+    new = tmp_path / "new.csv"
+    # Somebody writes something else there while photographs are decoded.
+    monkeypatch.setattr(problems, "kept_rows", lambda *_: (new.write_text("mine"), ([], 0))[1])
+    assert check(data, "--fix-list", new) == 2
+    assert "this file holds something else; give a new name for the list" in capsys.readouterr().err
+    assert new.read_text() == "mine"

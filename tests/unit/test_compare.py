@@ -118,7 +118,9 @@ def test_in_a_narrow_terminal_names_are_broken_and_no_figure(
     assert not any(compared[0].name in line for line in lines[: lines.index("")]), "names are folded"
 
 
-def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [folder(tmp_path / name, valid=result(seed), test=result(seed + 9)) for seed, name in enumerate("abc")]
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.md")]) == 0
     said = capsys.readouterr().out
@@ -138,6 +140,13 @@ def test_the_verb_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "c.md").write_text((tmp_path / "c.md").read_text() + "\nB is better.\n")
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.md")]) == 2
     assert "holds something else than a comparison" in capsys.readouterr().err
+    # Nor is one that the user wrote while samples were drawn.
+    new, written = tmp_path / "new.md", compare.table
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "table", lambda compared: (new.write_text("mine"), written(compared))[1])
+        assert main(["compare", *map(str, runs), "--out", str(new)]) == 2
+    assert "holds something else than a comparison" in capsys.readouterr().err
+    assert new.read_text() == "mine"
     found = json.loads((tmp_path / "c.json").read_text())
     assert [run["run"] for run in found["runs"]] == ["a", "b", "c"]
     assert found["runs"][0]["difference_ci"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 from collections.abc import Callable
@@ -16,18 +17,24 @@ import torch
 from fastddr import files, runs, tracking
 from fastddr.data import manifest, output
 from fastddr.data.photos import Photo
+from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.inference import predict
 from fastddr.inference.flags import Predict
 from fastddr.reporting import predictions
 from fastddr.tracking import copies
 
+
+def graded(file: Path, overwrite: bool = False) -> None:
+    predict._write(Predict(run=file.parent, out=file, overwrite=overwrite), predict.Answer((), None), 5)
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "settings.json": lambda file: output.put(file, b"new"),
     "config.yaml": lambda file: runs.RunFolder(file.parent).write(file, "new"),
     "id.txt": lambda file: copies.write_line(file, "new"),
     "metrics.jsonl": lambda file: tracking.truncate_to(file, 0),
-    "grades.csv": lambda file: predict._write(Predict(run=file.parent, out=file), predict.Answer((), None), 5),
+    "grades.csv": lambda file: [file.unlink(), graded(file)],
 }
 
 
@@ -65,6 +72,30 @@ def test_a_file_is_made_anew_with_the_rights_of_the_old_one_or_not_at_all(
     with pytest.raises(FileExistsError):
         files.put(tmp_path / "new", b"evil")
     assert old.read_text() == "new"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_came_to_bear_a_files_name_meanwhile_stays(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since the place was looked at, which may be hours ago. Not every file system has hard links."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    new, other = tmp_path / "new.csv", tmp_path / "other.csv"
+    graded(new)
+    with pytest.raises(UserError, match="it is there already; give another name, or --overwrite"):
+        graded(new)
+    graded(new, overwrite=True)
+    other.write_text("mine")
+    for overwrite, said in ((False, "it is there already"), (True, "this file is no table of grades")):
+        with pytest.raises(UserError, match=said):
+            graded(other, overwrite)
+    assert (new.read_text()[:5], other.read_text()) == ("path,", "mine")
+    assert sorted(tmp_path.iterdir()) == [new, other], "nothing is left beside"
 
 
 def test_a_carriage_return_in_a_name_tears_no_table(tmp_path: Path) -> None:

@@ -183,6 +183,20 @@ def test_labels_follow_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert told(tmp_path / "out")["train/n0"][0] == 4
 
 
+def test_labels_that_are_saved_anew_meanwhile_are_not_taken(tmp_path: Path) -> None:
+    data = official(tmp_path / "data")
+    labels = data / "DR_grading" / "train.txt"
+
+    def save(*_: int) -> None:
+        labels.write_text(labels.read_text().replace("n0.jpg 0", "n0.jpg 4"))
+
+    with pytest.raises(UserError, match=r"train\.txt, line 1: the label file was changed meanwhile; run again"):
+        run(data, tmp_path / "out", on_progress=save)
+    assert not list((tmp_path / "out").rglob("*.txt")), "it is not finished"
+    assert run(data, tmp_path / "out").done == 0
+    assert told(tmp_path / "out")["train/n0"][0] == 4
+
+
 def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
     data = official(tmp_path / "data")
     run(data, tmp_path / "out")

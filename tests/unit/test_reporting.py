@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastddr import meters, reporting
+from fastddr import files, meters, reporting
 from fastddr.data.grades import ICDR
 from fastddr.data.problems import Problem
 from fastddr.errors import UserError
@@ -297,15 +298,31 @@ def test_little_is_enough_for_a_report(tmp_path: Path) -> None:
     assert not list((tmp_path / "report").glob(".*"))
 
 
-def test_a_picture_that_fails_takes_no_figures_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_fails_takes_no_figures_with_it_and_half_a_report_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> bytes:
         raise ValueError("cannot be drawn")
 
+    def noted(path: Path, content: bytes) -> None:
+        put(path, content)
+        # What `fastddr report`, given in this moment, would make of it.
+        with suppress(UserError):
+            found.append(again.stored(again.folder_of(tmp_path)))
+
+    found: list[again.Stored] = []
+    put = files.put
+    monkeypatch.setattr(files, "put", noted)
     monkeypatch.setattr(plots, "confusion", fails)
+    few = {name: split(np.diag([2, 1, 1]), name) for name in ("test", "valid_last")}
+    bad = [Problem("t/9.jpg", "empty", "it is empty")]
     with pytest.raises(ValueError, match="cannot be drawn"):
-        reporting.write(tmp_path, {"test": split(np.diag([2, 1, 1]))}, {})
+        reporting.write(tmp_path, few, {}, left_out=bad)
     there = {path.name for path in (tmp_path / "report").iterdir()}
-    assert there == {"about.json", "metrics.json", "predictions.csv", "report.md"}
+    rows = {"predictions.csv", "predictions_last.csv", "left_out.csv"}
+    assert there == {"about.json", "metrics.json", "report.md"} | rows
+    assert found
+    assert all(one.splits.keys() == few.keys() and one.left_out == bad for one in found)
 
 
 def test_a_report_is_of_its_run_from_within_its_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ import harness
 import numpy as np
 import torch
 from PIL import Image
-from timing import Clock, in_turn
+from timing import Clock, cache_bytes, in_turn
 
 from fastddr.data.photograph import upright
 from fastddr.loaders import Loader, Task, dali, vision
@@ -331,24 +333,30 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
 def kernel(loader: Any, seconds: float) -> list[float]:
     """Images a second of the kernel that makes a batch from a store on the GPU, and nothing else.
 
-    Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already. Measured by the
-    GPU's clock, and queued before the first begins: Python may take longer to send a batch than the kernel to make it.
+    Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already, and made in as
+    many places as its cache does not hold twice over. Measured by the GPU's clock, and queued before the first begins: Python may take longer to send a batch than the kernel to make it.
     A round lasts about `seconds`, the queueing included.
     """
     from fastddr.loaders import resident
 
-    calls: list[tuple[Any, ...]] = []
+    calls: list[Callable[[], Any]] = []
+    sizes: list[int] = []
     whole = resident.kernels.warp
 
     def noted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return whole(*arguments)
+        calls.append(partial(whole, *arguments))
+        made = calls[-1]()
+        sizes.append(made.nbytes)
+        return made
 
     with patch.object(resident.kernels, "warp", noted):
         for _ in itertools.islice(loader.epoch(0), _BATCHES):
             pass
     rates = []
-    clock, call = Clock(loader.task.device, queued=True), in_turn([partial(whole, *arguments) for arguments in calls])
+    device = loader.task.device
+    # Not all of them: beside a store there may be little room.
+    held: deque[object] = deque(maxlen=min(math.ceil(2 * cache_bytes(device) / max(sizes)), len(calls)))
+    clock, call = Clock(device, queued=True), in_turn(calls, held)
     for _ in range(ROUNDS + 1):
         took, began = [], time.perf_counter()
         while not took or time.perf_counter() - began < seconds:

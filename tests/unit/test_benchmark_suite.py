@@ -68,6 +68,7 @@ def test_outcomes_do_not_part_what_belongs_together(load: Any) -> None:
     assert compare.identity(a) != compare.identity(a | {"model": "ResNet"})
     assert compare.identity(a) != compare.identity(a | {"batch_size": 64})
     assert compare.identity(a) == compare.identity(a | {"micro_batch_size": 8}), "what `auto` found room for"
+    assert compare.identity(a) != compare.identity(a | {"epoch": 3130}), "what begins each epoch anew has another speed"
 
 
 # ----------------------------------------------------------------------------------------------------------- diagnosis
@@ -271,12 +272,15 @@ def test_ways_to_decode(load: Any, gpu: bool, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(load("conditions"), "sentence", lambda *_: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     monkeypatch.setattr(decode, "in_process", lambda given, limit: trials.append(given[2]) or {"failed": "x"})
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(decode, "report", rows.append)
     for ways in (("training",), ("training", "regions", "engines")):
         trials.clear()
         decode.main(decode.Options(out=tmp_path / "r.json", encodings=("95-420",), ways=ways))
         wanted = ["", decode.REGIONS, decode.ENGINES][: len(ways) if gpu else 1]
         assert trials == [way for way in wanted for _ in range(2)]
     assert asked == [("95-420",)] * 2
+    assert {row["batches"] for row in rows} == {32 if gpu else 16}, "or it is compared with other numbers of them"
 
 
 # --------------------------------------------------------------------------------------------------------------- guard

@@ -125,7 +125,9 @@ def _loading(found: Results, stored: Sequence[Result]) -> Iterator[str]:
 
 
 def _same_case(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one.get(key) == other.get(key) for key in ("photographs", "model", "precision", "image_size", "batch_size"))
+    return all(
+        one.get(key) == other.get(key) for key in ("photographs", "model", "precision", "image_size", "batch_size")
+    )
 
 
 def _lost(ratio: float, row: Mapping[str, Any]) -> str:

@@ -86,6 +86,9 @@ def test_others_at_work_come_first(load: Any) -> None:
     busy = {"conditions": {"before": {"disturbed": True}, "after": None}}
     said = told(load, result(load, "loader", [], **busy), result(load, "train", []))
     assert said.splitlines()[0] == "Others were at work on this machine during loader: stop them and measure again."
+    quiet = {"conditions": {"before": {"disturbed": False}, "after": {"disturbed": False}}}
+    assert result(load, "loader", [row("dali", 100, others_cpu_share=0.8), row("other", 100)], **quiet).disturbed
+    assert not result(load, "loader", [row("dali", 100, others_cpu_share=0.05)], **quiet).disturbed
 
 
 def test_a_hot_card(load: Any) -> None:

@@ -334,8 +334,9 @@ def kernel(loader: Any, seconds: float) -> list[float]:
     """Images a second of the kernel that makes a batch from a store on the GPU, and nothing else.
 
     Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already, and made in as
-    many places as its cache does not hold twice over. Measured by the GPU's clock, and queued before the first begins: Python may take longer to send a batch than the kernel to make it.
-    A round lasts about `seconds`, the queueing included.
+    many places as together are twice as large as its cache. Measured by the GPU's clock, and queued before the first
+    begins: Python may take longer to send a batch than the kernel to make it. A round lasts about `seconds`, the
+    queueing included.
     """
     from fastddr.loaders import resident
 

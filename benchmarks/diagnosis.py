@@ -27,6 +27,8 @@ REMEDIES = {
     "copy": "copying to the device: `--loading.store vram` keeps photographs there",
     "kernel": "making batches from photographs that are in the GPU's memory already: no store is faster, and a larger "
     "`--batch-size` gives each call more to do",
+    "gather": "gathering photographs on the host: on a GPU `--loading.store vram` keeps them there, else a larger "
+    "`--batch-size` feeds more at once",
     "Python": "feeding the loader from Python: a larger `--batch-size` feeds more at once",
 }
 #: Share of its ceiling that training should come to, on a GPU and on a CPU.

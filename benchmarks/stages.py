@@ -303,7 +303,7 @@ def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
 # --------------------------------------------------------------------------------------------------------- resident
 
 
-def _resident(loader: Any, rate: float, seconds: float) -> Stages:
+def _resident(loader: Any, rate: float, seconds: float) -> Stages | None:
     task = loader.task
     if loader._finisher is not None:
 
@@ -315,19 +315,24 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
         # What its first operator is fed with is gathered from the store.
         return Stages({stage.replace("Python", "gather, Python"): values for stage, values in found.items()}, [])
 
-    batches = _epochs(task)
-
-    def asked() -> int:
-        requests, k = next(batches)
-        requests.seen.at(k)
-        return task.micro_batch_size
-
     if task.store == "vram":
         # Nothing is copied and nothing else is waited for: beyond the kernel's own time the card waits for Python.
         return Stages(_shares({"kernel": [1 / alone for alone in kernel(loader, seconds)]}, 1 / rate), [])
-    found = _raced({"Python": _repeated(asked, seconds)})
-    found["copy, kernel, waiting"] = [1 / rate - known for known in found["Python"]]
-    return Stages(_shares(found, 1 / rate), [])
+    if loader._ring is None:
+        return None  # on a CPU without DALI
+    batches = ((requests, k) for requests in map(task.requests, itertools.count()) for k in loader._filled(requests, 0))
+
+    def gathered() -> int:
+        """As far as a batch comes on the host: into a pinned slot, that is not sent."""
+        requests, k = next(batches)
+        boxes, _ = loader._boxes(requests, k)
+        with loader._ring.slot(int(3 * (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).sum())) as slot:
+            loader._gather(requests.id[k], boxes, slot.host)
+        return task.micro_batch_size
+
+    [(name, gathering)] = _raced({"gather, Python": _repeated(gathered, seconds)}).items()
+    shares = [100 * min(known * rate, 1.0) for known in gathering]
+    return Stages({name: shares, "copy, kernel, waiting": [100 - share for share in shares]}, [])
 
 
 def kernel(loader: Any, seconds: float) -> list[float]:

@@ -151,6 +151,7 @@ def test_a_loader_that_holds_training_up(load: Any) -> None:
 
 @pytest.mark.parametrize(("store", "stage", "remedy"), [
     ("vram", "kernel", "no store is faster"), ("ram", "copy, kernel, waiting", "`--loading.store vram`"),
+    ("ram", "gather, Python", "`--loading.store vram` keeps them there"),
 ])  # fmt: skip
 def test_what_stops_the_resident_loader_depends_on_its_store(
     store: str, stage: str, remedy: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,8 +164,8 @@ def test_what_stops_the_resident_loader_depends_on_its_store(
     wanted = task(manifest.read(tiny), store=store)
     monkeypatch.setattr(stages, "_repeated", lambda work, seconds: lambda: 1e-6)
     monkeypatch.setattr(stages, "kernel", lambda loader, seconds: [10_000.0] * 5)
-    found = stages.of(SimpleNamespace(name="resident", task=wanted, _finisher=None), 1000.0, 0.0)
-    assert set(found.shares) == {"Python", stage}
+    found = stages.of(SimpleNamespace(name="resident", task=wanted, _finisher=None, _ring=object()), 1000.0, 0.0)
+    assert set(found.shares) == {"vram": {"Python", stage}, "ram": {"gather, Python", "copy, kernel, waiting"}}[store]
     if store == "vram":
         assert found.shares["kernel"] == pytest.approx([10.0] * 5), "what Python takes to send a batch is no kernel's"
     trained = result(load, "train", [

@@ -80,8 +80,8 @@ def prepare(results: Sequence[Result], link: Link) -> list[str]:
     """What `fastddr prepare` costs."""
     return machines.sentences(results, "data", lambda result, rows: (
         f"O{on(result)[1:]} `prepare` makes {figure(rows['prepare'])} photographs of {rows['prepare']['size']} px a "
-        f"second from {_set(rows['prepare'])}, the start of the command counted in; {rows['prepare']['n']} rounds: "
-        f"{source(result, link)}"
+        f"second from {_set(rows['prepare'])}, the start of its workers counted in, without contact sheets; "
+        f"{rows['prepare']['n']} rounds: {source(result, link)}"
     ))  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             "95 % intervals."
         )
         texts += [
-            " ".join([about, *_loops(peers), *_layouts(results, result, link)]),
+            " ".join([about, *_decoded(result), *_loops(peers), *_layouts(results, result, link)]),
             table(headings, lines),
             f"Measured by {source(result, link)}",
         ]
@@ -125,6 +125,13 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             if other.hardware == result.hardware:
                 texts += [f"{_sooner(rows)}: {source(other, link)}" for rows in _cases(other.rows)]
     return texts + machines.missing(results, "train")
+
+
+def _decoded(result: Result) -> list[str]:
+    """What is outside the clock where fastddr keeps what it decodes."""
+    if any(row["name"] == "fastddr" and row.get("loader") == "resident" for row in result.measured):
+        return ["`fastddr` counts from its second epoch on, when its `resident` loader has decoded everything."]
+    return []
 
 
 def _loops(peers: Iterable[str]) -> list[str]:
@@ -215,9 +222,11 @@ def _ratio(rows: Iterable[Row], others: Sequence[str]) -> str:
 
 def train_all(results: Sequence[Result], link: Link) -> list[str]:
     """All rows of whole training."""
-    return machines.listed(
-        results, link, "train", "Whole training", lambda result: " ".join(_layouts(results, result, link))
-    )
+
+    def more(result: Result) -> str:
+        return " ".join([*_decoded(result), *_layouts(results, result, link)])
+
+    return machines.listed(results, link, "train", "Whole training", more)
 
 
 def train_kappa(results: Sequence[Result], link: Link) -> list[str]:

@@ -14,8 +14,8 @@ LESS = (
 )  # fmt: skip
 #: Whole numbers, words and truths that are outcomes, or of no weight for a speed; all others are settings.
 _NO_SETTING = (
-    "median", "low", "high", "n", "target", "met", "reached", "compared", "loader", "store", "runs_in", "epoch",
-    "images", "micro_batch_size", "either",
+    "median", "low", "high", "n", "target", "met", "reached", "compared", "loader", "store", "runs_in", "images",
+    "micro_batch_size", "either",
 )  # fmt: skip
 #: A figure is worse where it is by so much, and the intervals lie apart.
 WORSE = 0.9
@@ -45,7 +45,7 @@ def _number(value: float) -> str:
 
 
 def identity(row: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What a row is a figure of: its name and settings."""
+    """What a row is a figure of: its name and settings, and how long an epoch is, which some loaders begin anew."""
     return tuple(
         sorted(
             (key, value)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import DISTURBED
 
 from fastddr.ranks import available_cores
 
-#: Share of the cores, or of a card's time, that others may take before figures are called disturbed.
-DISTURBED = 0.1
 #: Seconds over which the load of the cores is taken.
 _SAMPLE = 0.5
 #: Name in the record, and field of `nvidia-smi --query-gpu`.

@@ -7,7 +7,8 @@
 are known: labels, file sizes, splits, problems, fingerprint; measured first, before the disk is busy.
 `headers`: photographs a second that are opened for the first time. `decode`: photographs a second that `fastddr check`
 decodes. `prepare`: photographs a second that `fastddr prepare` checks, crops, resizes and writes, in every round as if
-for the first time; its start is counted in.
+for the first time; the start of its workers is counted in, but neither the command's own (Python and imports) nor the
+contact sheets, which it draws by default.
 The files are in the page cache.
 """
 

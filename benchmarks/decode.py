@@ -133,6 +133,7 @@ def main(options: Options) -> None:
     kinds = sources.roots(None, options.encodings, options.photographs, 512, console)
     rows: list[dict[str, Any]] = []
     gpu = torch.cuda.is_available()
+    batches = options.batches or (32 if gpu else 16)
     ways = [_WAYS[way] for way in options.ways if gpu or way == "training"]
     if not dali_decoder.installed():
         ways = []
@@ -143,8 +144,8 @@ def main(options: Options) -> None:
     with harness.writing("decode", rows, options.out, wandb=options.wandb, failures=failures):
         # First the way that training takes.
         for way, (photographs, root), side in itertools.product(ways, kinds, (256, 512)):
-            about, given = described(photographs, side, way, options), [str(root), side, way, options.batch_size]
-            given += [max(options.rounds, 5), options.compared, options.batches or (32 if gpu else 16)]
+            about = described(photographs, side, way, options.batch_size, batches)
+            given = [str(root), side, way, options.batch_size, max(options.rounds, 5), options.compared, batches]
             rows.append(about | in_process(given, options.limit))
             report(rows[-1])
         shown = [
@@ -155,10 +156,10 @@ def main(options: Options) -> None:
             harness.show("The dali loader against Pillow", shown, ["largest_levels", "mean_levels"])
 
 
-def described(photographs: str, side: int, way: str, options: Options) -> dict[str, Any]:
+def described(photographs: str, side: int, way: str, batch_size: int, batches: int) -> dict[str, Any]:
     """What a row says of its trial."""
     name = ", ".join(filter(None, ("window" if side == 256 else "whole", photographs, way)))
-    about = {"name": name, "photographs": photographs, "image_size": side, "batch_size": options.batch_size}
+    about = {"name": name, "photographs": photographs, "image_size": side, "batch_size": batch_size, "batches": batches}
     return about | ({"kind": "not trained with"} if way else {})
 
 

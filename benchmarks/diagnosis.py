@@ -27,6 +27,8 @@ REMEDIES = {
     "copy": "copying to the device: `--loading.store vram` keeps photographs there",
     "kernel": "making batches from photographs that are in the GPU's memory already: no store is faster, and a larger "
     "`--batch-size` gives each call more to do",
+    "gather": "gathering photographs on the host: on a GPU `--loading.store vram` keeps them there, else a larger "
+    "`--batch-size` feeds more at once",
     "Python": "feeding the loader from Python: a larger `--batch-size` feeds more at once",
 }
 #: Share of its ceiling that training should come to, on a GPU and on a CPU.
@@ -117,15 +119,29 @@ def _loading(found: Results, stored: Sequence[Result]) -> Iterator[str]:
         if row["kind"] in ("ratio", "target") and row["name"] == "fastddr / fastddr, replay":
             least = CEILING[result.gpu]
             if row["high"] < least:
-                yield (f"{row['model']} trains at {row['median']:.2f} of its ceiling, so it waits for photographs."
-                       f"{_stage(found, result)}")  # fmt: skip
+                ours = next(one for one in result.measured if one["name"] == "fastddr" and _same_case(one, row))
+                yield (f"{row['model']} trains at {row['median']:.2f} of its ceiling{_lost(row['median'], ours)}"
+                       f"{_stage(found, ours)}")  # fmt: skip
             else:
                 yield f"{row['model']} trains at {row['median']:.2f} of its ceiling: loading does not hold it up."
 
 
-def _stage(found: Results, result: Result) -> str:
-    """What the chosen loader's time goes into, and what helps."""
-    row = next((row for row in result.measured if row["name"] == "fastddr"), {})
+def _same_case(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(
+        one.get(key) == other.get(key) for key in ("photographs", "model", "precision", "image_size", "batch_size")
+    )
+
+
+def _lost(ratio: float, row: Mapping[str, Any]) -> str:
+    """Where the rest of the ceiling is: a loader may also work at the same time as the model, and slow it down."""
+    wait = row["data_wait"]
+    if wait >= (1 - ratio) / 2:
+        return ", so it waits for photographs."
+    return f", and waits for photographs for {100 * wait:.0f} % of the time: loading takes cores or GPU from the model."
+
+
+def _stage(found: Results, row: Mapping[str, Any]) -> str:
+    """What the time of the loader of this training goes into, and what helps."""
     chosen, store = row.get("loader"), row.get("store")
     by_label: dict[str, dict[str, float]] = {}
     if "loader" in found:

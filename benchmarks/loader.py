@@ -33,6 +33,7 @@ import torch
 import tyro
 from peers import PEERS
 from rich.console import Console
+from stored import DISTURBED
 from trials import OURS, Spec, Trial
 
 from fastddr.config.sections import POLICIES
@@ -89,8 +90,6 @@ class Options:
     """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
-#: Share of the cores that other processes may take before figures are called disturbed.
-_DISTURBED = 0.1
 STORE_ALONE = "resident store alone, uint8"
 KERNEL_ALONE = "resident kernel alone"
 
@@ -197,7 +196,7 @@ class Panel:
                 row = {"name": label, "kind": self.kinds[label], **self.about, **harness.spread(values)}
                 self.rows.append(row | {"unit": "images/s"} | self._cost(self.trials.get(label)))
         others = [row["others_cpu_share"] for row in self.rows if "others_cpu_share" in row]
-        if others and max(others) > _DISTURBED:
+        if others and max(others) > DISTURBED:
             self._say(
                 f"Other processes took up to {100 * max(others):.0f} % of the cores meanwhile; "
                 "measure again on an idle machine."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,7 +72,7 @@ class Loop(Recipe):
 
     def _train(self) -> tuple[int, float]:
         self.model.train()
-        batches = Waited(iter(self.loader))
+        batches = Waited(_lazily(self.loader))
         images = sum(self.step(image, grade) for image, grade in batches)
         return images, batches.waited
 
@@ -92,6 +92,11 @@ class Loop(Recipe):
     def close(self) -> None:
         # The only public way to end persistent workers.
         self.loader = self.valid = ()
+
+
+def _lazily(loader: Iterable[Any]) -> Iterator[Any]:
+    """Its batches; what starts workers for them starts at the first `next`, which is waited for."""
+    yield from loader
 
 
 def _still(case: Case, normalize: bool) -> Any:

@@ -15,13 +15,15 @@ least: each map that goes in or out once. Most kernels of BatchNorm read their i
 least time that these two allow, by the time it took: 1 is as fast as this machine can do it. A depthwise convolution's
 FLOP count against the rate of full matrix products, although most of its kernels do not use the tensor cores.
 
-Inputs are several tensors in turn, twice as large together as the last cache, so that no call finds its input there;
-`in_cache` marks rows where that was not possible, whose GB/s may exceed what memory can do.
+Inputs are several tensors in turn, twice as large together as the last cache, so that no call finds its input there,
+and as many results are kept, so that none is written over one that still lies there; `in_cache` marks rows where that
+was not possible, whose GB/s may exceed what memory can do.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +51,7 @@ from fastddr.runtime import DTYPES, keep_memory
 Layout = Literal["NCHW", "NHWC"]
 #: Seconds that a round of one operation lasts at least.
 _ROUND, _TINY_ROUND = 0.005, 0.001
-#: Bytes that the tensors which take turns as one input may take together.
+#: Bytes that the tensors which take turns as one input, or as the result, may take together.
 _MOST = 2**30
 #: The three parts of a convolution, and which of input, weight and bias `convolution_backward` is asked for.
 _GRADIENTS = {"data gradient": [True, False, False], "weight gradient": [False, True, False]}
@@ -120,7 +122,7 @@ class Operation:
 
 
 class Inputs:
-    """Maps and gradients in one layout, as many of each as the cache demands."""
+    """Maps and gradients in one layout, as many of each as the cache demands, and room for as many results."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, layout: str, device: torch.device) -> None:
         self.shape, self.dtype, self.layout, self.device = shape, dtype, layout, device
@@ -130,6 +132,7 @@ class Inputs:
         self.in_cache = copies < wanted
         self.maps = [self.tensor(shape.batch, shape.channels, shape.side, shape.side) for _ in range(copies)]
         self.gradients = [torch.randn_like(x) for x in self.maps]
+        self.results: deque[object] = deque(maxlen=copies)
 
     def tensor(self, *sizes: int) -> Tensor:
         """Random numbers in the layout."""
@@ -137,7 +140,11 @@ class Inputs:
 
     def each(self, call: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
         """The call with a map and a gradient, of which each pair takes its turn."""
-        return in_turn([partial(call, x, dy) for x, dy in zip(self.maps, self.gradients, strict=True)])
+        return self.taking_turns([partial(call, x, dy) for x, dy in zip(self.maps, self.gradients, strict=True)])
+
+    def taking_turns(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+        """Of calls that have their inputs, one after the other."""
+        return in_turn(calls, self.results)
 
 
 def convolutions(inputs: Inputs, kernel: int, *, depthwise: bool) -> Iterator[Operation]:
@@ -183,8 +190,8 @@ def batch_norm(inputs: Inputs) -> Iterator[Operation]:
             return forward(x, dy)
 
     yield Operation("BatchNorm forward", None, inputs.layout, inputs.each(untracked), 0, 2 * size)
-    backward = in_turn([gradients(x, dy) for x, dy in zip(inputs.maps, inputs.gradients, strict=True)])
-    yield Operation("BatchNorm backward", None, inputs.layout, backward, 0, 3 * size)
+    calls = [gradients(x, dy) for x, dy in zip(inputs.maps, inputs.gradients, strict=True)]
+    yield Operation("BatchNorm backward", None, inputs.layout, inputs.taking_turns(calls), 0, 3 * size)
 
 
 def gelu(inputs: Inputs) -> Iterator[Operation]:

@@ -99,10 +99,11 @@ class Recipe(ABC):
             torch.cuda.empty_cache()
 
     def _free(self) -> int:
+        # To ask for it makes the context.
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
 
     def vram(self) -> dict[str, int]:
-        """Bytes of the GPU: the allocator's peaks, and all that it has taken since the process began; {} on a CPU."""
+        """Bytes of the GPU: the allocator's peaks, and all that was taken since CUDA was begun; {} on a CPU."""
         if self.device.type != "cuda":
             return {}
         return {

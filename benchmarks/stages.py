@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ import harness
 import numpy as np
 import torch
 from PIL import Image
-from timing import Clock, in_turn
+from timing import Clock, cache_bytes, in_turn
 
 from fastddr.data.photograph import upright
 from fastddr.loaders import Loader, Task, dali, vision
@@ -301,7 +303,7 @@ def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
 # --------------------------------------------------------------------------------------------------------- resident
 
 
-def _resident(loader: Any, rate: float, seconds: float) -> Stages:
+def _resident(loader: Any, rate: float, seconds: float) -> Stages | None:
     task = loader.task
     if loader._finisher is not None:
 
@@ -313,42 +315,54 @@ def _resident(loader: Any, rate: float, seconds: float) -> Stages:
         # What its first operator is fed with is gathered from the store.
         return Stages({stage.replace("Python", "gather, Python"): values for stage, values in found.items()}, [])
 
-    batches = _epochs(task)
-
-    def asked() -> int:
-        requests, k = next(batches)
-        requests.seen.at(k)
-        return task.micro_batch_size
-
     if task.store == "vram":
         # Nothing is copied and nothing else is waited for: beyond the kernel's own time the card waits for Python.
         return Stages(_shares({"kernel": [1 / alone for alone in kernel(loader, seconds)]}, 1 / rate), [])
-    found = _raced({"Python": _repeated(asked, seconds)})
-    found["copy, kernel, waiting"] = [1 / rate - known for known in found["Python"]]
-    return Stages(_shares(found, 1 / rate), [])
+    if loader._ring is None:
+        return None  # on a CPU without DALI
+    batches = ((requests, k) for requests in map(task.requests, itertools.count()) for k in loader._filled(requests, 0))
+
+    def gathered() -> int:
+        """As far as a batch comes on the host: into a pinned slot, that is not sent."""
+        requests, k = next(batches)
+        boxes, _ = loader._boxes(requests, k)
+        with loader._ring.slot(int(3 * (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).sum())) as slot:
+            loader._gather(requests.id[k], boxes, slot.host)
+        return task.micro_batch_size
+
+    [(name, gathering)] = _raced({"gather, Python": _repeated(gathered, seconds)}).items()
+    shares = [100 * min(known * rate, 1.0) for known in gathering]
+    return Stages({name: shares, "copy, kernel, waiting": [100 - share for share in shares]}, [])
 
 
 def kernel(loader: Any, seconds: float) -> list[float]:
     """Images a second of the kernel that makes a batch from a store on the GPU, and nothing else.
 
-    Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already. Measured by the
-    GPU's clock, and queued before the first begins: Python may take longer to send a batch than the kernel to make it.
-    A round lasts about `seconds`, the queueing included.
+    Some batches in turn, more of them than its cache holds, from arguments that are on the GPU already, and made in as
+    many places as together are twice as large as its cache. Measured by the GPU's clock, and queued before the first
+    begins: Python may take longer to send a batch than the kernel to make it. A round lasts about `seconds`, the
+    queueing included.
     """
     from fastddr.loaders import resident
 
-    calls: list[tuple[Any, ...]] = []
+    calls: list[Callable[[], Any]] = []
+    sizes: list[int] = []
     whole = resident.kernels.warp
 
     def noted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return whole(*arguments)
+        calls.append(partial(whole, *arguments))
+        made = calls[-1]()
+        sizes.append(made.nbytes)
+        return made
 
     with patch.object(resident.kernels, "warp", noted):
         for _ in itertools.islice(loader.epoch(0), _BATCHES):
             pass
     rates = []
-    clock, call = Clock(loader.task.device, queued=True), in_turn([partial(whole, *arguments) for arguments in calls])
+    device = loader.task.device
+    # Not all of them: beside a store there may be little room.
+    held: deque[object] = deque(maxlen=min(math.ceil(2 * cache_bytes(device) / max(sizes)), len(calls)))
+    clock, call = Clock(device, queued=True), in_turn(calls, held)
     for _ in range(ROUNDS + 1):
         took, began = [], time.perf_counter()
         while not took or time.perf_counter() - began < seconds:

@@ -17,6 +17,8 @@ from fastddr.errors import UserError
 RESULTS = Path(__file__).parent / "results"
 #: What a result has; results of before conditions were recorded lack these.
 KEYS = ("benchmark", "machine", "versions", "date", "command", "rows")
+#: Share of the cores, or of a card's time, that others may take before figures are called disturbed.
+DISTURBED = 0.1
 #: Kinds of rows that say what the machine can do, beside what a benchmark measures.
 _BESIDE = {"loader": ("limit",), "step": ("ceiling",), "operations": ("ceiling",)}
 
@@ -65,8 +67,10 @@ class Result:
 
     @property
     def disturbed(self) -> bool:
-        """Whether others were at work on the machine; False where that was not recorded."""
-        return any((moment or {}).get("disturbed") for moment in self.record.get("conditions", {}).values())
+        """Whether others were at work on the machine, before, after or meanwhile; False where that was not recorded."""
+        moments = self.record.get("conditions", {}).values()
+        meanwhile = (row.get("others_cpu_share", 0.0) for row in self.rows)
+        return any((moment or {}).get("disturbed") for moment in moments) or max(meanwhile, default=0.0) > DISTURBED
 
     @property
     def digest(self) -> str:

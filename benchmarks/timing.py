@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,10 +73,20 @@ class Clock:
         return min(times, _QUEUED) if self.queued else times, took
 
 
-def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """One call of the first, then of the second, …, and from the beginning again."""
+def in_turn(calls: Sequence[Callable[[], object]], held: deque[object]) -> Callable[[], object]:
+    """One call of the first, then of the second, …, and from the beginning again.
+
+    Results go into `held`: until they fall out of it none is written where another one lies, which a cache still has.
+    Its length is how many that are; operations that take turns may share one.
+    """
     following = itertools.cycle(calls)
-    return lambda: next(following)()
+
+    def call() -> object:
+        result = next(following)()
+        held.append(result)
+        return result
+
+    return call
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -187,10 +187,16 @@ class ResidentLoader(Loader):
         ends = _ends(size)
         offset = ends - size.prod(axis=1) * 3
         with self._ring.slot(int(ends[-1])) as slot:
-            for id_, begin, (left, top, right, bottom) in zip(ids.tolist(), offset, boxes.tolist(), strict=True):
-                box = store.get(id_)[top:bottom, left:right]
-                slot.host[begin : begin + box.numel()].view(box.shape).copy_(box)
+            self._gather(ids, boxes, slot.host)
             return self._kernel(self._ring.send(slot, int(ends[-1])), offset, size, back, requests.colour[k])
+
+    def _gather(self, ids: Int[np.ndarray, " b"], boxes: Int[np.ndarray, "b 4"], host: UInt8[Tensor, " n"]) -> None:
+        """Write these boxes of the photographs into the host's memory, one behind the other."""
+        begin = 0
+        for id_, (left, top, right, bottom) in zip(ids.tolist(), boxes.tolist(), strict=True):
+            box = self._store.get(id_)[top:bottom, left:right]
+            host[begin : begin + box.numel()].view(box.shape).copy_(box)
+            begin += box.numel()
 
     def _kernel(
         self, pixels: Tensor, offset: np.ndarray, size: np.ndarray, back: np.ndarray, colour: np.ndarray

@@ -109,7 +109,17 @@ def test_the_kernel_alone_is_timed_behind_a_queue(
 ) -> None:
     stages = benchmark("stages")
     warped: list[int] = []
-    monkeypatch.setattr(kernels, "warp", warped.append)
+    places: list[int] = []
+
+    def warp(batch: int) -> torch.Tensor:
+        made = torch.empty(1024)
+        warped.append(batch)
+        places.append(made.data_ptr())
+        return made
+
+    monkeypatch.setattr(kernels, "warp", warp)
+    # Of which two batches are as large as twice the cache.
+    monkeypatch.setattr(stages, "cache_bytes", lambda device: 4096)
 
     def epoch(number: int) -> Iterator[None]:
         for batch in range(5):
@@ -120,6 +130,7 @@ def test_the_kernel_alone_is_timed_behind_a_queue(
     assert stages.kernel(loader, 0.0) == pytest.approx([12_000.0] * stages.ROUNDS)
     assert warped == [batch % 5 for batch in range(5 + 24 * (stages.ROUNDS + 1))]
     assert on_card[::3] == [24 * benchmark("timing")._SENT] * (stages.ROUNDS + 1)
+    assert all(len(set(places[k : k + 3])) == 3 for k in range(5, len(places) - 2)), "none is written over a cached one"
 
 
 def test_shares_of_an_operation(benchmark: Any) -> None:
@@ -179,6 +190,11 @@ def test_inputs_are_larger_than_the_cache(benchmark: Any, monkeypatch: pytest.Mo
         call()
     assert seen[:6] == seen[6:]
     assert len(set(seen)) == 6
+    for operation in (*operations.gelu(inputs), *operations.batch_norm(inputs)):
+        for _ in range(6):
+            operation.call()
+        held = [result if isinstance(result, torch.Tensor) else result[0] for result in inputs.results]
+        assert len({result.data_ptr() for result in held}) == 6, f"{operation.name} writes over what the cache holds"
     monkeypatch.setattr(operations, "_MOST", 2 * 4 * 64)
     inputs = operations.Inputs(shape, torch.float32, "NHWC", CPU)
     assert (len(inputs.maps), inputs.in_cache) == (2, True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from reference import needs_dali
 from tests_support import task
 
@@ -79,9 +82,27 @@ def test_the_first_round_of_a_profile_warms_up(
         return lambda: rounds.append(work()) or next(times)
 
     monkeypatch.setattr(stages, "_repeated", timed)
-    given = SimpleNamespace(task=wanted, _finisher=None)
+    given: Any = SimpleNamespace(task=wanted)
+    slots: list[torch.Tensor] = []
+
+    def slot(size: int) -> Any:
+        slots.append(torch.zeros(size, dtype=torch.uint8))
+        return nullcontext(SimpleNamespace(host=slots[-1]))
+
+    python = "Python"
+    if name == "_resident":
+        # As on a GPU whose photographs are in the host's memory.
+        python, given = "gather, Python", loaders.build("resident", replace(wanted, store="ram"))
+        if given._finisher is not None:
+            given._finisher.close()
+        given._finisher, given._ring = None, SimpleNamespace(slot=slot)
     found = getattr(stages, name)(given, 1e-3, 0.0).shares
     assert rounds, "nothing was timed"
     for values in found.values():
         assert len(values) == stages.ROUNDS
-    assert max(found["Python"]) < 100, "a cold round is no share"
+    assert max(found[python]) < 100, "a cold round is no share"
+    if name == "_resident":
+        assert list(found) == [python, "copy, kernel, waiting"]
+        assert len(slots) == len(rounds), "photographs are gathered on the clock"
+        assert all(pixels.any() for pixels in slots)
+        given.close()

@@ -68,6 +68,7 @@ def test_outcomes_do_not_part_what_belongs_together(load: Any) -> None:
     assert compare.identity(a) != compare.identity(a | {"model": "ResNet"})
     assert compare.identity(a) != compare.identity(a | {"batch_size": 64})
     assert compare.identity(a) == compare.identity(a | {"micro_batch_size": 8}), "what `auto` found room for"
+    assert compare.identity(a) != compare.identity(a | {"epoch": 3130}), "what begins each epoch anew has another speed"
 
 
 # ----------------------------------------------------------------------------------------------------------- diagnosis
@@ -85,6 +86,9 @@ def test_others_at_work_come_first(load: Any) -> None:
     busy = {"conditions": {"before": {"disturbed": True}, "after": None}}
     said = told(load, result(load, "loader", [], **busy), result(load, "train", []))
     assert said.splitlines()[0] == "Others were at work on this machine during loader: stop them and measure again."
+    quiet = {"conditions": {"before": {"disturbed": False}, "after": {"disturbed": False}}}
+    assert result(load, "loader", [row("dali", 100, others_cpu_share=0.8), row("other", 100)], **quiet).disturbed
+    assert not result(load, "loader", [row("dali", 100, others_cpu_share=0.05)], **quiet).disturbed
 
 
 def test_a_hot_card(load: Any) -> None:
@@ -122,7 +126,7 @@ def test_a_slower_machine_explains_everything_else(load: Any) -> None:
 
 def test_a_loader_that_holds_training_up(load: Any) -> None:
     trained = result(load, "train", [
-        row("fastddr", 50, kind="fastddr", loader="dali", model="CNN"),
+        row("fastddr", 50, kind="fastddr", loader="dali", model="CNN", data_wait=0.4),
         row("fastddr / fastddr, replay", 0.5, "×", kind="target", model="CNN"),
     ])  # fmt: skip
     loaded = result(load, "loader", [
@@ -134,7 +138,12 @@ def test_a_loader_that_holds_training_up(load: Any) -> None:
     assert "trains at 0.50 of its ceiling, so it waits for photographs" in said
     assert "70 % of its time go into decoding: `--loader resident`" in said
     assert "python benchmarks/loader.py" in told(load, trained), "without the loaders' profile it says where to get it"
-    near = result(load, "train", [row("fastddr / fastddr, replay", 0.92, "×", kind="target", model="CNN")])
+    trained.rows[0]["data_wait"] = 0.03
+    said = told(load, trained, loaded)
+    assert "waits for photographs for 3 % of the time: loading takes cores or GPU from the model. The loader is" in said
+    near = result(load, "train", [
+        trained.rows[0], row("fastddr / fastddr, replay", 0.92, "×", kind="target", model="CNN")
+    ])  # fmt: skip
     assert "does not hold it up" in told(load, near)
     near.record["machine"]["gpu"] = "H"
     assert "does not hold it up" not in told(load, near), "a GPU should come to 0.98"
@@ -142,6 +151,7 @@ def test_a_loader_that_holds_training_up(load: Any) -> None:
 
 @pytest.mark.parametrize(("store", "stage", "remedy"), [
     ("vram", "kernel", "no store is faster"), ("ram", "copy, kernel, waiting", "`--loading.store vram`"),
+    ("ram", "gather, Python", "`--loading.store vram` keeps them there"),
 ])  # fmt: skip
 def test_what_stops_the_resident_loader_depends_on_its_store(
     store: str, stage: str, remedy: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,12 +164,12 @@ def test_what_stops_the_resident_loader_depends_on_its_store(
     wanted = task(manifest.read(tiny), store=store)
     monkeypatch.setattr(stages, "_repeated", lambda work, seconds: lambda: 1e-6)
     monkeypatch.setattr(stages, "kernel", lambda loader, seconds: [10_000.0] * 5)
-    found = stages.of(SimpleNamespace(name="resident", task=wanted, _finisher=None), 1000.0, 0.0)
-    assert set(found.shares) == {"Python", stage}
+    found = stages.of(SimpleNamespace(name="resident", task=wanted, _finisher=None, _ring=object()), 1000.0, 0.0)
+    assert set(found.shares) == {"vram": {"Python", stage}, "ram": {"gather, Python", "copy, kernel, waiting"}}[store]
     if store == "vram":
         assert found.shares["kernel"] == pytest.approx([10.0] * 5), "what Python takes to send a batch is no kernel's"
     trained = result(load, "train", [
-        row("fastddr", 50, kind="fastddr", loader="resident", store=store, model="CNN"),
+        row("fastddr", 50, kind="fastddr", loader="resident", store=store, model="CNN", data_wait=0.4),
         row("fastddr / fastddr, replay", 0.5, "×", kind="target", model="CNN"),
     ])  # fmt: skip
     other = {"ram": "vram", "vram": "ram"}[store]
@@ -271,12 +281,15 @@ def test_ways_to_decode(load: Any, gpu: bool, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(load("conditions"), "sentence", lambda *_: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     monkeypatch.setattr(decode, "in_process", lambda given, limit: trials.append(given[2]) or {"failed": "x"})
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(decode, "report", rows.append)
     for ways in (("training",), ("training", "regions", "engines")):
         trials.clear()
         decode.main(decode.Options(out=tmp_path / "r.json", encodings=("95-420",), ways=ways))
         wanted = ["", decode.REGIONS, decode.ENGINES][: len(ways) if gpu else 1]
         assert trials == [way for way in wanted for _ in range(2)]
     assert asked == [("95-420",)] * 2
+    assert {row["batches"] for row in rows} == {32 if gpu else 16}, "or it is compared with other numbers of them"
 
 
 # --------------------------------------------------------------------------------------------------------------- guard

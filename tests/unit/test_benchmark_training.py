@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,6 +259,25 @@ def test_a_training_ends_at_the_highest_kappa(
     monkeypatch.setattr(kappas, "Halted", Runner)
     curve = kappas.train(recipes.Spec.parse("report"), case(load, tiny, tmp_path), 0, 0.5)
     assert (asked, curve.qwk) == (["epoch", "score"], [0.9])
+
+
+def test_what_starts_workers_is_waited_for(load: Any) -> None:
+    loops = load("loops")
+
+    class Starting:
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            time.sleep(0.05)
+            return iter([(torch.zeros(2, 3), torch.zeros(2))])
+
+    class Loop(loops.Loop):  # type: ignore[misc,name-defined]  # loaded by a fixture
+        def __init__(self) -> None:
+            self.model, self.loader = torch.nn.Identity(), Starting()
+
+        def step(self, image: torch.Tensor, grade: torch.Tensor) -> int:
+            return len(image)
+
+    images, waited = Loop()._train()
+    assert (images, waited > 0.04) == (2, True)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ A share of photographs (accuracy, the recall of a grade, sensitivity, specificit
 "Probable inference, the law of succession, and statistical inference", 1927): of few photographs, and near 0 and 1, a
 bootstrap is far too narrow, and [1, 1] where a share is 1 (Brown, Cai and DasGupta, "Interval estimation for a binomial
 proportion", 2001). All other figures have a percentile bootstrap, which draws the photographs again, with replacement.
+The operating points are shares whose threshold is drawn too: they have the bootstrap, which knows of the threshold,
+widened to Wilson's.
 An interval speaks of the photographs, not of the training seed.
 
 Photographs of one patient err together. Where patients are known, whole patients are drawn (the cluster bootstrap of
@@ -75,6 +77,7 @@ def intervals(
     drawn = sampled(logits, grades, patients=patients, seed=seed) if drawn is None else drawn
     found = _interval_of(point, drawn)
     truth, predicted = grades.detach().cpu().numpy(), logits.detach().cpu().argmax(1).numpy()
+    probabilities = logits.detach().cpu().double().softmax(1)
 
     def of(value: float | None, right: np.ndarray, among: np.ndarray) -> list[float] | None:
         n = 0.0 if value is None else independent(right[among], groups[among])
@@ -84,10 +87,13 @@ def intervals(
     found["accuracy"] = of(point["accuracy"], predicted == truth, everywhere)
     found["recall"] = [of(value, predicted == truth, truth == grade) for grade, value in enumerate(point["recall"])]
     for name, values in point["endpoints"].items():
-        least, graded = ranking.ENDPOINTS[name], truth < len(ICDR)
+        least, graded, here = ranking.ENDPOINTS[name], truth < len(ICDR), found["endpoints"][name]
         called = predicted >= least
-        found["endpoints"][name]["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
-        found["endpoints"][name]["specificity"] = of(values["specificity"], ~called, truth < least)
+        here["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
+        here["specificity"] = of(values["specificity"], ~called, truth < least)
+        score, ill = worse_than(probabilities, grades.detach().cpu(), name)
+        for key, among, ranks in zip(ranking.OPERATING, (ill, ~ill), (score, -score), strict=True):
+            here[key] = _wider(here[key], values[key], ranks[among], groups[graded][among])
     named = [name for name in patients or () if name]
     told = {"patients": len(set(named))} if named else {}
     if named and len(named) < len(grades):
@@ -136,6 +142,25 @@ def share(value: float, n: float) -> list[float]:
     low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
     # It holds the share; at 0 and 1 a bound is just that, which rounding may miss.
     return [min(value, max(0.0, low)), max(value, min(1.0, high))]
+
+
+def _wider(
+    drawn: list[float] | None, value: float | None, score: Float[np.ndarray, " m"], groups: Int[np.ndarray, " m"]
+) -> list[float] | None:
+    """The interval that a bootstrap has `drawn` of an operating point, widened to Wilson's; None where either has none.
+
+    `value` is the share of these photographs that the operating point has right: those of the highest scores.
+    """
+    if drawn is None or value is None:
+        return None
+    right = np.zeros(len(score), dtype=bool)
+    # Photographs of one score are right together, so it does not matter which of them comes first.
+    right[np.argsort(-score)[: round(value * len(score))]] = True
+    n = independent(right, groups)
+    if n == 0:
+        return None
+    low, high = share(value, n)
+    return [min(drawn[0], low), max(drawn[1], high)]
 
 
 def independent(right: Bool[np.ndarray, " m"], groups: Int[np.ndarray, " m"]) -> float:

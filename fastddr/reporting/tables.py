@@ -150,7 +150,7 @@ def markdown(
     )  # fmt: skip
     parts.append(
         "In brackets: 95 % intervals over the photographs, Wilson's for accuracy, recall, sensitivity and specificity, "
-        f"else by a percentile bootstrap. {alike}; "
+        f"else by a percentile bootstrap (operating points at 90 %: the wider of both). {alike}; "
         "the chance of another training seed is left out. The calibration error has no interval, and is larger "
         "of few photographs. Means over grades leave out grades "
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "

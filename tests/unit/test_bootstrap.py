@@ -143,6 +143,9 @@ def test_a_perfect_grader_is_sure() -> None:
         assert found[key] == pytest.approx([1, 1])
     # What did not happen in 80 photographs may happen in 1 of 22: Wilson's, at all right, is n / (n + z²).
     assert found["accuracy"] == pytest.approx([80 / (80 + 1.959964**2), 1])
+    for values in found["endpoints"].values():
+        assert values["sensitivity_at_specificity_90"] == pytest.approx(values["sensitivity"])
+        assert values["specificity_at_sensitivity_90"] == pytest.approx(values["specificity"])
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.9, 10), (0.95, 35), (0.5, 20), (0.99, 236)])

@@ -79,7 +79,6 @@ def intervals(
     drawn = sampled(logits, grades, patients=patients, seed=seed) if drawn is None else drawn
     found = _interval_of(point, drawn)
     truth, predicted = grades.detach().cpu().numpy(), logits.detach().cpu().argmax(1).numpy()
-    probabilities = logits.detach().cpu().double().softmax(1)
 
     def of(value: float | None, right: np.ndarray, among: np.ndarray) -> list[float] | None:
         n = 0.0 if value is None else independent(right[among], groups[among])
@@ -94,7 +93,7 @@ def intervals(
         called = predicted >= least
         here["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
         here["specificity"] = of(values["specificity"], ~called, truth < least)
-        score, ill = worse_than(probabilities, grades.detach().cpu(), name)
+        score, ill = worse_than(logits.detach().cpu(), grades.detach().cpu(), name)
         for key, among, ranks in zip(ranking.OPERATING, (ill, ~ill), (score, -score), strict=True):
             here[key] = _wider(here[key], values[key], ranks[among], groups[graded][among])
     named = [name for name in patients or () if name]
@@ -258,12 +257,11 @@ class _Weighed:
         self._classes = classes = logits.shape[1]
         truth, predicted = grades.numpy(), logits.argmax(1).numpy()
         logs = logits.log_softmax(1)
-        probabilities = logs.exp()
         self._loss = -logs[np.arange(len(truth)), truth].numpy()
         self._cells = _members(truth * classes + predicted, classes * classes)
-        self._grades = [ranking.Ranked(*one_against_rest(probabilities, grades, grade)) for grade in range(classes)]
+        self._grades = [ranking.Ranked(*one_against_rest(logits, grades, grade)) for grade in range(classes)]
         self._endpoints = {
-            name: ranking.Ranked(*worse_than(probabilities, grades, name))
+            name: ranking.Ranked(*worse_than(logits, grades, name))
             for name, least in ranking.ENDPOINTS.items()
             if classes > least
         }

@@ -101,7 +101,9 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean(tmp_path: Path) -> Non
     assert over["mean_and_sd"]["qwk"] == pytest.approx(((first + second) / 2, sd))
     (runs[1] / "manifest.csv").write_text("other photographs")
     assert seeds.recipe(runs[0], "best (step 1)", {}) != seeds.recipe(runs[1], "best (step 1)", {})
-    assert seeds.recipe(runs[0] / "evaluations" / "x", "best (step 1)", {}) == seeds.recipe(runs[0], "best (step 2)", {})
+    assert seeds.recipe(runs[0] / "evaluations" / "x", "best (step 1)", {}) == seeds.recipe(
+        runs[0], "best (step 2)", {}
+    )
     assert seeds.recipe(runs[0], "best (step 1)", {}) != seeds.recipe(runs[0], "last (step 1)", {})
 
 

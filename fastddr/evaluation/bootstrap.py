@@ -4,15 +4,19 @@ A share of photographs (accuracy, the recall of a grade, sensitivity, specificit
 "Probable inference, the law of succession, and statistical inference", 1927): of few photographs, and near 0 and 1, a
 bootstrap is far too narrow, and [1, 1] where a share is 1 (Brown, Cai and DasGupta, "Interval estimation for a binomial
 proportion", 2001). All other figures have a percentile bootstrap, which draws the photographs again, with replacement.
-An interval speaks of the photographs, not of the training seed.
+The operating points are shares whose threshold is drawn too: they have the bootstrap, which knows of the threshold,
+widened to Wilson's. Balanced accuracy, the mean of the recalls, has its interval from theirs (MOVER: Zou and Donner,
+"Construction of confidence limits about effect measures: a general approach", 2008): samples that miss a rare grade
+would have the mean of others. What is left to the bootstrap (kappa, macro F1, areas) is too narrow of few photographs
+of a grade. An interval speaks of the photographs, not of the training seed.
 
 Photographs of one patient err together. Where patients are known, whole patients are drawn (the cluster bootstrap of
 Field and Welsh, "Bootstrapping clustered data", 2007), and a share counts as one of as many photographs as would tell
 as much were they independent (Korn and Graubard, "Confidence intervals for proportions with small expected number of
 positive counts estimated from survey data", 1998; in Wilson's interval: Franco et al., "Comparative study of confidence
 intervals for proportions in complex sample surveys", 2019). Of fewer than `FEWEST` patients a bootstrap has too few
-different samples, and only shares have intervals. Where patients are not known photographs count as independent, and if
-they are not, the truth is wider.
+different samples, and only shares and their mean have intervals. Where patients are not known photographs count as
+independent, and if they are not, the truth is wider.
 
 The calibration error has none: binning adds noise to it that only ever makes it larger, and a sample drawn again adds
 it a second time, so that the figure may lie outside of its own interval.
@@ -83,11 +87,15 @@ def intervals(
     everywhere = np.ones(len(truth), dtype=bool)
     found["accuracy"] = of(point["accuracy"], predicted == truth, everywhere)
     found["recall"] = [of(value, predicted == truth, truth == grade) for grade, value in enumerate(point["recall"])]
+    found["balanced_accuracy"] = _of_mean(point["recall"], found["recall"], predicted == truth, truth, groups)
     for name, values in point["endpoints"].items():
-        least, graded = ranking.ENDPOINTS[name], truth < len(ICDR)
+        least, graded, here = ranking.ENDPOINTS[name], truth < len(ICDR), found["endpoints"][name]
         called = predicted >= least
-        found["endpoints"][name]["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
-        found["endpoints"][name]["specificity"] = of(values["specificity"], ~called, truth < least)
+        here["sensitivity"] = of(values["sensitivity"], called, graded & (truth >= least))
+        here["specificity"] = of(values["specificity"], ~called, truth < least)
+        score, ill = worse_than(logits.detach().cpu(), grades.detach().cpu(), name)
+        for key, among, ranks in zip(ranking.OPERATING, (ill, ~ill), (score, -score), strict=True):
+            here[key] = _wider(here[key], values[key], ranks[among], groups[graded][among])
     named = [name for name in patients or () if name]
     told = {"patients": len(set(named))} if named else {}
     if named and len(named) < len(grades):
@@ -106,7 +114,7 @@ def sampled(
     the same."""
     truth, groups = grades.detach().cpu().long(), _groups(patients, len(grades))
     model = _Weighed(logits.detach().cpu().double(), truth)
-    few = len(np.unique(groups)) < min(FEWEST, len(groups))
+    few = any(patients or ()) and len(np.unique(groups)) < FEWEST
     # Of few patients one sample, for the shape alone.
     blocks = [model.figures(counts) for counts in _counts(groups, 1 if few else samples(len(truth)), seed)]
     drawn = _joined(blocks, np.concatenate)
@@ -136,6 +144,54 @@ def share(value: float, n: float) -> list[float]:
     low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
     # It holds the share; at 0 and 1 a bound is just that, which rounding may miss.
     return [min(value, max(0.0, low)), max(value, min(1.0, high))]
+
+
+def _of_mean(
+    recalls: Sequence[float | None],
+    bounds: Sequence[list[float] | None],
+    right: Bool[np.ndarray, " n"],
+    truth: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+) -> list[float] | None:
+    """The interval of the mean of the recalls of the grades present, from theirs, `bounds`; None where none has one."""
+    there = [(grade, value) for grade, value in enumerate(recalls) if value is not None]
+    if not any(bounds):
+        return None
+    mean = math.fsum(value for _, value in there) / len(there)
+    # A recall without an interval, that of one patient's photographs, may be anything.
+    known = [(value, *(bounds[grade] or (0.0, 1.0))) for grade, value in there]
+    below = math.hypot(*(value - low for value, low, _ in known)) / len(there)
+    above = math.hypot(*(high - value for value, _, high in known)) / len(there)
+    patients = int(groups.max()) + 1
+    if patients < len(groups):
+        # Recalls are not independent where a patient has photographs of several grades: what that adds to the variance.
+        each = [(truth == grade, value) for grade, value in there]
+        apart = np.stack(
+            [np.bincount(groups[of], (right[of] - value) / of.sum(), minlength=patients) for of, value in each]
+        )
+        alone, together = (apart**2).sum(), (apart.sum(0) ** 2).sum()
+        wider = math.sqrt(max(1.0, together / alone)) if alone else 1.0
+        below, above = below * wider, above * wider
+    return [max(0.0, mean - below), min(1.0, mean + above)]
+
+
+def _wider(
+    drawn: list[float] | None, value: float | None, score: Float[np.ndarray, " m"], groups: Int[np.ndarray, " m"]
+) -> list[float] | None:
+    """The interval that a bootstrap has `drawn` of an operating point, widened to Wilson's; None where either has none.
+
+    `value` is the share of these photographs that the operating point has right: those of the highest scores.
+    """
+    if drawn is None or value is None:
+        return None
+    right = np.zeros(len(score), dtype=bool)
+    # Photographs of one score are right together, so it does not matter which of them comes first.
+    right[np.argsort(-score)[: round(value * len(score))]] = True
+    n = independent(right, groups)
+    if n == 0:
+        return None
+    low, high = share(value, n)
+    return [min(drawn[0], low), max(drawn[1], high)]
 
 
 def independent(right: Bool[np.ndarray, " m"], groups: Int[np.ndarray, " m"]) -> float:
@@ -201,12 +257,11 @@ class _Weighed:
         self._classes = classes = logits.shape[1]
         truth, predicted = grades.numpy(), logits.argmax(1).numpy()
         logs = logits.log_softmax(1)
-        probabilities = logs.exp()
         self._loss = -logs[np.arange(len(truth)), truth].numpy()
         self._cells = _members(truth * classes + predicted, classes * classes)
-        self._grades = [ranking.Ranked(*one_against_rest(probabilities, grades, grade)) for grade in range(classes)]
+        self._grades = [ranking.Ranked(*one_against_rest(logits, grades, grade)) for grade in range(classes)]
         self._endpoints = {
-            name: ranking.Ranked(*worse_than(probabilities, grades, name))
+            name: ranking.Ranked(*worse_than(logits, grades, name))
             for name, least in ranking.ENDPOINTS.items()
             if classes > least
         }

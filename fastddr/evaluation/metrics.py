@@ -77,13 +77,12 @@ def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str
     n, classes = logits.shape
     pairs = torch.bincount(grades * classes + logits.argmax(1), minlength=classes**2)
     found = figures_from_confusion(pairs.view(classes, classes))
-    probabilities = logits.softmax(1)
     one_by_one = [
-        ranking.figures(*one_against_rest(probabilities, grades, grade), operating=False) for grade in range(classes)
+        ranking.figures(*one_against_rest(logits, grades, grade), operating=False) for grade in range(classes)
     ]
     endpoints: dict[str, Any] = found["endpoints"]
     for name, values in endpoints.items():
-        values |= ranking.figures(*worse_than(probabilities, grades, name))
+        values |= ranking.figures(*worse_than(logits, grades, name))
     sure = confidence(logits, grades)
     return {
         "n": n,
@@ -124,15 +123,26 @@ def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[
     return {"loss": float(torch.nn.functional.cross_entropy(logits, grades)), "ece": ece}
 
 
-def one_against_rest(probabilities: Float[Tensor, "n C"], grades: Int[Tensor, " n"], grade: int) -> Ranking:
-    """The score of a grade, and which photographs have it."""
-    return probabilities[:, grade].numpy(), (grades == grade).numpy()
+def one_against_rest(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], grade: int) -> Ranking:
+    """The score of a grade, its log-odds, and which photographs have it."""
+    return _log_odds(logits, slice(grade, grade + 1)), (grades == grade).numpy()
 
 
-def worse_than(probabilities: Float[Tensor, "n C"], grades: Int[Tensor, " n"], endpoint: str) -> Ranking:
-    """The score of an endpoint, the summed probability of its grades, and which of the graded photographs reach it."""
+def worse_than(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], endpoint: str) -> Ranking:
+    """The score of an endpoint, the log-odds of its grades, and which of the graded photographs reach it."""
     graded, least = grades < len(ICDR), ranking.ENDPOINTS[endpoint]
-    return probabilities[graded, least:].sum(1).numpy(), (grades[graded] >= least).numpy()
+    return _log_odds(logits[graded], slice(least, None)), (grades[graded] >= least).numpy()
+
+
+def _log_odds(logits: Float[Tensor, "n C"], of: slice) -> np.ndarray:
+    """Log-odds of the summed probability of some grades, in double precision.
+
+    They rank as the probability does, which for a sure model is 1 for many, or ordered by rounding.
+    """
+    here = torch.zeros(logits.shape[1], dtype=torch.bool)
+    here[of] = True
+    logits = logits.double()
+    return (logits[:, here].logsumexp(1) - logits[:, ~here].logsumexp(1)).numpy()
 
 
 def figures_from_confusion(matrix: Any) -> dict[str, Any]:

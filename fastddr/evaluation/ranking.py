@@ -17,8 +17,10 @@ ENDPOINTS = {"any": 1, "referable": 2, "severe": 3}
 #: Specificity at which sensitivity is read off the ROC curve, and the reverse.
 FIXED = 0.9
 
+#: The points of the ROC curve, of the ill and of the well photographs.
+OPERATING = ("sensitivity_at_specificity_90", "specificity_at_sensitivity_90")
 #: What is said of a score, in the order of the tables.
-KEYS = ("auc", "average_precision", "sensitivity_at_specificity_90", "specificity_at_sensitivity_90")
+KEYS = ("auc", "average_precision", *OPERATING)
 
 
 def figures(

@@ -66,7 +66,8 @@ def compare(asked: Compare) -> list[Compared]:
     if asked.out is not None:
         _refuse_others(asked.out)
         output.check_place(asked.out)
-    splits = [_split(place, asked.split) for place in asked.runs]
+    reports = [again.stored(again.folder_of(place)) for place in asked.runs]
+    splits = [_split(place, report, asked.split) for place, report in zip(asked.runs, reports, strict=True)]
     names = _names(asked.runs)
     rows = _rows(splits, names, asked.common)
     grades = splits[0].grades[rows[0]]
@@ -79,14 +80,14 @@ def compare(asked: Compare) -> list[Compared]:
     compared: list[Compared] = []
     first: bootstrap.Sampled | None = None
     with EpochBar(Console(stderr=True), "drawing samples of runs", len(splits)) as bar:
-        for name, split, order in zip(names, splits, rows, strict=True):
+        for name, place, report, split, order in zip(names, asked.runs, reports, splits, rows, strict=True):
             logits = split.logits[order]
             values = figures(logits, grades)
             drawn = bootstrap.sampled(logits, grades, patients=patients)
             ci = bootstrap.intervals(logits, grades, values, patients=patients, drawn=drawn)
             differences = None if first is None else bootstrap.differences(first, drawn)
             first = drawn if first is None else first
-            recipe = seeds.recipe(asked.runs[len(compared)], split.weights)
+            recipe = seeds.recipe(place, split.weights, report.about["facts"])
             compared.append(Compared(name, split.weights, values, ci, differences, recipe))
             bar.update(len(compared), total=len(splits))
     return compared
@@ -127,8 +128,8 @@ def _names(places: Sequence[Path]) -> list[str]:
     return found
 
 
-def _split(place: Path, split: str) -> SplitResult:
-    found = again.stored(again.folder_of(place)).splits
+def _split(place: Path, report: again.Stored, split: str) -> SplitResult:
+    found = report.splits
     if split not in found:
         raise UserError(
             f"{place}: it has no predictions of {split}, only of {', '.join(found)}; name one with --split."

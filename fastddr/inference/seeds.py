@@ -17,14 +17,19 @@ from fastddr.config.strict import read_yaml
 _OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
 
 
-def recipe(place: Path, weights: str) -> tuple[str, int] | None:
-    """What a run trained, its photographs and which of its weights were scored, as a sum; and its seed.
+#: Facts of a report that say how it scored, which an evaluation may do otherwise than its run.
+_SCORED = ("Window", "Precision", "Fingerprint of the data")
+
+
+def recipe(place: Path, weights: str, facts: Mapping[str, Any]) -> tuple[str, int] | None:
+    """What a run trained, its photographs, which of its weights were scored and how, as a sum; and its seed.
 
     None where the folder of the run is not there, as of a report that was copied alone.
 
     Args:
         place: the folder of a run, of its report, or of an evaluation.
         weights: what they are called; their step is no part of the recipe.
+        facts: of the report (`reporting.facts`).
 
     Raises:
         UserError: its config.yaml is broken.
@@ -36,7 +41,8 @@ def recipe(place: Path, weights: str) -> tuple[str, int] | None:
     seed = settings.pop("seed", None)
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE and not may_change(key)}
     photographs = hashlib.sha256((run / "manifest.csv").read_bytes()).hexdigest()
-    text = json.dumps([kept, photographs, re.sub(r" \(.*?\)", "", weights)], sort_keys=True, default=str)
+    scored = [re.sub(r" \(.*?\)", "", weights), *(facts.get(label) for label in _SCORED)]
+    text = json.dumps([kept, photographs, scored], sort_keys=True, default=str)
     return None if not isinstance(seed, int) else (hashlib.sha256(text.encode()).hexdigest(), seed)
 
 

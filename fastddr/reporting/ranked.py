@@ -38,11 +38,10 @@ def curves(splits: Mapping[str, metrics.SplitResult], figures: Mapping[str, Figu
 
 
 def _row(left: Axes, right: Axes, name: str, split: metrics.SplitResult, found: Mapping[str, Figures]) -> None:
-    logits, grades = split.logits.detach().cpu().double(), split.grades.cpu()
-    probabilities = logits.softmax(1)
+    logits, grades = split.logits.detach().cpu(), split.grades.cpu()
     left.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=(0, (4, 3)))
     for endpoint in found:
-        score, ill = metrics.worse_than(probabilities, grades, endpoint)
+        score, ill = metrics.worse_than(logits, grades, endpoint)
         if not ill.any() or ill.all():
             continue
         colour, dashes = LOOKS[endpoint]

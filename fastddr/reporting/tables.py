@@ -144,13 +144,16 @@ def markdown(
     parts += constant(found)
     known = any("patients" in values.get("ci", {}) for values in found.values())
     alike = (
-        "Where patients are known (the line of photographs says it), whole patients are drawn, and of fewer than "
-        f"{FEWEST} only shares have intervals; else photographs count as independent" if known else
+        "Where patients are known (the line of photographs says it), whole patients are drawn, and of fewer "
+        f"than {FEWEST} only shares and balanced accuracy have intervals; else photographs count as independent"
+        if known else
         "Photographs count as independent, so with several of one patient the truth is wider"
     )  # fmt: skip
     parts.append(
         "In brackets: 95 % intervals over the photographs, Wilson's for accuracy, recall, sensitivity and specificity, "
-        f"else by a percentile bootstrap. {alike}; "
+        "for balanced accuracy from the recalls', else by a percentile bootstrap (operating points at 90 %: the wider "
+        "of both), which is too narrow of few photographs of a grade: [1, 1] is no certainty. "
+        f"{alike}; "
         "the chance of another training seed is left out. The calibration error has no interval, and is larger "
         "of few photographs. Means over grades leave out grades "
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "

@@ -143,6 +143,31 @@ def test_a_perfect_grader_is_sure() -> None:
         assert found[key] == pytest.approx([1, 1])
     # What did not happen in 80 photographs may happen in 1 of 22: Wilson's, at all right, is n / (n + z²).
     assert found["accuracy"] == pytest.approx([80 / (80 + 1.959964**2), 1])
+    for values in found["endpoints"].values():
+        assert values["sensitivity_at_specificity_90"] == pytest.approx(values["sensitivity"])
+        assert values["specificity_at_sensitivity_90"] == pytest.approx(values["specificity"])
+
+
+def test_balanced_accuracy_is_no_surer_than_the_recall_of_a_rare_grade() -> None:
+    """A grade with two photographs, never found: samples without it are no perfect ones."""
+    grades = torch.tensor([0] * 50 + [1] * 5 + [2] * 35 + [3] * 2 + [4] * 8)
+    logits = 20.0 * torch.nn.functional.one_hot(torch.where(grades == 3, 2, grades), 5)
+    found = bootstrap.intervals(logits, grades, figures(logits, grades))
+    # Each recall is at one end: its interval is as wide as n / (n + z²) leaves.
+    width = {n: 1.959964**2 / (n + 1.959964**2) for n in (50, 5, 35, 2, 8)}
+    below = sum(width[n] ** 2 for n in (50, 5, 35, 8)) ** 0.5 / 5
+    assert found["balanced_accuracy"] == pytest.approx([0.8 - below, 0.8 + width[2] / 5])
+    # One photograph of each of two grades a patient, both right or both wrong: a mean is no surer than either recall.
+    truth, right, patients = torch.tensor([0, 2] * 20), torch.arange(40) < 32, [f"p{row // 2}" for row in range(40)]
+    logits = 20.0 * torch.nn.functional.one_hot(torch.where(right, truth, 1), 5)
+    found = bootstrap.intervals(logits, truth, figures(logits, truth), patients=patients)
+    assert found["balanced_accuracy"] == pytest.approx(found["recall"][0])
+    # Of one patient nothing is known, of whose grade alone little.
+    assert bootstrap.intervals(logits, truth, figures(logits, truth), patients=["p"] * 40)["balanced_accuracy"] is None
+    alone = [f"p{row}" if grade == 0 else "q" for row, grade in enumerate(truth.tolist())]
+    found = bootstrap.intervals(logits, truth, figures(logits, truth), patients=alone)
+    assert found["recall"][2] is None
+    assert found["balanced_accuracy"][0] < 0.8 - 0.8 / 2
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.9, 10), (0.95, 35), (0.5, 20), (0.99, 236)])
@@ -236,6 +261,8 @@ def test_of_few_patients_only_shares_have_intervals(monkeypatch: pytest.MonkeyPa
     drawn = differences(logits, logits.roll(1, 0), grades, patients)["qwk"]
     assert bootstrap.interval(drawn) is None
     assert counted == [1, 1, 1], "nothing is drawn that is not told"
+    each = bootstrap.intervals(logits[:5], grades[:5], figures(logits[:5], grades[:5]), patients=list("abcde"))
+    assert (each["loss"], each["patients"]) == (None, 5), "also where each has one photograph"
     enough = [f"p{row % 10}" for row in range(60)]
     assert bootstrap.intervals(logits, grades, figures(logits, grades), patients=enough)["qwk"] is not None
 

@@ -78,6 +78,14 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean(tmp_path: Path) -> Non
         (runs[-1] / "config.yaml").write_text(strict.write(settings | change))
         (runs[-1] / "manifest.csv").write_text("path,grade,split")
     runs.append(folder(tmp_path / "f", valid=result(9)))  # whose settings are not known
+    # Evaluations of another seed, alike in all but how they scored.
+    for place, scored in enumerate(({"Window": "center"}, {"Precision": "bf16"}, {"Fingerprint of the data": "0"})):
+        (tmp_path / f"g{place}").mkdir()
+        (tmp_path / f"g{place}" / "config.yaml").write_text(strict.write(settings | {"seed": 9}))
+        (tmp_path / f"g{place}" / "manifest.csv").write_text("path,grade,split")
+        runs.append(folder(tmp_path / f"g{place}" / "evaluations" / "valid", valid=result(place)))
+        about = runs[-1] / "report" / ABOUT
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"facts": scored}))
     compared = compare.compare(Compare(tuple(runs)))
     head, *body = compare.table(compared)
     mean = {row[0]: row for row in body}["mean ± SD of a, b"]
@@ -92,9 +100,11 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean(tmp_path: Path) -> Non
     assert (over["runs"], over["seeds"]) == (["a", "b"], [1, 2])
     assert over["mean_and_sd"]["qwk"] == pytest.approx(((first + second) / 2, sd))
     (runs[1] / "manifest.csv").write_text("other photographs")
-    assert seeds.recipe(runs[0], "best (step 1)") != seeds.recipe(runs[1], "best (step 1)")
-    assert seeds.recipe(runs[0] / "evaluations" / "x", "best (step 1)") == seeds.recipe(runs[0], "best (step 2)")
-    assert seeds.recipe(runs[0], "best (step 1)") != seeds.recipe(runs[0], "last (step 1)")
+    assert seeds.recipe(runs[0], "best (step 1)", {}) != seeds.recipe(runs[1], "best (step 1)", {})
+    assert seeds.recipe(runs[0] / "evaluations" / "x", "best (step 1)", {}) == seeds.recipe(
+        runs[0], "best (step 2)", {}
+    )
+    assert seeds.recipe(runs[0], "best (step 1)", {}) != seeds.recipe(runs[0], "last (step 1)", {})
 
 
 def test_runs_of_one_name_have_as_many_parents_as_tell_them_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn import metrics as sk
 from torchmetrics.functional import classification as tm
 
 from fastddr.evaluation.metrics import SplitResult, deciding, figures, figures_from_confusion, headline, reliability
+from fastddr.reporting import predictions
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -226,6 +228,23 @@ def calibration_error(logits: torch.Tensor, grades: torch.Tensor) -> float:
         bins.setdefault(min(int(max(row) * 15), 14), []).append((max(row), row.index(max(row)) == grade))
     gaps = [abs(sum(sure - right for sure, right in inside)) for inside in bins.values()]
     return sum(gaps) / len(grades)
+
+
+def test_a_sure_model_is_ranked_by_what_its_probabilities_of_one_no_longer_tell(tmp_path: Path) -> None:
+    """Probabilities of a grade and worse sum up to 1 for many; log-odds by NumPy, and again from predictions.csv."""
+    generator = torch.Generator().manual_seed(0)
+    grades = torch.randint(0, 5, (600,), generator=generator)
+    noise = torch.randn(600, 5, generator=generator, dtype=torch.float64)
+    logits = 40 * (noise + 1.5 * torch.nn.functional.one_hot(grades, 5))
+    assert (logits.softmax(1)[:, 2:].sum(1) > 1 - 1e-15).sum() > 100
+    odds = np.logaddexp.reduce(logits[:, 2:].numpy(), 1) - np.logaddexp.reduce(logits[:, :2].numpy(), 1)
+    found, ill = figures(logits, grades), (grades >= 2).numpy()
+    assert found["referable"]["auc"] == pytest.approx(sk.roc_auc_score(ill, odds), abs=1e-12)
+    assert found["referable"]["average_precision"] == pytest.approx(sk.average_precision_score(ill, odds), abs=1e-12)
+    split = SplitResult(logits, grades, torch.arange(600), [f"{row}.jpg" for row in range(600)], "best")
+    (tmp_path / "p.csv").write_bytes(predictions.dump({"valid": split}))
+    again = predictions.load(tmp_path / "p.csv", {})["valid"]
+    assert figures(again.logits, again.grades)["endpoints"] == found["endpoints"]
 
 
 def test_a_probability_that_rounds_to_one_is_in_the_last_bin() -> None:

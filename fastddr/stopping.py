@@ -73,10 +73,12 @@ class Stopping:
         self._file, self._rank, self._world = file, rank, world
         since = time.monotonic() if since is None else since
         self._ends = None if max_hours is None else since + 3600 * max_hours
-        self._max_hours = max_hours
         self._asked: str | None = None
-        #: Whether this rank's clock asks, whether clocks alone do on all ranks, and whether this start has got further.
-        self._late = self._by_clock = self._further = False
+        #: What ranks tell each other, by its place here; of several the last one counts, and the clock the least.
+        self._clock, by_file = "" if max_hours is None else f"max_hours {max_hours:g}", f"the file {file.name}"
+        self._reasons = (None, self._clock, by_file, *_NAMES.values())
+        #: Whether this start has got further.
+        self._further = False
         self._first_interrupt: float | None = None
         self._looked = 0.0
         self._save_every = None if save_every_minutes is None else 60 * save_every_minutes
@@ -108,12 +110,11 @@ class Stopping:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
-        self._late = False  # it is no longer the clock alone
         if number == signal.SIGINT:
             if self._first_interrupt is not None and now - self._first_interrupt > _COPIES:
                 raise KeyboardInterrupt
             self._first_interrupt = self._first_interrupt or now
-        if self._asked is None:
+        if self._asked in (None, self._clock):
             self._asked = _NAMES[signal.Signals(number)]
             if self._rank == 0:
                 # Past Python's streams, which may be in the midst of a line.
@@ -125,13 +126,13 @@ class Stopping:
         """Why this rank would stop; None if it would not."""
         now = time.monotonic()
         if self._asked is None and self._ends is not None and now >= self._ends:
-            self._asked, self._late = f"max_hours {self._max_hours:g}", True
+            self._asked = self._clock
         if self._asked is None and self._rank == 0 and now - self._looked >= _LOOK:
             self._looked = now
             # A hiccup of a file system over the network is no request.
             with contextlib.suppress(OSError):
                 if self._file.exists():
-                    self._asked = f"the file {self._file.name}"
+                    self._asked = self._reasons[2]
         return self._asked
 
     def heard(self) -> None:
@@ -165,18 +166,15 @@ class Stopping:
             self._saved = time.monotonic()  # asked for once
         if self._world == 1:
             self.wanted |= due
-            self._by_clock = self._late
             return reason
-        asked = 0 if reason is None else 1 if self._late else 2
-        before, self._pending = self._pending, self._send(asked, due)
+        before, self._pending = self._pending, self._send(self._reasons.index(reason), due)
         if before is None:
             return None
         answer, work = before
         work.wait()
         stop, save = answer.tolist()
         self.wanted |= bool(save)
-        self._by_clock = stop == 1
-        return (reason or "another rank was asked to stop") if stop else None
+        return self._reasons[stop]
 
     def arrived(self) -> None:
         """Wait until the ranks have said what they were asked last. To be called before a wait for a GPU: there a rank
@@ -203,10 +201,10 @@ class Stopping:
             UserError: it is the clock, and this start has got no further than the last; nor would the next.
         """
         reason = self._agreed()
-        if reason is not None and self._by_clock and not self._further:
+        if reason is not None and reason == self._clock and not self._further:
             self.settle()
             raise UserError(
-                f"max_hours {self._max_hours:g} is over before this start got any further: to prepare and to score a "
+                f"{self._clock} is over before this start got any further: to prepare and to score a "
                 "split take longer; give --max-hours more, and the same command goes on."
             )
         self.follow(reason)

@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -321,6 +322,25 @@ def test_a_start_that_its_hours_bring_no_further_is_not_preempted(tmp_path: Path
     asked._hear(signal.SIGTERM, None)
     with pytest.raises(StopRequested):  # the next start may have more time
         asked.check()
+
+
+@pytest.mark.parametrize(("here", "there"), [
+    (None, "SIGTERM"), (None, "the file STOP"), ("max_hours 1e-09", "SIGHUP"), ("max_hours 1e-09", None),
+])  # fmt: skip
+def test_all_ranks_say_the_same_reason(
+    here: str | None, there: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has not heard the signal yet: what it writes is what a scheduler reads."""
+
+    def highest(answer: torch.Tensor, **_: object) -> SimpleNamespace:
+        answer[0] = max(int(answer[0]), asked._reasons.index(there))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", highest)
+    asked = Stopping(tmp_path / "STOP", 1e-9 if here else None, rank=0, world=2)
+    assert asked.ask() is None, "the answer comes one call late"
+    assert asked.ask() == (there or here)
 
 
 def test_a_checkpoint_that_the_clock_wants_is_wanted_until_it_is_taken(tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from fastddr.config.strict import read_yaml
 
 #: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
 _OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
-
-
 #: Facts of a report that say how it scored, which an evaluation may do otherwise than its run.
 _SCORED = ("Window", "Precision", "Fingerprint of the data")
 

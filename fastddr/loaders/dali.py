@@ -254,9 +254,9 @@ def _build(task: Task, source: Callable[[Task], Any] | None) -> Any:
         seed=0,  # nothing in the graph is random
     )
     with pipeline:
-        after = _normalised_after(task, source)
+        normalise = task.only_normalises and not _normalised_after(task, source)
         pixels = (source or _decoded)(task)
-        pipeline.set_outputs(_graph(task, pixels, upright=source is None, normalise=not after))
+        pipeline.set_outputs(_graph(task, pixels, upright=source is None, normalise=normalise))
     return dali_decoder.built(pipeline)
 
 
@@ -286,8 +286,8 @@ def given_pixels(task: Task) -> Any:
 def _graph(task: Task, pixels: Any, *, upright: bool, normalise: bool) -> Any:
     """From pixels and maps to normalised images (h, w, 3): float16 where that is the training dtype, else float32.
 
-    `upright`: windows that shall be upside down are not so yet. Without `normalise` the images are of levels 0-255,
-    windows as uint8.
+    `upright`: windows that shall be upside down are not so yet. `normalise`: that is all that is done to colours; where
+    the policy does no more and this is False, the images are of levels 0-255, windows as uint8.
     """
     from nvidia.dali import fn, types
 
@@ -309,13 +309,13 @@ def _graph(task: Task, pixels: Any, *, upright: bool, normalise: bool) -> Any:
     elif _mirrors(task):
         left_right = given("hflip", types.INT32, 0)
         upside_down = given("vflip", types.INT32, 0) if upright else 0
-        if task.only_normalises and normalise:
+        if normalise:
             # To normalise mirrors left to right without a pass of its own.
             mirror = {"mirror": left_right}
             left_right = 0
         if upright or not mirror:
             pixels = fn.flip(pixels, horizontal=left_right, vertical=upside_down)
-    if task.only_normalises and normalise:
+    if normalise:
         mean, std = ([255 * value for value in values] for values in (task.augment.mean, task.augment.std))
         # DALI has no bfloat16: that is cast from float32, on the device.
         dtype = types.FLOAT16 if task.dtype == torch.float16 else types.FLOAT

@@ -18,7 +18,8 @@ from fastddr.config import AugmentConfig
 #: So many values PyTorch computes in the thread that asks: of more its own threads take a share each and then wait for
 #: more by spinning, on the cores that decode.
 _ALONE = 32_767
-#: Threads that decode as many photographs as one alone can normalise, about. For more of them PyTorch's threads help.
+#: Threads that decode as many photographs as one alone can normalise, about (an estimate). For more of them PyTorch's
+#: threads help.
 _FEW = 8
 #: Buffers that are kept: of the batch that is made, the one in use, and the one before.
 _KEPT = 3

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from fastddr.data.layouts import Listing
 
 #: GDRBench's names of the class folders.
 BENCH = ("nodr", "mild_npdr", "moderate_npdr", "severe_npdr", "pdr")
@@ -168,3 +171,14 @@ def picture(path: Path, pixels: np.ndarray, **settings: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, "PNG", **settings)
     return path
+
+
+GRADE = {photo.name: photo.grade for photo in SET}
+SPLIT = {photo.name: photo.split for photo in SET}
+
+
+def seen(found: Listing, what: str = "grade") -> dict[str, Any]:
+    """File name to grade, or to another field."""
+    named = {os.path.basename(entry.path): getattr(entry, what) for entry in found.entries}
+    assert len(named) == len(found.entries)
+    return named

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, environment, launch, launching
+from tests_support import ROOT, forked, launch
 
 from fastddr.__main__ import main
 from fastddr.data import survey
@@ -29,7 +28,7 @@ def test_check_on_two_ranks_says_what_one_says(
     spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "two"))
-    done = launch(2, "fastddr", "check", str(spoiled), "--json", cwd=tmp_path)
+    done = forked(2, "fastddr", "check", str(spoiled), "--json", cwd=tmp_path)
     found = json.loads(done.stdout)
     assert len(found["problems"]) == 6
     assert survey.take(spoiled).undecoded() == [], "rank 0 keeps what both found"
@@ -98,9 +97,8 @@ def test_machines_with_other_copies_and_lists_agree_or_stop(tiny: Path, tmp_path
         ["prepare", "same", str(tmp_path / "out"), "--exclude", "list.csv"],
     ]
     (tmp_path / "go.py").write_text(MACHINES)
-    command = launching(2, tmp_path / "go.py", str(tmp_path), json.dumps(commands))
     began = time.monotonic()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment())
+    done = forked(2, tmp_path / "go.py", str(tmp_path), json.dumps(commands), cwd=tmp_path)
     assert time.monotonic() - began < 150, "none waits for another"
     assert done.returncode == 0, done.stderr[-3000:]
     told, other = (json.loads((tmp_path / rank / "told.json").read_text()) for rank in "01")

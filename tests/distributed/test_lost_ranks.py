@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests_support import SMALL, first_checkpoint, job, launch, task
+from tests_support import SMALL, first_checkpoint, forked, job, task
 
 from fastddr import checkpoints
 from fastddr.data import manifest
@@ -94,6 +94,6 @@ def test_a_rank_that_writes_the_report_is_not_taken_for_frozen(tiny: Path, tmp_p
     script = tmp_path / "long.py"
     script.write_text(LONG_END)
     small = [*SMALL, "--micro-batch-size", "2", "--rank-timeout-minutes", "0.1"]
-    done = launch(2, script, "--data", str(tiny), "--run-dir", "run", *small, cwd=tmp_path)
+    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

@@ -1,17 +1,14 @@
-"""`fastddr prepare` on two ranks, launched as a user would."""
+"""`fastddr prepare` on two ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import photographs
 import pytest
-from tests_support import ROOT
+from tests_support import forked
 
 from fastddr.data import prepare
 from fastddr.data.prepare import Settings
@@ -62,11 +59,7 @@ def test_two_ranks_make_what_one_makes_and_are_told_the_same(tmp_path: Path) -> 
     entry = data / "DR_grading" / "test" / "007-0020-000.jpg"
     entry.write_bytes(entry.read_bytes()[:-40])
     (tmp_path / "go.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(tmp_path / "go.py"), str(data), str(tmp_path)]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    done = forked(2, tmp_path / "go.py", str(data), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     told, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert told == other

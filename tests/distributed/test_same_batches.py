@@ -3,68 +3,45 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_support import SMALL, environment
+from tests_support import SMALL, forked
 
 #: Trains as `fastddr/train.py` does, but BatchNorm keeps the statistics that it began with, so that nothing but the sum
 #: over the batch can depend on its cut into ranks. Training so is of no use to anyone, hence no option of fastddr's.
-#: The ranks are forks of one process, which has imported everything: launching them takes far longer than training.
 FROZEN = """
-import json, os, socket, sys
-import torch
+import json, sys
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastddr import cli
 from fastddr.trainer import Trainer
 
+with Trainer(cli.parse(sys.argv[1:], "frozen")) as trainer:
+    for module in trainer.bare_model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+    model, found, shared = trainer.model, {}, []
 
-def train(arguments):
-    with Trainer(cli.parse(arguments, "frozen")) as trainer:
-        for module in trainer.bare_model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-                module.train = lambda mode=True, module=module: module
-        model, found, shared = trainer.model, {}, []
+    def counted(state, bucket):
+        if bucket.is_last():
+            shared.append(trainer.progress.step)
+        return allreduce_hook(state, bucket)
 
-        def counted(state, bucket):
-            if bucket.is_last():
-                shared.append(trainer.progress.step)
-            return allreduce_hook(state, bucket)
-
-        if trainer.runtime.world > 1:
-            model.register_comm_hook(None, counted)
-            names = ("static_graph", "gradient_as_bucket_view", "find_unused_parameters", "broadcast_buffers")
-            found = {name: getattr(model, name) for name in names}
-        # As `fit`, but for the report.
-        while trainer.progress.epoch < trainer.config.epochs:
-            trainer.train_epoch()
-            trainer.validate()
-        trainer.stopping.settle()
-        found |= {"shared": shared, "accumulation": trainer.runtime.accumulation}
-        if trainer.runtime.is_main:
-            (trainer.run.path / "ddp.json").write_text(json.dumps(found))
-
-
-for world in map(int, sys.argv[1].split(",")):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        children.append(os.fork())
-        if children[-1] == 0:
-            many = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in many.items()} if world > 1 else {})
-            train([*sys.argv[2:], "--run-dir", f"on{world}"])
-            sys.stdout.flush()
-            os._exit(0)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children), f"on {world} ranks"
+    if trainer.runtime.world > 1:
+        model.register_comm_hook(None, counted)
+        names = ("static_graph", "gradient_as_bucket_view", "find_unused_parameters", "broadcast_buffers")
+        found = {name: getattr(model, name) for name in names}
+    # As `fit`, but for the report.
+    while trainer.progress.epoch < trainer.config.epochs:
+        trainer.train_epoch()
+        trainer.validate()
+    trainer.stopping.settle()
+    found |= {"shared": shared, "accumulation": trainer.runtime.accumulation}
+    if trainer.runtime.is_main:
+        (trainer.run.path / "ddp.json").write_text(json.dumps(found))
 """
 WORLDS = (1, 2, 4)
 
@@ -76,9 +53,9 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
     folder = tmp_path_factory.mktemp("worlds")
     script = folder / "frozen.py"
     script.write_text(FROZEN)
-    command = [sys.executable, str(script), ",".join(map(str, WORLDS)), "--data", str(tiny), *SMALL]
-    command += ["--micro-batch-size", "2", "--model", "resnet", "--memory.checkpointing"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=300)
+    small = [*SMALL, "--micro-batch-size", "2", "--model", "resnet", "--memory.checkpointing"]
+    worlds = ",".join(map(str, WORLDS))
+    done = forked(worlds, script, "--data", str(tiny), "--run-dir", "on{ranks}", *small, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "strides" not in done.stderr, "gradients lie as their weights do"
     return {world: folder / f"on{world}" for world in WORLDS}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests_support import ROOT, launch, task, weights
+from tests_support import ROOT, forked, launch, task, weights
 
 from fastddr.data import manifest
 from fastddr.loaders import canvases, stores
@@ -78,7 +78,7 @@ def test_two_ranks_that_compile_end_near_those_that_do_not(
 ) -> None:
     # Two ranks fill the cores; processes that compile for them would first have to start.
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    done = launch(
+    done = forked(
         2, ROOT / "fastddr" / "train.py", "--data", str(tiny), "--run-dir", "run", *SMALL, "--compile", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -109,12 +109,9 @@ def scored(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, lis
     folder = tmp_path_factory.mktemp("scored")
     script = folder / "evaluate_it.py"
     script.write_text(EVALUATE)
-    found = {}
-    for ranks in (1, 2):
-        done = launch(ranks, script, str(run), str(folder / f"on{ranks}"), cwd=run.parent)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = [dict(np.load(folder / f"on{ranks}-{rank}.npz")) for rank in range(ranks)]
-    return found
+    done = forked("1,2", script, str(run), str(folder / "on{ranks}"), cwd=run.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {ranks: [dict(np.load(folder / f"on{ranks}-{rank}.npz")) for rank in range(ranks)] for ranks in (1, 2)}
 
 
 @pytest.mark.slow
@@ -154,6 +151,6 @@ def test_a_mistake_is_told_and_no_rank_hangs(tiny: Path, tmp_path: Path) -> None
     assert all("nowhere: there is no such folder" in line for line in ours)
     assert "Connection closed" not in done.stderr
     (tmp_path / "thesis.txt").write_text("mine")
-    done = launch(2, script, "--data", str(tiny), "--run-dir", ".", *SMALL, cwd=tmp_path)
+    done = forked(2, script, "--data", str(tiny), "--run-dir", ".", *SMALL, cwd=tmp_path)
     assert done.returncode != 0
     assert "not a run" in done.stderr

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import launch, train
+from tests_support import forked, train
 from torch import nn
 
 import fastddr
@@ -348,7 +348,7 @@ def test_ranks_that_read_two_checkpoints_are_refused(run: Path, monkeypatch: pyt
 def test_two_ranks_share_the_work(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     before = list((run / "evaluations").glob("*"))
-    done = launch(2, "fastddr", "evaluate", str(copy), "--split", "test", "--batch-size", "4", cwd=tmp_path)
+    done = forked(2, "fastddr", "evaluate", str(copy), "--split", "test", "--batch-size", "4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     [folder] = set((copy / "evaluations").iterdir()) - {copy / "evaluations" / path.name for path in before}
     with (folder / "predictions.csv").open(newline="") as file:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import ROOT, SMALL, launch, settings, train, weights
+from tests_support import ROOT, SMALL, forked, settings, train, weights
 
 from fastddr import checkpoints, cli, losses
 from fastddr.__main__ import main
@@ -111,7 +111,7 @@ def test_what_does_not_go_with_a_regression_is_one_sentence(tiny: Path, flags: l
 @pytest.mark.slow
 def test_two_ranks_fit_the_same_grading(tiny: Path, tmp_path: Path) -> None:
     script = ROOT / "fastddr" / "train.py"
-    done = launch(2, script, "--data", str(tiny), "--run-dir", "run", *SMALL, *REGRESSION, cwd=tmp_path)
+    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *SMALL, *REGRESSION, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     step, kept = graded(tmp_path / "run", "best")
     # Fitted on the gathered valid split, under the weights of rank 0; the report's scoring agrees.

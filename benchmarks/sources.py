@@ -27,7 +27,7 @@ def roots(
     """(Name, folder) of each kind of photographs; synthetic ones are made where they are not there yet."""
     if data is not None:
         return [(data.resolve().name, data)]
-    counts = synthetic.ddr_counts(photographs) if photographs else synthetic.default_counts()
+    counts = synthetic.ddr_counts(photographs) if photographs else synthetic.DEFAULT_COUNTS
     with EpochBar(console, "making the synthetic photographs, once", sum(map(sum, counts.values()))) as bar:
         root = synthetic.ensure(counts, size, on_progress=lambda done, _: bar.update(done))
     # The generator's own encoding is 95-420.

@@ -94,8 +94,7 @@ class Runs:
 
 
 def _photographs(root: Path) -> Path:
-    counts = synthetic.default_counts()
-    few = {split: tuple(max(2, n // 4) for n in grades) for split, grades in counts.items()}
+    few = {split: tuple(max(2, n // 4) for n in grades) for split, grades in synthetic.DEFAULT_COUNTS.items()}
     return synthetic.generate(root, counts=few, size=128, seed=0)
 
 

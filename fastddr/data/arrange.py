@@ -1,43 +1,18 @@
 """Where the synthetic photographs go and where their grades are written, in each layout in which DDR is found.
 
-    official    ROOT/DR_grading/{train,valid,test}/NAME and {train,valid,test}.txt, `NAME G` a line
-    kaggle      ROOT/DR_grading/DR_grading/NAME and ROOT/DR_grading.csv: id_code,diagnosis
-    gdrbench    ROOT/images/DDR/{nodr,...}/NAME and ROOT/splits/DDR_{train,crossval}.txt, `DDR/nodr/NAME G` a line
-    folders     ROOT/{train,valid,test}/{0,...,5}/NAME
-    csv         ROOT/photographs/NAME and ROOT/labels.csv: path,grade,split,patient
-
-The Kaggle copy knows neither splits nor ungradable photographs. GDRBench's has a train and a crossval split, which take
-DDR's train and valid; test and ungradable photographs are not in it. What a layout has no place for is left out.
+docs/synthetic.md tells the layouts. What a layout has no place for is left out.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import NamedTuple
 
 from fastddr.data.grades import UNGRADABLE
+from fastddr.data.layouts import SPLITS
 from fastddr.errors import UserError, nearest
-
-Layout = Literal["official", "kaggle", "gdrbench", "folders", "csv"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-#: GDRBench's folders of grades 0-4, and its names of the splits that it has.
-CLASSES = ("nodr", "mild_npdr", "moderate_npdr", "severe_npdr", "pdr")
-CROSSVAL = {"train": "train", "valid": "crossval"}
-
-
-def layout_of(name: str) -> Layout:
-    """The layout of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    for layout in LAYOUTS:
-        if layout == name:
-            return layout
-    raise UserError(f"There is no layout {name!r}; {nearest(name, LAYOUTS)}")
 
 
 @dataclass(frozen=True)
@@ -50,74 +25,74 @@ class Photograph:
     name: str
 
 
-def place(layout: Layout, photo: Photograph) -> str | None:
-    """The photograph's path below the root, with slashes, or None where the layout has no place for it."""
-    match layout:
-        case "official":
-            return f"DR_grading/{photo.split}/{photo.name}"
-        case "kaggle":
-            return None if photo.grade == UNGRADABLE else f"DR_grading/DR_grading/{photo.name}"
-        case "gdrbench":
-            if photo.grade == UNGRADABLE or photo.split not in CROSSVAL:
-                return None
-            return f"images/DDR/{CLASSES[photo.grade]}/{photo.name}"
-        case "folders":
-            return f"{photo.split}/{photo.grade}/{photo.name}"
-        case "csv":
-            return f"photographs/{photo.name}"
+class Form(NamedTuple):
+    """A layout: paths below the root and lines of label files, with `{name}`, `{split}` and so on in them."""
+
+    photo: str
+    labels: str = ""  #: none where the folders tell the grade
+    row: str = ""
+    header: str = ""
+    lesions: str = "lesions.csv"
+    splits: Mapping[str, str] = dict(zip(SPLITS, SPLITS, strict=True))  #: those it has, and its names of them
+    greatest: int = UNGRADABLE  #: grade that it has
+
+    def place(self, photo: Photograph) -> str | None:
+        """The photograph's path below the root, with slashes, or None where the layout has no place for it."""
+        return self._fill(self.photo, photo) if photo.split in self.splits and photo.grade <= self.greatest else None
+
+    def make_folders(self, root: Path, splits: Iterable[str]) -> None:
+        """Make all folders of photographs, whether or not there is one for each."""
+        for cell in (Photograph(split, 0, grade, "") for split in splits for grade in range(UNGRADABLE + 1)):
+            if (where := self.place(cell)) is not None:
+                (root / where).mkdir(parents=True, exist_ok=True)
+
+    def write_labels(self, root: Path, splits: Iterable[str], photos: Iterable[Photograph]) -> None:
+        """Write a label file for each of the splits, or one for all, with the photographs that have a place."""
+        if not self.labels:
+            return
+        names = [self.splits[split] for split in splits if split in self.splits]
+        texts = {self.labels.format(split=name): [self.header] for name in names}
+        for photo in photos:
+            texts[self._fill(self.labels, photo)].append(self._fill(self.row, photo))
+        for file, rows in texts.items():
+            (root / file).parent.mkdir(exist_ok=True)
+            (root / file).write_text("".join(rows), encoding="utf-8", newline="\n")
+
+    def _fill(self, text: str, photo: Photograph) -> str:
+        # Two photographs of a split that follow each other are the two eyes of one patient.
+        patient = f"{photo.split}-{photo.index // 2:05d}"
+        split, folder = self.splits[photo.split], _CLASSES[photo.grade]
+        return text.format(name=photo.name, split=split, grade=photo.grade, folder=folder, patient=patient)
 
 
-def folders(layout: Layout, splits: Iterable[str]) -> list[str]:
-    """Folders below the root, whether or not there is a photograph for each."""
-    match layout:
-        case "official":
-            return [f"DR_grading/{split}" for split in splits]
-        case "kaggle":
-            return ["DR_grading/DR_grading"]
-        case "gdrbench":
-            return ["splits", *(f"images/DDR/{name}" for name in CLASSES)]
-        case "folders":
-            return [f"{split}/{grade}" for split in splits for grade in range(UNGRADABLE + 1)]
-        case "csv":
-            return ["photographs"]
+#: GDRBench's folders of grades 0-4; of ungradable photographs it has none.
+_CLASSES = ("nodr", "mild_npdr", "moderate_npdr", "severe_npdr", "pdr", "")
+_FORMS = {
+    "official": Form(
+        "DR_grading/{split}/{name}", "DR_grading/{split}.txt", "{name} {grade}\n", lesions="DR_grading/lesions.csv"
+    ),
+    "kaggle": Form(
+        "DR_grading/DR_grading/{name}", "DR_grading.csv", "{name},{grade}\n", "id_code,diagnosis\n", greatest=4
+    ),
+    "gdrbench": Form(
+        "images/DDR/{folder}/{name}", "splits/DDR_{split}.txt", "DDR/{folder}/{name} {grade}\n",
+        splits={"train": "train", "valid": "crossval"}, greatest=4,
+    ),
+    "folders": Form("{split}/{grade}/{name}"),
+    "csv": Form(
+        "photographs/{name}", "labels.csv", "photographs/{name},{grade},{split},{patient}\n",
+        "path,grade,split,patient\n",
+    ),
+}  # fmt: skip
+LAYOUTS = tuple(_FORMS)
 
 
-def lesions_file(layout: Layout) -> str:
-    """Where the table of the lesions lies below the root."""
-    return "DR_grading/lesions.csv" if layout == "official" else "lesions.csv"
+def form_of(layout: str) -> Form:
+    """The layout of that name.
 
-
-def patient(photo: Photograph) -> str:
-    """Two photographs of a split that follow each other are the two eyes of one patient."""
-    return f"{photo.split}-{photo.index // 2:05d}"
-
-
-def write_labels(layout: Layout, root: Path, splits: Sequence[str], photos: Sequence[Photograph]) -> None:
-    """Write the label files of the photographs, which the layout all has a place for. `folders` needs none."""
-    match layout:
-        case "official":
-            for split in splits:
-                lines = (f"{photo.name} {photo.grade}\n" for photo in photos if photo.split == split)
-                (root / "DR_grading" / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
-        case "kaggle":
-            _table(root / "DR_grading.csv", ("id_code", "diagnosis"), ((photo.name, photo.grade) for photo in photos))
-        case "gdrbench":
-            for split, known_as in CROSSVAL.items():
-                lines = (
-                    f"DDR/{CLASSES[photo.grade]}/{photo.name} {photo.grade}\n"
-                    for photo in photos
-                    if photo.split == split
-                )
-                (root / "splits" / f"DDR_{known_as}.txt").write_text("".join(lines), encoding="utf-8")
-        case "csv":
-            rows = ((f"photographs/{p.name}", p.grade, p.split, patient(p)) for p in photos)
-            _table(root / "labels.csv", ("path", "grade", "split", "patient"), rows)
-        case "folders":
-            pass
-
-
-def _table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(header)
-        table.writerows(rows)
+    Raises:
+        UserError: there is none.
+    """
+    if layout not in _FORMS:
+        raise UserError(f"There is no layout {layout!r}; {nearest(layout, LAYOUTS)}")
+    return _FORMS[layout]

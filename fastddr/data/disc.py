@@ -3,16 +3,11 @@
 The disc is a circle fitted to the rim, so it is known also where the frame, a flat stop or poor light hides part
 of it. Nothing is learned, and the same pixels give the same circle.
 
-1.  The photograph is reduced to at most 256 pixels a side. Its light is the brightest channel, slightly blurred.
-2.  At three thresholds each row and column is scanned from both ends to the first lit pixel. A line that is lit
-    from the frame on gives no point: there the frame ends the disc, not its rim.
-3.  Triples of these points give circles (RANSAC; Fischler and Bolles, Communications of the ACM, 1981). Of those
-    with most points on them the one is kept over whose arc the light drops most from inside to outside: the
-    integro-differential operator by which Daugman found the iris ("High confidence visual recognition of persons
-    by a test of statistical independence", IEEE PAMI, 1993).
-4.  The circle is moved to where the light drops most steeply along each ray, by least squares with weights that
-    fall off with the error (Geman and McClure, Bulletin of the ISI, 1987), so that tab, flare and vessels do not
-    pull at it.
+Circles through three points of the rim (RANSAC; Fischler and Bolles, Communications of the ACM, 1981) are ranked by how
+much the light drops across their arc: the integro-differential operator by which Daugman found the iris ("High
+confidence visual recognition of persons by a test of statistical independence", IEEE PAMI, 1993). The best is moved to
+where the light drops most steeply along each ray, by least squares with weights that fall off with the error (Geman and
+McClure, Bulletin of the ISI, 1987), so that tab, flare and vessels do not pull at it.
 """
 
 from __future__ import annotations
@@ -122,7 +117,10 @@ def _light(pixels: UInt8[np.ndarray, "h w 3"], step: int) -> _Light | None:
 
 
 def _rim_points(light: _Light) -> Float[np.ndarray, "2 n"]:
-    """x and y of where rows and columns begin and end to be lit, in pixels of the reduced copy."""
+    """x and y of where rows and columns begin and end to be lit, in pixels of the reduced copy.
+
+    A line that is lit from the frame on gives no point: there the frame ends the disc, not its rim.
+    """
     found = []
     for part in _PARTS:
         for swap in (False, True):

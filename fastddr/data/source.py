@@ -83,7 +83,7 @@ def decode(seen: Survey, console: Console) -> None:
 
 def _synthetic(config: Config, console: Console) -> Path:
     made = config.synthetic
-    counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.default_counts()
+    counts = synthetic.ddr_counts(made.photographs) if made.photographs else synthetic.DEFAULT_COUNTS
     total = sum(map(sum, counts.values()))
     if not synthetic.default_root(counts, made.size, made.seed).is_dir():
         console.print(f"  data synthetic: {total} photographs are made now, once, into the cache …")

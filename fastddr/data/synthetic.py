@@ -1,63 +1,42 @@
 """A synthetic DDR: fundus photographs drawn from a seed, on disk in DDR's own layout.
 
-It is what fastddr trains on when no data are given, and what its tests and benchmarks run on: nobody has to
-download, and every lesion's place is known. It says nothing about the eyes of people.
-
-    ROOT/DR_grading/{train,valid,test}/NNN-NNNN-NNN.jpg
-    ROOT/DR_grading/{train,valid,test}.txt   one `NNN-NNNN-NNN.jpg G` a line, G = 0-4, or 5 = ungradable
-    ROOT/DR_grading/lesions.csv              split,name,kind,x,y,radius: a circle in pixels round the lesion
-
-`arrange` tells the other layouts in which the same photographs can be written, `faults` what can be spoilt in them.
-A photograph depends on (seed, split, index, grade, size) and on nothing else, so files are the same bytes
-whatever the number of workers and whatever else is generated. (NumPy and Pillow may change their own bytes
-from one release to the next.)
+docs/synthetic.md tells what lies where: the files, their layouts (`arrange`) and what can be spoilt in them (`faults`).
+A photograph depends on (seed, split, index, grade, size) and on nothing else, so files are the same bytes whatever the
+number of workers and whatever else is generated.
 """
 
 from __future__ import annotations
 
-import csv
+import functools
 import hashlib
-import os
 import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastddr import ranks
+from fastddr import files, ranks
 from fastddr.data import cache
-from fastddr.data.arrange import LAYOUTS, Photograph, folders, layout_of, lesions_file, place, write_labels
+from fastddr.data.arrange import Photograph, form_of
 from fastddr.data.eye.anatomy import draw_eye
 from fastddr.data.eye.camera import develop, draw_camera, spoil, stream
 from fastddr.data.eye.canvas import Canvas
-from fastddr.data.eye.lesions import KINDS, Lesion, draw_signs
+from fastddr.data.eye.lesions import Lesion, draw_signs
 from fastddr.data.eye.retina import light
 from fastddr.data.faults import FAULTS, inject
-from fastddr.data.grades import UNGRADABLE
+from fastddr.data.grades import DDR, UNGRADABLE
+from fastddr.data.layouts import SPLITS
 from fastddr.data.workers import each
 from fastddr.errors import UserError
 
-__all__ = [
-    "DDR", "DEFAULT_COUNTS", "DEFAULT_SEED", "DEFAULT_SIZE", "FAULTS", "KINDS", "LAYOUTS", "VERSION", "Lesion",
-    "ddr_counts", "default_counts", "default_root", "ensure", "generate", "photo_name", "render",
-]  # fmt: skip
-
 #: Of the generator. Raise it with every change that changes a pixel or a file: old folders are then not used.
 VERSION = 2
-SPLITS = ("train", "valid", "test")
-#: How many photographs of each grade 0-5 the real DDR holds (Li et al., Information Sciences 2019, table 2).
-DDR = {
-    "train": (3133, 315, 2238, 118, 456, 575),
-    "valid": (1253, 126, 895, 47, 182, 230),
-    "test": (1880, 189, 1344, 71, 275, 346),
-}
 #: The quickstart set: 960 photographs. Flatter than DDR, in which one photograph in fifty is grade 3: so few
 #: photographs in DDR's own proportions would leave a small model a dozen of them to learn from.
 DEFAULT_COUNTS = {
@@ -130,11 +109,6 @@ def ddr_counts(total: int) -> dict[str, tuple[int, ...]]:
     return {split: tuple(got[i] for i, c in enumerate(cells) if c[0] == split) for split in SPLITS}
 
 
-def default_counts() -> dict[str, tuple[int, ...]]:
-    """Counts of the quickstart set, a copy of `DEFAULT_COUNTS`."""
-    return dict(DEFAULT_COUNTS)
-
-
 def _plan(counts: Mapping[str, Sequence[int]], seed: int) -> list[Photograph]:
     """Every photograph. Grades are shuffled: neither name nor place tells them."""
     plan = []
@@ -167,6 +141,7 @@ class _Job(NamedTuple):
 
 def _write(job: _Job) -> list[Lesion]:
     """Render one photograph and save it: what a worker process does."""
+    _keep_memory()
     split, index = job.photo.split, job.photo.index
     photo, lesions = _photograph(job.seed, split, index, job.photo.grade, job.size)
     # A stream of its own, which is below a larger share whenever it is below a smaller one.
@@ -175,11 +150,11 @@ def _write(job: _Job) -> list[Lesion]:
     return lesions
 
 
+@functools.cache
 def _keep_memory() -> None:
-    """Let the C library keep what is freed for the next photograph, instead of giving it back to the system.
+    """Let the C library keep what is freed for the next photograph, which is drawn some 3 % sooner; once in a process.
 
-    glibc mmaps what is as large as the largest block that was freed, and trims its heap at twice that: after one
-    large block, pages no longer come and go by the hundred for each photograph. Elsewhere this does nothing.
+    glibc mmaps what is as large as the largest block that was freed, and trims its heap at twice that.
     """
     np.empty(24 << 20, np.uint8)
 
@@ -201,16 +176,11 @@ def generate(
 
     All is written to a hidden folder beside `root` and renamed at the end: `root` is whole or is not there.
 
+    docs/synthetic.md tells what the arguments mean.
+
     Args:
-        root: New folder.
         counts: For each split, how many photographs of each grade 0-5.
         size: Side in pixels.
-        seed: Of everything that is random.
-        quality: Of the JPEGs, with 4:2:0 chroma.
-        layout: One of `LAYOUTS`; see `arrange`. `kaggle` leaves out grade 5, `gdrbench` grade 5 and the test split.
-        progressive: Share of the JPEGs that are progressive, 0-1; each with that chance.
-        corrupt: So many photographs, from the splits by turns, get the faults of `faults.FAULTS` in turn.
-            ROOT/faults.csv (path,fault) lists them.
         workers: None = as many processes as this one may use cores; 1 = none but this one.
         on_progress: Called with (done, total) after each photograph.
 
@@ -227,8 +197,8 @@ def generate(
     ):
         if not least <= value <= most:
             raise UserError(f"A synthetic set cannot have {name} {value}: choose from {least} to {most}.")
-    form = layout_of(layout)
-    placed = {photo: where for photo in _plan(counts, seed) if (where := place(form, photo)) is not None}
+    form = form_of(layout)
+    placed = {photo: where for photo in _plan(counts, seed) if (where := form.place(photo)) is not None}
     if not placed:
         raise UserError(f"Layout {layout!r} has no place for any of the photographs: ask for other grades or splits.")
     if not 0 <= corrupt < len(placed):
@@ -236,31 +206,28 @@ def generate(
         raise UserError(f"A set of {most + 1} photographs cannot have {corrupt} faulty ones: choose from 0 to {most}.")
     workers = min(ranks.available_cores() if workers is None else workers, max(len(placed) // 8, 1))
     root.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
+    part = root.parent / f".{root.name}.{uuid4().hex[:8]}.part"
+    part.mkdir()
     try:
-        # In a folder that passes its group on, so does this one.
-        part.chmod(0o777 & ~_umask() | part.stat().st_mode & stat.S_ISGID)
-        for folder in folders(form, counts):
-            (part / folder).mkdir(parents=True)
+        form.make_folders(part, counts)
         jobs = [_Job(str(part / where), photo, seed, size, quality, progressive) for photo, where in placed.items()]
         with (
-            open(part / lesions_file(form), "w", newline="", encoding="utf-8") as file,
-            each(_write, jobs, workers, begin=_keep_memory, lost=f"{root}: a process that drew photographs") as results,
+            open(part / form.lesions, "w", newline="\n", encoding="utf-8") as table,
+            each(_write, jobs, workers, lost=f"{root}: a process that drew photographs") as results,
         ):
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("split", "name", "kind", "x", "y", "radius"))
+            table.write("split,name,kind,x,y,radius\n")
             for done, (photo, lesions) in enumerate(zip(placed, results, strict=True), 1):
                 for m in lesions:
-                    table.writerow((photo.split, photo.name, m.kind, f"{m.x:.1f}", f"{m.y:.1f}", f"{m.radius:.1f}"))
+                    table.write(f"{photo.split},{photo.name},{m.kind},{m.x:.1f},{m.y:.1f},{m.radius:.1f}\n")
                 if on_progress is not None:
                     on_progress(done, len(placed))
-        write_labels(form, part, list(counts), list(placed))
+        form.write_labels(part, counts, placed)
         if corrupt:
             turn = [FAULTS[i % len(FAULTS)] for i in range(corrupt)]
             splits = {where: photo.split for photo, where in placed.items()}
             found = inject(part, list(splits), turn, seed, splits=splits)
-            with open(part / "faults.csv", "w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([("path", "fault"), *sorted(found.items())])
+            listed = files.table([("path", "fault"), *sorted(found.items())])
+            (part / "faults.csv").write_text(listed, encoding="utf-8", newline="\n")
         try:
             part.rename(root)
         except OSError as error:
@@ -272,18 +239,11 @@ def generate(
     return root
 
 
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 # ---------------------------------------------------------------------------------------------- cache
 
 
 def default_root(
-    counts: Mapping[str, Sequence[int]] | None = None,
+    counts: Mapping[str, Sequence[int]] = DEFAULT_COUNTS,
     size: int = DEFAULT_SIZE,
     seed: int = DEFAULT_SEED,
     quality: int = 95,
@@ -292,20 +252,18 @@ def default_root(
 
     The folder's name tells the generator's version and everything that the files depend on.
     """
-    counts = DEFAULT_COUNTS if counts is None else counts
     text = ";".join(f"{split}={','.join(map(str, counts[split]))}" for split in sorted(counts))
     digest = hashlib.sha256(f"{text};quality={quality}".encode()).hexdigest()[:12]
     return cache.folder() / f"synthetic-v{VERSION}-seed{seed}-{size}px-{digest}"
 
 
 def ensure(
-    counts: Mapping[str, Sequence[int]] | None = None,
+    counts: Mapping[str, Sequence[int]] = DEFAULT_COUNTS,
     size: int = DEFAULT_SIZE,
     seed: int = DEFAULT_SEED,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The root of the synthetic set with these settings, generated into the cache if it is not there yet."""
-    counts = default_counts() if counts is None else counts
     root = default_root(counts, size, seed)
     if root.is_dir():
         return root

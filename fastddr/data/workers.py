@@ -37,29 +37,24 @@ def threaded(pool: ThreadPoolExecutor, do: Callable[[T], R], jobs: Iterable[T]) 
 
 
 @contextmanager
-def each(
-    do: Callable[[T], R], jobs: Sequence[T], workers: int, *, begin: Callable[[], None] | None = None, lost: str
-) -> Iterator[Iterator[R]]:
+def each(do: Callable[[T], R], jobs: Sequence[T], workers: int, *, lost: str) -> Iterator[Iterator[R]]:
     """What `do` makes of each job, in the order of the jobs, each as soon as it is there.
 
     Args:
         do: of a module, so that another process finds it.
         jobs: what it is given, one by one.
         workers: processes; 1 = none but this one.
-        begin: done first in each of these processes.
         lost: one of these processes, as the error names it where it has ended.
 
     Raises:
         UserError: one has.
     """
     if workers == 1:
-        if begin is not None:
-            begin()
         yield map(do, jobs)
         return
     # Spawned, not forked: the caller may hold CUDA and threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(begin,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
         yield pool.map(do, jobs, chunksize=max(1, min(8, -(-len(jobs) // workers))))
     except BrokenProcessPool:
@@ -71,9 +66,7 @@ def each(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(begin: Callable[[], None] | None) -> None:
+def _begin() -> None:
     """Let no worker outlive a parent that was killed, and none answer the Ctrl-C that is meant for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ranks.end_with_parent()
-    if begin is not None:
-        begin()

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from fastddr.data import synthetic
-from fastddr.data.synthetic import FAULTS, LAYOUTS, generate
+from fastddr.data.arrange import LAYOUTS
+from fastddr.data.faults import FAULTS
+from fastddr.data.synthetic import generate
 from fastddr.errors import UserError
 
 SIZE = 64

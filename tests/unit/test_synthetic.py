@@ -21,8 +21,9 @@ from fastddr.data import synthetic, workers
 from fastddr.data.eye.anatomy import draw_eye
 from fastddr.data.eye.camera import draw_camera, stream
 from fastddr.data.eye.canvas import Canvas
-from fastddr.data.eye.lesions import draw_signs
-from fastddr.data.synthetic import DDR, KINDS, ddr_counts, default_root, ensure, generate, render
+from fastddr.data.eye.lesions import KINDS, draw_signs
+from fastddr.data.grades import DDR
+from fastddr.data.synthetic import ddr_counts, default_root, ensure, generate, render
 from fastddr.errors import UserError
 
 SIZE = 96

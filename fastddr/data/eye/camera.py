@@ -113,42 +113,32 @@ def enlarge(smooth: Map, side: int, box: tuple[slice, slice] = WHOLE) -> Map:
     return _sample(_sample(smooth, 1, side, box[1], False), 0, side, box[0], False)
 
 
-class Enlarged:
-    """`enlarge`, some rows at a time."""
-
-    def __init__(self, smooth: Map, side: int) -> None:
-        # Along the rows at once, turned round, for whole rows are gathered sooner than columns.
-        across = np.ascontiguousarray(_Between(np.ascontiguousarray(smooth.T), side).rows(slice(0, side)).T)
-        self._down = _Between(across, side)
-
-    def rows(self, rows: slice) -> Map:
-        """Some rows, (h side)."""
-        return self._down.rows(rows)
+def enlarged(smooth: Map, side: int) -> Callable[[slice], Map]:
+    """`enlarge`, some rows (h side) at a time."""
+    # Along the rows at once, turned round, for whole rows are gathered sooner than columns.
+    across = _between(np.ascontiguousarray(smooth.T), side)(slice(0, side)).T
+    return _between(np.ascontiguousarray(across), side)
 
 
-class _Between:
-    """Linear interpolation along the first axis, to `side` values."""
+def _between(nodes: Map, side: int) -> Callable[[slice], Map]:
+    """Linear interpolation along the first axis, to `side` values, some at a time."""
+    times, rest = divmod(side, len(nodes))
+    if rest or times % 2:
+        return lambda rows: _sample(nodes, 0, side, rows, False)
+    # Between any two nodes there are `times` values with the same weights, so nothing is gathered.
+    half = times // 2
+    weights = ((np.arange(times, dtype=np.float32) + np.float32(0.5)) / times)[:, None]
+    first = np.concatenate((nodes[:1], nodes))
+    step = np.diff(first, axis=0, append=nodes[-1:])
 
-    def __init__(self, nodes: Map, side: int) -> None:
-        self.nodes, self.side = nodes, side
-        self.times, rest = divmod(side, len(nodes))
-        self.even = rest == 0 and self.times % 2 == 0
-        if self.even:
-            self.first = np.concatenate((nodes[:1], nodes))
-            self.step = np.zeros_like(self.first)
-            np.subtract(nodes[1:], nodes[:-1], out=self.step[1:-1])
-            self.weights = ((np.arange(self.times, dtype=np.float32) + np.float32(0.5)) / self.times)[:, None]
-
-    def rows(self, rows: slice) -> Map:
-        if not self.even:
-            return _sample(self.nodes, 0, self.side, rows, False)
-        # Between any two nodes there are `times` values with the same weights, so nothing is gathered.
-        half = self.times // 2
-        low, high = (rows.start + half) // self.times, -(-(rows.stop + half) // self.times)
-        out = self.step[low:high, None] * self.weights
-        out += self.first[low:high, None]
-        skip = rows.start + half - low * self.times
+    def some(rows: slice) -> Map:
+        low, high = (rows.start + half) // times, -(-(rows.stop + half) // times)
+        out = step[low:high, None] * weights
+        out += first[low:high, None]
+        skip = rows.start + half - low * times
         return out.reshape(-1, out.shape[2])[skip : skip + rows.stop - rows.start]
+
+    return some
 
 
 def soften(x: Map, sigma: float) -> Map:

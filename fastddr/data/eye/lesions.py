@@ -102,18 +102,8 @@ class _Painter:
             angle = self.angle_px(float(along))
             stretch = float(rng.uniform(1.8, 3.2)) if flame else float(rng.uniform(1.0, 1.4))
             dense = float(rng.uniform(0.55, 1.4))
-            self.canvas.blob(
-                "blood",
-                rng,
-                x,
-                y,
-                r / np.sqrt(stretch),
-                dense,
-                soft=0.9 if flame else 0.7,
-                ragged=0.13,
-                stretch=stretch,
-                angle=angle,
-            )
+            narrow, soft = r / np.sqrt(stretch), 0.9 if flame else 0.7
+            self.canvas.blob("blood", rng, x, y, narrow, dense, soft=soft, ragged=0.13, stretch=stretch, angle=angle)
             self.note("haemorrhage", x, y, r * np.sqrt(stretch))
 
     def angle_px(self, angle: float) -> float:
@@ -131,16 +121,8 @@ class _Painter:
             d = size * (rng.normal(0.82, 0.1, n) if circinate else np.abs(rng.normal(0, 0.45, n)))
             d = np.minimum(d, size)
             for u, v in zip(x + d * np.cos(a), y + 0.8 * d * np.sin(a), strict=True):
-                self.canvas.blob(
-                    "exudate",
-                    rng,
-                    float(u),
-                    float(v),
-                    float(0.004 + 0.013 * rng.random() ** 2.2),
-                    float(rng.uniform(0.5, 0.95)),
-                    soft=0.7,
-                    ragged=0.25,
-                )
+                r, dense = float(0.004 + 0.013 * rng.random() ** 2.2), float(rng.uniform(0.5, 0.95))
+                self.canvas.blob("exudate", rng, float(u), float(v), r, dense, soft=0.7, ragged=0.25)
             self.note("exudate", x, y, size)
 
     def cotton_wool(self, n: int) -> None:
@@ -150,18 +132,9 @@ class _Painter:
             x, y = self.spot(r * 1.5, far=0.7)
             for _ in range(3):
                 dx, dy = rng.normal(0, 0.4 * r, 2)
-                self.canvas.blob(
-                    "cotton",
-                    rng,
-                    x + dx,
-                    y + dy,
-                    r * 0.8,
-                    float(rng.uniform(0.4, 0.7)),
-                    soft=1.4,
-                    ragged=0.1,
-                    stretch=float(rng.uniform(1, 1.6)),
-                    angle=float(rng.uniform(0, 3)),
-                )
+                dense, longer, angle = (float(rng.uniform(*span)) for span in ((0.4, 0.7), (1, 1.6), (0, 3)))
+                spot = x + dx, y + dy, r * 0.8, dense
+                self.canvas.blob("cotton", rng, *spot, soft=1.4, ragged=0.1, stretch=longer, angle=angle)
             self.note("cotton_wool", x, y, r * 1.3)
 
     def beading(self, n: int) -> Map:
@@ -182,28 +155,14 @@ class _Painter:
     def tangle(self, kind: str, x: float, y: float, size: float, lines: int, width: float, depth: float) -> None:
         """Fine wild vessels from (x, y) to `size` about it: IRMA in the retina, new vessels before it."""
         rng = self.rng
-        start = rng.normal(0, 0.12 * size, (2, lines))
-        ones = np.ones(lines)
-        u, v = walk(
-            rng,
-            x + start[0],
-            y + start[1],
-            rng.uniform(0, 2 * np.pi, lines),
-            size * rng.uniform(1.1, 2.0, lines),
-            rng.normal(0, 2.5, lines),
-            0.9 * ones,
-            49,
-        )
-        keep = np.hypot(u - x, v - y) < size
+        du, dv = rng.normal(0, 0.12 * size, (2, lines))
+        heading, length = rng.uniform(0, 2 * np.pi, lines), size * rng.uniform(1.1, 2.0, lines)
+        bend, wild = rng.normal(0, 2.5, lines), np.full(lines, 0.9)
+        u, v = walk(rng, x + du, y + dv, heading, length, bend, wild, 49)
         r = width * rng.uniform(0.7, 1.3, (lines, 1)) * np.linspace(1.1, 0.7, 49)[None]
-        self.canvas.trace(
-            "blood",
-            u.astype(np.float32),
-            v.astype(np.float32),
-            r.astype(np.float32),
-            depth,
-            np.logical_and.accumulate(keep, 1),
-        )
+        keep = np.logical_and.accumulate(np.hypot(u - x, v - y) < size, 1)
+        u32, v32, r32 = (a.astype(np.float32) for a in (u, v, r))
+        self.canvas.trace("blood", u32, v32, r32, depth, keep)
         self.note(kind, x, y, size)
 
     def irma(self, n: int) -> None:
@@ -267,37 +226,35 @@ class _Painter:
                 self.note("laser_scar", x, y, size)
 
 
-def _none(p: _Painter) -> None:
-    draw_vessels(p.canvas)
+#: Signs by grade, in the order in which they are drawn: how, fewest, most, the chance of any, and what else it takes.
+_SIGNS: tuple[tuple[tuple[Callable[..., None], int, int, float, *tuple[float, ...]], ...], ...] = (
+    (),
+    ((_Painter.microaneurysms, 4, 12, 1),),
+    (
+        (_Painter.exudates, 1, 4, 0.7),
+        (_Painter.cotton_wool, 1, 3, 0.35),
+        (_Painter.haemorrhages, 4, 14, 1, 0.034),
+        (_Painter.microaneurysms, 6, 17, 1),
+    ),
+    (
+        (_Painter.irma, 1, 3, 0.65),
+        (_Painter.exudates, 1, 4, 0.6),
+        (_Painter.cotton_wool, 1, 5, 0.55),
+        (_Painter.haemorrhages, 26, 55, 1, 0.046),
+        (_Painter.microaneurysms, 10, 25, 1),
+    ),
+    (
+        (_Painter.exudates, 1, 3, 0.5),
+        (_Painter.cotton_wool, 1, 3, 0.3),
+        (_Painter.haemorrhages, 4, 25, 1, 0.042),
+        (_Painter.microaneurysms, 4, 17, 1),
+    ),
+)
 
 
-def _mild(p: _Painter) -> None:
-    draw_vessels(p.canvas)
-    p.microaneurysms(int(p.rng.integers(4, 13)))
-
-
-def _moderate(p: _Painter) -> None:
+def _advanced(p: _Painter) -> None:
+    """What makes grade 4, and laser against it."""
     rng = p.rng
-    draw_vessels(p.canvas)
-    p.exudates(int(rng.integers(1, 5)) if rng.random() < 0.7 else 0)
-    p.cotton_wool(int(rng.integers(1, 4)) if rng.random() < 0.35 else 0)
-    p.haemorrhages(int(rng.integers(4, 15)), 0.034)
-    p.microaneurysms(int(rng.integers(6, 18)))
-
-
-def _severe(p: _Painter) -> None:
-    rng = p.rng
-    draw_vessels(p.canvas, p.beading(int(rng.integers(2, 4))) if rng.random() < 0.75 else None)
-    p.irma(int(rng.integers(1, 4)) if rng.random() < 0.65 else 0)
-    p.exudates(int(rng.integers(1, 5)) if rng.random() < 0.6 else 0)
-    p.cotton_wool(int(rng.integers(1, 6)) if rng.random() < 0.55 else 0)
-    p.haemorrhages(int(rng.integers(26, 56)), 0.046)
-    p.microaneurysms(int(rng.integers(10, 26)))
-
-
-def _proliferative(p: _Painter) -> None:
-    rng = p.rng
-    draw_vessels(p.canvas, p.beading(2) if rng.random() < 0.3 else None)
     on_disc, elsewhere = bool(rng.random() < 0.55), int(rng.integers(0, 4))
     blood, cloud = rng.random() < 0.5, rng.random() < 0.25
     if rng.random() < 0.35:
@@ -308,17 +265,20 @@ def _proliferative(p: _Painter) -> None:
         p.boat()
     # New vessels or blood before the retina make the grade: without the one there is the other.
     p.new_vessels(on_disc, max(elsewhere, 0 if on_disc or blood else 1))
-    p.exudates(int(rng.integers(1, 4)) if rng.random() < 0.5 else 0)
-    p.cotton_wool(int(rng.integers(1, 4)) if rng.random() < 0.3 else 0)
-    p.haemorrhages(int(rng.integers(4, 26)), 0.042)
-    p.microaneurysms(int(rng.integers(4, 18)))
-
-
-_BY_GRADE: tuple[Callable[[_Painter], None], ...] = (_none, _mild, _moderate, _severe, _proliferative)
 
 
 def draw_signs(canvas: Canvas, rng: Rng, grade: int) -> list[Lesion]:
     """Draw the vessels and the signs of `grade` (0-4) on the canvas; returns where the signs are."""
     painter = _Painter(canvas, rng)
-    _BY_GRADE[grade](painter)
+    swelling = None
+    if grade == 3 and rng.random() < 0.75:
+        swelling = painter.beading(int(rng.integers(2, 4)))
+    if grade == 4 and rng.random() < 0.3:
+        swelling = painter.beading(2)
+    draw_vessels(canvas, swelling)
+    if grade == 4:
+        _advanced(painter)
+    for draw, fewest, most, chance, *more in _SIGNS[grade]:
+        if chance == 1 or rng.random() < chance:
+            draw(painter, int(rng.integers(fewest, most + 1)), *more)
     return painter.lesions

@@ -9,10 +9,10 @@ import numpy as np
 from fastddr.data.eye.camera import (
     SHARP,
     SMOOTH,
-    Enlarged,
     Map,
     Rng,
     enlarge,
+    enlarged,
     grain,
     illumination,
     noise,
@@ -181,7 +181,7 @@ def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
     ]
     scars = _Spots(canvas.layers["melanin"]) if "melanin" in canvas.layers else None
 
-    haze = Enlarged(stray, size)
+    haze = enlarged(stray, size)
     backs, discs, lids, clouds = [], [], [], []
     for c, base in enumerate(camera.base):
         # The veil is before everything, so it is added last. The sensor's shoulder is put to the bare retina under
@@ -195,7 +195,7 @@ def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
         bare *= glow
         bare *= clear
         bare += fogged
-        backs.append(Enlarged(shoulder(bare) - stray * tint, size))
+        backs.append(enlarged(shoulder(bare) - stray * tint, size))
         discs.append(shoulder(colours[c] * clear_at_disc + veil_at_disc * tint))
         lit = glow * clear
         lids.append(
@@ -205,7 +205,7 @@ def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
             ]
         )
         if canvas.vitreous is not None:
-            clouds.append(Enlarged(np.exp(canvas.vitreous * np.float32(-BLOOD * BLOOD_POWERS[c])), size))
+            clouds.append(enlarged(np.exp(canvas.vitreous * np.float32(-BLOOD * BLOOD_POWERS[c])), size))
 
     def band(rows: slice) -> list[Map]:
         # All that absorbs as blood does is blurred once, and not in three channels; the choroid's grain is in it.
@@ -221,7 +221,7 @@ def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
         sixfold = twice * twice
         once *= sixfold  # five times
         sixfold *= twice
-        fog = haze.rows(rows)
+        fog = haze(rows)
         first, last = max(box[0].start, rows.start), min(box[0].stop, rows.stop)
         in_band = slice(first - rows.start, last - rows.start), box[1]
         in_box = slice(first - box[0].start, last - box[0].start)
@@ -229,7 +229,7 @@ def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
         under_lids = [spots.rows(rows) for spots, _ in covers]
         out: list[Map] = []
         for c, passed in enumerate((twice, sixfold, once)):
-            back = backs[c].rows(rows)
+            back = backs[c](rows)
             tinted = fog * np.float32(camera.veil[c])
             if under_scars is not None:
                 at, much, _ = under_scars
@@ -244,7 +244,7 @@ def light(canvas: Canvas, rng: Rng) -> Callable[[slice], list[Map]]:
                 under = back.reshape(-1)[at]
                 back.reshape(-1)[at] = under + much * (lid[node] - under)
             if clouds:
-                back *= clouds[c].rows(rows)
+                back *= clouds[c](rows)
             back += tinted
             out.append(back)
         return out

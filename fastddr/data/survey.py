@@ -26,7 +26,7 @@ from fastddr.data import cache, layouts, photograph, splits, workers
 from fastddr.data.cache import Record
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
-from fastddr.data.layouts.common import located
+from fastddr.data.layouts.common import Fence, located
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import NOTES, Problem, errors
 from fastddr.errors import UserError
@@ -232,7 +232,7 @@ def take(
                 f"--exclude: none of its {len(exclude)} paths is a photograph of {listing.root}; they are relative to "
                 f"it{like}."
             )
-    fence = None if follow_links else _Fence(listing.root, data)
+    fence = Fence(located(data), follow_links)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(
         data=str(data),
@@ -270,47 +270,20 @@ def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:
             yield Problem(entry.path, kind, f"{what} is in {other.split} too, as {other.path}")
 
 
-class _Fence:
-    """Which photographs lie outside of the folder that the user gave, by links: a set from elsewhere must not choose
-    which files of this machine are read."""
-
-    def __init__(self, root: Path, data: str | Path) -> None:
-        """`root` is what paths are relative to, `data` what the user gave: a folder above or below it, or a table."""
-        given, self._root = located(data), os.path.realpath(root)
-        given = given.parent if given.is_file() else given
-        # Where a part of a set is given, the set is the fence.
-        above = given.is_relative_to(self._root)
-        self._fence = (self._root if above else str(given)).rstrip(os.sep) + os.sep
-        self._folders: dict[str, str] = {}
-
-    def check(self, path: str) -> None:
-        """Raise `BadPhotograph` if the way to a photograph leads out."""
-        folder, _, name = path.rpartition("/")
-        real = self._folders.get(folder)
-        if real is None:
-            real = self._folders[folder] = os.path.realpath(os.path.join(self._root, folder))
-        if not f"{real}{os.sep}".startswith(self._fence):
-            raise BadPhotograph("outside", f"its folder is a link that leads out of the data, to {real}")
-        file = os.path.join(real, name)
-        if os.path.islink(file) and not (target := os.path.realpath(file)).startswith(self._fence):
-            raise BadPhotograph("outside", f"it is a link that leads out of the data, to {target}")
-
-
 def _headers(
-    root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool, fence: _Fence | None
+    root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool, fence: Fence
 ) -> dict[str, Record]:
     """A record of each file; from the cache where size and time of change are the same."""
     cached = cache.load(root)
-
-    folder, fresh = f"{root}/", 0
+    folder, fresh = str(root), 0
 
     def look(path: str) -> Record:
         nonlocal fresh
-        file = folder + path
+        file = f"{folder}/{path}"
         try:
             size, changed = photograph.status(file)
-            if fence is not None:
-                fence.check(path)
+            if (why := fence.outside(folder, path)) is not None:
+                raise BadPhotograph("outside", why)
         except BadPhotograph as bad:
             return Record(-1, 0, kind=bad.kind, reason=bad.reason)
         old = cached.get(path)

@@ -173,5 +173,5 @@ def test_a_broken_list_of_what_is_left_out_is_one_sentence(tmp_path: Path, text:
     outside = tmp_path / "outside.csv"
     (data / "prepared" / "absent.csv").rename(outside)
     (data / "prepared" / "absent.csv").symlink_to(outside)
-    with pytest.raises(UserError, match=r"absent\.csv: this label file is a link that leads out of the data"):
+    with pytest.raises(UserError, match=r"absent\.csv: it is a link that leads out of the data"):
         layouts.find(data)

@@ -13,7 +13,6 @@ import csv
 import os
 import posixpath
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,18 @@ from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts.common import (
     Entry,
     Fence,
+    Index,
     Listing,
     Named,
-    folded,
     grade_of,
+    leave_out,
     patient_in,
     patient_of,
     quoted,
     some,
     spelled,
+    split_in,
     split_of,
-    walk,
 )  # fmt: skip
 from fastddr.data.problems import Problem, one_line
 from fastddr.errors import PASSING, UserError
@@ -164,7 +164,7 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
         if not head.layout:
             return None
         if fence is not None:
-            fence.check(file, file.parent)
+            fence.check(file.parent, file.name)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=head.mark, strict=True)
             for _ in range(head.lines - 1):
@@ -195,71 +195,12 @@ def _refuse_twice(file: Path, head: Head, header: Sequence[str]) -> None:
             )
 
 
-class _Index:
-    """The photographs below a folder, by path, name and name without extension."""
-
-    def __init__(self, root: Path) -> None:
-        self.paths: set[str] = set()
-        self.notes: list[str] = []
-        self.by_name: dict[str, list[str]] = defaultdict(list)
-        for path in walk(root, self.notes):
-            name = path.rpartition("/")[2]
-            self.paths.add(path)
-            for bare in (name, os.path.splitext(name)[0]):
-                self.by_name[bare].append(path)
-        # What many photographs may mean is sought once: their table may name each of them so.
-        self._several: dict[tuple[str, str | None], list[str]] = {}
-        self._splits: dict[str, str | None] = {}
-        #: Of each row that may mean several photographs: these.
-        self.doubts: list[list[str]] = []
-        # Asked where nothing is written just so.
-        self._any_case: dict[str, list[str]] = defaultdict(list)
-        for path in self.paths:
-            self._any_case[folded(path)].append(path)
-        for bare, paths in self.by_name.items():
-            self._any_case[folded(bare)] += paths
-
-    def find(self, token: str, split: str | None) -> list[str]:
-        """The photographs that a token may mean: a path, else a name, else one of them as `folded`; where several bear
-        it, those of the split."""
-        if token in self.paths:
-            return [token]
-        named = self.by_name.get(token) or self._any_case.get(folded(token), [])
-        if len(named) < 2:
-            return named
-        if (token, split) not in self._several:
-            found = self._several.setdefault((token, None), sorted(set(named)))
-            if len(found) > 1 and split is not None:
-                found = [path for path in found if self._split_of(path) == split] or found
-            self._several[token, split] = found
-        return self._several[token, split]
-
-    def near(self, path: str) -> str | None:
-        """A photograph of the same name in another folder, or with another extension."""
-        name = path.rpartition("/")[2]
-        named = (self._any_case.get(folded(bare), []) for bare in (name, os.path.splitext(name)[0]))
-        return next((paths[0] for paths in named if paths), None)
-
-    def _split_of(self, path: str) -> str | None:
-        """The split that the folders of a photograph tell."""
-        folder = path.rpartition("/")[0]
-        if folder not in self._splits:
-            self._splits[folder] = _split_in(folder.split("/"))
-        return self._splits[folder]
-
-
-def _split_in(names: Sequence[str]) -> str | None:
-    """The split that one of these names tells in one of its words ("a. Training Set"); None where none or two do."""
-    words = {split_of(word) for name in names for word in re.split(r"[\W_\d]+|(?<=[a-z])(?=[A-Z])", name)} - {None}
-    return words.pop() if len(words) == 1 else None
-
-
 def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
     """The split that each table stands for, by its name, where there are several."""
     if len(found) == 1:
         return [None]
     # EyePACS published the grades of its test photographs later, with a column that tells the leaderboard.
-    splits = ["test" if "usage" in t.head.cells else _split_in([t.file.stem]) for t in found]
+    splits = ["test" if "usage" in t.head.cells else split_in([t.file.stem]) for t in found]
     if None in splits or len(set(splits)) < len(splits):
         names = ", ".join(t.file.name for t in found)
         raise UserError(
@@ -272,15 +213,15 @@ def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
 def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
     splits = _splits_of_files(found)
     tokens = [_cell(row, t.head.key).strip().replace("\\", "/") for t in found for _, row in t.rows[:50]]
-    root, index = folder, _Index(folder)
+    root, index = folder, Index(folder)
     while root != top and not any(index.find(token, None) for token in tokens):
         root = root.parent
-        index = _Index(root)
+        index = Index(root)
     listing = Listing(found[0].head.layout, root, [])
     listing.notes.extend(index.notes)
-    known = Named(listing)
+    known, doubts = Named(listing), list[Sequence[str]]()
     for one, split in zip(found, splits, strict=True):
-        _add(one, split, index, listing, known)
+        doubts += _add(one, split, index, listing, known)
         if _OF_MESSIDOR in one.head.cells:
             listing.notes.append(
                 f"{one.file.name} is Messidor's, and its grades are on Messidor's own scale of 0-3, where 3 holds "
@@ -288,18 +229,15 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
             )
     known.judge()
     labels = ", ".join(t.file.name for t in found)
-    _refuse_elsewhere(listing, index, labels)
+    _refuse_elsewhere(listing, index, doubts, labels)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
     named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
     homes = {os.path.dirname(entry.path) for entry in listing.entries}
     rest = sorted(index.paths - named)
     orphans = [path for path in rest if os.path.dirname(path) in homes]
-    listing.problems.extend(Problem(path, "orphan", f"it has no row in {labels}") for path in orphans)
-    if orphans:
-        listing.notes.append(
-            f"{len(orphans)} photographs have no row in {labels} and are left out: {some(orphans)}."
-        )  # fmt: skip
+    no_row = f"no row in {labels}"
+    leave_out(listing, orphans, "orphan", f"it has {no_row}", f"photographs have {no_row} and are left out")
     # A competition's test set, as likely as one that was meant to be read: counted, and none listed.
     if len(rest) > len(orphans):
         away = sorted({os.path.dirname(path) for path in rest} - homes)
@@ -307,15 +245,15 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
             f"{len(rest) - len(orphans)} photographs lie in folders of which {labels} names none, and are not read: "
             f"{some([f'{folder}/' if folder else str(root) for folder in away])}."
         )
-    if unknown := [entry.path for entry in listing.entries if entry.grade == UNKNOWN]:
-        listing.problems.extend(Problem(path, "unlabelled", "its grade is empty") for path in unknown)
-        listing.notes.append(f"{len(unknown)} photographs have no grade in {labels} and are left out: {some(unknown)}.")
+    unknown = [entry.path for entry in listing.entries if entry.grade == UNKNOWN]
+    note = f"photographs have no grade in {labels} and are left out"
+    leave_out(listing, unknown, "unlabelled", "its grade is empty", note)
     return listing
 
 
-def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
+def _refuse_elsewhere(listing: Listing, index: Index, doubts: Sequence[Sequence[str]], labels: str) -> None:
     """Raise `UserError` where no row finds its photograph: they lie elsewhere, or all in the same several folders."""
-    entries, doubts = listing.entries, index.doubts
+    entries = listing.entries
     if entries and not doubts and not any(_is_there(entry, listing.root, index) for entry in entries):
         near = ((entry.token, path) for entry in entries if (path := index.near(entry.path)) is not None)
         token, path = next(near, ("", ""))
@@ -334,7 +272,7 @@ def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
             )
 
 
-def _is_there(entry: Entry, root: Path, index: _Index) -> bool:
+def _is_there(entry: Entry, root: Path, index: Index) -> bool:
     """Whether anything bears its name: a broken link, or what is no photograph by its name, has an error of its own."""
     return entry.path in index.paths or os.path.lexists(root / entry.path)
 
@@ -343,7 +281,9 @@ def _below(folder: str, paths: Sequence[str]) -> int:
     return sum(path.startswith(f"{folder}/") for path in paths)
 
 
-def _add(found: _Table, split: str | None, index: _Index, listing: Listing, known: Named) -> None:
+def _add(found: _Table, split: str | None, index: Index, listing: Listing, known: Named) -> list[Sequence[str]]:
+    """Add the entries of a table, and what is wrong with its rows; of each that may mean several photographs: these."""
+    doubts: list[Sequence[str]] = []
     label = found.file.relative_to(listing.root).as_posix()
     head = found.head
     split_column, patient_column, gradable_column = head.column("split"), head.column(*_PATIENT), head.column(_GRADABLE)
@@ -391,10 +331,11 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
             continue
         candidates = index.find(named, own)
         if len(candidates) > 1:
-            index.doubts.append(candidates)
+            doubts.append(candidates)
             wrong("ambiguous", f"{quoted(token)} may be {some(candidates)}")
             continue
         path = candidates[0] if candidates else named
         # Where a table tells patients, a number in a name may mean another one.
         patient = patient_of(path) if patient_column is None else patient_in(_cell(row, patient_column))
         known.add(Entry(path, grade, own, patient, label, line, token))
+    return doubts

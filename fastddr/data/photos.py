@@ -18,10 +18,10 @@ import numpy as np
 
 from fastddr import ranks
 from fastddr.data import masters, photograph, workers
+from fastddr.data.crop import Recipe
 from fastddr.data.grades import UNKNOWN
 from fastddr.data.layouts.common import PHOTOGRAPHS, aside, folders_below
 from fastddr.data.manifest import Manifest
-from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import one_line, rows_of
 from fastddr.errors import UserError

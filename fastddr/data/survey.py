@@ -74,7 +74,7 @@ class Survey:
             if record.kind:
                 found.append(Problem(path, record.kind, entry.where + record.reason))
             if record.traits:
-                found += [Problem(path, trait, f"it is {_TRAITS[trait]}") for trait in record.traits.split(",")]
+                found += [Problem(path, trait, NOTES[trait]) for trait in record.traits.split(",")]
             name = path.rpartition("/")[2]
             if not path.isascii() and any("\udc80" <= letter <= "\udcff" for letter in path):
                 found.append(Problem(path, "encoding", "its name is not UTF-8"))
@@ -182,16 +182,6 @@ class Survey:
         return _keep(self.root, self.records, cache.load(self.root)) if keep else None
 
 
-_TRAITS = {
-    "greyscale": "greyscale",
-    "cmyk": "CMYK",
-    "turned": "turned by its EXIF orientation",
-    "progressive": "a progressive JPEG",
-    "extension": "of another format than its name says",
-}
-assert set(_TRAITS) <= set(NOTES)
-
-
 @no_collector()
 def take(
     data: str | Path,
@@ -202,10 +192,10 @@ def take(
     afresh: bool = False,
     follow_links: bool = False,
 ) -> Survey:
-    """A survey by labels and headers.
+    """A survey by labels and headers; nothing is decoded.
 
     Args:
-        data: the folder, or a label table.
+        data: the folder in any layout (`fastddr.data.layouts`), or a label table.
         splitting: how to split what has no splits.
         exclude: paths to leave out, as `fastddr check --fix-list` writes them.
         on_progress: called with (headers read, photographs) now and then.
@@ -222,16 +212,17 @@ def take(
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
     kept.sort(key=lambda entry: (order[entry.split or ""], entry.path))
-    left_out: list[str] = []
+    present = {entry.path for entry in entries} | {problem.path for problem in listing.problems} if exclude else set()
+    left_out = sorted(exclude & present)
     if exclude:
-        present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
-        left_out = sorted(exclude & present)
         if not left_out and not exclude & {entry.path for entry in listing.absent}:
             like = f", like {entries[0].path}" if entries else ""
             raise UserError(
                 f"--exclude: none of its {len(exclude)} paths is a photograph of {listing.root}; they are relative to "
                 f"it{like}."
             )
+        more = f" {absent} more of that list are not in the set." if (absent := len(exclude) - len(left_out)) else ""
+        notes = [*notes, f"{len(left_out)} photographs are left out, as --exclude lists them.{more}"]
     fence = Fence(located(data), follow_links)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(
@@ -241,20 +232,10 @@ def take(
         entries=kept,
         records=records,
         label_problems=[problem for problem in listing.problems if problem.path not in exclude],
-        notes=listing.notes + notes + _said_of_exclude(left_out, exclude),
+        notes=listing.notes + notes,
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
     )
-
-
-def _said_of_exclude(left_out: Sequence[str], exclude: frozenset[str]) -> list[str]:
-    if not exclude:
-        return []
-    absent = len(exclude) - len(left_out)
-    return [
-        f"{len(left_out)} photographs are left out, as --exclude lists them."
-        + (f" {absent} more of that list are not in the set." if absent else "")
-    ]
 
 
 def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:
@@ -322,17 +303,14 @@ def _keep(root: Path, records: dict[str, Record], before: dict[str, Record]) -> 
     """Store what is known, over what was known: a header alone does not displace what decoding has told."""
     # What this list of --exclude leaves out stays known.
     after = dict(before)
-    for path, record in _lasting(records).items():
+    for path, record in records.items():
+        if record.kind in _OUTER:
+            continue
         old = before.get(path)
         same = old is not None and (old.size, old.changed) == (record.size, record.changed)
         if record.decoded or not (same and old is not None and old.decoded):
             after[path] = record
     return cache.store(root, after) if after != before else None
-
-
-def _lasting(records: dict[str, Record]) -> dict[str, Record]:
-    """The records that size and time of change hold true."""
-    return {path: record for path, record in records.items() if record.kind not in _OUTER}
 
 
 def fingerprint(rows: Iterable[tuple[str, int, int, str]]) -> str:

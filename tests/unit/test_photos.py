@@ -98,7 +98,7 @@ def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None
     for name, said in (
         ("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no"),
         ("other.csv", "none of its columns is called path"), ("quote.csv", "cannot be read"),
-        ("wide.csv", "row 1 holds a NUL"),
+        ("wide.csv", "holds NULs, as in UTF-16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             photos.find([str(tmp_path / name)])

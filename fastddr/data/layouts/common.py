@@ -242,9 +242,8 @@ def walk(root: Path, notes: list[str], below: str = "") -> Iterator[str]:
 
     for folder, names in folders_below(os.path.join(root, below), unlisted):
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in names:
-            if is_photograph(name):
-                yield name if relative == "." else f"{relative}/{name}"
+        prefix = "" if relative == "." else f"{relative}/"
+        yield from (prefix + name for name in names if is_photograph(name))
 
 
 class Index:
@@ -252,7 +251,8 @@ class Index:
 
     def __init__(self, root: Path, below: Iterable[str] = ("",)) -> None:
         self.notes: list[str] = []
-        self.paths = frozenset(path for folder in below for path in walk(root, self.notes, folder))
+        #: In the order of the walk, which decides what a sentence shows first.
+        self.paths = dict.fromkeys(path for folder in below for path in walk(root, self.notes, folder)).keys()
         # What many photographs may mean is sought once: their table may name each of them so.
         self._several: dict[tuple[str, str | None], list[str]] = {}
         self._split_in = cache(lambda folder: split_in(folder.split("/")))

@@ -42,7 +42,7 @@ def official(folder: Path, fence: Fence) -> Listing | None:
 
         def locate(name: str, split: str = split) -> str | None:
             path = f"{split}/{name}"
-            # What stands in the split's folder is no path of Windows.
+            # With a backslash it is a path of Windows, but where a file in the folder is called so.
             return None if "/" in name or (path not in index.paths and _NO_NAME.search(name)) else path
 
         if label_file.is_file():
@@ -119,7 +119,7 @@ def _refuse_empty(listing: Listing, place: Path, what: str) -> None:
 
 def _orphans(listing: Listing, index: Index, named: set[str], homes: set[str], labels: str, place: str) -> None:
     """Photographs in these folders that no line names."""
-    orphans = sorted(path for path in index.paths - named if path.rpartition("/")[0] in homes)
+    orphans = sorted(path for path in index.paths if path not in named and path.rpartition("/")[0] in homes)
     note = f"photographs in {place}/ have no line in {labels} and are left out"
     leave_out(listing, orphans, "orphan", f"it has no line in {labels}", note)
 

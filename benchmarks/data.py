@@ -32,7 +32,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastddr import ranks
-from fastddr.data import manifest, prepare, survey, synthetic
+from fastddr.data import crop, manifest, prepare, survey, synthetic
 from fastddr.errors import UserError
 
 
@@ -87,7 +87,7 @@ def preparing(data: Path, size: int) -> float:
     try:
         with patch.dict(os.environ, FASTDDR_CACHE=str(folder / "cache")):
             began = time.perf_counter()
-            prepare.run(str(data), folder / "out", prepare.Settings(size=size), on_bad="exclude", sheet=0)
+            prepare.run(str(data), folder / "out", crop.Recipe(size), on_bad="exclude", sheet=0)
             return time.perf_counter() - began
     finally:
         shutil.rmtree(folder)

@@ -146,7 +146,7 @@ class Prepare:
 
     def run(self) -> int:
         """The exit code."""
-        from fastddr.data import prepare, problems
+        from fastddr.data import crop, prepare, problems
 
         named = self.exclude
         exclude = _on_all(lambda: problems.read_list(named)) if named else frozenset()
@@ -155,7 +155,7 @@ class Prepare:
             found = prepare.run(
                 self.data,
                 self.out,
-                prepare.Settings(size=self.size, format=self.format),
+                crop.Recipe(self.size, self.format),
                 exclude=exclude,
                 on_bad=self.on_bad,
                 follow_links=self.follow_links,

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from fastddr.data import crop, prepare, survey
+from fastddr.data.crop import Recipe
 from fastddr.data.disc import Disc
-from fastddr.data.prepare import Settings, Summary
+from fastddr.data.prepare import Summary
 
-SMALL = Settings(size=32)
+SMALL = Recipe(32)
 FEW = photographs.photos({"train": [0, 1, 2, 3, 4, 0, 5], "valid": [0, 1], "test": [0, 1]})
 
 
@@ -74,7 +75,7 @@ def official(root: Path, extension: str = ".jpg") -> Path:
 
 
 def run(data: Path, out: Path, **settings: Any) -> Summary:
-    return prepare.run(str(data), out, settings.pop("settings", SMALL), **{"sheet": 3} | settings)
+    return prepare.run(str(data), out, settings.pop("recipe", SMALL), **{"sheet": 3} | settings)
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,10 @@ from fastddr.data.photograph import BadPhotograph
 from fastddr.errors import UserError
 
 Format = Literal["jpeg", "png"]
+#: Of the outputs. Raise it with every change of a byte of them.
+VERSION = 2
+#: Sides that make sense, in pixels.
+LEAST, MOST = 16, 8192
 #: Of the JPEGs, with chroma of full resolution: training decodes them again and again, so little may be lost here.
 QUALITY = 100
 #: Of the PNGs. The files are a sixth larger than with Pillow's own level and take a fifth of the time.
@@ -36,6 +41,25 @@ LONGEST = math.isqrt(2 * photograph.MAX_PIXELS)
 _STRIP = 256
 #: Ends the hidden name of what is being written.
 PART = ".part"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What masters are made with; all of it changes their bytes."""
+
+    size: int = 512
+    """Side in pixels."""
+    format: Format = "jpeg"
+    """JPEG of quality 100 with full chroma, or PNG."""
+    version: int = VERSION
+    """Of `fastddr prepare`."""
+
+    def __post_init__(self) -> None:
+        if not LEAST <= self.size <= MOST:
+            raise UserError(f"--size {self.size}: choose from {LEAST} to {MOST} pixels.")
+
+    def __str__(self) -> str:
+        return f"{self.size} px, {self.format}"
 
 
 class Job(NamedTuple):
@@ -82,15 +106,6 @@ class Result(NamedTuple):
     reason: str = ""
 
 
-class Place(NamedTuple):
-    """What all jobs share."""
-
-    root: str
-    out: str
-    size: int
-    format: Format
-
-
 def name_of(path: str, format: Format) -> str:
     """The output's path for a source's: the same where its extension fits the format."""
     stem, extension = os.path.splitext(path)
@@ -111,7 +126,7 @@ class Master(NamedTuple):
     side: int
 
 
-def master(file: str, size: int, format: Format, *, whole: bool) -> Master:
+def master(file: str, recipe: Recipe, *, whole: bool) -> Master:
     """The master of a photograph; `whole`: it is known already that all of it decodes.
 
     Raises:
@@ -124,17 +139,17 @@ def master(file: str, size: int, format: Format, *, whole: bool) -> Master:
         image = _upright(file)
     disc = find_disc(np.asarray(image))
     left, top, side = square(disc, image.width, image.height)
-    return Master(_encoded(cut(image, left, top, side, size), format), digest, disc, left, top, side)
+    return Master(_encoded(cut(image, left, top, side, recipe.size), recipe.format), digest, disc, left, top, side)
 
 
-def make(job: Job, place: Place, journal: str) -> Result:
-    """Make one photograph, and add a line to the journal.
+def make(job: Job, root: str, out: str, recipe: Recipe, journal: str) -> Result:
+    """Make one photograph of the data set at `root` for the new one in `out`, and add a line to the journal.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        made = master(os.path.join(place.root, job.source), place.size, place.format, whole=job.whole)
+        made = master(os.path.join(root, job.source), recipe, whole=job.whole)
     except BadPhotograph as bad:
         return Result(job.source, None, kind=bad.kind, reason=bad.reason)
     disc = made.disc
@@ -142,7 +157,7 @@ def make(job: Job, place: Place, journal: str) -> Result:
         job.path, job.source, job.source_bytes, len(made.content), made.left, made.top, made.side,
         f"{disc.x:.2f}", f"{disc.y:.2f}", f"{disc.radius:.2f}", f"{disc.confidence:.4f}", disc.method,
     )  # fmt: skip
-    target = os.path.join(place.out, job.target)
+    target = os.path.join(out, job.target)
     try:
         _write(target, made.content, row, journal)
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -28,10 +27,6 @@ __all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "of", "read"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
-
-
-#: Threads that ask for sizes at once: on a slow disk each waits for it.
-_ASKING = 16
 
 
 def _bytes(file: str) -> int | None:
@@ -89,9 +84,8 @@ class Manifest:
         Each file is asked for once. Another content of as many bytes is not seen.
         """
         rows = range(len(self)) if ids is None else ids.tolist()
-        with ThreadPoolExecutor(_ASKING) as pool:
-            sizes = workers.threaded(pool, _bytes, (os.path.join(self.root, self.path[row]) for row in rows))
-            return [self.path[row] for row, size in zip(rows, sizes, strict=True) if size != self.size[row]]
+        sizes = workers.asked(_bytes, (os.path.join(self.root, self.path[row]) for row in rows))
+        return [self.path[row] for row, size in zip(rows, sizes, strict=True) if size != self.size[row]]
 
     def _used(self, split: str) -> Int[np.ndarray, " m"]:
         return np.flatnonzero((np.array(self.split) == split) & (self.grade >= 0) & (self.grade < self.grades))
@@ -142,20 +136,8 @@ def read(
     on_bad: Literal["raise", "exclude"] = "raise",
     ungradable: Literal["exclude", "class"] = "exclude",
 ) -> Manifest:
-    """The manifest of a data set, by its labels, its headers and what is known of it; nothing is decoded.
-
-    Args:
-        data: its folder in any layout (`fastddr.data.layouts`), or a label table.
-        on_progress: called with (headers read, photographs) now and then.
-        splitting: how to split what has no splits.
-        exclude: paths to leave out.
-        on_bad: what to do about a photograph or a label that cannot be used.
-        ungradable: whether photographs of grade 5 are left out or a class.
-
-    Raises:
-        UserError: no such place, no known layout, a missing or empty split, or with `on_bad="raise"` the first
-            photograph or label that cannot be used.
-    """
+    """The manifest of a data set, by its labels, its headers and what is known of it: `survey.take`, then `of`, where
+    arguments and errors stand."""
     return of(survey.take(data, splitting, exclude, on_progress), on_bad, ungradable)
 
 
@@ -169,8 +151,11 @@ def of(
 ) -> Manifest:
     """The manifest of what a survey found usable.
 
-    `trains`: whether it is to be trained on, for which it needs train and valid; what is only scored may be of one
-    split alone.
+    Args:
+        on_bad: what to do about a photograph or a label that cannot be used.
+        ungradable: whether photographs of grade 5 are left out or a class.
+        trains: whether it is to be trained on, for which it needs train and valid; what is only scored may be of one
+            split alone.
 
     Raises:
         UserError: with `on_bad="raise"` the first photograph or label that is not, and how many more there are; or a
@@ -199,8 +184,12 @@ def of(
     grades = np.array([entry.grade for entry in entries], dtype=np.int64)
     split = tuple(entry.split or "" for entry in entries)
     notes += _of_ungradable(grades, split, ungradable, trains)
+    classes = UNGRADABLE + (ungradable == "class")
+    tested = [entry.grade for entry in entries if entry.split == "test"]
+    if tested and not any(0 <= grade < classes for grade in tested):
+        notes.append("The test split holds no gradable photograph, so nothing is scored on it.")
     records = [seen.records[entry.path] for entry in entries]
-    found = Manifest(
+    return Manifest(
         root=seen.root,
         path=tuple(entry.path for entry in entries),
         grade=grades,
@@ -212,12 +201,8 @@ def of(
         notes=tuple(map(one_line, notes)),
         layout=seen.layout,
         left_out=(*bad, *seen.excluded),
-        grades=UNGRADABLE + (ungradable == "class"),
+        grades=classes,
     )
-    if "test" in split and not found.has("test"):
-        said = "The test split holds no gradable photograph, so nothing is scored on it."
-        found = Manifest(**(vars(found) | {"notes": (*found.notes, said)}))
-    return found
 
 
 def fingerprint_in(file: Path) -> str:

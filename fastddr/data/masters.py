@@ -14,31 +14,20 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 from fastddr import files, ranks
-from fastddr.data import cache, crop, prepare
-from fastddr.data.crop import Format
+from fastddr.data import cache, crop
+from fastddr.data.crop import Format, Recipe
 from fastddr.data.layouts.common import PREPARED
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.workers import each
 from fastddr.errors import UserError
 
 _LINE = "# prepared: "
-
-
-class Recipe(NamedTuple):
-    """What masters are made with; all of it changes their bytes."""
-
-    version: int
-    """Of `fastddr prepare`."""
-    size: int
-    format: Format
-
-    def __str__(self) -> str:
-        return f"{self.size} px, {self.format}"
 
 
 class Made(NamedTuple):
@@ -68,7 +57,7 @@ def of_folder(folder: Path) -> Recipe | None:
 
 def line(recipe: Recipe | None) -> str:
     """The line of manifest.csv that says how the photographs of a run were prepared."""
-    return _LINE + json.dumps(None if recipe is None else {"prepare": recipe.version, **recipe._asdict()})
+    return _LINE + json.dumps(recipe and {"prepare": recipe.version, "version": recipe.version} | asdict(recipe))
 
 
 def of_run(manifest: Path, data: str) -> Recipe | None:
@@ -99,12 +88,11 @@ def of_run(manifest: Path, data: str) -> Recipe | None:
 def _recipe(file: Path, text: bytes) -> Recipe:
     try:
         facts = files.parse(text)
-        recipe = Recipe(facts["prepare"], facts["size"], facts["format"])
+        recipe = Recipe(facts["size"], facts["format"], facts["prepare"])
         # A run may be somebody else's: its format becomes part of a path, and its size memory.
-        known = type(recipe.version) is int and type(recipe.size) is int and recipe.format in get_args(Format)
-        if not known or not prepare.LEAST <= recipe.size <= prepare.MOST:
+        if not type(recipe.version) is type(recipe.size) is int or recipe.format not in get_args(Format):
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, UserError):
         raise UserError(f"{file}: what it says of `fastddr prepare` cannot be read; restore it.") from None
     return recipe
 
@@ -125,10 +113,10 @@ def make(
     Raises:
         UserError: they cannot be written; or the recipe is of another version of `fastddr prepare`.
     """
-    if recipe.version != prepare.VERSION:
+    if recipe.version != crop.VERSION:
         raise UserError(
             f"the run's photographs were prepared by version {recipe.version} of `fastddr prepare`, and this is "
-            f"version {prepare.VERSION}, which gives other pixels; install the fastddr of that run, or say "
+            f"version {crop.VERSION}, which gives other pixels; install the fastddr of that run, or say "
             "--preparation none."
         )
     folder = cache.folder() / "masters" / f"v{recipe.version}-{recipe.size}-{recipe.format}"
@@ -168,7 +156,7 @@ def _one(file: str, folder: str, recipe: Recipe) -> Made:
     if os.path.exists(target):  # whole, since it was renamed; and made of a photograph that decoded to its end
         return Made(file, target)
     try:
-        content = crop.master(file, recipe.size, recipe.format, whole=False).content
+        content = crop.master(file, recipe, whole=False).content
     except BadPhotograph as bad:
         return Made(file, "", bad.kind, bad.reason)
     part = None

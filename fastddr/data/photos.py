@@ -5,7 +5,6 @@ Nothing here ends at a photograph that cannot be used: it stays in the list, wit
 
 from __future__ import annotations
 
-import csv
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +17,16 @@ import numpy as np
 
 from fastddr import ranks
 from fastddr.data import masters, photograph, workers
+from fastddr.data.crop import Recipe
 from fastddr.data.grades import UNKNOWN
 from fastddr.data.layouts.common import PHOTOGRAPHS, aside, folders_below
 from fastddr.data.manifest import Manifest
-from fastddr.data.masters import Recipe
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import one_line, rows_of
+from fastddr.data.problems import rows_of
 from fastddr.errors import UserError
 
 #: How the names of heat maps end, which `predict --explain` may put below the photographs.
 HEAT = ".heat.png"
-#: Threads that ask the disk at once: on a slow one each waits for it.
-_ASKING = 16
 #: Called with (what is done, done, total).
 Progress = Callable[[str, int, int], None]
 
@@ -127,22 +124,14 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def _listed(file: str) -> Iterator[str]:
-    try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows, named = rows_of(stream)
-    except (OSError, csv.Error) as error:
-        raise UserError(
-            f"{file}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
-        ) from None
+    rows, named = rows_of(file, file)
     column = named or 0
     first = rows[0] if rows else []
-    if named is None and len(first) > 1 and "\0" not in first[0] and not first[0].lower().endswith(PHOTOGRAPHS):
+    if named is None and len(first) > 1 and not first[0].lower().endswith(PHOTOGRAPHS):
         raise UserError(f"{file}: none of its columns is called path; call that of the photographs so.")
     for number, row in enumerate(rows, 1 if named is None else 2):
         if len(row) <= column or not row[column]:
             raise UserError(f"{file}: its row {number} has no path; mend it.")
-        if "\0" in row[column]:
-            raise UserError(f"{file}: its row {number} holds a NUL, as in UTF-16; save the list as CSV in UTF-8.")
         yield os.path.join(os.path.dirname(file), row[column])
 
 
@@ -219,8 +208,7 @@ def again(listed: Sequence[Photo]) -> list[Photo]:
 
     A loader takes the part of a photograph that its size then was: of a larger one it would be another, in silence.
     """
-    with ThreadPoolExecutor(_ASKING) as pool:
-        return list(workers.threaded(pool, _again, listed))
+    return workers.asked(_again, listed)
 
 
 def _again(photo: Photo) -> Photo:

@@ -29,7 +29,7 @@ from fastddr.config import SplitConfig
 from fastddr.data import crop, layouts, relabel, splits, survey
 from fastddr.data import sheet as contact
 from fastddr.data.cache import Record
-from fastddr.data.crop import Format, Job, Place, Result, Row
+from fastddr.data.crop import Job, Recipe, Result, Row
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import grade_of, located
 from fastddr.data.output import FOLDER, Output, put
@@ -39,31 +39,13 @@ from fastddr.data.survey import Progress, Survey
 from fastddr.data.workers import each
 from fastddr.errors import UserError
 
-#: Of the outputs. Raise it with every change of a byte of them.
-VERSION = 2
 #: Where class folders without splits go: beside them a folder `prepared` would be taken for a misspelt grade.
 _INNER = "photographs/"
-#: Sides that make sense, in pixels.
-LEAST, MOST = 16, 8192
 #: Photographs for which one more process pays: it takes a second or two to start.
 _A_WORKER = 64
 #: Faults of a whole set and not of a photograph: no reason to leave one out here, where nothing is trained.
 _LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the outputs are made with."""
-
-    size: int = 512
-    """Side in pixels."""
-    format: Format = "jpeg"
-    """JPEG of quality 100 with full chroma, or PNG."""
-
-    def __post_init__(self) -> None:
-        if not LEAST <= self.size <= MOST:
-            raise UserError(f"--size {self.size}: choose from {LEAST} to {MOST} pixels.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ class Summary:
 def run(
     data: str,
     out: Path,
-    settings: Settings | None = None,
+    recipe: Recipe | None = None,
     *,
     exclude: frozenset[str] = frozenset(),
     on_bad: Literal["raise", "exclude"] = "raise",
@@ -102,7 +84,7 @@ def run(
     Args:
         data: the folder of the data set in any layout, or a label table.
         out: a new folder, or one that this function filled before: only what is not done is done.
-        settings: of the outputs.
+        recipe: of the outputs.
         exclude: paths to leave out.
         on_bad: what to do about what cannot be used, when all the rest is done.
         follow_links: also read what links lead to that lies outside of the folder.
@@ -113,13 +95,13 @@ def run(
     Raises:
         UserError: the source or `out` cannot be used, or with `on_bad="raise"` something in the source.
     """
-    main = _Main(data, Path(out), settings or Settings(), exclude, on_bad, follow_links, sheet)
+    main = _Main(data, Path(out), recipe or Recipe(), exclude, on_bad, follow_links, sheet)
     try:
-        place, jobs = _on_first(main.begin, out)
+        root, place, jobs = _on_first(main.begin, out)
         mine = ranks.share(jobs)
         found: list[Result | str] = []
         try:
-            with _results(mine, place, workers) as results:
+            with _results(mine, root, place, main.recipe, workers) as results:
                 for result in results:
                     found.append(result)
                     if on_progress:
@@ -153,12 +135,15 @@ def _on_first(do: Callable[[], T], out: Path) -> T:
 # ------------------------------------------------------------------------------------------------ the work
 
 
-def _results(jobs: Sequence[Job], place: Place, workers: int | None) -> AbstractContextManager[Iterator[Result]]:
+def _results(
+    jobs: Sequence[Job], root: str, out: str, recipe: Recipe, workers: int | None
+) -> AbstractContextManager[Iterator[Result]]:
     """The results of the jobs in their order, each as soon as it is there."""
     workers = workers or min(ranks.cores(), max(1, len(jobs) // _A_WORKER))
-    make = partial(crop.make, place=place, journal=os.path.join(place.out, FOLDER, f"journal-{ranks.rank()}.jsonl"))
+    journal = os.path.join(out, FOLDER, f"journal-{ranks.rank()}.jsonl")
+    make = partial(crop.make, root=root, out=out, recipe=recipe, journal=journal)
     # Processes: a quarter of the time is spent with the interpreter's lock held.
-    return each(make, jobs, workers, lost=f"{place.out}: what is done stays done, but a process that made photographs")
+    return each(make, jobs, workers, lost=f"{out}: what is done stays done, but a process that made photographs")
 
 
 # ------------------------------------------------------------------------------------------------ rank 0
@@ -170,7 +155,7 @@ class _Main:
 
     data: str
     out: Path
-    settings: Settings
+    recipe: Recipe
     exclude: frozenset[str]
     on_bad: Literal["raise", "exclude"]
     follow_links: bool
@@ -178,8 +163,8 @@ class _Main:
     seen: Survey = field(init=False)
     output: Output = field(init=False)
 
-    def begin(self) -> tuple[Place, list[Job]]:
-        """What is to be done; OUT is then ready for it."""
+    def begin(self) -> tuple[str, str, list[Job]]:
+        """Root of the source, OUT, and what is to be done; OUT is then ready for it."""
         if self.sheet < 0:
             raise UserError(
                 f"--sheet {self.sheet}: choose how many photographs the contact sheets show, or 0 for none."
@@ -206,7 +191,7 @@ class _Main:
         for path in todo:
             record = seen.records[sources[path]]
             jobs.append(Job(sources[path], record.size, bool(record.digest), path, output.home(path)))
-        return Place(str(seen.root), str(out), self.settings.size, self.settings.format), jobs
+        return str(seen.root), str(out), jobs
 
     def end(self, found: Sequence[Result]) -> Summary:
         """Tables, sheets and labels, when all photographs are there."""
@@ -219,7 +204,7 @@ class _Main:
             self._refuse_bad()
         bad = self._bad()
         faulty = {problem.path for problem in bad}
-        kept = [Kept(e, crop.name_of(e.path, self.settings.format)) for e in seen.entries if e.path not in faulty]
+        kept = [Kept(e, crop.name_of(e.path, self.recipe.format)) for e in seen.entries if e.path not in faulty]
         if not kept:
             raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {self.data}` tells why.")
         rows = []
@@ -261,7 +246,7 @@ class _Main:
         """
         found: dict[str, str] = {}
         for entry in self.seen.entries:
-            path = crop.name_of(entry.path, self.settings.format)
+            path = crop.name_of(entry.path, self.recipe.format)
             other = found.get(path)
             if other is None or other in faulty:
                 found[path] = entry.path
@@ -283,10 +268,10 @@ class _Main:
         return self.output.row(path, source, self.seen.records[source].size)
 
     def _identity(self) -> dict[str, Any]:
-        quality = crop.QUALITY if self.settings.format == "jpeg" else None
+        quality = crop.QUALITY if self.recipe.format == "jpeg" else None
         return {
-            "prepare": VERSION, "layout": self.seen.layout, "size": self.settings.size,
-            "format": self.settings.format, "quality": quality, "crop": "disc",
+            "prepare": self.recipe.version, "layout": self.seen.layout, "size": self.recipe.size,
+            "format": self.recipe.format, "quality": quality, "crop": "disc",
         }  # fmt: skip
 
     def _bad(self) -> list[Problem]:
@@ -306,7 +291,7 @@ class _Main:
         found = []
         for entry in sorted([*self.seen.entries, *self.seen.absent], key=lambda entry: entry.path):
             if entry.path not in there:
-                path = crop.name_of(entry.path, self.settings.format)
+                path = crop.name_of(entry.path, self.recipe.format)
                 # Of two that would become one, each is another photograph still.
                 path = entry.path if path in taken else path
                 taken.add(path)

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 from fastddr import files
 from fastddr.errors import UserError
@@ -169,21 +169,29 @@ def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) ->
     return kept, len(lacking) - len(kept)
 
 
-def rows_of(stream: TextIO) -> tuple[list[list[str]], int | None]:
+def rows_of(file: str | Path, name: str) -> tuple[list[list[str]], int | None]:
     """The rows of a list of photographs below its header, and the column of paths: that which is called `path`, however
-    it is written and separated; None without a header.
+    it is written and separated; None without a header. Errors call the file by this name.
 
     Raises:
-        csv.Error: it is no CSV.
+        UserError: it is no CSV, or cannot be read.
     """
-    first = stream.readline()
-    stream.seek(0)
-    mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
-    headed = any(_is_path(cell.replace('"', "")) for cell in first.split(mark))
-    mark = mark if headed else ","  # one of a list that is just paths is part of them
-    # Spaces after the marks of the header are after those of the rows too.
-    found = csv.reader(stream, delimiter=mark, skipinitialspace=headed and f"{mark} " in first, strict=True)
-    rows = [row for row in found if row]
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            first = stream.readline()
+            stream.seek(0)
+            mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+            headed = any(_is_path(cell.replace('"', "")) for cell in first.split(mark))
+            mark = mark if headed else ","  # one of a list that is just paths is part of them
+            # Spaces after the marks of the header are after those of the rows too.
+            found = csv.reader(stream, delimiter=mark, skipinitialspace=headed and f"{mark} " in first, strict=True)
+            rows = [row for row in found if row]
+    except (OSError, csv.Error) as error:
+        raise UserError(
+            f"{name}: this list cannot be read ({one_line(error)}); give a CSV with a column path."
+        ) from None
+    if any("\0" in cell for row in rows for cell in row):
+        raise UserError(f"{name}: it holds NULs, as in UTF-16; save the list as CSV in UTF-8.")
     column = next((k for k, cell in enumerate(rows[0]) if _is_path(cell)), None) if rows else None
     return rows if column is None else rows[1:], column
 
@@ -198,13 +206,7 @@ def read_list(file: str | Path) -> frozenset[str]:
     Raises:
         UserError: the file cannot be read as such.
     """
-    try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows, named = rows_of(stream)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--exclude {file}: this list cannot be read ({one_line(error)}).") from None
-    if any("\0" in cell for row in rows for cell in row):
-        raise UserError(f"--exclude {file}: it holds NULs, as in UTF-16; save the list as CSV in UTF-8.")
+    rows, named = rows_of(file, f"--exclude {file}")
     column = named or 0
     short = next((number for number, row in enumerate(rows, 1) if len(row) <= column), None)
     if short is not None:

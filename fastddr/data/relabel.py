@@ -11,13 +11,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from fastddr import files
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import folded
-from fastddr.data.layouts.table import delimiter, heads, key_column
+from fastddr.data.layouts.table import head_of
 from fastddr.errors import UserError
 
 
@@ -124,12 +125,11 @@ def _lines(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
 def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str | None:
     """The header and the rows of a table that stay, all columns as they are; None where all do, unchanged."""
     text = text.removeprefix("\ufeff")
-    mark = delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
-    top = [next(reader) for _ in range(heads(text))]
-    key = key_column(top[-1])
+    head = head_of(text)
+    reader, key = csv.reader(io.StringIO(text, newline=""), delimiter=head.mark), head.key
+    top = list(islice(reader, head.lines))
     rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    if key is None or not set(lines) <= {number for number, _ in rows}:
+    if not head.layout or not set(lines) <= {number for number, _ in rows}:
         raise _changed(file, 1)
     found = [*top]
     for number, row in rows:
@@ -140,7 +140,7 @@ def _table(file: Path, text: str, lines: Mapping[int, tuple[str, str]]) -> str |
             found.append(row if new == old else [*row[:key], new, *row[key + 1 :]])
     if found == [*top, *(row for _, row in rows)]:
         return None
-    return files.table(found, mark)
+    return files.table(found, head.mark)
 
 
 def _changed(file: Path, line: int) -> UserError:

@@ -157,10 +157,6 @@ def _alike(listing: Listing, entries: Sequence[Entry], called: dict[str, str]) -
     ]
 
 
-def _place(seed: int, purpose: str, bare: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{purpose}/{bare}".encode("utf-8", "surrogateescape")).digest()
-
-
 def _cut(entries: Sequence[Entry], called: dict[str, str], share: float, seed: int, purpose: str) -> frozenset[str]:
     """Paths of a share of the entries, whole patients, the same share of each grade (a patient's is the worst).
 
@@ -172,7 +168,8 @@ def _cut(entries: Sequence[Entry], called: dict[str, str], share: float, seed: i
 
     def in_the_draw(name: str) -> tuple[bytes, str]:
         # A patient's name is whole: a dot or a slash in it is part of it.
-        return _place(seed, purpose, called.get(name, name)), name
+        key = f"{seed}/{purpose}/{called.get(name, name)}"
+        return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), name
 
     strata: dict[int, list[str]] = defaultdict(list)
     for name, members in groups.items():

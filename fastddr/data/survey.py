@@ -26,7 +26,7 @@ from fastddr.data import cache, layouts, photograph, splits, workers
 from fastddr.data.cache import Record
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
-from fastddr.data.layouts.common import located
+from fastddr.data.layouts.common import Fence, located
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import NOTES, Problem, errors
 from fastddr.errors import UserError
@@ -74,7 +74,7 @@ class Survey:
             if record.kind:
                 found.append(Problem(path, record.kind, entry.where + record.reason))
             if record.traits:
-                found += [Problem(path, trait, f"it is {_TRAITS[trait]}") for trait in record.traits.split(",")]
+                found += [Problem(path, trait, NOTES[trait]) for trait in record.traits.split(",")]
             name = path.rpartition("/")[2]
             if not path.isascii() and any("\udc80" <= letter <= "\udcff" for letter in path):
                 found.append(Problem(path, "encoding", "its name is not UTF-8"))
@@ -182,16 +182,6 @@ class Survey:
         return _keep(self.root, self.records, cache.load(self.root)) if keep else None
 
 
-_TRAITS = {
-    "greyscale": "greyscale",
-    "cmyk": "CMYK",
-    "turned": "turned by its EXIF orientation",
-    "progressive": "a progressive JPEG",
-    "extension": "of another format than its name says",
-}
-assert set(_TRAITS) <= set(NOTES)
-
-
 @no_collector()
 def take(
     data: str | Path,
@@ -202,10 +192,10 @@ def take(
     afresh: bool = False,
     follow_links: bool = False,
 ) -> Survey:
-    """A survey by labels and headers.
+    """A survey by labels and headers; nothing is decoded.
 
     Args:
-        data: the folder, or a label table.
+        data: the folder in any layout (`fastddr.data.layouts`), or a label table.
         splitting: how to split what has no splits.
         exclude: paths to leave out, as `fastddr check --fix-list` writes them.
         on_progress: called with (headers read, photographs) now and then.
@@ -222,17 +212,18 @@ def take(
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
     kept.sort(key=lambda entry: (order[entry.split or ""], entry.path))
-    left_out: list[str] = []
+    present = {entry.path for entry in entries} | {problem.path for problem in listing.problems} if exclude else set()
+    left_out = sorted(exclude & present)
     if exclude:
-        present = {entry.path for entry in entries} | {problem.path for problem in listing.problems}
-        left_out = sorted(exclude & present)
         if not left_out and not exclude & {entry.path for entry in listing.absent}:
             like = f", like {entries[0].path}" if entries else ""
             raise UserError(
                 f"--exclude: none of its {len(exclude)} paths is a photograph of {listing.root}; they are relative to "
                 f"it{like}."
             )
-    fence = None if follow_links else _Fence(listing.root, data)
+        more = f" {absent} more of that list are not in the set." if (absent := len(exclude) - len(left_out)) else ""
+        notes = [*notes, f"{len(left_out)} photographs are left out, as --exclude lists them.{more}"]
+    fence = Fence(located(data), follow_links)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(
         data=str(data),
@@ -241,20 +232,10 @@ def take(
         entries=kept,
         records=records,
         label_problems=[problem for problem in listing.problems if problem.path not in exclude],
-        notes=listing.notes + notes + _said_of_exclude(left_out, exclude),
+        notes=listing.notes + notes,
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
     )
-
-
-def _said_of_exclude(left_out: Sequence[str], exclude: frozenset[str]) -> list[str]:
-    if not exclude:
-        return []
-    absent = len(exclude) - len(left_out)
-    return [
-        f"{len(left_out)} photographs are left out, as --exclude lists them."
-        + (f" {absent} more of that list are not in the set." if absent else "")
-    ]
 
 
 def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:
@@ -270,47 +251,20 @@ def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:
             yield Problem(entry.path, kind, f"{what} is in {other.split} too, as {other.path}")
 
 
-class _Fence:
-    """Which photographs lie outside of the folder that the user gave, by links: a set from elsewhere must not choose
-    which files of this machine are read."""
-
-    def __init__(self, root: Path, data: str | Path) -> None:
-        """`root` is what paths are relative to, `data` what the user gave: a folder above or below it, or a table."""
-        given, self._root = located(data), os.path.realpath(root)
-        given = given.parent if given.is_file() else given
-        # Where a part of a set is given, the set is the fence.
-        above = given.is_relative_to(self._root)
-        self._fence = (self._root if above else str(given)).rstrip(os.sep) + os.sep
-        self._folders: dict[str, str] = {}
-
-    def check(self, path: str) -> None:
-        """Raise `BadPhotograph` if the way to a photograph leads out."""
-        folder, _, name = path.rpartition("/")
-        real = self._folders.get(folder)
-        if real is None:
-            real = self._folders[folder] = os.path.realpath(os.path.join(self._root, folder))
-        if not f"{real}{os.sep}".startswith(self._fence):
-            raise BadPhotograph("outside", f"its folder is a link that leads out of the data, to {real}")
-        file = os.path.join(real, name)
-        if os.path.islink(file) and not (target := os.path.realpath(file)).startswith(self._fence):
-            raise BadPhotograph("outside", f"it is a link that leads out of the data, to {target}")
-
-
 def _headers(
-    root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool, fence: _Fence | None
+    root: Path, paths: Sequence[str], on_progress: Progress | None, afresh: bool, fence: Fence
 ) -> dict[str, Record]:
     """A record of each file; from the cache where size and time of change are the same."""
     cached = cache.load(root)
-
-    folder, fresh = f"{root}/", 0
+    folder, fresh = str(root), 0
 
     def look(path: str) -> Record:
         nonlocal fresh
-        file = folder + path
+        file = f"{folder}/{path}"
         try:
             size, changed = photograph.status(file)
-            if fence is not None:
-                fence.check(path)
+            if (why := fence.outside(folder, path)) is not None:
+                raise BadPhotograph("outside", why)
         except BadPhotograph as bad:
             return Record(-1, 0, kind=bad.kind, reason=bad.reason)
         old = cached.get(path)
@@ -349,17 +303,14 @@ def _keep(root: Path, records: dict[str, Record], before: dict[str, Record]) -> 
     """Store what is known, over what was known: a header alone does not displace what decoding has told."""
     # What this list of --exclude leaves out stays known.
     after = dict(before)
-    for path, record in _lasting(records).items():
+    for path, record in records.items():
+        if record.kind in _OUTER:
+            continue
         old = before.get(path)
         same = old is not None and (old.size, old.changed) == (record.size, record.changed)
         if record.decoded or not (same and old is not None and old.decoded):
             after[path] = record
     return cache.store(root, after) if after != before else None
-
-
-def _lasting(records: dict[str, Record]) -> dict[str, Record]:
-    """The records that size and time of change hold true."""
-    return {path: record for path, record in records.items() if record.kind not in _OUTER}
 
 
 def fingerprint(rows: Iterable[tuple[str, int, int, str]]) -> str:

@@ -19,6 +19,8 @@ R = TypeVar("R")
 
 #: Jobs that threads are given ahead: as many as keep them busy beside a slow one, for each weighs more than a kilobyte.
 AHEAD = 1024
+#: Threads that ask the disk at once.
+_ASKING = 16
 
 
 def threaded(pool: ThreadPoolExecutor, do: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
@@ -34,6 +36,12 @@ def threaded(pool: ThreadPoolExecutor, do: Callable[[T], R], jobs: Iterable[T]) 
     finally:
         for future in waiting:
             future.cancel()
+
+
+def asked(do: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
+    """What `do` makes of each job that is no more than a question to the disk: on a slow one each waits for it."""
+    with ThreadPoolExecutor(_ASKING) as pool:
+        return list(threaded(pool, do, jobs))
 
 
 @contextmanager

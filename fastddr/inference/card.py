@@ -12,8 +12,8 @@ from typing import Any
 
 from fastddr import files
 from fastddr.config import Config
+from fastddr.data.crop import Recipe
 from fastddr.data.grades import ICDR, REFERABLE
-from fastddr.data.masters import Recipe
 from fastddr.data.problems import in_markdown
 from fastddr.errors import UserError
 from fastddr.inference.deployed import Deployed

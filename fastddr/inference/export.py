@@ -31,6 +31,7 @@ from fastddr import files, loaders, models, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, output, photos, source
+from fastddr.data.crop import Recipe
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.evaluation import grading
@@ -73,7 +74,7 @@ def export(asked: Export) -> Path:
         raise UserError(f"--count {asked.count}: give a number of photographs, or 0 for all.")
     began = runtime.start(config)
     restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
-    recipe: masters.Recipe | str | None
+    recipe: Recipe | str | None
     try:
         recipe = masters.of_run(restored.run.manifest, config.data)
     except UserError:  # the file can be checked on any photographs; the card says what is not known

@@ -22,9 +22,9 @@ from torch import Tensor
 from fastddr import files, ranks, runtime
 from fastddr.cli import answered
 from fastddr.config import Config
-from fastddr.data import masters, output, photos, prepare
+from fastddr.data import masters, output, photos
+from fastddr.data.crop import Recipe
 from fastddr.data.grades import ICDR, REFERABLE
-from fastddr.data.masters import Recipe
 from fastddr.data.photos import Photo
 from fastddr.data.problems import one_line
 from fastddr.errors import UserError
@@ -139,8 +139,7 @@ def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
         return masters.of_run(restored.run.manifest, restored.config.data)
     if not asked.preparation.isdecimal():
         raise UserError(f"--preparation {asked.preparation}: give auto, none, or a side in pixels such as 512.")
-    wanted = prepare.Settings(size=int(asked.preparation))
-    return Recipe(prepare.VERSION, wanted.size, wanted.format)
+    return Recipe(int(asked.preparation))
 
 
 def _logits(

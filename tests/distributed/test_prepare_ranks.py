@@ -11,7 +11,7 @@ import pytest
 from tests_support import forked
 
 from fastddr.data import prepare
-from fastddr.data.prepare import Settings
+from fastddr.data.crop import Recipe
 
 # Several runs in one launch: what each rank was told goes into a file.
 SCRIPT = """
@@ -27,7 +27,7 @@ told = []
 
 def run(size=32, **settings):
     try:
-        done = prepare.run(data, out / "out", prepare.Settings(size), sheet=4, **settings)
+        done = prepare.run(data, out / "out", crop.Recipe(size), sheet=4, **settings)
         told.append([done.done, done.skipped, len(done.bad)])
     except UserError as error:
         told.append(str(error))
@@ -67,5 +67,5 @@ def test_two_ranks_make_what_one_makes_and_are_told_the_same(tmp_path: Path) -> 
     assert "007-0020-000.jpg" in told[1]
     assert told[2:4] == [[0, 26, 1], [0, 26, 1]]
     assert "size 32, not 48" in told[4]
-    prepare.run(str(data), tmp_path / "one", Settings(32), sheet=4, on_bad="exclude", workers=1)
+    prepare.run(str(data), tmp_path / "one", Recipe(32), sheet=4, on_bad="exclude", workers=1)
     assert content(tmp_path / "out") == content(tmp_path / "one")

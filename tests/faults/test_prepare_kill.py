@@ -26,7 +26,7 @@ mode, data, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
 
 def run():
-    prepare.run(data, out, prepare.Settings(size=32), sheet=4, workers=1, exclude=frozenset({"train/n0.png"}))
+    prepare.run(data, out, crop.Recipe(32), sheet=4, workers=1, exclude=frozenset({"train/n0.png"}))
 
 
 def look():
@@ -122,7 +122,7 @@ def killed(mode: str, data: Path, out: Path, cache: Path) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, dict[str, str]]]:
     """Sets of 4 and of 24 photographs, and what is made of them."""
-    from fastddr.data import prepare, sheet
+    from fastddr.data import crop, prepare, sheet
 
     found = {}
     for count in (4, 24):
@@ -131,7 +131,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Pat
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sheet, "_SIDE", 40)
             left_out = frozenset({"train/n0.png"})
-            prepare.run(str(data), folder / "out", prepare.Settings(size=32), sheet=4, workers=1, exclude=left_out)
+            prepare.run(str(data), folder / "out", crop.Recipe(32), sheet=4, workers=1, exclude=left_out)
         found[count] = data, content(folder / "out")
     return found
 
@@ -158,13 +158,13 @@ def test_processes_die_with_the_one_that_is_killed(
     script = f"""
 import os, signal
 from pathlib import Path
-from fastddr.data import prepare, sheet
+from fastddr.data import crop, prepare, sheet
 if __name__ == "__main__":
     sheet._SIDE = 40
     def progress(done, total):
         if done == 8 and not os.environ.get("WHOLE"):
             os.kill(os.getpid(), signal.SIGKILL)
-    prepare.run({str(data)!r}, Path({str(tmp_path / "out")!r}), prepare.Settings(size=32), sheet=4, workers=2,
+    prepare.run({str(data)!r}, Path({str(tmp_path / "out")!r}), crop.Recipe(32), sheet=4, workers=2,
                 on_progress=progress, exclude=frozenset({{"train/n0.png"}}))
 """
     (tmp_path / "go.py").write_text(script)

@@ -17,7 +17,7 @@ from tests_support import ROOT, launch, train
 from torch import nn
 
 from fastddr.__main__ import main
-from fastddr.data import prepare
+from fastddr.data import crop, prepare
 from fastddr.errors import UserError
 from fastddr.evaluation import explain
 from fastddr.inference import flags, restore
@@ -26,7 +26,7 @@ from fastddr.inference import flags, restore
 @pytest.fixture(scope="module")
 def masters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "masters"
-    prepare.run(str(tiny), out, prepare.Settings(size=96), sheet=3, workers=1)
+    prepare.run(str(tiny), out, crop.Recipe(96), sheet=3, workers=1)
     return out
 
 

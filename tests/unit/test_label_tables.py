@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from photographs import LAYOUTS, draw, folders, seen, write_csv
 
 from fastddr.config import SplitConfig
 from fastddr.data import layouts, splits
-from fastddr.data.layouts import Entry, Listing
+from fastddr.data.layouts import Entry, Listing, common
 from fastddr.errors import UserError
 
 
@@ -263,15 +262,13 @@ def test_a_name_that_many_photographs_bear_is_sought_once(tmp_path: Path, monkey
         os.link(tmp_path / "left.jpg", home / "left.jpg")
     (tmp_path / "left.jpg").unlink()
     asked: list[list[str]] = []
-    # The package has a function of this module's name.
-    table = importlib.import_module("fastddr.data.layouts.table")
-    split_in = table._split_in
+    split_in = common.split_in
 
     def counted(names: list[str]) -> str | None:
         asked.append(names)
         return split_in(names)
 
-    monkeypatch.setattr(table, "_split_in", counted)
+    monkeypatch.setattr(common, "split_in", counted)
     rows = [["left.jpg", 1, "train"]] * 49 + [["left.jpg", 2, "test"]]
     write_csv(tmp_path / "labels.csv", ["path", "grade", "split"], rows)
     found = layouts.find(tmp_path / "labels.csv")

@@ -16,13 +16,13 @@ from photographs import draw, official, write_csv
 from tests_support import unlistable
 
 from fastddr import ranks
-from fastddr.data import cache, manifest, masters, photos, prepare
-from fastddr.data.masters import Recipe
+from fastddr.data import cache, crop, manifest, masters, photos, prepare
+from fastddr.data.crop import Recipe
 from fastddr.data.problems import read_list
 from fastddr.errors import UserError
 from fastddr.inference import predict
 
-RECIPE = Recipe(prepare.VERSION, 48, "jpeg")
+RECIPE = Recipe(48)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -98,7 +98,7 @@ def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None
     for name, said in (
         ("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no"),
         ("other.csv", "none of its columns is called path"), ("quote.csv", "cannot be read"),
-        ("wide.csv", "row 1 holds a NUL"),
+        ("wide.csv", "holds NULs, as in UTF-16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             photos.find([str(tmp_path / name)])
@@ -126,7 +126,7 @@ def test_a_bad_photograph_keeps_its_place_and_gets_its_reason(folder: Path) -> N
 
 def test_masters_are_those_of_prepare_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = official(tmp_path / "raw")
-    prepare.run(str(source), tmp_path / "masters", prepare.Settings(size=48), sheet=0, workers=1)
+    prepare.run(str(source), tmp_path / "masters", Recipe(48), sheet=0, workers=1)
     raw = sorted((source / "DR_grading" / "test").glob("*.jpg"))
     found, said = photos.ready([str(path) for path in raw], RECIPE, silent)
     assert said == [f"preparation: {len(raw)} photographs cropped to the retina (48 px, jpeg), as the run's were"]
@@ -195,19 +195,19 @@ def test_another_group_than_the_photographs_gets_what_anybody_gets(
 
 
 def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
-    prepare.run(str(official(tmp_path / "raw")), tmp_path / "out", prepare.Settings(size=48), sheet=2, workers=1)
+    prepare.run(str(official(tmp_path / "raw")), tmp_path / "out", Recipe(48), sheet=2, workers=1)
     there = photos.find([str(tmp_path / "out")])
     assert not any("sheet" in path for path in there.paths), "contact sheets are no photographs"
     found, said = photos.ready(there.paths, RECIPE, silent)
     assert [photo.file for photo in found] == list(there.paths)
     assert said == [f"no preparation of {len(found)} photographs: they are masters of `fastddr prepare` already"]
-    assert photos.ready(there.paths, RECIPE._replace(size=64), silent)[1][-1].startswith("note: ")
+    assert photos.ready(there.paths, replace(RECIPE, size=64), silent)[1][-1].startswith("note: ")
     assert photos.ready(there.paths, None, silent)[1][-1].startswith("note: ")
 
 
 def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> None:
     source = official(tmp_path / "raw")
-    prepare.run(str(source), tmp_path / "out", prepare.Settings(size=48), sheet=0, workers=1)
+    prepare.run(str(source), tmp_path / "out", Recipe(48), sheet=0, workers=1)
     for data, wanted in ((source, None), (tmp_path / "out", RECIPE)):
         file = tmp_path / "manifest.csv"
         file.write_text(manifest.read(data).to_csv())
@@ -232,8 +232,8 @@ def test_a_manifest_chooses_neither_places_nor_memory(wrong: dict[str, Any], tmp
 
 
 def test_masters_of_another_version_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=f"version {prepare.VERSION + 1} of `fastddr prepare`"):
-        masters.make([str(folder / "b.jpg")], RECIPE._replace(version=prepare.VERSION + 1))
+    with pytest.raises(UserError, match=f"version {crop.VERSION + 1} of `fastddr prepare`"):
+        masters.make([str(folder / "b.jpg")], replace(RECIPE, version=crop.VERSION + 1))
 
 
 def test_photographs_that_changed_since_they_were_looked_at_are_named(folder: Path) -> None:

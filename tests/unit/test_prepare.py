@@ -18,7 +18,7 @@ from eyes import FEW, content, damage, eye, folders, official, quick, run, table
 from PIL import Image, JpegImagePlugin
 
 from fastddr.data import crop, layouts, photograph, sheet, survey
-from fastddr.data.prepare import Settings
+from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_an_output_is_a_square_jpeg_of_full_quality_without_exif(tmp_path: Path)
 
 def test_png_keeps_every_level_of_the_crop(tmp_path: Path) -> None:
     data = folders(tmp_path / "data")
-    run(data, tmp_path / "out", settings=Settings(32, "png"))
+    run(data, tmp_path / "out", recipe=Recipe(32, "png"))
     row = table(tmp_path / "out")[0]
     left, top, side = int(row["left"]), int(row["top"]), int(row["side"])
     with Image.open(tmp_path / "out" / row["path"]) as image:
@@ -61,7 +61,7 @@ def test_png_keeps_every_level_of_the_crop(tmp_path: Path) -> None:
 def test_a_disc_off_the_centre_is_in_the_centre_of_the_output(tmp_path: Path, real: None) -> None:
     data = folders(tmp_path / "data")
     eye(data / "train" / "0" / "off.jpg", 9, (160, 100), centre=(100, 52), radius=38)
-    run(data, tmp_path / "out", settings=Settings(128, "png"))
+    run(data, tmp_path / "out", recipe=Recipe(128, "png"))
     row = next(row for row in table(tmp_path / "out") if row["path"].endswith("off.png"))
     assert row["method"] == "edge"
     with Image.open(tmp_path / "out" / row["path"]) as image:
@@ -75,7 +75,7 @@ def test_a_disc_off_the_centre_is_in_the_centre_of_the_output(tmp_path: Path, re
 def test_what_lies_outside_the_photograph_is_black(tmp_path: Path, real: None) -> None:
     data = folders(tmp_path / "data")
     eye(data / "train" / "0" / "flat.jpg", 9, (160, 80), radius=60)
-    run(data, tmp_path / "out", settings=Settings(120, "png"))
+    run(data, tmp_path / "out", recipe=Recipe(120, "png"))
     row = next(row for row in table(tmp_path / "out") if row["path"].endswith("flat.png"))
     assert int(row["top"]) < 0
     with Image.open(tmp_path / "out" / row["path"]) as image:
@@ -104,7 +104,7 @@ def test_an_output_is_upright(tmp_path: Path, real: None) -> None:
     data = folders(tmp_path / "data")
     eye(data / "train" / "0" / "turned.png", 9, orientation=6)
     eye(data / "train" / "0" / "upright.png", 9)
-    run(data, tmp_path / "out", settings=Settings(64, "png"))
+    run(data, tmp_path / "out", recipe=Recipe(64, "png"))
     with (
         Image.open(tmp_path / "out/train/0/turned.png") as turned,
         Image.open(tmp_path / "out/train/0/upright.png") as upright,
@@ -121,7 +121,7 @@ def test_an_output_is_upright(tmp_path: Path, real: None) -> None:
 def test_every_layout_reads_back_the_same(tmp_path: Path, layout: str, format: crop.Format) -> None:
     data = photographs.LAYOUTS[layout](tmp_path / "data", FEW)
     before = content(data)
-    done = run(data, tmp_path / "out", settings=Settings(32, format))
+    done = run(data, tmp_path / "out", recipe=Recipe(32, format))
     assert content(data) == before, "the source is not touched"
     assert done.done == len(survey.take(data).entries)
     extension = ".png" if format == "png" else ".jpg"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastddr.config import SplitConfig
 from fastddr.data import crop, layouts, survey
-from fastddr.data.prepare import Settings
+from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
 MANY = photographs.photos({"train": [0, 1, 2, 3, 4] * 8})
@@ -62,7 +62,7 @@ def test_splits_are_drawn_as_from_the_source(tmp_path: Path, layout: str, format
     for path in (bad, other):
         damage(survey.take(data).root / path)
     exclude = frozenset({excluded})
-    done = run(data, tmp_path / "out", settings=Settings(32, format), on_bad="exclude", exclude=exclude)
+    done = run(data, tmp_path / "out", recipe=Recipe(32, format), on_bad="exclude", exclude=exclude)
     assert done.notes == ()
     header, *rows = listed(tmp_path / "out")
     assert header == ["path", "grade", "patient"]
@@ -73,7 +73,7 @@ def test_splits_are_drawn_as_from_the_source(tmp_path: Path, layout: str, format
         after = splits(tmp_path / "out", seed)
         assert len(after) == len(before[seed]) - len(wanted)
         assert after == {path: before[seed][path] for path in after}, f"seed {seed}"
-    again = run(data, tmp_path / "out", settings=Settings(32, format), on_bad="exclude", exclude=exclude)
+    again = run(data, tmp_path / "out", recipe=Recipe(32, format), on_bad="exclude", exclude=exclude)
     assert (again.done, again.removed, again.notes) == (0, 0, ())
 
 
@@ -95,7 +95,7 @@ def test_a_prepared_set_prepared_again_draws_as_the_first(tmp_path: Path) -> Non
     data = photographs.kaggle(tmp_path / "data", MANY)
     first, second = (survey.take(data).entries[place].path for place in (0, 30))
     run(data, tmp_path / "one", exclude=frozenset({first}))
-    done = run(tmp_path / "one", tmp_path / "two", settings=Settings(16, "png"), exclude=frozenset({second}))
+    done = run(tmp_path / "one", tmp_path / "two", recipe=Recipe(16, "png"), exclude=frozenset({second}))
     assert done.notes == ()
     assert [row[0] for row in listed(tmp_path / "two")[1:]] == sorted(crop.name_of(p, "png") for p in (first, second))
     for seed in (0, 1):
@@ -173,5 +173,5 @@ def test_a_broken_list_of_what_is_left_out_is_one_sentence(tmp_path: Path, text:
     outside = tmp_path / "outside.csv"
     (data / "prepared" / "absent.csv").rename(outside)
     (data / "prepared" / "absent.csv").symlink_to(outside)
-    with pytest.raises(UserError, match=r"absent\.csv: this label file is a link that leads out of the data"):
+    with pytest.raises(UserError, match=r"absent\.csv: it is a link that leads out of the data"):
         layouts.find(data)

@@ -20,7 +20,7 @@ from tests_support import unlistable
 
 from fastddr import files
 from fastddr.data import crop, layouts, output, photograph, survey
-from fastddr.data.prepare import Settings
+from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
 
@@ -326,14 +326,14 @@ def test_the_output_may_not_overlap_the_source(tmp_path: Path, inside: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"), [(Settings(48), "size 32, not 48"), (Settings(32, "png"), "format jpeg, not png")]
+    ("recipe", "said"), [(Recipe(48), "size 32, not 48"), (Recipe(32, "png"), "format jpeg, not png")]
 )
-def test_other_settings_are_refused(tmp_path: Path, settings: Settings, said: str) -> None:
+def test_other_settings_are_refused(tmp_path: Path, recipe: Recipe, said: str) -> None:
     data = official(tmp_path / "data")
     run(data, tmp_path / "out")
     before = content(tmp_path / "out")
     with pytest.raises(UserError, match=said):
-        run(data, tmp_path / "out", settings=settings)
+        run(data, tmp_path / "out", recipe=recipe)
     assert content(tmp_path / "out") == before
 
 
@@ -413,9 +413,9 @@ def test_what_leads_out_of_a_folder_from_elsewhere_is_left_alone(tmp_path: Path)
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match="--size 8"):
-        Settings(8)
+        Recipe(8)
     with pytest.raises(UserError, match="--size 9000"):
-        Settings(9000)
+        Recipe(9000)
     with pytest.raises(UserError, match="--sheet -1"):
         run(Path("nowhere"), Path("out"), sheet=-1)
 

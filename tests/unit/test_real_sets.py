@@ -15,6 +15,7 @@ from photographs import draw, folders, gdrbench, kaggle, labelled, official
 
 from fastddr.config import SplitConfig
 from fastddr.data import layouts, manifest, photos, problems, splits, survey
+from fastddr.data.crop import Recipe
 from fastddr.data.layouts import Entry, Listing
 from fastddr.data.layouts.common import patient_of
 from fastddr.errors import UserError
@@ -406,6 +407,6 @@ def test_many_photographs_are_told_from_masters_at_once(monkeypatch: pytest.Monk
             return super().__hash__()
 
     paths = [Path_(f"eyes/{number}.jpg") for number in range(500)]
-    found, _ = photos.ready(paths, photos.Recipe(1, 48, "jpeg"), lambda *_: None)
+    found, _ = photos.ready(paths, Recipe(48, version=1), lambda *_: None)
     assert [photo.path for photo in found] == paths
     assert 500 < hashed < 20 * 500

@@ -141,7 +141,7 @@ def _unread_in(folder: Path, top: Path, fence: Fence) -> Iterator[tuple[Path, st
     except PermissionError:
         return
     for file in (folder / name for name in names if name.lower().endswith((".csv", *_SHEETS)) and name[0] not in ".~"):
-        if fence.holds(file, top):
+        if fence.outside(top, file.relative_to(top).as_posix()) is None:
             header = unknown_header(file)
             if header is not None or file.suffix.lower() != ".csv":
                 yield file, header
@@ -249,7 +249,7 @@ def _with_absent(listing: Listing, fence: Fence) -> Listing:
     for folder in (listing.root / PREPARED, listing.root.parent / PREPARED):
         file = folder / "absent.csv"
         if file.is_file():
-            fence.check(file, folder.parent)
+            fence.check(folder.parent, f"{PREPARED}/absent.csv")
             with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 reader = csv.DictReader(stream)
                 try:

@@ -6,8 +6,9 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,12 @@ def split_of(name: str) -> str | None:
     return _SPLIT_NAMES.get(spelled(name))
 
 
+def split_in(names: Sequence[str]) -> str | None:
+    """The split that one of these names tells in one of its words ("a. Training Set"); None where none or two do."""
+    words = {split_of(word) for name in names for word in re.split(r"[\W_\d]+|(?<=[a-z])(?=[A-Z])", name)} - {None}
+    return words.pop() if len(words) == 1 else None
+
+
 def grade_of(name: str) -> int | None:
     """The grade that a name says ("2", "Moderate NPDR", "Grade 2", "2_moderate"), else None."""
     # "-1" and "4+" are spelled like grades, and are none.
@@ -134,25 +141,43 @@ def located(data: str | Path) -> Path:
 
 
 class Fence:
-    """Which label files may be read: a set from elsewhere must not choose which files of this machine are told of."""
+    """Which files may be read: a set from elsewhere must not choose which files of this machine are read or told of."""
 
     def __init__(self, given: Path, follow_links: bool) -> None:
-        """`given` is the folder that the user gave; with `follow_links` all are read."""
-        self._given, self._open = Path(os.path.realpath(given)), follow_links
+        """`given` is the folder that the user gave, or a table in it; with `follow_links` all are read."""
+        self._open, real = follow_links, os.path.realpath(given.parent if given.is_file() else given)
+        self._place: Callable[[str | Path, str], tuple[str, str]] = cache(partial(_place, real))
 
-    def holds(self, file: Path, root: Path) -> bool:
-        """Whether a file of the set at `root` lies in it, or in the folder above it that was given."""
-        own = Path(os.path.realpath(root))
-        fence = own if self._given.is_relative_to(own) else self._given
-        return self._open or Path(os.path.realpath(file)).is_relative_to(fence)
+    def outside(self, root: str | Path, path: str) -> str | None:
+        """Why a file of the set at `root` may not be read, as the middle of a sentence; None where it may.
 
-    def check(self, label_file: Path, root: Path) -> None:
-        """Raise `UserError` where it does not hold a label file."""
-        if not self.holds(label_file, root):
+        A link leads out of the set, and out of the folder above it that was given."""
+        if self._open:
+            return None
+        folder, _, name = path.rpartition("/")
+        real, fence = self._place(root, folder)
+        if not f"{real}{os.sep}".startswith(fence):
+            return f"its folder is a link that leads out of the data, to {real}"
+        file = os.path.join(real, name)
+        if os.path.islink(file) and not (target := os.path.realpath(file)).startswith(fence):
+            return f"it is a link that leads out of the data, to {target}"
+        return None
+
+    def check(self, root: Path, label_file: str) -> None:
+        """Raise `UserError` where a label file of the set at `root` may not be read."""
+        why = self.outside(root, label_file)
+        if why is not None:
             raise UserError(
-                f"{label_file}: this label file is a link that leads out of the data, to "
-                f"{os.path.realpath(label_file)}; copy it into the set, or take such links with --follow-links."
+                f"{root / label_file}: {why}; copy it into the set, or take such links with --follow-links."
             )
+
+
+def _place(given: str, root: str | Path, folder: str) -> tuple[str, str]:
+    """Where a folder of the set at `root` really lies, and the folder that it may not lie outside of."""
+    own = os.path.realpath(root)
+    # Where a part of a set is given, the set is the fence.
+    fence = own if Path(given).is_relative_to(own) else given
+    return os.path.realpath(os.path.join(root, folder)), fence.rstrip(os.sep) + os.sep
 
 
 def is_photograph(name: str) -> bool:
@@ -206,8 +231,8 @@ def folders_below(root: str, unlisted: Callable[[OSError], None] = files.unliste
         yield folder, sorted(names)
 
 
-def walk(root: Path, notes: list[str]) -> Iterator[str]:
-    """Paths of all photographs in `folders_below` a folder; `notes` hear of each that may not be read."""
+def walk(root: Path, notes: list[str], below: str = "") -> Iterator[str]:
+    """Paths of all photographs in `folders_below` a folder of `root`; `notes` hear of each that may not be read."""
 
     def unlisted(error: OSError) -> None:
         if isinstance(error, PermissionError):
@@ -215,44 +240,71 @@ def walk(root: Path, notes: list[str]) -> Iterator[str]:
         else:
             files.unlisted(error)
 
-    for folder, names in folders_below(str(root), unlisted):
+    for folder, names in folders_below(os.path.join(root, below), unlisted):
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in names:
-            if is_photograph(name):
-                yield name if relative == "." else f"{relative}/{name}"
+        prefix = "" if relative == "." else f"{relative}/"
+        yield from (prefix + name for name in names if is_photograph(name))
 
 
-class Names:
-    """The names in folders, each read once: for labels that differ from their files in case, and for orphans."""
+class Index:
+    """The photographs below some folders of a set, by path, by name, and by name without extension."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._names: dict[str, frozenset[str]] = {}
-        self._any_case: dict[str, dict[str, list[str]]] = {}
+    def __init__(self, root: Path, below: Iterable[str] = ("",)) -> None:
+        self.notes: list[str] = []
+        #: In the order of the walk, which decides what a sentence shows first.
+        self.paths = dict.fromkeys(path for folder in below for path in walk(root, self.notes, folder)).keys()
+        # What many photographs may mean is sought once: their table may name each of them so.
+        self._several: dict[tuple[str, str | None], list[str]] = {}
+        self._split_in = cache(lambda folder: split_in(folder.split("/")))
 
-    def of(self, folder: str) -> frozenset[str]:
-        """All names in a folder, none where it may not be read. Raises OSError of what may pass by itself."""
-        if folder not in self._names:
-            try:
-                self._names[folder] = frozenset(os.listdir(self.root / folder))
-            except OSError as error:  # a name that is too long, for one
-                if error.errno in PASSING:
-                    raise
-                self._names[folder] = frozenset()
-        return self._names[folder]
+    @cached_property
+    def by_name(self) -> Mapping[str, Sequence[str]]:
+        """The paths of each name, with its extension and without."""
+        found = defaultdict(list)
+        for path in self.paths:
+            name = path.rpartition("/")[2]
+            for bare in (name, os.path.splitext(name)[0]):
+                found[bare].append(path)
+        return found
 
-    def path(self, path: str) -> str:
-        """The path, or the only one in its folder that differs from it in case or Unicode's spelling alone."""
-        folder, _, name = path.rpartition("/")
-        names = self.of(folder)
-        if name in names:
+    @cached_property
+    def _any_case(self) -> Mapping[str, Sequence[str]]:
+        """As `by_name` and by path, `folded`: asked where nothing is written just so."""
+        found = defaultdict(list)
+        for path in self.paths:
+            found[folded(path)].append(path)
+        for bare, paths in self.by_name.items():
+            found[folded(bare)] += paths
+        return found
+
+    def find(self, token: str, split: str | None) -> Sequence[str]:
+        """The photographs that a token may mean: a path, else a name, else one of them as `folded`; where several bear
+        it, those of the split."""
+        if token in self.paths:
+            return [token]
+        named = self.by_name.get(token) or self._any_case.get(folded(token), [])
+        if len(named) < 2:
+            return named
+        if (token, split) not in self._several:
+            found = self._several.setdefault((token, None), sorted(set(named)))
+            if len(found) > 1 and split is not None:
+                found = [path for path in found if self._split_in(path.rpartition("/")[0]) == split] or found
+            self._several[token, split] = found
+        return self._several[token, split]
+
+    def beside(self, path: str) -> str:
+        """The path, or the only photograph in its folder that is spelled like it but for case and Unicode."""
+        if path in self.paths:
             return path
-        if folder not in self._any_case:
-            self._any_case[folder] = defaultdict(list)
-            for other in names:
-                self._any_case[folder][folded(other)].append(other)
-        same = self._any_case[folder].get(folded(name), [])
-        return f"{folder}/{same[0]}" if len(same) == 1 else path
+        folder = path.rpartition("/")[0]
+        same = [other for other in self._any_case.get(folded(path), []) if other.rpartition("/")[0] == folder]
+        return same[0] if len(same) == 1 else path
+
+    def near(self, path: str) -> str | None:
+        """A photograph of the same name in another folder, or with another extension."""
+        name = path.rpartition("/")[2]
+        named = (self._any_case.get(folded(bare), []) for bare in (name, os.path.splitext(name)[0]))
+        return next((paths[0] for paths in named if paths), None)
 
 
 class Named:
@@ -322,6 +374,13 @@ def _held_out(entry: Entry) -> int:
 def quoted(text: str) -> str:
     """What a label file says, cut short for a sentence: a file that is none may hold anything."""
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
+
+
+def leave_out(listing: Listing, paths: Sequence[str], kind: str, reason: str, note: str) -> None:
+    """Give each of these photographs a problem, and all of them a note: `3 NOTE: a.jpg, b.jpg, c.jpg.`"""
+    listing.problems.extend(Problem(path, kind, reason) for path in paths)
+    if paths:
+        listing.notes.append(f"{len(paths)} {note}: {some(paths)}.")
 
 
 def some(names: Sequence[str]) -> str:

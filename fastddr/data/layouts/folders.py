@@ -13,8 +13,8 @@ from fastddr.data.layouts.common import (
     Listing,
     grade_of,
     is_photograph,
+    leave_out,
     patient_of,
-    some,
     split_of,
     subfolders,
     walk,
@@ -76,11 +76,8 @@ def _orphans(listing: Listing) -> None:
     """Photographs below the root that lie in no class folder."""
     named = {entry.path for entry in listing.entries}
     orphans = sorted(path for path in walk(listing.root, listing.notes) if path not in named)
-    listing.problems.extend(Problem(path, "orphan", "it lies in no class folder of a split") for path in orphans)
-    if orphans:
-        listing.notes.append(
-            f"{len(orphans)} photographs lie in no class folder of a split and are left out: {some(orphans)}."
-        )
+    nowhere = "in no class folder of a split"
+    leave_out(listing, orphans, "orphan", f"it lies {nowhere}", f"photographs lie {nowhere} and are left out")
 
 
 def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
@@ -98,15 +95,10 @@ def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
     except OSError as error:
         listing.problems.append(Problem(relative, "unreadable", f"this folder cannot be read ({error.strerror})"))
         return
-    other = [name for name in names if not is_photograph(name)]
-    _leave_out(listing, folder, other, "other-file", f"is not {', '.join(PHOTOGRAPHS)}", "files")
+    other = [f"{relative}/{name}" for name in names if not is_photograph(name)]
+    no_photograph = f"is not {', '.join(PHOTOGRAPHS)}"
+    note = f"files in {relative}/ are left out, each of which {no_photograph}"
+    leave_out(listing, other, "other-file", f"it {no_photograph}", note)
     listing.entries.extend(
         Entry(f"{relative}/{name}", grade, split, patient_of(name)) for name in names if is_photograph(name)
     )
-
-
-def _leave_out(listing: Listing, folder: Path, names: list[str], kind: str, why: str, what: str) -> None:
-    relative = folder.relative_to(listing.root).as_posix()
-    listing.problems.extend(Problem(f"{relative}/{name}", kind, f"it {why}") for name in names)
-    if names:
-        listing.notes.append(f"Left out in {relative}/: {len(names)} {what}, each of which {why}: {some(names)}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from fastddr.data.layouts.common import (
     SPLITS,
     Entry,
     Fence,
+    Index,
     Listing,
     Named,
-    Names,
-    is_photograph,
+    leave_out,
     patient_of,
     quoted,
-    some,
 )
 from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
@@ -36,28 +34,31 @@ def official(folder: Path, fence: Fence) -> Listing | None:
     """DDR as released: a folder and a label file for each split, lines `007-0004-000.jpg 0`."""
     if not any((folder / f"{split}.txt").is_file() for split in SPLITS):
         return None
-    listing, names = Listing("official", folder, []), Names(folder)
-    known = Named(listing)
+    listing = Listing("official", folder, [])
+    index, known = Index(folder, [split for split in SPLITS if (folder / split).is_dir()]), Named(listing)
+    listing.notes.extend(index.notes)
     for split in SPLITS:
-        label_file = folder / f"{split}.txt"
-        if not label_file.is_file():
-            if split == "test":
-                listing.notes.append("There is no test split (no test.txt), so nothing is scored on it.")
-                _orphans(listing, names, split, set(), label_file.name)
-                continue
-            raise UserError(f"{folder}: the label file {split}.txt is missing; the official layout has one a split.")
-        if not (folder / split).is_dir():
-            raise UserError(f"{folder}: the folder {split}/ of the photographs in {split}.txt is missing.")
+        label_file, named = folder / f"{split}.txt", set[str]()
 
         def locate(name: str, split: str = split) -> str | None:
-            return None if _NO_NAME.search(name) else f"{split}/{name}"
+            path = f"{split}/{name}"
+            # With a backslash it is a path of Windows, but where a file in the folder is called so.
+            return None if "/" in name or (path not in index.paths and _NO_NAME.search(name)) else path
 
-        wanted = f"the name of a photograph in {split}/"
-        fence.check(label_file, folder)
-        named = _read(label_file, split, locate, wanted, listing, names, known)
-        if not named:
-            _refuse_empty(listing, label_file, f"the split {split!r} is empty; its lines should be `name.jpg grade`")
-        _orphans(listing, names, split, {path.rpartition("/")[2] for path in named}, f"{split}.txt")
+        if label_file.is_file():
+            if not (folder / split).is_dir():
+                raise UserError(f"{folder}: the folder {split}/ of the photographs in {split}.txt is missing.")
+            fence.check(folder, label_file.name)
+            wanted = f"the name of a photograph in {split}/"
+            named = _read(label_file, split, locate, wanted, listing, index, known)
+            if not named:
+                what = f"the split {split!r} is empty; its lines should be `name.jpg grade`"
+                _refuse_empty(listing, label_file, what)
+        elif split == "test":
+            listing.notes.append("There is no test split (no test.txt), so nothing is scored on it.")
+        else:
+            raise UserError(f"{folder}: the label file {split}.txt is missing; the official layout has one a split.")
+        _orphans(listing, index, named, {split}, label_file.name, split)
     known.judge()
     return listing
 
@@ -77,7 +78,7 @@ def gdrbench(folder: Path, fence: Fence) -> Listing | None:
     there = [name for name in sets if (folder / "images" / name).is_dir()]
     if not there:
         return None
-    listing, names = Listing("gdrbench", folder, []), Names(folder)
+    listing = Listing("gdrbench", folder, [])
     chosen = asked or ("DDR" if "DDR" in there else there[0])
     if asked is None and len(there) > 1:
         if chosen != "DDR":
@@ -91,26 +92,22 @@ def gdrbench(folder: Path, fence: Fence) -> Listing | None:
         bad = parts[0] != chosen or any(_NO_NAME.search(part) for part in parts)
         return None if bad else f"images/{name}"
 
-    named, known = set[str](), Named(listing)
+    index, named, known = Index(folder, [f"images/{chosen}"]), set[str](), Named(listing)
+    listing.notes.extend(index.notes)
     for ending, split in _BENCH_LISTS.items():
         label_file = folder / "splits" / f"{chosen}_{ending}.txt"
         if label_file.is_file():
-            fence.check(label_file, folder)
+            fence.check(folder, f"splits/{label_file.name}")
             wanted = f"a path in images/, like {chosen}/nodr/x.jpg"
-            named |= _read(label_file, split, locate, wanted, listing, names, known)
+            named |= _read(label_file, split, locate, wanted, listing, index, known)
         elif split == "test":
             listing.notes.append("There is no test split (GDRBench has none), so nothing is scored on it.")
     known.judge()
     if not named:
         what = f"the lists of {chosen} are empty; their lines should be `path grade`"
         _refuse_empty(listing, folder / "splits", what)
-    homes: dict[str, set[str]] = defaultdict(set)
-    for path in named:
-        home, _, name = path.rpartition("/")
-        homes[home].add(name)
-    for home, inside in sorted(homes.items()):
-        if (folder / home).is_dir():
-            _orphans(listing, names, home, inside, "splits/")
+    homes = {path.rpartition("/")[0] for path in named}
+    _orphans(listing, index, named, homes, "splits/", f"images/{chosen}")
     return listing
 
 
@@ -120,13 +117,11 @@ def _refuse_empty(listing: Listing, place: Path, what: str) -> None:
     raise UserError(f"{wrong[0].sentence(listing.root)}." if wrong else f"{place}: {what}.")
 
 
-def _orphans(listing: Listing, names: Names, folder: str, named: set[str], labels: str) -> None:
-    orphans = sorted(name for name in names.of(folder) - named if is_photograph(name))
-    listing.problems.extend(Problem(f"{folder}/{name}", "orphan", f"it has no line in {labels}") for name in orphans)
-    if orphans:
-        listing.notes.append(
-            f"{len(orphans)} photographs in {folder}/ have no line in {labels} and are left out: {some(orphans)}."
-        )
+def _orphans(listing: Listing, index: Index, named: set[str], homes: set[str], labels: str, place: str) -> None:
+    """Photographs in these folders that no line names."""
+    orphans = sorted(path for path in index.paths if path not in named and path.rpartition("/")[0] in homes)
+    note = f"photographs in {place}/ have no line in {labels} and are left out"
+    leave_out(listing, orphans, "orphan", f"it has no line in {labels}", note)
 
 
 def _read(
@@ -135,13 +130,12 @@ def _read(
     locate: Callable[[str], str | None],
     wanted: str,
     listing: Listing,
-    names: Names,
+    index: Index,
     known: Named,
 ) -> set[str]:
     """Add the entries of one label file, and what is wrong with its lines; the paths that it names."""
     label = label_file.relative_to(listing.root).as_posix()
     found: set[str] = set()
-    here = names.of(split) if listing.layout == "official" else frozenset()
 
     def wrong(kind: str, number: int, reason: str) -> None:
         listing.problems.append(Problem(f"{label}, line {number}", kind, one_line(reason)))
@@ -153,10 +147,7 @@ def _read(
             wrong("label", number, f"{quoted(line.strip())!r} is not `name.jpg grade`")
             continue
         name, grade = parts[0], int(parts[1])
-        path: str | None = f"{split}/{name}"
-        # What stands in the split's folder is no path; else it is looked at more closely.
-        if name not in here and (path := locate(name)) is not None:
-            path = names.path(path)
+        path = locate(name)
         if path is None:
             wrong("label", number, f"{quoted(name)} is a path that is not read here: give {wanted}")
         elif grade > UNGRADABLE:
@@ -166,6 +157,7 @@ def _read(
                 f"grade {grade} of {quoted(name)} is not one of 0-4 (ICDR) or 5 (ungradable)",
             )
         else:
+            path = index.beside(path)
             found.add(path)
             known.add(Entry(path, grade, split, patient_of(path), label, number, name))
     return found

@@ -13,26 +13,27 @@ import csv
 import os
 import posixpath
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts.common import (
     Entry,
     Fence,
+    Index,
     Listing,
     Named,
-    folded,
     grade_of,
+    leave_out,
     patient_in,
     patient_of,
     quoted,
     some,
     spelled,
+    split_in,
     split_of,
-    walk,
 )  # fmt: skip
 from fastddr.data.problems import Problem, one_line
 from fastddr.errors import PASSING, UserError
@@ -57,23 +58,33 @@ _NOTHING = ("no", "none")
 _NOT_LABELS = "samplesubmission"
 
 
+class Head(NamedTuple):
+    """The header of a table."""
+
+    text: str
+    cells: list[str]
+    """Spelled."""
+    mark: str
+    """What separates cells."""
+    lines: int
+    """How many it takes: with the line `sep=;` above it, by which Excel knows what separates cells, two."""
+    layout: str
+    """What a label table with this header is called; empty where it is none."""
+    key: int
+    """The columns that name and grade the photographs of a label table; else -1."""
+    grade: int
+
+    def column(self, *names: str) -> int | None:
+        """That of the first of these names that there is."""
+        return next((self.cells.index(name) for name in names if name in self.cells), None)
+
+
 @dataclass(frozen=True)
 class _Table:
     file: Path
-    layout: str
-    header: list[str]
-    """Spelled."""
+    head: Head
     rows: list[tuple[int, list[str]]]
     """Line in the file, cells."""
-
-    def cells(self, *names: str) -> int | None:
-        """The column of the first of these names that there is."""
-        return next((self.header.index(name) for name in names if name in self.header), None)
-
-    def token(self, row: Sequence[str]) -> str:
-        """What a row calls its photograph."""
-        key = _pair(self.header)[0]
-        return row[key] if key < len(row) else ""
 
 
 def tables(folder: Path, top: Path, fence: Fence) -> Listing | None:
@@ -108,55 +119,33 @@ def unknown_header(file: Path) -> str | None:
     try:
         if file.suffix.lower() != ".csv" or not file.is_file():
             return None
-        header = _header_line(_begin(file))
-        return None if _known(_cells(header, delimiter(header))) else one_line(header.strip()[:120]) or None
+        head = head_of(_begin(file))
+        return None if head.layout else one_line(head.text.strip()[:120]) or None
     except (OSError, csv.Error):
         return None
 
 
-def key_column(header: Sequence[str]) -> int | None:
-    """The column that names the photographs in a label table with this header; None where it is no label table."""
-    names = [spelled(cell) for cell in header]
-    return _pair(names)[0] if _known(names) else None
+def head_of(text: str) -> Head:
+    """The header of a table, of which two lines suffice, by what separates its cells: that by which it is known, else a
+    comma, a semicolon, a tab."""
+    # A line break may be a lone carriage return: some programs write tables so still.
+    first, second = [*re.split(r"\r\n|\r|\n", text, maxsplit=2), ""][:2]
+    header, lines = (second, 2) if re.fullmatch(r"\"?sep=.\"?", first, re.IGNORECASE) else (first, 1)
+    found = [_head(header, lines, mark) for mark in (",", ";", "\t") if mark in header] or [_head(header, lines, ",")]
+    return next((head for head in found if head.layout), found[0])
 
 
-def delimiter(text: str) -> str:
-    """What separates the cells of a table, by its header: under which it is known, else a comma, a semicolon, a tab."""
-    header = _header_line(text)
-    there = [mark for mark in (",", ";", "\t") if mark in header]
-    return next((mark for mark in there if _known(_cells(header, mark)) is not None), (*there, ",")[0])
+def _head(header: str, lines: int, mark: str) -> Head:
+    cells = [spelled(cell) for cell in next(csv.reader([header], delimiter=mark), [])]
+    # What a model said, as `predict` and reports write it, is no truth.
+    known = None if "p0" in cells else next((pair for pair in _HEADERS if set(pair) <= set(cells)), None)
+    if known is None:
+        return Head(header, cells, mark, lines, "", -1, -1)
+    return Head(header, cells, mark, lines, _HEADERS[known], *map(cells.index, known))
 
 
-def heads(text: str) -> int:
-    """How many lines a table's header takes: with the line `sep=;` above it, by which Excel knows what separates cells,
-    two."""
-    return 2 if re.fullmatch(r"\"?sep=.\"?", _lines(text)[0], re.IGNORECASE) else 1
-
-
-def _header_line(text: str) -> str:
-    return _lines(text)[heads(text) - 1]
-
-
-def _lines(text: str) -> list[str]:
-    """The first two lines. A line break may be a lone carriage return: some programs write tables so still."""
-    return [*re.split(r"\r\n|\r|\n", text, maxsplit=2), ""][:2]
-
-
-def _cells(header: str, mark: str) -> list[str]:
-    """The cells of a table's first line, spelled."""
-    return [spelled(cell) for cell in next(csv.reader([header], delimiter=mark), [])]
-
-
-def _known(header: Sequence[str]) -> str | None:
-    if "p0" in header:
-        # What a model said, as `predict` and reports write it, is no truth.
-        return None
-    return next((name for pair, name in _HEADERS.items() if set(pair) <= set(header)), None)
-
-
-def _pair(header: Sequence[str]) -> tuple[int, int]:
-    """The columns of name and grade in a header that is known."""
-    return next((header.index(key), header.index(grade)) for key, grade in _HEADERS if {key, grade} <= set(header))
+def _cell(row: Sequence[str], column: int | None) -> str:
+    return row[column] if column is not None and column < len(row) else ""
 
 
 def _begin(file: Path) -> str:
@@ -171,19 +160,16 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
     try:
         if not file.is_file():  # whoever opens a pipe waits for ever
             return None
-        begin = _begin(file)
-        mark = delimiter(begin)
-        header = _cells(_header_line(begin), mark)
-        layout = _known(header)
-        if layout is None:
+        head = head_of(_begin(file))
+        if not head.layout:
             return None
         if fence is not None:
-            fence.check(file, file.parent)
+            fence.check(file.parent, file.name)
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=mark, strict=True)
-            for _ in range(heads(begin) - 1):
+            reader = csv.reader(stream, delimiter=head.mark, strict=True)
+            for _ in range(head.lines - 1):
                 next(reader)
-            _refuse_twice(file, next(reader))
+            _refuse_twice(file, head, next(reader))
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         if fence is not None and error.errno not in PASSING:
@@ -193,17 +179,15 @@ def _read(file: Path, fence: Fence | None = None) -> _Table | None:
         raise UserError(f"{file}: this table cannot be read ({one_line(error)}); save it as UTF-8.") from None
     except csv.Error as error:
         raise UserError(f"{file}: this table cannot be read ({one_line(error)}); save it as CSV anew.") from None
-    if layout == "aptos" and spelled(file.stem) == "drgrading":
-        layout = "kaggle"
-    return _Table(file, layout, header, rows)
+    if head.layout == "aptos" and spelled(file.stem) == "drgrading":
+        head = head._replace(layout="kaggle")
+    return _Table(file, head, rows)
 
 
-def _refuse_twice(file: Path, header: Sequence[str]) -> None:
+def _refuse_twice(file: Path, head: Head, header: Sequence[str]) -> None:
     """Raise `UserError` where two columns mean the same: which of them is right nobody can tell."""
-    names = [spelled(cell) for cell in header]
-    name, grade = (names[column] for column in _pair(names))
-    for meaning in ((name,), (grade,), ("split",), _PATIENT, (_GRADABLE,)):
-        same = [cell.strip() for cell, spelling in zip(header, names, strict=True) if spelling in meaning]
+    for meaning in ((head.cells[head.key],), (head.cells[head.grade],), ("split",), _PATIENT, (_GRADABLE,)):
+        same = [cell.strip() for cell in header if spelled(cell) in meaning]
         if len(same) > 1:
             raise UserError(
                 f"{file}: its columns {' and '.join(same)} would both be read as one thing (case and spaces do not "
@@ -211,71 +195,12 @@ def _refuse_twice(file: Path, header: Sequence[str]) -> None:
             )
 
 
-class _Index:
-    """The photographs below a folder, by path, name and name without extension."""
-
-    def __init__(self, root: Path) -> None:
-        self.paths: set[str] = set()
-        self.notes: list[str] = []
-        self.by_name: dict[str, list[str]] = defaultdict(list)
-        for path in walk(root, self.notes):
-            name = path.rpartition("/")[2]
-            self.paths.add(path)
-            for bare in (name, os.path.splitext(name)[0]):
-                self.by_name[bare].append(path)
-        # What many photographs may mean is sought once: their table may name each of them so.
-        self._several: dict[tuple[str, str | None], list[str]] = {}
-        self._splits: dict[str, str | None] = {}
-        #: Of each row that may mean several photographs: these.
-        self.doubts: list[list[str]] = []
-        # Asked where nothing is written just so.
-        self._any_case: dict[str, list[str]] = defaultdict(list)
-        for path in self.paths:
-            self._any_case[folded(path)].append(path)
-        for bare, paths in self.by_name.items():
-            self._any_case[folded(bare)] += paths
-
-    def find(self, token: str, split: str | None) -> list[str]:
-        """The photographs that a token may mean: a path, else a name, else one of them as `folded`; where several bear
-        it, those of the split."""
-        if token in self.paths:
-            return [token]
-        named = self.by_name.get(token) or self._any_case.get(folded(token), [])
-        if len(named) < 2:
-            return named
-        if (token, split) not in self._several:
-            found = self._several.setdefault((token, None), sorted(set(named)))
-            if len(found) > 1 and split is not None:
-                found = [path for path in found if self._split_of(path) == split] or found
-            self._several[token, split] = found
-        return self._several[token, split]
-
-    def near(self, path: str) -> str | None:
-        """A photograph of the same name in another folder, or with another extension."""
-        name = path.rpartition("/")[2]
-        named = (self._any_case.get(folded(bare), []) for bare in (name, os.path.splitext(name)[0]))
-        return next((paths[0] for paths in named if paths), None)
-
-    def _split_of(self, path: str) -> str | None:
-        """The split that the folders of a photograph tell."""
-        folder = path.rpartition("/")[0]
-        if folder not in self._splits:
-            self._splits[folder] = _split_in(folder.split("/"))
-        return self._splits[folder]
-
-
-def _split_in(names: Sequence[str]) -> str | None:
-    """The split that one of these names tells in one of its words ("a. Training Set"); None where none or two do."""
-    words = {split_of(word) for name in names for word in re.split(r"[\W_\d]+|(?<=[a-z])(?=[A-Z])", name)} - {None}
-    return words.pop() if len(words) == 1 else None
-
-
 def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
     """The split that each table stands for, by its name, where there are several."""
     if len(found) == 1:
         return [None]
     # EyePACS published the grades of its test photographs later, with a column that tells the leaderboard.
-    splits = ["test" if "usage" in t.header else _split_in([t.file.stem]) for t in found]
+    splits = ["test" if "usage" in t.head.cells else split_in([t.file.stem]) for t in found]
     if None in splits or len(set(splits)) < len(splits):
         names = ", ".join(t.file.name for t in found)
         raise UserError(
@@ -287,35 +212,32 @@ def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
 
 def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
     splits = _splits_of_files(found)
-    tokens = [t.token(row).strip().replace("\\", "/") for t in found for _, row in t.rows[:50]]
-    root, index = folder, _Index(folder)
+    tokens = [_cell(row, t.head.key).strip().replace("\\", "/") for t in found for _, row in t.rows[:50]]
+    root, index = folder, Index(folder)
     while root != top and not any(index.find(token, None) for token in tokens):
         root = root.parent
-        index = _Index(root)
-    listing = Listing(found[0].layout, root, [])
+        index = Index(root)
+    listing = Listing(found[0].head.layout, root, [])
     listing.notes.extend(index.notes)
-    known = Named(listing)
+    known, doubts = Named(listing), list[Sequence[str]]()
     for one, split in zip(found, splits, strict=True):
-        _add(one, split, index, listing, known)
-        if _OF_MESSIDOR in one.header:
+        doubts += _add(one, split, index, listing, known)
+        if _OF_MESSIDOR in one.head.cells:
             listing.notes.append(
                 f"{one.file.name} is Messidor's, and its grades are on Messidor's own scale of 0-3, where 3 holds "
                 "proliferative retinopathy too: they are not ICDR grades, and scores on them compare with none on such."
             )
     known.judge()
     labels = ", ".join(t.file.name for t in found)
-    _refuse_elsewhere(listing, index, labels)
+    _refuse_elsewhere(listing, index, doubts, labels)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
     named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
     homes = {os.path.dirname(entry.path) for entry in listing.entries}
     rest = sorted(index.paths - named)
     orphans = [path for path in rest if os.path.dirname(path) in homes]
-    listing.problems.extend(Problem(path, "orphan", f"it has no row in {labels}") for path in orphans)
-    if orphans:
-        listing.notes.append(
-            f"{len(orphans)} photographs have no row in {labels} and are left out: {some(orphans)}."
-        )  # fmt: skip
+    no_row = f"no row in {labels}"
+    leave_out(listing, orphans, "orphan", f"it has {no_row}", f"photographs have {no_row} and are left out")
     # A competition's test set, as likely as one that was meant to be read: counted, and none listed.
     if len(rest) > len(orphans):
         away = sorted({os.path.dirname(path) for path in rest} - homes)
@@ -323,15 +245,15 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
             f"{len(rest) - len(orphans)} photographs lie in folders of which {labels} names none, and are not read: "
             f"{some([f'{folder}/' if folder else str(root) for folder in away])}."
         )
-    if unknown := [entry.path for entry in listing.entries if entry.grade == UNKNOWN]:
-        listing.problems.extend(Problem(path, "unlabelled", "its grade is empty") for path in unknown)
-        listing.notes.append(f"{len(unknown)} photographs have no grade in {labels} and are left out: {some(unknown)}.")
+    unknown = [entry.path for entry in listing.entries if entry.grade == UNKNOWN]
+    note = f"photographs have no grade in {labels} and are left out"
+    leave_out(listing, unknown, "unlabelled", "its grade is empty", note)
     return listing
 
 
-def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
+def _refuse_elsewhere(listing: Listing, index: Index, doubts: Sequence[Sequence[str]], labels: str) -> None:
     """Raise `UserError` where no row finds its photograph: they lie elsewhere, or all in the same several folders."""
-    entries, doubts = listing.entries, index.doubts
+    entries = listing.entries
     if entries and not doubts and not any(_is_there(entry, listing.root, index) for entry in entries):
         near = ((entry.token, path) for entry in entries if (path := index.near(entry.path)) is not None)
         token, path = next(near, ("", ""))
@@ -350,7 +272,7 @@ def _refuse_elsewhere(listing: Listing, index: _Index, labels: str) -> None:
             )
 
 
-def _is_there(entry: Entry, root: Path, index: _Index) -> bool:
+def _is_there(entry: Entry, root: Path, index: Index) -> bool:
     """Whether anything bears its name: a broken link, or what is no photograph by its name, has an error of its own."""
     return entry.path in index.paths or os.path.lexists(root / entry.path)
 
@@ -359,26 +281,24 @@ def _below(folder: str, paths: Sequence[str]) -> int:
     return sum(path.startswith(f"{folder}/") for path in paths)
 
 
-def _add(found: _Table, split: str | None, index: _Index, listing: Listing, known: Named) -> None:
+def _add(found: _Table, split: str | None, index: Index, listing: Listing, known: Named) -> list[Sequence[str]]:
+    """Add the entries of a table, and what is wrong with its rows; of each that may mean several photographs: these."""
+    doubts: list[Sequence[str]] = []
     label = found.file.relative_to(listing.root).as_posix()
-    grade_column = _pair(found.header)[1]
-    split_column, patient_column = found.cells("split"), found.cells(*_PATIENT)
-    gradable_column = found.cells(_GRADABLE)
+    head = found.head
+    split_column, patient_column, gradable_column = head.column("split"), head.column(*_PATIENT), head.column(_GRADABLE)
     for line, row in found.rows:
 
         def wrong(kind: str, reason: str, line: int = line) -> None:
             listing.problems.append(Problem(f"{label}, line {line}", kind, one_line(reason)))
 
-        def cell(column: int | None, row: list[str] = row) -> str:
-            return row[column].strip() if column is not None and column < len(row) else ""
-
-        if any(more.strip() for more in row[len(found.header) :]):
+        if any(more.strip() for more in row[len(head.cells) :]):
             # Its cells stand under the wrong headings, the grade perhaps too.
-            wrong("label", f"it has {len(row)} cells under {len(found.header)} headings: put a cell that holds "
+            wrong("label", f"it has {len(row)} cells under {len(head.cells)} headings: put a cell that holds "
                   "what separates cells, as a comma, in quotes")  # fmt: skip
             continue
         # Not stripped: a name may begin or end in a space, and is looked for as it stands first.
-        token = found.token(row)
+        token = _cell(row, head.key)
         token = token if token in index.paths or token in index.by_name else token.strip()
         if not token or "\0" in token:
             wrong("label", "the name of the photograph is empty" if not token else "a name cannot hold a NUL")
@@ -391,7 +311,7 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         # `./a.jpg` is `a.jpg`; a name in whose folder it stands just so is left as it is.
         named = named if named in index.paths else posixpath.normpath(named)
         # A cell that ran through pandas beside an empty one is "2.0".
-        text, can = (re.sub(r"(?<=\d)\.0+$", "", cell(column)) for column in (grade_column, gradable_column))
+        text, can = (re.sub(r"(?<=\d)\.0+$", "", _cell(row, at).strip()) for at in (head.grade, gradable_column))
         if can.lower() not in _CAN_BE_GRADED:
             wrong("grade", f"{quoted(can)!r} does not say whether {quoted(token)} could be graded: 1, or 0 for no")
             continue
@@ -404,17 +324,18 @@ def _add(found: _Table, split: str | None, index: _Index, listing: Listing, know
         if grade is None:
             wrong("grade", f"grade {quoted(text)!r} of {quoted(token)} is not one of 0-4 (ICDR) or 5 (ungradable)")
             continue
-        said = cell(split_column)
+        said = _cell(row, split_column).strip()
         own = split_of(said) if said else split
         if said and own is None:
             wrong("label", f"the split {quoted(said)!r} of {quoted(token)} is not train, valid or test")
             continue
         candidates = index.find(named, own)
         if len(candidates) > 1:
-            index.doubts.append(candidates)
+            doubts.append(candidates)
             wrong("ambiguous", f"{quoted(token)} may be {some(candidates)}")
             continue
         path = candidates[0] if candidates else named
         # Where a table tells patients, a number in a name may mean another one.
-        patient = patient_of(path) if patient_column is None else patient_in(cell(patient_column))
+        patient = patient_of(path) if patient_column is None else patient_in(_cell(row, patient_column))
         known.add(Entry(path, grade, own, patient, label, line, token))
+    return doubts

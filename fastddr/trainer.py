@@ -18,6 +18,7 @@ from torch import nn
 
 from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime, saving
 from fastddr.alone import let_go, take
+from fastddr.checkpoints import Training
 from fastddr.config import Config, checked, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError, unusable
@@ -29,7 +30,7 @@ from fastddr.memory.fitting import settle
 from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
 from fastddr.progress import EpochBar, terminal
 from fastddr.reporting.final import write_final
-from fastddr.saving import Saver, Training
+from fastddr.saving import Saver
 from fastddr.step import Tally, training_step
 from fastddr.stopping import Stopping, StopRequested, deaf
 from fastddr.tracking import Tracker

@@ -101,12 +101,8 @@ class Training:
 
 
 def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Path:
-    """Write a checkpoint, point `last` (and `best`) at it, and then delete those that are not kept.
-
-    Args:
-        folder: the run's checkpoints/.
-        best: whether it is the best so far.
-        keep: how many stay, this one included, besides the best.
+    """Write a checkpoint into a run's checkpoints/, point `last` (and `best`) at it, and then delete those that are not
+    kept: besides the best, `keep` stay, this one included.
 
     Raises:
         OSError: it could not be written, or the run's folder is gone; what stood before stands.

@@ -66,11 +66,8 @@ def _same_data(run: RunFolder, began: str, now: str) -> None:
 def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[str], None]) -> Progress | None:
     """Go on from the newest checkpoint of a run that is whole: where it stood, None where there is no checkpoint.
 
-    To be called by all ranks; rank 0 chooses.
-
-    Args:
-        fingerprint: of the data as they are now.
-        say: hears of each checkpoint that is passed over, and of the step.
+    To be called by all ranks; rank 0 chooses. `fingerprint` is of the data as they are now; `say` hears of each
+    checkpoint that is passed over, and of the step.
 
     Raises:
         UserError: on every rank, no checkpoint is whole, or one cannot be read now; the data are others, or the weights
@@ -188,12 +185,8 @@ class Saver:
     ) -> None:
         """Of a run that begins, or goes on, at a step.
 
-        Args:
-            config: as resolved; it says how often, and how many are kept.
-            main: whether this is rank 0.
-            fingerprint: of the data.
-            wandb_id: of the run at W&B, if it has one.
-            before: called before a checkpoint is written, in the thread that writes it.
+        `config` is as resolved, `main` is rank 0, `fingerprint` that of the data; `before` is called before a
+        checkpoint is written, in the thread that writes it.
         """
         self.config, self._run, self._training = config, run, training
         self._about = {
@@ -207,11 +200,7 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def due(self, step: int, asked: bool, *, last: bool) -> bool:
-        """Whether to save after this step; at the last one of an epoch, only after it was validated.
-
-        Args:
-            asked: whether the clock wants it.
-            last: whether the epoch ends with it.
+        """Whether to save after this step, also where the clock `asked`; after an epoch's `last`, only once validated.
 
         Raises:
             OSError: on rank 0, an earlier checkpoint could not be written.

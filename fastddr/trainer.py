@@ -236,13 +236,11 @@ class Trainer:
             style="yellow",
         )
 
-    def _lr_factor(self, step: int) -> float:
-        return optimizers.planned_factor(self.config.optimizer, step, self.config.epochs * self.steps_per_epoch)
-
     def train_epoch(self) -> float:
         """The rest of the epoch that `progress` stands in; the seconds for which the host waited for data."""
         config, progress = self.config, self.progress
         assert self.saver is not None
+        steps = config.epochs * self.steps_per_epoch
         first = progress.step - progress.epoch * self.steps_per_epoch
         batches = Waited(self.train_loader.epoch(progress.epoch, start_step=first))
         tally = Tally.zeros(self.runtime.device)
@@ -254,7 +252,7 @@ class Trainer:
                 # The others have queued the step before: behind a collective that a lost rank does not enter, no more
                 # is queued than CUDA takes without blocking the host, which could then tell nothing.
                 self.stopping.arrived()
-                lr = config.lr * self._lr_factor(progress.step)
+                lr = config.lr * optimizers.planned_factor(config.optimizer, progress.step, steps)
                 optimizers.set_lr(self.optimizer, lr)
                 seen: list[torch.Tensor] = []
                 told = training_step(

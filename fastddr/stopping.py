@@ -100,7 +100,7 @@ class Stopping:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
     def listening(self) -> AbstractContextManager[None]:
-        """Take the signals of `_NAMES` as requests; outside of the main thread, where Python forbids it, leave them."""
+        """Take the signals of `_NAMES` as requests."""
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup
         return _handling({number: self._hear for number in _NAMES if number != signal.SIGHUP or not ignored})
 

@@ -19,6 +19,7 @@ Every part trains for real, in processes of its own, and a row is what came of i
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
@@ -231,10 +232,10 @@ def disk(options: Options, runs: Runs) -> list[dict[str, Any]]:
         whole = 0
 
         def snapshot(step: int) -> checkpoints.Snapshot:
-            state = {key: value + step for key, value in model.state_dict().items()}
-            return checkpoints.Snapshot.take(
-                step=step, state={"step": step}, model=state, ema=state, optimizer={"state": {}, "param_groups": []}
-            )
+            moved = copy.deepcopy(model)
+            moved.load_state_dict({key: value + step for key, value in model.state_dict().items()})
+            training = checkpoints.Training(moved, moved, torch.optim.SGD(moved.parameters()), None)
+            return training.snapshot(step, {"step": step})
 
         def check(number: int, folder: Path = folder) -> None:
             nonlocal whole

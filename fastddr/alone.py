@@ -1,8 +1,6 @@
-"""One Trainer at a time in a process.
-
-How many micro batches make a step is Accelerate's for the whole process, and so is the lock that holds a run's folder:
-a second Trainer would change the steps of the first one, and let go of its folder. Of several ranks a process has one
-in its life: at its end they leave each other, and Accelerate does not let them meet again.
+"""One Trainer at a time in a process: how many micro batches make a step is Accelerate's for the whole process, and so
+is the lock that holds a run's folder. Of several ranks a process has one in its life: at its end they leave each other,
+and Accelerate does not let them meet again.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastddr import files
@@ -42,6 +41,7 @@ _BESIDE = re.compile(r"\.step-\d{8}(\.\d\d)?\.\d+")
 _PATIENCE = 2.0
 #: A file that is not there, or is none.
 _NONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
@@ -68,38 +68,41 @@ class Snapshot:
     state: Mapping[str, Any]
     """JSON values."""
 
-    @classmethod
-    def take(
-        cls,
-        *,
-        step: int,
-        state: Mapping[str, Any],
-        model: Mapping[str, Tensor],
-        ema: Mapping[str, Tensor] | None,
-        optimizer: Mapping[str, Any],
-    ) -> Snapshot:
-        """Copy everything; on a GPU this waits for the steps that are under way.
 
-        Args:
-            step: optimizer steps done.
-            state: JSON values.
-            model, ema: state dicts.
-            optimizer: `Optimizer.state_dict()`.
-        """
-        moments, rest = _split_optimizer(optimizer)
-        tensors = {"model.safetensors": plain(model), "optimizer.safetensors": moments}
-        if ema is not None:
-            tensors["ema.safetensors"] = plain(ema)
-        return cls(step, tensors, {**state, "optimizer": rest})
+@dataclass(frozen=True)
+class Training:
+    """Everything that training changes, but for where it stands."""
+
+    model: nn.Module
+    """Bare: not wrapped by DDP."""
+    ema: nn.Module | None
+    """The model that holds the averaged weights."""
+    optimizer: Optimizer
+    scaler: Any
+    """Of float16; None otherwise."""
+
+    def snapshot(self, step: int, about: Mapping[str, Any]) -> Snapshot:
+        """Copy everything, with what else there is to say (JSON values); waits for a GPU's steps that are under way."""
+        moments, rest = _split_optimizer(self.optimizer.state_dict())
+        tensors = {"model.safetensors": plain(self.model.state_dict()), "optimizer.safetensors": moments}
+        if self.ema is not None:
+            tensors["ema.safetensors"] = plain(self.ema.state_dict())
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return Snapshot(step, tensors, {**about, "scaler": scaler, "optimizer": rest})
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Put all of a checkpoint where it belongs. Raises `UserError` where names or shapes of weights differ."""
+        load_weights(self.model, saved.model, saved.path)
+        if self.ema is not None and saved.ema is not None:
+            load_weights(self.ema, saved.ema, saved.path)
+        load_optimizer(self.optimizer, saved.optimizer)
+        if self.scaler is not None and saved.state["scaler"]:
+            self.scaler.load_state_dict(saved.state["scaler"])
 
 
 def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Path:
-    """Write a checkpoint, point `last` (and `best`) at it, and then delete those that are not kept.
-
-    Args:
-        folder: the run's checkpoints/.
-        best: whether it is the best so far.
-        keep: how many stay, this one included, besides the best.
+    """Write a checkpoint into a run's checkpoints/, point `last` (and `best`) at it, and then delete those that are not
+    kept: besides the best, `keep` stay, this one included.
 
     Raises:
         OSError: it could not be written, or the run's folder is gone; what stood before stands.
@@ -124,62 +127,6 @@ def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Pat
     point(folder, final, best)
     _prune(folder, final.name, keep)
     return final
-
-
-class Writer:
-    """Writes checkpoints in a thread, one after the other, while training goes on."""
-
-    def __init__(self, folder: Path, *, keep: int, before: Callable[[], None], written: Callable[[int], None]) -> None:
-        """Nothing is written yet.
-
-        Args:
-            folder, keep: as in `write`.
-            before: called before each is written, in the thread.
-            written: called with the step of each checkpoint that stands, in the thread.
-        """
-        self._folder, self._keep, self._before, self._written = folder, keep, before, written
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._pending: Future[None] | None = None
-
-    def save(self, snapshot: Snapshot, *, best: bool) -> None:
-        """Begin to write it; the one before must stand first.
-
-        Raises:
-            OSError: the one before could not be written.
-        """
-        self.flush()
-        self._pending = self._pool.submit(self._save, snapshot, best)
-
-    def _save(self, snapshot: Snapshot, best: bool) -> None:
-        self._before()
-        write(self._folder, snapshot, best=best, keep=self._keep)
-        self._written(snapshot.step)
-
-    def look(self) -> None:
-        """Hear of the last one without waiting for it.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        if self._pending is not None and self._pending.done():
-            self.flush()
-
-    def flush(self) -> None:
-        """Wait until the last one stands.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """As `flush`, and end the thread. Safe to call again."""
-        try:
-            self.flush()
-        finally:
-            self._pool.shutdown()
 
 
 def point(folder: Path, checkpoint: Path, best: bool) -> None:
@@ -225,25 +172,23 @@ def load(path: Path) -> Checkpoint:
 
 
 def _load(path: Path) -> Checkpoint:
-    sums = _json(path / "manifest.json")
-    for name in sorted(_NEEDED | set(sums)):
-        if not _is_whole(path / name, sums.get(name)):
-            raise UserError(
-                f"{path / name}: this part of the checkpoint is missing or damaged; take another checkpoint."
-            )
-    state = _json(path / "state.json")
     try:
+        sums = files.parse((path / "manifest.json").read_bytes())
+        for name in sorted(_NEEDED | set(sums)):
+            if not _is_whole(path / name, sums.get(name)):
+                raise UserError(
+                    f"{path / name}: this part of the checkpoint is missing or damaged; take another checkpoint."
+                )
+        state = files.parse((path / "state.json").read_bytes())
         # As bytes: safetensors opens no file whose name is not UTF-8.
-        model = deserialize((path / "model.safetensors").read_bytes())
-        ema = deserialize((path / "ema.safetensors").read_bytes()) if "ema.safetensors" in sums else None
-        moments = deserialize((path / "optimizer.safetensors").read_bytes())
-    except (*_NONE, SafetensorError) as error:
-        raise UserError(f"{path}: the tensors of this checkpoint cannot be read ({error}).") from None
-    try:
-        optimizer = _join_optimizer(moments, state.pop("optimizer"))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _no_checkpoint(path / "state.json") from None
-    return Checkpoint(path=path, state=state, model=model, ema=ema, optimizer=optimizer)
+        tensors = {name: deserialize((path / name).read_bytes()) for name in _TENSORS if name in sums}
+        optimizer = _join_optimizer(tensors["optimizer.safetensors"], state.pop("optimizer"))
+    except (*_NONE, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: this is not a whole checkpoint, its manifest.json or another file is missing or damaged "
+            f"({type(error).__name__}: {error}); take another checkpoint."
+        ) from None
+    return Checkpoint(path, state, tensors["model.safetensors"], tensors.get("ema.safetensors"), optimizer)
 
 
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -342,17 +287,6 @@ def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> d
     return {"state": state, "param_groups": rest["param_groups"]}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return files.parse(path.read_bytes())
-    except (*_NONE, ValueError):
-        raise _no_checkpoint(path) from None
-
-
-def _no_checkpoint(file: Path) -> UserError:
-    return UserError(f"{file.parent}: this is not a whole checkpoint ({file.name} is missing or damaged).")
-
-
 def _is_whole(file: Path, expected: Any) -> bool:
     """Whether a file is there and has this size and sum. Raises OSError where it cannot be read."""
     try:
@@ -406,7 +340,7 @@ def _prune(folder: Path, newest: str, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
     """Put saved weights into a model.
 
     Raises:
@@ -417,23 +351,3 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: 
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: these weights are of another model ({first}).") from None
-
-
-def restore(
-    saved: Checkpoint, model: torch.nn.Module, ema: torch.nn.Module | None, optimizer: Optimizer, scaler: Any
-) -> None:
-    """Put all tensors of a checkpoint where they belong.
-
-    Args:
-        ema: the model that holds the averaged weights.
-        scaler: of float16, None otherwise.
-
-    Raises:
-        UserError: names or shapes differ.
-    """
-    load_weights(model, saved.model, saved.path)
-    if ema is not None and saved.ema is not None:
-        load_weights(ema, saved.ema, saved.path)
-    load_optimizer(optimizer, saved.optimizer)
-    if scaler is not None and saved.state["scaler"]:
-        scaler.load_state_dict(saved.state["scaler"])

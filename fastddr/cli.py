@@ -7,7 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     about = f"{Config.__doc__} Presets: {', '.join(preset_names())}."
     config, unknown = known(Config, arguments, prog, default=base, description=about)
     if unknown:
-        raise _unknown(unknown[0], ["--" + key.replace("_", "-") for key in flatten(base)])
+        raise _unknown(unknown[0], ["--" + key.replace("_", "-") for key in flatten(asdict(base))])
     checked = check(config, "command line")
     for flag in dict.fromkeys(argument.partition("=")[0].replace("_", "-") for argument in arguments):
         why = _unused(flag, config)

@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -62,28 +62,41 @@ class Progress:
         """Keep the epoch just scored on valid as the best one, if it is that; whether it is.
 
         The highest kappa is best, and among equal ones the lowest loss: as long as a model names one grade for all,
-        kappa is 0 whatever it has learned, and the first epoch would stay the best one. Where the loss of the best is
-        not known, as in an older checkpoint, it stays the best of equal ones.
+        kappa is 0 whatever it has learned, and the first epoch would stay the best one.
         """
-        if self.best_qwk is not None:
+        if self.best_qwk is not None and self.best_loss is not None:
             gain = qwk - self.best_qwk
             # Kappa is a ratio of sums: two ways to the same figure may differ in the last bits.
             tie = abs(gain) < 1e-9
-            lower = self.best_loss is not None and loss < self.best_loss
-            if not (lower if tie else gain > 0):
+            if not (loss < self.best_loss if tie else gain > 0):
                 return False
         self.best_qwk, self.best_loss = qwk, loss
         self.best_step, self.best_epoch = self.step, self.epoch
         return True
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Where each file of a run stands."""
 
-    path: Path
-    lock: TextIO | None = field(default=None, compare=False)
-    """What `hold` gave to the process that trains it."""
+    def __init__(self, path: Path, lock: TextIO | None = None) -> None:
+        """`lock`: what `hold` gave to the process that trains it."""
+        self.path, self.lock = path, lock
+        #: The resolved configuration, which reloads to the same run.
+        self.config = path / "config.yaml"
+        #: What it was trained on, with the fingerprint.
+        self.manifest = path / "manifest.csv"
+        #: Every figure that was logged, one JSON object a line.
+        self.metrics = path / "metrics.jsonl"
+        #: What was taken of the weights that it began at, and what was not; there only with `--init`.
+        self.init = path / "init.txt"
+        #: Folder of the checkpoints.
+        self.checkpoints = path / "checkpoints"
+        #: Whoever makes this file asks the run to save and to end.
+        self.stop = path / "STOP"
+        #: Every time that the test split was scored.
+        self.test_scorings = path / "test_scorings.jsonl"
+        #: Steps whose loss or gradient was not finite, with their photographs; there only where there was one.
+        self.bad_steps = path / "bad_steps.jsonl"
 
     @property
     def replaced(self) -> bool:
@@ -102,49 +115,9 @@ class RunFolder:
         if self.replaced:
             raise FileNotFoundError(errno.ENOENT, "another folder is in its place", str(self.path))
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, which reloads to the same run."""
-        return self.path / "config.yaml"
-
-    @property
-    def manifest(self) -> Path:
-        """What it was trained on, with the fingerprint."""
-        return self.path / "manifest.csv"
-
-    @property
-    def metrics(self) -> Path:
-        """Every figure that was logged, one JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def init(self) -> Path:
-        """What was taken of the weights that it began at, and what was not; there only with `--init`."""
-        return self.path / "init.txt"
-
     def began_at(self) -> str | None:
-        """The first line of that, which counts the tensors; None of a run that began at random weights."""
+        """The first line of init.txt, which counts the tensors; None of a run that began at random weights."""
         return self.init.read_text(encoding="utf-8").partition("\n")[0] if self.init.is_file() else None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def stop(self) -> Path:
-        """Whoever makes this file asks the run to save and to end."""
-        return self.path / "STOP"
-
-    @property
-    def test_scorings(self) -> Path:
-        """Every time that the test split was scored."""
-        return self.path / "test_scorings.jsonl"
-
-    @property
-    def bad_steps(self) -> Path:
-        """Steps whose loss or gradient was not finite, with their photographs; there only where there was one."""
-        return self.path / "bad_steps.jsonl"
 
     def write(self, file: Path, text: str) -> None:
         """Write a file whole or not at all. Raises OSError where it cannot be, or `check_place` does."""

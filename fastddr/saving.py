@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
-from torch.optim import Optimizer
 
 from fastddr import checkpoints, runs, runtime
-from fastddr.checkpoints import Snapshot, Writer
+from fastddr.checkpoints import Snapshot, Training
 from fastddr.config import Config, from_mapping
 from fastddr.config.strict import read_yaml
 from fastddr.data import manifest, source
@@ -31,29 +30,6 @@ def told(what: str, say: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         say(f"{what} could not be written: {error}")
-
-
-@dataclass(frozen=True)
-class Training:
-    """Everything that training changes, but for where it stands."""
-
-    model: nn.Module
-    """Bare: not wrapped by DDP."""
-    ema: nn.Module | None
-    """The model that holds the averaged weights."""
-    optimizer: Optimizer
-    scaler: Any
-    """Of float16; None otherwise."""
-
-    def snapshot(self, step: int, about: dict[str, Any]) -> Snapshot:
-        """A copy on the CPU, with what else there is to say (JSON values)."""
-        return Snapshot.take(
-            step=step,
-            state={**about, "scaler": None if self.scaler is None else self.scaler.state_dict()},
-            model=self.model.state_dict(),
-            ema=None if self.ema is None else self.ema.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-        )
 
 
 def finished(run: RunFolder, config: Config, console: Console) -> bool:
@@ -90,11 +66,8 @@ def _same_data(run: RunFolder, began: str, now: str) -> None:
 def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[str], None]) -> Progress | None:
     """Go on from the newest checkpoint of a run that is whole: where it stood, None where there is no checkpoint.
 
-    To be called by all ranks; rank 0 chooses.
-
-    Args:
-        fingerprint: of the data as they are now.
-        say: hears of each checkpoint that is passed over, and of the step.
+    To be called by all ranks; rank 0 chooses. `fingerprint` is of the data as they are now; `say` hears of each
+    checkpoint that is passed over, and of the step.
 
     Raises:
         UserError: on every rank, no checkpoint is whole, or one cannot be read now; the data are others, or the weights
@@ -125,7 +98,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
             f"that wrote it ({saved.state.get('versions')})."
         ) from None
     _same_data(run, began, fingerprint)
-    checkpoints.restore(saved, training.model, training.ema, training.optimizer, training.scaler)
+    training.restore(saved)
 
     def mended() -> bool:
         run.cut_bad_steps(progress.step)
@@ -212,12 +185,8 @@ class Saver:
     ) -> None:
         """Of a run that begins, or goes on, at a step.
 
-        Args:
-            config: as resolved; it says how often, and how many are kept.
-            main: whether this is rank 0.
-            fingerprint: of the data.
-            wandb_id: of the run at W&B, if it has one.
-            before: called before a checkpoint is written, in the thread that writes it.
+        `config` is as resolved, `main` is rank 0, `fingerprint` that of the data; `before` is called before a
+        checkpoint is written, in the thread that writes it.
         """
         self.config, self._run, self._training = config, run, training
         self._about = {
@@ -226,25 +195,18 @@ class Saver:
         #: Step of the last checkpoint that was taken.
         self.step = step
         self._owed = False
-        self._writer: Writer | None = None
-        if main:
-            self._writer = Writer(
-                run.checkpoints, keep=config.keep_checkpoints, before=before,
-                written=lambda at: run.set_status("running", at),
-            )  # fmt: skip
+        self._before = before
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if main else None
+        self._pending: Future[None] | None = None
 
     def due(self, step: int, asked: bool, *, last: bool) -> bool:
-        """Whether to save after this step; at the last one of an epoch, only after it was validated.
-
-        Args:
-            asked: whether the clock wants it.
-            last: whether the epoch ends with it.
+        """Whether to save after this step, also where the clock `asked`; after an epoch's `last`, only once validated.
 
         Raises:
             OSError: on rank 0, an earlier checkpoint could not be written.
         """
-        if self._writer is not None:
-            self._writer.look()
+        if self._pending is not None and self._pending.done():
+            self._wait()
         every = self.config.save_every_steps
         wanted = asked or (every is not None and step % every == 0)
         self._owed = wanted and last
@@ -261,10 +223,23 @@ class Saver:
         Raises:
             OSError: on rank 0, the one before could not be written.
         """
-        if self._writer is not None:
+        if self._pool is not None:
             about = {"progress": asdict(progress), **self._about}
-            self._writer.save(self._training.snapshot(progress.step, about), best=best)
+            snapshot = self._training.snapshot(progress.step, about)
+            self._wait()
+            self._pending = self._pool.submit(self._write, snapshot, best)
         self.step = progress.step
+
+    def _write(self, snapshot: Snapshot, best: bool) -> None:
+        self._before()
+        checkpoints.write(self._run.checkpoints, snapshot, best=best, keep=self.config.keep_checkpoints)
+        self._run.set_status("running", snapshot.step)
+
+    def _wait(self) -> None:
+        """Until the last one stands. Raises OSError where it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def flush(self) -> None:
         """Wait until every checkpoint that was taken stands.
@@ -272,9 +247,8 @@ class Saver:
         Raises:
             OSError: on rank 0, it could not be written, or the run's folder is another's by now.
         """
-        if self._writer is not None:
-            self._writer.flush()
-            self._run.check_place()
+        self._wait()
+        self._run.check_place()
 
     @contextmanager
     def readable(self, progress: Progress) -> Iterator[None]:
@@ -311,6 +285,7 @@ class Saver:
         return f"the last checkpoint is {kept[-1].name}" if kept else "there was no checkpoint yet"
 
     def close(self) -> None:
-        """As `flush`, for good. Safe to call again."""
-        if self._writer is not None:
-            self._writer.close()
+        """Wait as `flush` does, and end the thread. Safe to call again."""
+        if self._pool is not None:
+            with self._pool:
+                self._wait()

@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -35,16 +36,23 @@ class StopRequested(Exception):
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Ignore SIGTERM: a launcher that has seen another rank fail sends it while this one still saves why."""
+def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Give signals handlers for a time; outside of the main thread, where Python forbids it, leave them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            # None is a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def deaf() -> AbstractContextManager[None]:
+    """Ignore SIGTERM: a launcher that has seen another rank fail sends it while this one still saves why."""
+    return _handling({signal.SIGTERM: signal.SIG_IGN})
 
 
 class Stopping:
@@ -91,21 +99,10 @@ class Stopping:
         if world > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals of `_NAMES` as requests; outside of the main thread, where Python forbids it, leave them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def listening(self) -> AbstractContextManager[None]:
+        """Take the signals of `_NAMES` as requests."""
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup
-        numbers = [number for number in _NAMES if number != signal.SIGHUP or not ignored]
-        before = {number: signal.signal(number, self._hear) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                # None is a handler that was not set from Python.
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        return _handling({number: self._hear for number in _NAMES if number != signal.SIGHUP or not ignored})
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -167,7 +164,10 @@ class Stopping:
         if self._world == 1:
             self.wanted |= due
             return reason
-        before, self._pending = self._pending, self._send(self._reasons.index(reason), due)
+        asked = torch.tensor([self._reasons.index(reason), due], dtype=torch.int32)
+        highest = torch.distributed.ReduceOp.MAX
+        before = self._pending
+        self._pending = asked, torch.distributed.all_reduce(asked, op=highest, group=self._group, async_op=True)
         if before is None:
             return None
         answer, work = before
@@ -209,16 +209,10 @@ class Stopping:
             )
         self.follow(reason)
 
-    def _send(self, *asked: int) -> tuple[torch.Tensor, Any]:
-        answer = torch.tensor(asked, dtype=torch.int32)
-        highest = torch.distributed.ReduceOp.MAX
-        return answer, torch.distributed.all_reduce(answer, op=highest, group=self._group, async_op=True)
-
     def settle(self) -> None:
         """Wait for the last answer, which nobody needs any more; to be called by all ranks when checks are over."""
-        if self._pending is not None:
-            self._pending[1].wait()
-            self._pending = None
+        self.arrived()
+        self._pending = None
 
     def followed(self) -> None:
         """The request was followed: take the file away, so that the next start is not stopped by it."""

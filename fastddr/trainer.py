@@ -18,6 +18,7 @@ from torch import nn
 
 from fastddr import checkpoints, loaders, losses, mixing, models, optimizers, ranks, reporting, runs, runtime, saving
 from fastddr.alone import let_go, take
+from fastddr.checkpoints import Training
 from fastddr.config import Config, checked, dump
 from fastddr.data import manifest, source
 from fastddr.errors import UserError, unusable
@@ -29,7 +30,7 @@ from fastddr.memory.fitting import settle
 from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
 from fastddr.progress import EpochBar, terminal
 from fastddr.reporting.final import write_final
-from fastddr.saving import Saver, Training
+from fastddr.saving import Saver
 from fastddr.step import Tally, training_step
 from fastddr.stopping import Stopping, StopRequested, deaf
 from fastddr.tracking import Tracker
@@ -46,7 +47,7 @@ class Trainer:
         #: Who asked the run to stop, once it has followed.
         self.stopped: str | None = None
         self.saver: Saver | None = None
-        self.tracker: Tracker | None = None
+        self.tracker = Tracker.silent()
         self.loaders: RunLoaders | None = None
         self._named = config.run_dir is not None
         self.run = runs.RunFolder(Path(config.run_dir or "runs"))
@@ -104,9 +105,7 @@ class Trainer:
         begin = partial(models.weights.begin, config, model, load_checkpoint=checkpoints.load, say=self.console.print)
         taken_over = () if resumed else begin(average=model)
         self.manifest = source.open_data(config, self.console)
-        self.loaders = RunLoaders(
-            config, self.manifest, self.runtime, lambda line: self.console.print(f"  {line}"), taken
-        )
+        self.loaders = RunLoaders(config, self.manifest, self.runtime, self._say, taken)
         # What auto became is stored, and used again by a resume; the data by a path that holds in any folder.
         chosen: dict[str, Any] = {
             "run_dir": str(where), **runs.placed(config), "loader": self.loaders.choice.loader,
@@ -129,13 +128,12 @@ class Trainer:
         self.model = models.levers.compiled(self.model, config)
         self.bare_model, self.parts = model, optimizers.Parts.of(model)
         self.ema_parts = None if self.ema is None else (optimizers.Parts.of(self.ema.module), self.parts)
-        self._lr_factor(0)  # a schedule that cannot be is an error before anything is written
 
         training = Training(model, self.ema and self.ema.module, self.optimizer, self.accelerator.scaler)
         is_main, fingerprint = self.runtime.is_main, self.manifest.fingerprint
         going_on: runs.Progress | None = None
         if resumed:
-            going_on = saving.resume(self.run, training, fingerprint, lambda line: self.console.print(f"  {line}"))
+            going_on = saving.resume(self.run, training, fingerprint, self._say)
         if going_on is None:
             self._begin(begin(average=self._weights) if resumed else taken_over)
         else:
@@ -148,11 +146,11 @@ class Trainer:
             self.run.path, about, options=config.tracking,
             resume_step=None if going_on is None else going_on.step,
             validated=self.progress.step == self.progress.epoch * self.steps_per_epoch,
-            say=lambda line: self.console.print(f"  {line}"),
-        )) or Tracker.silent()  # fmt: skip
+            say=self._say,
+        )) or self.tracker  # fmt: skip
         self.saver = Saver(
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
-            wandb_id=self.tracker.wandb_id, before=self.tracker.sync,
+            wandb_id=self.tracker.wandb.id, before=self.tracker.sync,
         )  # fmt: skip
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
@@ -169,15 +167,18 @@ class Trainer:
     def _begin(self, taken: Sequence[str]) -> None:
         """Make a new run's folder, with what `--init` took. A default name that is taken by now gets a number."""
         named = self._named
-        self.run = replace(self.run, path=runtime.from_main(lambda: runs.claim(self.run.path, named)))
+        self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)), self.run.lock)
         self.config = replace(self.config, run_dir=str(self.run.path))
         if not self._resuming:  # on all ranks alike
             lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
-            self.run = replace(self.run, lock=lock)
+            self.run = runs.RunFolder(self.run.path, lock)
         if self.runtime.is_main:
             self.run.cut_bad_steps(-1)  # of a start that ended before its first checkpoint
             self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
         runs.seen(self.run.path)
+
+    def _say(self, line: str) -> None:
+        self.console.print(f"  {line}")
 
     def _too_small(self) -> str:
         store, state = self.loaders.choice.store if self.loaders else "none", runtime.join()
@@ -226,7 +227,6 @@ class Trainer:
             self.run.set_status("preempted", self.progress.step, reason)
         self._settled = True
         self.stopping.followed()
-        assert self.tracker is not None
         # Before any rank ends: the launcher ends the others then, and trackers may take their time.
         self.tracker.finish()
         ranks.wait()
@@ -236,13 +236,11 @@ class Trainer:
             style="yellow",
         )
 
-    def _lr_factor(self, step: int) -> float:
-        return optimizers.planned_factor(self.config.optimizer, step, self.config.epochs * self.steps_per_epoch)
-
     def train_epoch(self) -> float:
         """The rest of the epoch that `progress` stands in; the seconds for which the host waited for data."""
         config, progress = self.config, self.progress
         assert self.saver is not None
+        steps = config.epochs * self.steps_per_epoch
         first = progress.step - progress.epoch * self.steps_per_epoch
         batches = Waited(self.train_loader.epoch(progress.epoch, start_step=first))
         tally = Tally.zeros(self.runtime.device)
@@ -254,7 +252,7 @@ class Trainer:
                 # The others have queued the step before: behind a collective that a lost rank does not enter, no more
                 # is queued than CUDA takes without blocking the host, which could then tell nothing.
                 self.stopping.arrived()
-                lr = config.lr * self._lr_factor(progress.step)
+                lr = config.lr * optimizers.planned_factor(config.optimizer, progress.step, steps)
                 optimizers.set_lr(self.optimizer, lr)
                 seen: list[torch.Tensor] = []
                 told = training_step(
@@ -309,7 +307,6 @@ class Trainer:
         found = window.close(self.accelerator.gather, tally.stack(), waited, peaks)
         found |= {"train/lr": lr, "train/skipped_steps": self.progress.skipped}
         found |= scaling(self.accelerator.scaler, self.progress.overflowed)
-        assert self.tracker is not None
         self.tracker.log(found, step=self.progress.step, epoch=self.progress.step / self.steps_per_epoch)
 
     @property
@@ -356,7 +353,6 @@ class Trainer:
         # All ranks hold all logits; the figures, and the packages that they need, are rank 0's work.
         values = runtime.from_main(lambda: figures(found.logits, found.grades))
         best = progress.keep_if_best(deciding(values), values["loss"])
-        assert self.tracker is not None
         self.tracker.log(grading.logged(values, progress.grading), step=progress.step, epoch=progress.epoch)
         assert self.saver is not None
         if self.saver.due_after(progress.epoch, best):
@@ -389,7 +385,6 @@ class Trainer:
                 loader = self.valid_loader if split == "valid" else self.loaders.once(split)
                 results[split] = self._score(loader, weights)
                 loader.close()
-        assert self.tracker is not None
         if self.runtime.is_main:
             self.console.print("writing the report …")
             write_final(
@@ -400,7 +395,7 @@ class Trainer:
         self._settled = True
         self.tracker.finish()
         if self.runtime.is_main:
-            told, boards = (self.tracker.view_command, self.tracker.sync_command), self.config.tracking.tensorboard
+            told, boards = self.tracker.wandb.commands, self.config.tracking.tensorboard
             reporting.summary(self.run.path, wandb_commands=told, tensorboard=boards, console=self.console)
         ranks.wait()
 
@@ -441,8 +436,7 @@ class Trainer:
             elif self.finished and not self._began:
                 # As `end_training` does: a process that ends without leaving its group is aborted now and then.
                 stack.callback(runtime.join().destroy_process_group)
-            if self.tracker is not None:
-                stack.callback(self.tracker.finish, failed=failed)
+            stack.callback(self.tracker.finish, failed=failed)
             # On a GPU what is left behind a collective that never ends cannot be freed.
             if self.loaders is not None and not (failed and self.runtime.world > 1 and torch.cuda.is_initialized()):
                 stack.callback(self.loaders.close)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -151,18 +151,11 @@ RUNTIME_KEYS = (
 )  # fmt: skip
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted key."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested mappings by its dotted key."""
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if is_dataclass(value):
-            for f in fields(value):
-                walk(f"{prefix}.{f.name}" if prefix else f.name, getattr(value, f.name))
-        else:
-            flat[prefix] = value
-
-    walk("", config)
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -173,22 +166,16 @@ def may_change(key: str) -> bool:
 
 def identity_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Identity keys in which two configurations differ: key to (old, new)."""
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(asdict(old)), flatten(asdict(new))
     return {key: (before[key], after[key]) for key in before if before[key] != after[key] and not may_change(key)}
 
 
 # ---------------------------------------------------------------------------------------------- YAML
 
 
-def _known_keys(cls: Any, prefix: str = "") -> list[str]:
-    default = cls()
-    keys = []
-    for f in fields(cls):
-        value = getattr(default, f.name)
-        keys.append(prefix + f.name)
-        if is_dataclass(value):
-            keys.extend(_known_keys(type(value), f"{prefix}{f.name}."))
-    return keys
+def _known_keys() -> set[str]:
+    tree = asdict(Config())
+    return {*tree, *flatten(tree)}
 
 
 def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None) -> Config:
@@ -216,7 +203,7 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
         for key, value in above.items():
             dotted = f"{prefix}{key}"
             if key not in below:
-                raise UserError(f"{where}: unknown key {dotted!r}; {nearest(dotted, _known_keys(Config))}")
+                raise UserError(f"{where}: unknown key {dotted!r}; {nearest(dotted, _known_keys())}")
             if isinstance(below[key], dict):
                 if not isinstance(value, Mapping):
                     raise UserError(f"{where}: {dotted!r} is a section and needs keys below it, not {value!r}.")
@@ -237,7 +224,8 @@ def from_mapping(tree: Mapping[str, Any], where: str, base: Config | None = None
         config: Config = _validator().validate_json(json.dumps(merged, default=plain), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _field_names())
+        names = {part for key in _known_keys() for part in key.split(".")}
+        key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in names)
         raise UserError(f"{where}: {key}: {first['msg']}, but it is {first['input']!r}.") from None
     return check(config, where)
 
@@ -248,10 +236,6 @@ def _validator() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Config)
-
-
-def _field_names() -> set[str]:
-    return {part for key in _known_keys(Config) for part in key.split(".")}
 
 
 def preset_names() -> list[str]:
@@ -300,13 +284,7 @@ def _preset(name: str) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as YAML that `load_preset` reads back to an equal one."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return strict.write(plain(asdict(config)))
+    return strict.write(asdict(config))
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -363,7 +341,7 @@ def check(config: Config, where: str) -> Config:
         if not holds:
             raise UserError(f"{where}: {sentence}")
 
-    flat = flatten(config)
+    flat = flatten(asdict(config))
     for key, value in flat.items():
         if isinstance(value, str):
             check_text(value, f"{where}: {key}")

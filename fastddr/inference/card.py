@@ -193,8 +193,5 @@ def _behind(weights: str, restored: Restored) -> str | None:
     """What stands behind the name of the exported weights: how many views of a photograph the run took the mean of.
     None where it names others.
     """
-    # Older runs named the last ones without their epoch.
-    for name in (restored.weights, f"{restored.weights.partition(',')[0]})"):
-        if weights.startswith(name):
-            return weights.removeprefix(name).strip(", ")
-    return None
+    own = restored.weights
+    return weights.removeprefix(own).strip(", ") if weights.startswith(own) else None

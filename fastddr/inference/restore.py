@@ -187,15 +187,9 @@ def restore(
     *,
     agreed: bool = True,
 ) -> Restored:
-    """The model of a run.
+    """The model of a run, by its configuration (`stored` or `settings`); the averaged weights where it kept an average.
 
-    Args:
-        run: its folder.
-        config: its configuration, by `stored` or `settings`.
-        weights: which; the averaged ones where the run kept an average.
-        device: where the model shall be.
-        say: hears what to know of the model.
-        agreed: all ranks call this, and must have read the same checkpoint.
+    `say` hears what to know of the model. `agreed`: all ranks call this, and must have read the same checkpoint.
 
     Raises:
         UserError: it has no such checkpoint, or one that cannot be used.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastddr.config import may_change
+from fastddr.config import flatten, may_change
 from fastddr.config.strict import read_yaml
 
 #: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
@@ -35,20 +35,13 @@ def recipe(place: Path, weights: str, facts: Mapping[str, Any]) -> tuple[str, in
     run = next((folder for folder in (place, *place.resolve().parents[:2]) if (folder / "config.yaml").is_file()), None)
     if run is None or not (run / "manifest.csv").is_file():
         return None
-    settings = _flat(read_yaml(run / "config.yaml"))
+    settings = flatten(read_yaml(run / "config.yaml"))
     seed = settings.pop("seed", None)
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE and not may_change(key)}
     photographs = hashlib.sha256((run / "manifest.csv").read_bytes()).hexdigest()
     scored = [re.sub(r" \(.*?\)", "", weights), *(facts.get(label) for label in _SCORED)]
     text = json.dumps([kept, photographs, scored], sort_keys=True, default=str)
     return None if not isinstance(seed, int) else (hashlib.sha256(text.encode()).hexdigest(), seed)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def groups(recipes: Sequence[tuple[str, int] | None]) -> list[list[int]]:

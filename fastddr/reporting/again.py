@@ -13,11 +13,10 @@ from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.reporting import ABOUT, predictions
 
-#: What about.json holds; older ones lack the last three.
+#: What about.json holds.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "facts": dict, "notes": list, "weights": dict, "root": (str, type(None)), "run": str,
-    "temperature": (float, int, type(None)), "fit": bool,
-    "commonest": (int, type(None)),
+    "temperature": (float, int, type(None)), "fit": bool, "commonest": (int, type(None)),
 }  # fmt: skip
 
 
@@ -93,7 +92,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     file = folder / ABOUT
     try:
-        found = {"temperature": None, "fit": True, "commonest": None} | files.parse(file.read_bytes())
+        found = files.parse(file.read_bytes())
         for key, kinds in _KINDS.items():
             if key not in found or not isinstance(found[key], kinds):
                 raise ValueError(f"{key!r} is missing or of another kind")

@@ -27,7 +27,7 @@ from fastddr import files
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError
 from fastddr.tracking.copies import Answers, Copy, Mistake, first_line
-from fastddr.tracking.wandb_run import WandbRun
+from fastddr.tracking.wandb_run import Begun, WandbRun
 
 __all__ = ["METRICS", "Answers", "Mistake", "Tracker", "read", "truncate_to"]
 
@@ -45,14 +45,7 @@ class Tracker:
     def __init__(self, lines: TextIO | None, copies: list[Copy], say: Say) -> None:
         self._lines, self._copies, self._say = lines, copies, say
         self._options = TrackingConfig()
-        #: What to type to upload an offline W&B run; None when there is nothing to upload.
-        self.sync_command: str | None = None
-        #: What to type to see an offline W&B run in the terminal.
-        self.view_command: str | None = None
-        #: The page of an online W&B run.
-        self.url: str | None = None
-        #: The id of the W&B run, online or not.
-        self.wandb_id: str | None = None
+        self.wandb = Begun()
 
     @classmethod
     def silent(cls) -> Tracker:
@@ -176,13 +169,11 @@ class Tracker:
             self._say(f"W&B is off: {first_line(error)}")
             return
         with self._guard("W&B", copy.errors):
-            said = copy.start()
-            if said is None:
-                return
-            self.sync_command, self.url, self.wandb_id = copy.sync_command, copy.url, copy.id
-            self.view_command = copy.view_command
-            self._copies.append(copy)
-            self._say(said)
+            begun = copy.start()
+            if begun is not None:
+                self.wandb = begun
+                self._copies.append(copy)
+                self._say(begun.said)
 
     def _each(self, do: Callable[[Copy], None]) -> None:
         """Do something with each tracker, and end the one that fails at it."""
@@ -208,48 +199,43 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is broken, other than a last one that a killed process left unfinished.
     """
-    if not path.exists():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if line.endswith("}"):
-            try:
-                found.append(files.parse(line))
-            except ValueError as error:
-                raise _broken(path, number) from error
-    return found
+    return [record for _, record in _lines(path, _text(path))]
 
 
-def _broken(path: Path, number: int) -> UserError:
-    return UserError(f"{path}, line {number}: not a line of figures; mend or remove it.")
-
-
-def truncate_to(path: Path, step: int, validated: bool = True) -> int:
-    """Cut `metrics.jsonl` back to its lines with `step` <= the given one, and return how many lines went.
+def truncate_to(path: Path, step: int, validated: bool = True) -> None:
+    """Cut `metrics.jsonl` back to its lines with `step` <= the given one.
 
     Unless the step was `validated`, its validation goes too. So does a last line that a killed process left unfinished.
-    Written beside and renamed, so a kill leaves the old file or the new one. Raises UserError for a broken line
-    elsewhere: it was not us who wrote that.
+    Written beside and renamed, so a kill leaves the old file or the new one. Raises UserError as `read`.
     """
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = files.parse(line)
-            at = int(record["step"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if number == len(lines):
-                break
-            raise _broken(path, number) from error
+    text = _text(path)
+    kept = ""
+    for line, record in _lines(path, text):
+        at = int(record["step"])
         # The figures of the end are of no step, and come again when the run gets there again.
         again = ("final/",) if validated or at < step else ("final/", "valid/")
         if at <= step and not any(name.startswith(again) for name in record) and line.endswith("\n"):
-            kept.append(line)
-    if len(kept) < len(lines):
-        files.put(path, "".join(kept).encode(), sync=True)
-    return len(lines) - len(kept)
+            kept += line
+    if kept != text:
+        files.put(path, kept.encode(), sync=True)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line, with its end, and what it holds, which has a step at least. Raises UserError as `read`."""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = files.parse(line)
+            int(record["step"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if number == len(lines):
+                return
+            raise UserError(f"{path}, line {number}: not a line of figures; mend or remove it.") from error
+        yield line, record
 
 
 def _log_checkpoint(copy: Copy, path: Path, alias: str, upload: bool) -> None:

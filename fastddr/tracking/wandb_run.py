@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -49,20 +50,15 @@ _CODE = "fastddr-code"
 POINTS = 500
 
 
-def roc_points(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """1 − specificity and sensitivity."""
-    from sklearn.metrics import roc_curve
+@dataclass(frozen=True)
+class Begun:
+    """What there is to know of a W&B run that has begun; nothing of none."""
 
-    alarms, hits, _ = roc_curve(positive, score)
-    return alarms, hits
-
-
-def pr_points(positive: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Recall and precision."""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(positive, score)
-    return recall, precision
+    said: str = ""
+    """The line to say."""
+    id: str | None = None
+    commands: tuple[str | None, str | None] = (None, None)
+    """What to type to see an offline run in the terminal, and to upload all its parts: every resume leaves one."""
 
 
 class WandbRun:
@@ -103,8 +99,8 @@ class WandbRun:
         #: Every value of the figures of `SUMMARIES`, of earlier processes too: W&B sums up what this one logs.
         self._seen: dict[str, list[float]] = {}
 
-    def start(self) -> str | None:
-        """Begin the run; the line to say, or None where WANDB_MODE switches W&B off."""
+    def start(self) -> Begun | None:
+        """Begin the run; None where WANDB_MODE switches W&B off."""
         try:
             return self._start()
         except BaseException:  # Ctrl-C too: nobody has this run yet to end it
@@ -114,7 +110,7 @@ class WandbRun:
                     self._run.finish(exit_code=1)
             raise
 
-    def _start(self) -> str | None:
+    def _start(self) -> Begun | None:
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             return None
         folder = self._run_dir / "wandb"
@@ -153,9 +149,12 @@ class WandbRun:
             self._run.define_metric(metric, step_metric="step", summary=summary)
         if self._options.log_code:
             self._log_code()
-        if self.sync_command is None:
-            return f"W&B: {self.url}" if self.url else f"W&B: {mode}"
-        return f"W&B: offline ({why}); see it with: {self.view_command}; upload later with: {self.sync_command}"
+        if not self._run.offline:
+            return Begun(f"W&B: {self._run.url or mode}", self._run.id)
+        place = shlex.quote(short(folder))
+        view, sync = f"wandb leet {place}", f"wandb sync {place}/offline-run-*"
+        said = f"W&B: offline ({why}); see it with: {view}; upload later with: {sync}"
+        return Begun(said, self._run.id, (view, sync))
 
     def _log_code(self) -> None:
         """fastddr's source. Offline W&B copies it each time, so it is logged once, and again where it has changed or
@@ -176,29 +175,6 @@ class WandbRun:
             return
         self._run.log_code(root=str(source), name=_CODE)
         write_line(file, " ".join([Path(self._run.dir).parent.name, *state]))
-
-    @property
-    def id(self) -> str:
-        found: str = self._run.id
-        return found
-
-    @property
-    def url(self) -> str | None:
-        return self._run.url
-
-    @property
-    def sync_command(self) -> str | None:
-        """All offline parts of this run: every resume leaves one."""
-        if not self._run.offline:
-            return None
-        return f"wandb sync {shlex.quote(short(self._run_dir / 'wandb'))}/offline-run-*"
-
-    @property
-    def view_command(self) -> str | None:
-        """Shows the run in the terminal, where it is offline."""
-        if not self._run.offline:
-            return None
-        return f"wandb leet {shlex.quote(short(self._run_dir / 'wandb'))}"
 
     def log(self, values: Mapping[str, float], step: int, when: float) -> None:
         kind = next((name.partition("/")[0] for name in values if "/" in name), None)
@@ -238,14 +214,17 @@ class WandbRun:
 
     def _curves(self, answers: Answers) -> dict[str, Any]:
         """ROC and precision-recall of each grade against the rest, as charts of W&B's own (its helpers want pandas)."""
+        from sklearn.metrics import precision_recall_curve, roc_curve
+
         charts = {}
-        for name, curve, x, y, title in (
-            ("roc", roc_points, "1 − specificity", "sensitivity", "ROC"),
-            ("pr", pr_points, "recall", "precision", "Precision and recall"),
+        for name, curve, order, x, y, title in (
+            ("roc", roc_curve, (0, 1), "1 − specificity", "sensitivity", "ROC"),
+            ("pr", precision_recall_curve, (1, 0), "recall", "precision", "Precision and recall"),
         ):
             table = self._wandb.Table(columns=["class", x, y])
             for grade in answers.present:
-                xs, ys = curve(answers.grades == grade, answers.probabilities[:, grade])
+                found = curve(answers.grades == grade, answers.probabilities[:, grade])
+                xs, ys = (found[place] for place in order)
                 # Evenly along the curve, both ends included.
                 rows = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), POINTS)).round().astype(int))
                 for row in rows:
@@ -297,11 +276,9 @@ class WandbRun:
     def _known(self) -> int:
         """What was kept of this run; 0 without it, or where it is of another project."""
         file = self._run_dir / "wandb" / "next.txt"
-        words = file.read_text(encoding="utf-8", errors="replace").split(maxsplit=2) if file.is_file() else []
-        if len(words) < 2 or words[0] != self._run.id or not words[1].isdecimal():
-            return 0
-        # An earlier fastddr kept no project.
-        return int(words[1]) if len(words) == 2 or words[2].strip() == self._project else 0
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        run_id, step, project = (*text.strip().split(maxsplit=2), "", "", "")[:3]
+        return int(step) if (run_id, project) == (self._run.id, self._project) and step.isdecimal() else 0
 
     def _put(self, name: str, value: Path) -> None:
         """Set a variable of the environment, unless the user has."""

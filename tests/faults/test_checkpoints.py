@@ -23,12 +23,12 @@ from fastddr.trainer import Trainer
 
 # In a process of its own, which forks before a thread of PyTorch's has begun.
 SCRIPT = """
-import json, sys
+import copy, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import hazards, torch
 from fastddr import checkpoints, cli
-from fastddr.checkpoints import Snapshot
+from fastddr.checkpoints import Training
 
 folder, then = Path(sys.argv[1]), {"kill": hazards.die, "full": hazards.full}[sys.argv[2]]
 torch.manual_seed(0)
@@ -36,9 +36,9 @@ model = torch.nn.Linear(50, 50)
 
 
 def snapshot(step):
-    state = {name: tensor + step for name, tensor in model.state_dict().items()}
-    optimizer = {"state": {}, "param_groups": []}
-    return Snapshot.take(step=step, state={"step": step}, model=state, ema=state, optimizer=optimizer)
+    moved = copy.deepcopy(model)
+    moved.load_state_dict({name: tensor + step for name, tensor in model.state_dict().items()})
+    return Training(moved, moved, torch.optim.SGD(moved.parameters()), None).snapshot(step, {"step": step})
 
 
 found = []

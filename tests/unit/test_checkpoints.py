@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -18,7 +19,7 @@ from tests_support import unlistable
 from torch import nn
 
 from fastddr import checkpoints, reporting, runs, saving, serializing
-from fastddr.checkpoints import Snapshot
+from fastddr.checkpoints import Training
 from fastddr.config import Config
 from fastddr.data.manifest import Manifest
 from fastddr.errors import PASSING, UserError
@@ -46,43 +47,32 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def save(folder: Path, *, best: bool, keep: int = 1, **content: Any) -> Path:
-    return checkpoints.write(folder, Snapshot.take(**content), best=best, keep=keep)
-
-
 def write(folder: Path, number: int, best: bool = False, keep: int = 1, **state: Any) -> Path:
     model, optimizer = trained()
-    return save(
-        folder,
-        step=number,
-        state={"progress": {"step": number}} | state,
-        model=model.state_dict(),
-        ema=None,
-        optimizer=optimizer.state_dict(),
-        best=best,
-        keep=keep,
-    )
+    snapshot = Training(model, None, optimizer, None).snapshot(number, {"progress": {"step": number}} | state)
+    return checkpoints.write(folder, snapshot, best=best, keep=keep)
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 @pytest.mark.parametrize("averaged", [False, True])
 def test_training_goes_on_exactly_where_it_stood(tmp_path: Path, kind: str, averaged: bool) -> None:
     model, optimizer = trained(kind)
-    ema = {name: 2 * tensor for name, tensor in model.state_dict().items()} if averaged else None
-    path = save(
-        tmp_path, step=7, state={"epoch": 3}, model=model.state_dict(), ema=ema,
-        optimizer=optimizer.state_dict(), best=True,
-    )  # fmt: skip
+    ema = copy.deepcopy(model) if averaged else None
+    if ema is not None:
+        ema.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
+    training = Training(model, ema, optimizer, None)
+    path = checkpoints.write(tmp_path, training.snapshot(7, {"epoch": 3}), best=True)
     saved = checkpoints.load(tmp_path / "best")
     assert saved.path == path.resolve()
-    assert saved.state == {"epoch": 3}
+    assert saved.state == {"epoch": 3, "scaler": None}
     assert (saved.ema is not None) == averaged
-    if saved.ema is not None and ema is not None:
-        assert all(torch.equal(saved.ema[name], ema[name]) for name in ema)
     other, other_optimizer = trained(kind)
     step(other, other_optimizer)  # somewhere else
-    checkpoints.load_weights(other, saved.model, path)
-    checkpoints.load_optimizer(other_optimizer, saved.optimizer)
+    other_ema = copy.deepcopy(other) if averaged else None
+    Training(other, other_ema, other_optimizer, None).restore(saved)
+    if ema is not None and other_ema is not None:
+        found = other_ema.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in ema.state_dict().items())
     step(model, optimizer)
     step(other, other_optimizer)
     for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
@@ -213,7 +203,7 @@ def test_a_state_that_is_none_is_no_checkpoint(tmp_path: Path, state: str) -> No
     sums["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
     (path / "state.json").write_text(state)
     (path / "manifest.json").write_text(json.dumps(sums))
-    with pytest.raises(UserError, match=r"not a whole checkpoint \(state\.json"):
+    with pytest.raises(UserError, match=r"not a whole checkpoint, .* \((KeyError|AttributeError|ValueError): "):
         checkpoints.load(path)
 
 
@@ -221,7 +211,7 @@ def test_progress_of_another_version_is_one_sentence(tmp_path: Path) -> None:
     run, (model, optimizer) = RunFolder(tmp_path), trained()
     write(run.checkpoints, 1, progress={"step": 1, "mood": "good"}, fingerprint="f", versions={"fastddr": "9"})
     with pytest.raises(UserError, match=r"unexpected keyword argument 'mood'\); go on with the version .*'9'"):
-        saving.resume(run, saving.Training(model, None, optimizer, None), "f", print)
+        saving.resume(run, Training(model, None, optimizer, None), "f", print)
 
 
 @pytest.mark.parametrize("code", [*sorted(PASSING), errno.ENXIO, errno.ENOSPC, errno.ENOENT])
@@ -230,7 +220,7 @@ def test_what_the_disk_says_ends_a_run_in_one_sentence(
 ) -> None:
     run, (model, optimizer) = RunFolder(tmp_path / "run"), trained()
     saver = saving.Saver(
-        run, saving.Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
+        run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
         wandb_id=None, before=lambda: None,
     )  # fmt: skip
     if code != errno.ENOENT:
@@ -268,7 +258,7 @@ def test_what_is_in_the_place_of_a_run_that_was_moved_is_left_as_it_is(place: st
         (path / ".lock").unlink()
         run.set_status("running", 1)  # a hand took the lock for left over
         saver = saving.Saver(
-            run, saving.Training(model, None, optimizer, None), Config(), main=True, fingerprint="", step=1,
+            run, Training(model, None, optimizer, None), Config(), main=True, fingerprint="", step=1,
             wandb_id=None, before=lambda: None,
         )  # fmt: skip
         saver.flush()
@@ -419,9 +409,7 @@ def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> Non
 
     optimizer = fused()
     go(optimizer)
-    path = save(
-        tmp_path, step=1, state={}, model=model.state_dict(), ema=None, optimizer=optimizer.state_dict(), best=True
-    )
+    path = checkpoints.write(tmp_path, Training(model, None, optimizer, None).snapshot(1, {}), best=True)
     go(optimizer)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = checkpoints.load(path)

@@ -41,7 +41,10 @@ def folder(path: Path, **splits: SplitResult) -> Path:
     report = path / "report"
     report.mkdir(parents=True)
     (report / predictions.FILE).write_bytes(predictions.dump(splits))
-    about = {"run": path.name, "facts": {}, "notes": [], "weights": dict.fromkeys(splits, "best"), "root": None}
+    about = {
+        "run": path.name, "facts": {}, "notes": [], "weights": dict.fromkeys(splits, "best"), "root": None,
+        "temperature": None, "fit": True, "commonest": None,
+    }  # fmt: skip
     (report / ABOUT).write_text(json.dumps(about))
     return path
 

@@ -295,7 +295,7 @@ def test_identity_and_runtime_keys() -> None:
     assert identity_changes(base, replace(base, save_every_steps=5, data="elsewhere", run_dir="r")) == {}
     tracking = replace(base, tracking=replace(base.tracking, wandb=False))
     assert identity_changes(base, tracking) == {}
-    known = flatten(base)
+    known = flatten(asdict(base))
     for key in RUNTIME_KEYS:
         assert any(k == key or k.startswith(key + ".") for k in known), f"{key} is no key"
 

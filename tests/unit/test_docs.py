@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def test_there_are_such_trainings() -> None:
 
 def test_flags_beside_those_of_others_are_ours() -> None:
     """In docs/coming-from.md the last column is fastddr's; flags of its other verbs are not settings."""
-    known = {"--" + key.replace("_", "-") for key in flatten(cli.parse([], "test"))}
+    known = {"--" + key.replace("_", "-") for key in flatten(asdict(cli.parse([], "test")))}
     known |= {flag.replace(".", ".no-") for flag in known} | {"--tta", "--split"}
     rows = [line for line in (ROOT / "docs/coming-from.md").read_text(encoding="utf-8").splitlines() if "| `" in line]
     told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z.-]*", row.strip("| ").split(" | ", 1)[1])}

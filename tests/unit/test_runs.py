@@ -41,14 +41,6 @@ def test_kappas_that_differ_in_the_last_bits_are_equal() -> None:
     assert judged([(0.0, 0.9), (1e-17, 1.0)]).best_epoch == 1
 
 
-def test_a_state_without_a_loss_keeps_its_best_epoch_in_a_tie() -> None:
-    """As checkpoints had it before losses decided ties."""
-    progress = Progress(epoch=3, step=30, best_qwk=0.5, best_epoch=2, best_step=20)
-    assert not progress.keep_if_best(0.5, 0.1)
-    assert progress.keep_if_best(0.6, 9.0)
-    assert progress.best_epoch == 3
-
-
 @pytest.mark.parametrize(
     ("preset", "data", "name"),
     [

@@ -19,7 +19,7 @@ from rich.console import Console
 from tests_support import ROOT, printed
 
 from fastddr import checkpoints, cli, control_groups, files, ranks, runs, runtime, saving
-from fastddr.checkpoints import Snapshot
+from fastddr.checkpoints import Training
 from fastddr.config import load_preset
 from fastddr.data import cache, source, survey
 from fastddr.errors import EXIT_USER_ERROR, UserError, unusable
@@ -269,12 +269,8 @@ def test_a_disk_that_is_full_when_a_file_is_synced_or_closed_is_one_sentence(
 
 def _written(folder: Path, step: int, *, best: bool) -> None:
     model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    snapshot = Snapshot.take(
-        step=step, state={"progress": {"step": step}}, model=model.state_dict(), ema=None,
-        optimizer=optimizer.state_dict(),
-    )  # fmt: skip
-    checkpoints.write(folder, snapshot, best=best, keep=2)
+    training = Training(model, None, torch.optim.SGD(model.parameters(), 0.1), None)
+    checkpoints.write(folder, training.snapshot(step, {"progress": {"step": step}}), best=best, keep=2)
 
 
 def test_a_run_whose_links_were_followed_goes_on(tmp_path: Path) -> None:

@@ -83,21 +83,22 @@ def test_a_resume_cuts_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert lines(tmp_path) == []
 
 
-def test_truncating_counts_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+def test_truncating_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert truncate_to(path, 3) == 0
+    truncate_to(path, 3)
+    assert not path.exists()
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}')  # the last without its end of line
-    assert truncate_to(path, 3) == 1
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert truncate_to(path, 3) == 0
-    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    for _ in range(2):
+        truncate_to(path, 3)
+        assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     for line in ("rubbish", "[]", '{"step": null}', "{}"):
         path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
         with pytest.raises(UserError, match="line 2"):
             truncate_to(path, 3)
-    path.write_text('{"step": 1}\nrubbish}\n{"step": 2')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-        read(path)
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+            read(path)
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert read(path) == [{"step": 1}]
 
 
 def test_a_validation_that_comes_again_is_not_doubled(tmp_path: Path) -> None:
@@ -105,8 +106,9 @@ def test_a_validation_that_comes_again_is_not_doubled(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written = ['{"step": 2, "valid/qwk": 0.1}\n', '{"step": 4, "train/loss": 1}\n', '{"step": 4, "valid/qwk": 0.5}\n']
     path.write_text("".join(written))
-    assert truncate_to(path, 4) == 0
-    assert truncate_to(path, 4, validated=False) == 1
+    truncate_to(path, 4)
+    assert path.read_text() == "".join(written)
+    truncate_to(path, 4, validated=False)
     assert path.read_text() == "".join(written[:2])
 
 
@@ -324,12 +326,12 @@ def test_ctrl_c_while_wandb_begins_leaves_nothing_behind(
     """In its own beginning, and while it gets the earlier rows."""
     ended: list[int] = []
 
-    def begin(run: WandbRun) -> str:
+    def begin(run: WandbRun) -> wandb_run.Begun:
         run._put("WANDB_DATA_DIR", tmp_path)
         run._run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code), id="a", url=None, offline=False)
         if place == "_start":
             raise KeyboardInterrupt
-        return "W&B: online"
+        return wandb_run.Begun("W&B: online", "a")
 
     def log(*_: object) -> None:
         raise KeyboardInterrupt

@@ -49,11 +49,9 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     tracker.finish()
     assert capfd.readouterr() == ("", "")
     assert len(said) == 2
-    assert said[0] == (
-        f"W&B: offline (not logged in); see it with: {tracker.view_command}; upload later with: {tracker.sync_command}"
-    )
-    assert tracker.sync_command == f"wandb sync {run}/wandb/offline-run-*"
-    assert tracker.view_command == f"wandb leet {run}/wandb"
+    assert tracker.wandb.commands == (f"wandb leet {run}/wandb", f"wandb sync {run}/wandb/offline-run-*")
+    view, sync = tracker.wandb.commands
+    assert said[0] == f"W&B: offline (not logged in); see it with: {view}; upload later with: {sync}"
     assert "WANDB_DATA_DIR" not in os.environ
     files = offline_files(run)
     assert len(files) == 2
@@ -211,7 +209,7 @@ def test_another_project_has_none_of_the_rows(tmp_path: Path, monkeypatch: pytes
     part = tmp_path / "wandb" / "offline-run-1" / "run-x.wandb"
     part.parent.mkdir(parents=True)
     assert [wandb_run._next_of([part], project) for project in ("a", "b")] == [7, 0]
-    for kept, known in (("x 7 a", [7, 0]), ("x 7", [7, 7]), ("y 7 a", [0, 0])):  # the second by an earlier fastddr
+    for kept, known in (("x 7 a", [7, 0]), ("x 7", [0, 0]), ("y 7 a", [0, 0])):
         (tmp_path / "wandb" / "next.txt").write_text(f"{kept}\n")
         for project, steps in zip("ab", known, strict=True):
             copy = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=project))

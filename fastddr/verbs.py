@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from fastddr import files, ranks
-from fastddr.cli import answered, flags, known
+from fastddr.cli import flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
 from fastddr.errors import UserError, unusable
@@ -281,12 +281,8 @@ VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}
 
 def main(verb: str, arguments: Sequence[str]) -> int:
     """Run one of `VERBS`, or `plan`; its exit code."""
-
-    def work() -> int:
-        if verb == "plan":
-            plan, training = known(Plan, arguments, "fastddr plan")
-            return plan.run(training)
-        make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
-        return flags(make, arguments, f"fastddr {verb}").run()
-
-    return answered(work)
+    if verb == "plan":
+        plan, training = known(Plan, arguments, "fastddr plan")
+        return plan.run(training)
+    make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
+    return flags(make, arguments, f"fastddr {verb}").run()

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastddr import files
-from fastddr.cli import answered
 from fastddr.data import output
 from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
@@ -271,18 +270,14 @@ def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str
 
 def main(asked: Compare) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        compared = compare(asked)
-        body = table(compared)
-        if asked.out is not None:
-            if asked.out.suffix == ".json":
-                text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
-            else:
-                text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-            # A link stays one.
-            output.put(asked.out.resolve(), text.encode(), partial(_refuse_others, asked.out))
-        show(compared, body, asked.split)
-        return 0
-
-    return answered(work)
+    compared = compare(asked)
+    body = table(compared)
+    if asked.out is not None:
+        if asked.out.suffix == ".json":
+            text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
+        else:
+            text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
+        # A link stays one.
+        output.put(asked.out.resolve(), text.encode(), partial(_refuse_others, asked.out))
+    show(compared, body, asked.split)
+    return 0

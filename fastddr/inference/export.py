@@ -28,7 +28,6 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from fastddr import files, loaders, models, runtime
-from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, output, photos, source
 from fastddr.data.manifest import Manifest
@@ -247,9 +246,5 @@ def _umask() -> int:
 
 def main(asked: Export) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        export(asked)
-        return 0
-
-    return answered(work)
+    export(asked)
+    return 0

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastddr import alone, ranks
 from fastddr.config import Config
-from fastddr.errors import UserError, unusable
+from fastddr.errors import UserError
 
 T = TypeVar("T")
 
@@ -230,18 +230,12 @@ def join() -> PartialState:
 
 def from_main(do: Callable[[], T]) -> T:
     """What rank 0 makes of `do`, on every rank; its `UserError`, or `OSError` as one, is raised on every rank too."""
-    said: list[Any] = [None, None]
-    if join().is_main_process:
-        try:
-            said[0] = do()
-        except UserError as error:
-            said[1] = str(error)
-        except OSError as error:  # a folder that cannot be used; the other ranks must not wait for this one
-            said[1] = unusable(error) or f"{error}; give a place that can be used."
-    broadcast_object_list(said)
-    if said[1] is not None:
-        raise UserError(said[1])
-    value: T = said[0]
+    told: list[Any] = [ranks.tried(do) if join().is_main_process else None]
+    broadcast_object_list(told)
+    made, said = told[0]
+    if said:
+        raise UserError(said)
+    value: T = made[0]
     return value
 
 

@@ -189,7 +189,8 @@ def markdown(
         ]
         if unlike:
             parts.append(" ".join([*unlike, "There train and valid do not compare."]))
-    parts += ["## Recall of each grade", _recall(found)]
+    if found:
+        parts += ["## Recall of each grade", _recall(found)]
     if any(values["endpoints"] for values in found.values()):
         parts += ["## Endpoints", _endpoints(found)]
         parts.append(
@@ -215,7 +216,9 @@ def markdown(
 
 def constant(found: Mapping[str, Figures]) -> list[str]:
     """A sentence where a model gives one grade to all photographs of valid, or of the split that was scored alone."""
-    split = "valid" if "valid" in found else next(iter(found))
+    split = "valid" if "valid" in found else next(iter(found), None)
+    if split is None:
+        return []
     matrix = found[split]["confusion_matrix"]
     given = [grade for grade, column in enumerate(zip(*matrix, strict=True)) if sum(column)]
     # Of photographs of two grades that were scored alone, a sound model may give them all the same one.

@@ -35,9 +35,8 @@ from fastddr.errors import UserError
 from fastddr.evaluation import grading
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import card, flags, formats, restore
-from fastddr.inference.deployed import Deployed
 from fastddr.inference.flags import Export
-from fastddr.inference.formats import Run
+from fastddr.inference.formats import Deployed, Run
 from fastddr.inference.restore import Restored
 from fastddr.loaders import canvases
 from fastddr.loaders.run import task

@@ -16,7 +16,7 @@ from tests_support import ROOT
 # A process that forks one child for each moment of a run at which the disk changes, and kills it just there. It
 # has no threads of its own, and the children need not import anything again.
 SCRIPT = """
-import builtins, io, os, shutil, signal, sys
+import io, os, shutil, signal, sys
 from pathlib import Path
 from fastddr.data import crop, layouts, prepare, sheet, survey
 from fastddr.errors import UserError

@@ -68,26 +68,29 @@ def _main(arguments: list[str] | None) -> int:
         from fastddr import train
 
         return train.main(rest, prog="fastddr train")
+    if verb not in VERBS:
+        print(f"fastddr: there is no verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
+        return EXIT_USER_ERROR
     if verb in INTO_FILES:
         to_nobody()
-    if verb in LATER:
-        from fastddr.cli import answered
-        from fastddr.inference import flags
+    from fastddr.cli import answered
 
-        def work() -> int:
-            asked = flags.parse(verb, rest)
-            with no_collector():
-                module = importlib.import_module(f"fastddr.inference.{verb}")
-            code: int = module.main(asked)
-            return code
+    return answered(lambda: _work(verb, rest))
 
-        return answered(work)
-    if verb in VERBS:
+
+def _work(verb: str, arguments: list[str]) -> int:
+    if verb not in LATER:
         from fastddr import verbs
 
-        return verbs.main(verb, rest)
-    print(f"fastddr: there is no verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
-    return EXIT_USER_ERROR
+        return verbs.main(verb, arguments)
+    from fastddr import cli
+    from fastddr.inference import flags
+
+    asked = cli.flags(getattr(flags, verb.capitalize()), arguments, f"fastddr {verb}")
+    with no_collector():
+        module = importlib.import_module(f"fastddr.inference.{verb}")
+    code: int = module.main(asked)
+    return code
 
 
 if __name__ == "__main__":

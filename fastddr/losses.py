@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fastddr.config import Config
@@ -15,7 +15,7 @@ NAMES = ("cross_entropy", "mse")
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
-    """Mean cross-entropy in nats over the valid photographs of a batch, with label smoothing and class weights.
+    """Mean cross-entropy in nats over the photographs of a batch, with label smoothing and class weights.
 
     `label_smoothing` is the share of the target that is spread evenly over all grades: Szegedy et al.,
     "Rethinking the Inception Architecture" (2016), section 7. `weight` (classes) multiplies each grade's part of the
@@ -24,56 +24,28 @@ class CrossEntropy(nn.CrossEntropyLoss):
     """
 
     def forward(
-        self,
-        logits: Float[Tensor, "b classes"],
-        grades: Int[Tensor, " b"] | Float[Tensor, "b classes"],
-        valid: Bool[Tensor, " b"] | None = None,
+        self, logits: Float[Tensor, "b classes"], grades: Int[Tensor, " b"] | Float[Tensor, "b classes"]
     ) -> Float[Tensor, ""]:
-        """One float32 number. Without `valid` all count; a batch of padding alone has the loss 0, not NaN.
-
-        `grades` are numbers of classes, or where photographs were mixed the share of each class, of any float dtype.
-        """
-        soft = grades.is_floating_point()
-        grades = grades.float() if soft else grades.long()
-        if self.weight is not None:
-            each = F.cross_entropy(
-                logits.float(), grades, self.weight, reduction="none", label_smoothing=self.label_smoothing
-            )
-            return each.mean() if valid is None else each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
-        if valid is None:
+        """One float32 number. `grades` are numbers of classes, or where photographs were mixed the share of each class,
+        of any float dtype."""
+        grades = grades.float() if grades.is_floating_point() else grades.long()
+        if self.weight is None:
             return super().forward(logits.float(), grades)
-        if soft:
-            each = F.cross_entropy(logits.float(), grades, reduction="none", label_smoothing=self.label_smoothing)
-            return each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
-        # A masked sum keeps every shape fixed and asks the device nothing.
-        targets = grades.masked_fill(~valid, self.ignore_index)
-        total = F.cross_entropy(
-            logits.float(),
-            targets,
-            reduction="sum",
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-        )
-        return total / valid.sum().clamp(min=1)
+        return F.cross_entropy(
+            logits.float(), grades, self.weight, reduction="none", label_smoothing=self.label_smoothing
+        ).mean()
 
 
 class MeanSquare(nn.Module):
-    """Mean squared distance of one value a photograph to its grade, over the valid photographs of a batch."""
+    """Mean squared distance of one value a photograph to its grade."""
 
     def forward(
-        self,
-        values: Float[Tensor, "b 1"],
-        grades: Int[Tensor, " b"] | Float[Tensor, "b classes"],
-        valid: Bool[Tensor, " b"] | None = None,
+        self, values: Float[Tensor, "b 1"], grades: Int[Tensor, " b"] | Float[Tensor, "b classes"]
     ) -> Float[Tensor, ""]:
-        """One float32 number. Without `valid` all count; a batch of padding alone has the loss 0, not NaN.
-
-        Where `grades` are shares of grades, the target is their mean.
-        """
+        """One float32 number. Where `grades` are shares of grades, the target is their mean."""
         if grades.is_floating_point():
             grades = grades.float() @ torch.arange(grades.shape[1], dtype=torch.float32, device=grades.device)
-        each = (values[:, 0].float() - grades.float()).square()
-        return each.mean() if valid is None else each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+        return (values[:, 0].float() - grades.float()).square().mean()
 
 
 def class_weights(kind: str, grades: Int[np.ndarray, " n"], classes: int, beta: float = 0.999) -> Float[Tensor, " C"]:
@@ -100,8 +72,8 @@ def from_config(config: Config, grades: Int[np.ndarray, " n"], device: torch.dev
 def build(
     name: str = "cross_entropy", *, label_smoothing: float = 0.0, weight: Float[Tensor, " classes"] | None = None
 ) -> nn.Module:
-    """A module that takes logits (b, classes), grades (b) or shares of them (b, classes), and optionally valid (b) to
-    one float32 number; of `mse` the first are values (b, 1).
+    """A module that takes logits (b, classes) and grades (b), or shares of them (b, classes), to one float32 number; of
+    `mse` the first are values (b, 1).
 
     Raises UserError for an unknown loss and for a label smoothing that is not in [0, 1).
     """

@@ -23,7 +23,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from fastddr import control_groups
-from fastddr.errors import UserError
+from fastddr.errors import UserError, unusable
 
 T = TypeVar("T")
 
@@ -150,6 +150,32 @@ def gather(items: list[T]) -> list[T]:
     join()
     found: list[T] = gather_object(items)
     return found
+
+
+def tried(do: Callable[[], T]) -> tuple[list[T], str]:
+    """What `do` makes, alone in a list; or the sentence of its `UserError`, or `OSError` as one, for other ranks."""
+    try:
+        return [do()], ""
+    except UserError as error:
+        return [], str(error)
+    except BrokenPipeError:  # nobody listens any more, which is no place
+        raise
+    except OSError as error:
+        return [], unusable(error) or f"{error}; give a place that can be used."
+
+
+def on_all(do: Callable[[], T]) -> T:
+    """What each rank makes of `do`; what a user can mend on one of them is raised on all. Called by all."""
+    made, said = tried(do)
+    if told := next(filter(None, gather([said])), ""):
+        raise UserError(told)
+    return made[0]
+
+
+def from_first(do: Callable[[], T]) -> T:
+    """What rank 0 makes of `do`, on every rank, as is what a user can mend there. Called by all."""
+    made = on_all(lambda: [do()] if rank() == 0 else [])
+    return gather(made)[0]
 
 
 def agree(what: Callable[[], str], otherwise: str) -> None:

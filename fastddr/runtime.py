@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastddr import alone, ranks
 from fastddr.config import Config
-from fastddr.errors import UserError, unusable
+from fastddr.errors import UserError
 
 T = TypeVar("T")
 
@@ -137,29 +137,18 @@ def agree_on_precision(
     return min(found, key=lambda choice: ("fp32", "fp16", "bf16").index(choice[0]))
 
 
-def check_card(capability: tuple[int, int], card: str, built_for: Sequence[str]) -> None:
-    """Raise `UserError` for a card that is older than all that PyTorch was built for.
-
-    Args:
-        capability: compute capability of the card.
-        card: its name.
-        built_for: as `torch.cuda.get_arch_list` has it, `sm_75` and so on.
-    """
-    known = [int(name.removeprefix("sm_")) for name in built_for if name.removeprefix("sm_").isdecimal()]
-    major, minor = capability
-    if known and 10 * major + minor < min(known):
+def card_of(device: torch.device) -> tuple[tuple[int, int], str]:
+    """A card's compute capability and name; `UserError` where it is older than all that PyTorch was built for."""
+    capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    built_for = (name.removeprefix("sm_") for name in torch.cuda.get_arch_list())  # sm_75, compute_120 and so on
+    known = [int(number) for number in built_for if number.isdecimal()]
+    if known and 10 * capability[0] + capability[1] < min(known):
         least = divmod(min(known), 10)
         raise UserError(
-            f"{card} (compute capability {major}.{minor}) is older than what this PyTorch is built for "
+            f"{card} (compute capability {capability[0]}.{capability[1]}) is older than what this PyTorch is built for "
             f'({least[0]}.{least[1]} and later); install a PyTorch for CUDA 12 (see "DALI" in the README), or train on '
             "the CPU with `accelerate launch --cpu`."
         )
-
-
-def card_of(device: torch.device) -> tuple[tuple[int, int], str]:
-    """The compute capability of a card and its name; `UserError` where PyTorch is not built for it (`check_card`)."""
-    capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    check_card(capability, card, torch.cuda.get_arch_list())
     return capability, card
 
 
@@ -241,18 +230,12 @@ def join() -> PartialState:
 
 def from_main(do: Callable[[], T]) -> T:
     """What rank 0 makes of `do`, on every rank; its `UserError`, or `OSError` as one, is raised on every rank too."""
-    said: list[Any] = [None, None]
-    if join().is_main_process:
-        try:
-            said[0] = do()
-        except UserError as error:
-            said[1] = str(error)
-        except OSError as error:  # a folder that cannot be used; the other ranks must not wait for this one
-            said[1] = unusable(error) or f"{error}; give a place that can be used."
-    broadcast_object_list(said)
-    if said[1] is not None:
-        raise UserError(said[1])
-    value: T = said[0]
+    told: list[Any] = [ranks.tried(do) if join().is_main_process else None]
+    broadcast_object_list(told)
+    made, said = told[0]
+    if said:
+        raise UserError(said)
+    value: T = made[0]
     return value
 
 

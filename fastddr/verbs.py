@@ -11,22 +11,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from fastddr import files, ranks
-from fastddr.cli import answered, flags, known
+from fastddr.cli import flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
-from fastddr.errors import UserError, unusable
 from fastddr.progress import EpochBar
 
 if TYPE_CHECKING:
     from fastddr.data.problems import Problem
-
-T = TypeVar("T")
 
 #: Exit code of `fastddr check` where the set has errors.
 EXIT_NOT_CLEAN = 1
@@ -78,15 +75,10 @@ class Check:
                 )  # fmt: skip
             return seen, exclude
 
-        seen, exclude = _on_all(take)
-        fingerprints = ranks.gather([seen.fingerprint])
-        if len(set(fingerprints)) > 1:
-            raise UserError(f"{seen.root}: the ranks see different photographs here; give all of them the same.")
-        # Rank 0's list: were each rank to cut its own, lists that differ would leave photographs to nobody.
-        mine = ranks.share(ranks.gather(seen.undecoded() if main else []))
-        with EpochBar(console, "decoding each photograph", len(mine), quiet=not main) as bar:
-            found = seen.decode(mine, ranks.cores(), lambda done, _: bar.update(done), keep=main)
-        seen.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
+        seen, exclude = ranks.on_all(take)
+        seen.agree()
+        with EpochBar(console, "decoding each photograph", quiet=not main) as bar:
+            seen.decode_shared(lambda done, total: bar.update(done, total=total))
         listed = seen.problems()
         bad = problems.errors(listed)
         if main:
@@ -149,7 +141,7 @@ class Prepare:
         from fastddr.data import crop, prepare, problems
 
         named = self.exclude
-        exclude = _on_all(lambda: problems.read_list(named)) if named else frozenset()
+        exclude = ranks.on_all(lambda: problems.read_list(named)) if named else frozenset()
         main = ranks.rank() == 0
         with EpochBar(Console(stderr=True), "preparing photographs", quiet=not main) as bar:
             found = prepare.run(
@@ -260,33 +252,13 @@ class Plan:
         return questions.run(self, list(flags))
 
 
-def _on_all(do: Callable[[], T]) -> T:
-    """What each rank makes of `do`; what a user can mend on one of them is raised on all, that none wait for it."""
-    found, said = [], ""
-    try:
-        found = [do()]
-    except UserError as error:
-        said = str(error)
-    except OSError as error:
-        if (told := unusable(error)) is None:
-            raise
-        said = told
-    if told := next(filter(None, ranks.gather([said])), ""):
-        raise UserError(told)
-    return found[0]
-
-
 VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
     """Run one of `VERBS`, or `plan`; its exit code."""
-
-    def work() -> int:
-        if verb == "plan":
-            plan, training = known(Plan, arguments, "fastddr plan")
-            return plan.run(training)
-        make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
-        return flags(make, arguments, f"fastddr {verb}").run()
-
-    return answered(work)
+    if verb == "plan":
+        plan, training = known(Plan, arguments, "fastddr plan")
+        return plan.run(training)
+    make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
+    return flags(make, arguments, f"fastddr {verb}").run()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from platformdirs import user_cache_dir
 
+from fastddr import files
 from fastddr.errors import UserError
 
 #: Of the records. Raise it with every change of what they say: older ones are then made anew.
@@ -67,16 +67,8 @@ def keep(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; nothing is left beside it.
     """
-    # With the machine in its name: several may share a cache, and have processes of one number.
-    beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(beside, path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.put(path, text.encode("utf-8", "surrogateescape"))
 
 
 def share(handle: int, like: os.stat_result) -> None:

@@ -1,13 +1,12 @@
 """One photograph cropped to the disc of the retina, padded with black to a square and resized: what `prepare` writes.
 
 It is written beside, under a hidden name that no layout takes for a photograph, and renamed. Its line in the journal
-comes before the renaming: a file of that name and size is then whole, and what was written is always listed.
+comes before that: a file of that name and size is then whole, and what was written is always listed.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastddr import files
 from fastddr.data import photograph
 from fastddr.data.disc import Disc, find_disc, square
 from fastddr.data.photograph import BadPhotograph
@@ -199,23 +199,12 @@ def _encoded(image: Image.Image, format: Format) -> bytes:
 
 
 def _write(target: str, content: bytes, row: Row, journal: str) -> None:
-    folder, name = os.path.split(target)
-    os.makedirs(folder, exist_ok=True)
-    # Not the name itself: with an ending more it may be too long. A process that was killed leaves its own behind.
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-    part = os.path.join(folder, f".{digest}.{os.getpid()}{PART}")
-    try:
-        with open(part, "wb") as stream:
-            stream.write(content)
-        if os.path.lexists(target):
-            # The journal's new line must not hold for an old file that happens to be as large.
-            os.unlink(target)
-        append(journal, row)
-        os.replace(part, target)
-    except OSError:
-        if os.path.lexists(part):
-            os.unlink(part)
-        raise
+    place = Path(target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # The journal's new line must not hold for an old file that happens to be as large.
+    place.unlink(missing_ok=True)
+    append(journal, row)
+    files.put(place, content, ending=PART)
 
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:

@@ -122,23 +122,20 @@ def make(
     folder = cache.folder() / "masters" / f"v{recipe.version}-{recipe.size}-{recipe.format}"
     # Each machine needs all of them: which photographs fall to a rank is not known here.
     mine = list(files[ranks.local_rank() :: ranks.local_world()])
-    found: list[Made | str] = []
-    try:
+
+    def made() -> list[Made]:
         folder.mkdir(parents=True, exist_ok=True)
+        found: list[Made] = []
         for one in _made(mine, folder, recipe):
             found.append(one)
             if on_progress is not None:
                 on_progress(len(found), len(mine))
-    except OSError as error:
-        found.append(str(crop.cannot_write(error.filename or folder, error)))
-    except UserError as error:  # the other ranks must not wait for this one
-        found.append(str(error))
-    everywhere = ranks.gather([(ranks.machine(), one) for one in found])
-    if said := next((one for _, one in everywhere if isinstance(one, str)), None):
-        raise UserError(said)
+        return found
+
+    everywhere = ranks.gather([(ranks.machine(), one) for one in ranks.on_all(made)])
     # Each machine's own last: its cache may lie elsewhere.
     everywhere.sort(key=lambda there: there[0] == ranks.machine())
-    return {one.file: one for _, one in everywhere if isinstance(one, Made)}
+    return {one.file: one for _, one in everywhere}
 
 
 def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -195,6 +196,16 @@ def upright(file: str) -> Image.Image:
     """A photograph as upright RGB, decoded by Pillow. What it raises is Pillow's, one of `DAMAGED`."""
     with Image.open(file) as image:
         return turned(image)
+
+
+def small(file: Path, side: int) -> Image.Image | None:
+    """A photograph as upright RGB, to be shrunk to `side` pixels; None where it cannot be opened."""
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode at a fraction of the size
+            return turned(image)
+    except DAMAGED:
+        return None
 
 
 def turned(image: Image.Image) -> Image.Image:

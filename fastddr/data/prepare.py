@@ -17,12 +17,12 @@ on the number of processes, on kills, or on the day.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fastddr import files, ranks
 from fastddr.config import SplitConfig
@@ -45,7 +45,6 @@ _INNER = "photographs/"
 _A_WORKER = 64
 #: Faults of a whole set and not of a photograph: no reason to leave one out here, where nothing is trained.
 _LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,39 +96,24 @@ def run(
     """
     main = _Main(data, Path(out), recipe or Recipe(), exclude, on_bad, follow_links, sheet)
     try:
-        root, place, jobs = _on_first(main.begin, out)
+        root, place, jobs = ranks.from_first(main.begin)
         mine = ranks.share(jobs)
-        found: list[Result | str] = []
-        try:
+
+        def make() -> list[Result]:
+            found: list[Result] = []
             with _results(mine, root, place, main.recipe, workers) as results:
                 for result in results:
                     found.append(result)
                     if on_progress:
                         on_progress(len(found), len(mine))
-        except UserError as error:  # the other ranks must not wait for this one
-            found.append(str(error))
-        found = ranks.gather(found)
-        if said := next((one for one in found if isinstance(one, str)), None):
-            raise UserError(one_line(said))
-        return _on_first(lambda: main.end([one for one in found if isinstance(one, Result)]), out)
+            return found
+
+        found = ranks.gather(ranks.on_all(make))
+        return ranks.from_first(lambda: main.end(found))
+    except UserError as error:  # the names of photographs may hold anything
+        raise UserError(one_line(error)) from None
     finally:
         main.close()
-
-
-def _on_first(do: Callable[[], T], out: Path) -> T:
-    """What rank 0 makes of `do`, on every rank; what a user can mend is raised on every rank too."""
-    said: list[Any] = []
-    if ranks.rank() == 0:
-        try:
-            said = [("", do())]
-        except UserError as error:
-            said = [(str(error), None)]
-        except OSError as error:
-            said = [(str(crop.cannot_write(error.filename2 or error.filename or out, error)), None)]
-    (text, found), *_ = ranks.gather(said)
-    if text:
-        raise UserError(one_line(text))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ the work

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastddr import ranks, runtime
+from fastddr import runtime
 from fastddr.config import Config
 from fastddr.data import manifest, problems, survey, synthetic
 from fastddr.data.survey import Survey
-from fastddr.errors import UserError
 from fastddr.progress import EpochBar
 
 
@@ -22,7 +21,7 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
     before the first step and not in the last epoch. `trains`: as `manifest.of`.
 
     Raises:
-        UserError: on every rank, what is wrong with the data; or that a rank sees others than rank 0 does.
+        UserError: on every rank, what is wrong with the data; or that the ranks see different ones.
     """
 
     def take() -> Survey:
@@ -40,18 +39,8 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
             )
 
     # Rank 0 goes first: the others then find the synthetic set made and the headers cached.
-    seen: Survey | None = None
-
-    def take_on_main() -> str:
-        nonlocal seen
-        seen = take()
-        return seen.fingerprint
-
-    fingerprint = runtime.from_main(take_on_main)
-    if seen is None:
-        seen = take()
-    if seen.fingerprint != fingerprint:
-        raise UserError(f"{seen.root}: the photographs here are not those that rank 0 sees; give all ranks the same.")
+    seen = runtime.on_main(take) or take()
+    seen.agree()
     if config.check == "full":
         decode(seen, console)
     # Each machine has a cache of its own; what is known must be the same on all ranks.
@@ -68,17 +57,14 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
 
 def decode(seen: Survey, console: Console) -> None:
     """Decode what no rank 0 of an earlier start has decoded, each rank its part, and remember what was found."""
-    paths = runtime.from_main(seen.undecoded)
-    if not paths:
-        return
     began = time.perf_counter()
-    mine = ranks.share(paths)
-    with EpochBar(console, "decoding each photograph once", len(mine)) as bar:
-        found = seen.decode(mine, ranks.cores(), lambda done, _: bar.update(done), keep=ranks.rank() == 0)
-    lost = seen.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
+    with EpochBar(console, "decoding each photograph once") as bar:
+        count, lost = seen.decode_shared(lambda done, total: bar.update(done, total=total))
+    if not count:
+        return
     seconds = time.perf_counter() - began
     kept = "which is remembered" if lost is None else f"and again at the next start ({lost}; set FASTDDR_CACHE)"
-    console.print(f"  checked: {len(paths):,} photographs decoded in {seconds:.1f} s, {kept}")
+    console.print(f"  checked: {count:,} photographs decoded in {seconds:.1f} s, {kept}")
 
 
 def _synthetic(config: Config, console: Console) -> Path:

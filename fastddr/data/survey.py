@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastddr import ranks
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
 from fastddr.data import cache, layouts, photograph, splits, workers
@@ -168,6 +169,24 @@ class Survey:
                     pause = max(_SAVE_EVERY, _SAVE_RARELY * (saved - began))
         self.learn(found, keep=keep)
         return found
+
+    def agree(self) -> None:
+        """Raise `UserError` on all ranks where they see different photographs; called by all."""
+        told = f"{self.root}: the ranks see different photographs here; give all of them the same."
+        ranks.agree(lambda: self.fingerprint, told)
+
+    def decode_shared(self, on_progress: Progress) -> tuple[int, str | None]:
+        """Decode what is not, each rank its part, and take it over on all; called by all.
+
+        How many photographs that were; and why what was found could not be kept for the next start, if so.
+        """
+        main = ranks.rank() == 0
+        # Rank 0's list: were each rank to cut its own, lists that differ would leave photographs to nobody.
+        paths = ranks.gather(self.undecoded() if main else [])
+        if not paths:
+            return 0, None
+        found = self.decode(ranks.share(paths), ranks.cores(), on_progress, keep=main)
+        return len(paths), self.learn(dict(ranks.gather(list(found.items()))), keep=ranks.local_rank() == 0)
 
     def _decoded(self, path: str) -> Record:
         record = self.records[path]

@@ -62,7 +62,6 @@ def intervals(
     point: Mapping[str, Any],
     *,
     patients: Sequence[str] | None = None,
-    seed: int = 0,
     drawn: Sampled | None = None,
 ) -> dict[str, Any]:
     """95 % intervals `[low, high]` in the shape of the figures `point` (`metrics.figures` of the same photographs).
@@ -76,7 +75,7 @@ def intervals(
         drawn: what `sampled` made of the same, where it is there already.
     """
     groups = _groups(patients, len(grades))
-    drawn = sampled(logits, grades, patients=patients, seed=seed) if drawn is None else drawn
+    drawn = sampled(logits, grades, patients=patients) if drawn is None else drawn
     found = _interval_of(point, drawn)
     truth, predicted = grades.detach().cpu().numpy(), logits.detach().cpu().argmax(1).numpy()
 
@@ -104,11 +103,7 @@ def intervals(
 
 
 def sampled(
-    logits: Float[Tensor, "n C"],
-    grades: Int[Tensor, " n"],
-    *,
-    patients: Sequence[str] | None = None,
-    seed: int = 0,
+    logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], *, patients: Sequence[str] | None = None
 ) -> Sampled:
     """Each figure of each sample, (b,), in the shape of the figures; for every model the photographs of a sample are
     the same."""
@@ -116,7 +111,7 @@ def sampled(
     model = _Weighed(logits.detach().cpu().double(), truth)
     few = any(patients or ()) and len(np.unique(groups)) < FEWEST
     # Of few patients one sample, for the shape alone.
-    blocks = [model.figures(counts) for counts in _counts(groups, 1 if few else samples(len(truth)), seed)]
+    blocks = [model.figures(counts) for counts in _counts(groups, 1 if few else samples(len(truth)))]
     drawn = _joined(blocks, np.concatenate)
     return _joined([drawn], lambda values: np.full_like(values[0], np.nan)) if few else drawn
 
@@ -238,9 +233,9 @@ def samples(n: int) -> int:
     return int(np.clip(SAMPLES * FEW // max(n, 1), LEAST, SAMPLES))
 
 
-def _counts(groups: Int[np.ndarray, " n"], total: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:
+def _counts(groups: Int[np.ndarray, " n"], total: int) -> Iterator[Float[np.ndarray, "b n"]]:
     """How often each photograph is in each sample, as often as its patient; a block of samples at a time."""
-    rng = np.random.Generator(np.random.Philox(seed))
+    rng = np.random.Generator(np.random.Philox(0))
     patients = int(groups.max(initial=-1)) + 1
     rows = max(1, _BLOCK // max(len(groups), 1))
     for start in range(0, total, rows):

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-#: The range in which a temperature is looked for.
-LOWEST, HIGHEST = 0.05, 20.0
 
-
-def temperature(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> float:
-    """The T > 0 for which softmax(logits / T) has the least cross-entropy; within `LOWEST` and `HIGHEST`.
+def temperature(
+    logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], lowest: float = 0.05, highest: float = 20.0
+) -> float:
+    """The T for which softmax(logits / T) has the least cross-entropy; within `lowest` and `highest`, above 0.
 
     Above 1 the model was too sure of itself. Fit it on valid, use it on test. Raises ValueError without photographs.
     """
@@ -27,7 +26,5 @@ def temperature(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> floa
     def loss(log_t: float) -> float:
         return float(torch.nn.functional.cross_entropy(logits / math.exp(log_t), grades))
 
-    found = minimize_scalar(
-        loss, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-5}
-    )
-    return float(math.exp(found.x))
+    bounds = (math.log(lowest), math.log(highest))
+    return float(math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-5}).x))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastddr.config import Config
 from fastddr.data.grades import ICDR
+from fastddr.evaluation.calibration import temperature
 from fastddr.evaluation.metrics import MEANS, SplitResult
 
 #: Range of the spread: below it a neighbouring grade has less than 1e-21, above it all grades are as likely.
@@ -122,19 +123,12 @@ def fit(values: Float[Tensor, " n"], grades: Int[Tensor, " n"], classes: int = l
     Rounding stays where nothing is better, and where all photographs have one grade. A grade that no photograph should
     get has its two thresholds between the same two values.
     """
-    # As scikit-learn in `ranking`: not before there is something to fit.
-    from scipy.optimize import minimize_scalar
-
     x, y = values.double().cpu().numpy(), grades.cpu().numpy()
     rounding = Grading(tuple(grade + 0.5 for grade in range(classes - 1)))
     grading = replace(rounding, thresholds=_thresholds(x, y, rounding.thresholds))
-    plain, truth = grading.logits(values.cpu().float()[:, None]).double(), grades.cpu().long()
-
-    def loss(log_sigma: float) -> float:
-        return float(torch.nn.functional.cross_entropy(plain / np.exp(2 * log_sigma), truth))
-
-    found = minimize_scalar(loss, bounds=np.log(_SIGMA), method="bounded", options={"xatol": 1e-4})
-    return replace(grading, sigma=float(np.exp(found.x)))
+    # The square of the spread divides the logits, as a temperature does.
+    sigma2 = temperature(grading.logits(values.cpu().float()[:, None]), grades, *(bound**2 for bound in _SIGMA))
+    return replace(grading, sigma=sigma2**0.5)
 
 
 def _thresholds(x: Float[np.ndarray, " n"], y: Int[np.ndarray, " n"], start: tuple[float, ...]) -> tuple[float, ...]:

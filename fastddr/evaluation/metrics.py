@@ -53,12 +53,6 @@ class SplitResult:
     patients: Sequence[str] | None = None
     """Of each photograph, "" where not known; None where none is."""
 
-    def __post_init__(self) -> None:
-        patients = self.paths if self.patients is None else self.patients
-        sizes = {len(self.logits), len(self.grades), len(self.ids), len(self.paths), len(patients)}
-        if len(sizes) != 1:
-            raise ValueError(f"logits, grades, ids, paths and patients differ in length: {sorted(sizes)}")
-
 
 def figures(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, Any]:
     """All figures of one split but their intervals, ready for JSON.
@@ -113,7 +107,6 @@ def headline(values: Mapping[str, Any]) -> tuple[str, ...]:
 def confidence(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict[str, float | None]:
     """Those of `figures` that another temperature changes: `loss` and `ece`; None of no photographs."""
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
-    _check(logits, grades)
     if not len(grades):
         return {"loss": None, "ece": None}
     # torchmetrics' has a bin more, of probabilities that are 1 in float32.
@@ -185,7 +178,6 @@ def reliability(logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"]) -> dict
     The last two are means over the bin, None where it is empty.
     """
     logits, grades = logits.detach().cpu().double(), grades.detach().cpu().long()
-    _check(logits, grades)
     confidence, predicted = (value.numpy() for value in logits.softmax(1).max(1))
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(bins, minlength=BINS)

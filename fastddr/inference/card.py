@@ -16,7 +16,7 @@ from fastddr.data.crop import Recipe
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.problems import in_markdown
 from fastddr.errors import UserError
-from fastddr.inference.deployed import Deployed
+from fastddr.inference.formats import Deployed
 from fastddr.inference.restore import Restored
 from fastddr.reporting import tables
 

@@ -1,9 +1,13 @@
-"""`fastddr compare RUN RUN ...`: runs side by side on the same photographs, and how sure their differences are."""
+"""`fastddr compare RUN RUN ...`: runs side by side on the same photographs, and how sure their differences are; and how
+much those of them differ that have another training seed alone."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastddr import files
-from fastddr.cli import answered
+from fastddr.config import flatten, may_change
+from fastddr.config.strict import read_yaml
 from fastddr.data import output
 from fastddr.errors import UserError
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.inference import seeds
 from fastddr.inference.flags import Compare
 from fastddr.progress import EpochBar
 from fastddr.reporting import again, tables
@@ -28,6 +32,10 @@ from fastddr.reporting import again, tables
 _FITTED = ("valid", "valid_last", "all")
 #: Of the legend; by it a table is known again.
 _BOOTSTRAP = "those of differences by a paired bootstrap"
+#: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
+_OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
+#: Facts of a report that say how it scored, which an evaluation may do otherwise than its run.
+_SCORED = ("Window", "Precision", "Fingerprint of the data")
 #: What is compared: label, place in the figures, and whether it is read in per cent.
 COLUMNS = (
     ("accuracy", ("accuracy",), True),
@@ -50,7 +58,7 @@ class Compared:
     ci: dict[str, Any]
     differences: dict[str, Any] | None
     recipe: tuple[str, int] | None = None
-    """All but the seed, and the seed (`seeds.recipe`)."""
+    """All but the seed, and the seed (`recipe`)."""
 
 
 def compare(asked: Compare) -> list[Compared]:
@@ -87,8 +95,8 @@ def compare(asked: Compare) -> list[Compared]:
             ci = bootstrap.intervals(logits, grades, values, patients=patients, drawn=drawn)
             differences = None if first is None else bootstrap.differences(first, drawn)
             first = drawn if first is None else first
-            recipe = seeds.recipe(place, split.weights, report.about["facts"])
-            compared.append(Compared(name, split.weights, values, ci, differences, recipe))
+            known_as = recipe(place, split.weights, report.about["facts"])
+            compared.append(Compared(name, split.weights, values, ci, differences, known_as))
             bar.update(len(compared), total=len(splits))
     return compared
 
@@ -185,13 +193,13 @@ def table(compared: Sequence[Compared]) -> list[list[str]]:
         body.append([f"{one.name} − {compared[0].name}", *cells])
     for group in _seeds(compared):
         label = f"mean ± SD of {', '.join(one.name for one in group)}"
-        body.append([label, *(_mean(seeds.spread([tables.at(one.found, keys) for one in group]), pct)
+        body.append([label, *(_mean(spread([tables.at(one.found, keys) for one in group]), pct)
                               for _, keys, pct in COLUMNS)])  # fmt: skip
     return body
 
 
 def _seeds(compared: Sequence[Compared]) -> list[list[Compared]]:
-    return [[compared[place] for place in group] for group in seeds.groups([one.recipe for one in compared])]
+    return [[compared[place] for place in group] for group in groups([one.recipe for one in compared])]
 
 
 def _mean(spread: tuple[float, float] | None, per_cent: bool) -> str:
@@ -245,7 +253,7 @@ def as_json(compared: Sequence[Compared], split: str) -> dict[str, Any]:
             "runs": [one.name for one in group],
             "seeds": [one.recipe[1] for one in group if one.recipe is not None],
             "mean_and_sd": {
-                ".".join(keys): seeds.spread([tables.at(one.found, keys) for one in group]) for _, keys, _ in COLUMNS
+                ".".join(keys): spread([tables.at(one.found, keys) for one in group]) for _, keys, _ in COLUMNS
             },
         }
         for group in _seeds(compared)
@@ -269,20 +277,59 @@ def show(compared: Sequence[Compared], body: Sequence[Sequence[str]], split: str
     console.print(f"\n{legend(compared, split)}", style="dim")
 
 
+# ------------------------------------------------------------------------------------------------ seeds
+
+
+def recipe(place: Path, weights: str, facts: Mapping[str, Any]) -> tuple[str, int] | None:
+    """What a run trained, its photographs, which of its weights were scored and how, as a sum; and its seed.
+
+    None where the folder of the run is not there, as of a report that was copied alone.
+
+    Args:
+        place: the folder of a run, of its report, or of an evaluation.
+        weights: what they are called; their step is no part of the recipe.
+        facts: of the report (`reporting.facts`).
+
+    Raises:
+        UserError: its config.yaml is broken.
+    """
+    run = next((folder for folder in (place, *place.resolve().parents[:2]) if (folder / "config.yaml").is_file()), None)
+    if run is None or not (run / "manifest.csv").is_file():
+        return None
+    settings = flatten(read_yaml(run / "config.yaml"))
+    seed = settings.pop("seed", None)
+    kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE and not may_change(key)}
+    photographs = hashlib.sha256((run / "manifest.csv").read_bytes()).hexdigest()
+    scored = [re.sub(r" \(.*?\)", "", weights), *(facts.get(label) for label in _SCORED)]
+    text = json.dumps([kept, photographs, scored], sort_keys=True, default=str)
+    return None if not isinstance(seed, int) else (hashlib.sha256(text.encode()).hexdigest(), seed)
+
+
+def groups(recipes: Sequence[tuple[str, int] | None]) -> list[list[int]]:
+    """Places of runs that have one recipe and each another seed, two or more; of a seed that comes again the first."""
+    found: dict[str, dict[int, int]] = {}
+    for place, known in enumerate(recipes):
+        if known is not None:
+            found.setdefault(known[0], {}).setdefault(known[1], place)
+    return [list(seeds.values()) for seeds in found.values() if len(seeds) > 1]
+
+
+def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation (n − 1) over seeds; None where a run has no such figure."""
+    known = [value for value in values if value is not None]
+    return (statistics.fmean(known), statistics.stdev(known)) if len(known) == len(values) else None
+
+
 def main(asked: Compare) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        compared = compare(asked)
-        body = table(compared)
-        if asked.out is not None:
-            if asked.out.suffix == ".json":
-                text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
-            else:
-                text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-            # A link stays one.
-            output.put(asked.out.resolve(), text.encode(), partial(_refuse_others, asked.out))
-        show(compared, body, asked.split)
-        return 0
-
-    return answered(work)
+    compared = compare(asked)
+    body = table(compared)
+    if asked.out is not None:
+        if asked.out.suffix == ".json":
+            text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
+        else:
+            text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
+        # A link stays one.
+        output.put(asked.out.resolve(), text.encode(), partial(_refuse_others, asked.out))
+    show(compared, body, asked.split)
+    return 0

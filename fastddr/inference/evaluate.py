@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -11,25 +11,21 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from fastddr import ranks, reporting, runtime
-from fastddr.cli import answered
+from fastddr import reporting, runtime
 from fastddr.config import Config
 from fastddr.data import manifest, masters, source
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.evaluate import score
-from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.evaluation.metrics import figures
 from fastddr.inference import restore
 from fastddr.inference.flags import Evaluate
 from fastddr.loaders.run import scoring
-from fastddr.progress import terminal
 from fastddr.reporting import again, tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import RunFolder, claim
-from fastddr.runtime import Runtime
 
 
 def settings(asked: Evaluate) -> Config:
@@ -63,11 +59,8 @@ def evaluate(asked: Evaluate) -> Path | None:
     Raises:
         UserError: the run, its data or its weights cannot be used.
     """
-    config, state = settings(asked), runtime.join()
-    console = terminal(quiet=not state.is_main_process)
-    began = runtime.start(config, precision_of=restore.why_precision(asked, config))
-    restore.say_where(began, console)
-    restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
+    config = settings(asked)
+    began, restored, console = restore.begin(asked, config)
     run = restored.run
     found = source.open_data(config, console, trains=asked.data is None)
     if asked.data is None and found.fingerprint != restored.fingerprint:
@@ -83,13 +76,10 @@ def evaluate(asked: Evaluate) -> Path | None:
     weights = restored.weights + views.told(config.evaluation.tta)
     weights += ", nine windows averaged" if config.evaluation.field == "multi" else ""
     ids = _ids(found, asked.split)
-    loader = scoring(config, found, began, ids, lambda line: console.print(f"  {line}"))
-    try:
+    with closing(scoring(config, found, began, ids, lambda line: console.print(f"  {line}"))) as loader:
         result = score(
             began.accelerator, restored.averaged, loader, paths=found.path, weights=weights, patients=found.patients
         )
-    finally:
-        loader.close()
     restore.check_finite(result, began.precision)
     # The loader takes the window of the size that a photograph had.
     if changed := runtime.from_main(lambda: found.changed(ids)):
@@ -99,45 +89,14 @@ def evaluate(asked: Evaluate) -> Path | None:
         )
     if not began.is_main:
         return None
-    by: dict[str, Any] = {"precision": began.precision, "loader": loader.name}  # what was left to `auto`, too
-    config = replace(config, **by)
-    return _write(asked, config, run, found, began, result, restored, prepared, temperature, console)
-
-
-def _ids(found: Manifest, split: str) -> np.ndarray:
-    """Ids of a split, or of all.
-
-    Raises:
-        UserError: there are none.
-    """
-    there = [name for name in manifest.SPLITS if found.has(name)]
-    if not there or (split != "all" and split not in there):
-        where = f"its gradable photographs are in {' and '.join(there)} alone" if there else "nor in any other"
-        raise UserError(f"--split {split}: {found.root} has no gradable photograph in it, {where}; give --split all.")
-    return found.ids(split) if split != "all" else np.sort(np.concatenate([found.ids(name) for name in there]))
-
-
-def _write(
-    asked: Evaluate,
-    config: Config,
-    run: RunFolder,
-    found: Manifest,
-    began: Runtime,
-    result: SplitResult,
-    restored: restore.Restored,
-    prepared: Sequence[str],
-    temperature: float | None,
-    console: Console,
-) -> Path:
     if not run.config.is_file():  # else its place would be made anew
         raise UserError(
             f"{run.path}: this run was moved or deleted while it was scored, so nothing was written; give the command "
             "again with its new place."
         )
-    # How it was trained is the run's; how it was scored is what was asked for.
-    trained = replace(
-        restore.stored(run.path), evaluation=config.evaluation, precision=config.precision, loader=config.loader
-    )
+    # How it was trained is the run's; how it was scored is what was asked for, or what `auto` became.
+    by: dict[str, Any] = {"precision": began.precision, "loader": loader.name}
+    trained = replace(restore.stored(run.path), evaluation=config.evaluation, **by)
     multi = ["multi"] if config.evaluation.field == "multi" else []
     tta = [] if config.evaluation.tta == "none" else [config.evaluation.tta]
     label = "-".join([asked.split, asked.weights, *tta, *multi])
@@ -160,6 +119,19 @@ def _write(
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
+
+
+def _ids(found: Manifest, split: str) -> np.ndarray:
+    """Ids of a split, or of all.
+
+    Raises:
+        UserError: there are none.
+    """
+    there = [name for name in manifest.SPLITS if found.has(name)]
+    if not there or (split != "all" and split not in there):
+        where = f"its gradable photographs are in {' and '.join(there)} alone" if there else "nor in any other"
+        raise UserError(f"--split {split}: {found.root} has no gradable photograph in it, {where}; give --split all.")
+    return found.ids(split) if split != "all" else np.sort(np.concatenate([found.ids(name) for name in there]))
 
 
 def _writable(run: RunFolder) -> None:
@@ -221,12 +193,6 @@ def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | Non
 
 def main(asked: Evaluate) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        with ranks.watched(), restore.enough_memory(asked):
-            evaluate(asked)
-            ranks.join()
-        ranks.leave()
-        return 0
-
-    return answered(work)
+    with restore.together(asked):
+        evaluate(asked)
+    return 0

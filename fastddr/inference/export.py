@@ -28,7 +28,6 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from fastddr import files, loaders, models, runtime
-from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, output, photos, source
 from fastddr.data.crop import Recipe
@@ -37,9 +36,8 @@ from fastddr.errors import UserError
 from fastddr.evaluation import grading
 from fastddr.evaluation.evaluate import score
 from fastddr.inference import card, flags, formats, restore
-from fastddr.inference.deployed import Deployed
 from fastddr.inference.flags import Export
-from fastddr.inference.formats import Run
+from fastddr.inference.formats import Deployed, Run
 from fastddr.inference.restore import Restored
 from fastddr.loaders import canvases
 from fastddr.loaders.run import task
@@ -248,9 +246,5 @@ def _umask() -> int:
 
 def main(asked: Export) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        export(asked)
-        return 0
-
-    return answered(work)
+    export(asked)
+    return 0

@@ -1,15 +1,14 @@
-"""The flags of the verbs about a run. Nothing here loads PyTorch, so that `--help` and a wrong flag answer at once."""
+"""The flags of the verbs about a run, each as its module's `main` takes them. Nothing here loads PyTorch, so that
+`--help` and a wrong flag answer at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from fastddr import cli
 from fastddr.config.sections import Field, Views
 
 Weights = Literal["best", "last"]
@@ -137,13 +136,3 @@ class Report:
     """Where the photographs lie now, for the picture of the worst mistakes; by default where they lay then."""
     vector: Literal["pdf", "svg"] | None = None
     """Draw curves and matrices in this form as well, for print."""
-
-
-_FLAGS: dict[str, Any] = {
-    "evaluate": Evaluate, "predict": Predict, "export": Export, "compare": Compare, "report": Report,
-}  # fmt: skip
-
-
-def parse(verb: str, arguments: Sequence[str]) -> Any:
-    """The flags of one of these verbs, as its module's `main` takes them; as `cli.flags`."""
-    return cli.flags(_FLAGS[verb], arguments, f"fastddr {verb}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from rich.console import Console
 from torch import Tensor
 
 from fastddr import files, ranks, runtime
-from fastddr.cli import answered
 from fastddr.config import Config
 from fastddr.data import masters, output, photos
 from fastddr.data.crop import Recipe
@@ -34,7 +34,7 @@ from fastddr.inference import restore
 from fastddr.inference.flags import Predict
 from fastddr.inference.restore import Restored
 from fastddr.loaders.run import scoring
-from fastddr.progress import EpochBar, terminal
+from fastddr.progress import EpochBar
 from fastddr.runtime import Runtime
 
 #: Exit code where some photographs could not be graded; the table says which.
@@ -65,13 +65,10 @@ def predict(asked: Predict) -> Answer:
     Raises:
         UserError: the run, its weights or the place of the table cannot be used, or there are no photographs.
     """
-    config, state = restore.settings(asked), runtime.join()
-    console = terminal(quiet=not state.is_main_process)
+    config = restore.settings(asked)
     runtime.from_main(lambda: _free(asked, config.evaluation.field))
     found = runtime.from_main(lambda: photos.find(asked.photographs))
-    began = runtime.start(config, precision_of=restore.why_precision(asked, config))
-    restore.say_where(began, console)
-    restored = restore.restore(asked.run, config, asked.weights, began.device, console.print)
+    began, restored, console = restore.begin(asked, config)
     with EpochBar(console, "looking at photographs") as bar:
         recipe = runtime.from_main(lambda: _recipe(asked, restored))
         listed, said = photos.ready(
@@ -146,7 +143,6 @@ def _logits(
     asked: Predict, config: Config, restored: Restored, began: Runtime, usable: Sequence[Photo], console: Console
 ) -> Float[Tensor, "n C"]:
     listed = photos.as_manifest(usable)
-    loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: console.print(f"  {line}"))
     done = 0
 
     def count() -> None:
@@ -154,14 +150,11 @@ def _logits(
         done += began.micro_batch_size * began.world
         bar.update(min(done // loader.task.views, len(usable)))
 
-    try:
-        with EpochBar(console, "grading", len(usable)) as bar:
-            result = score(
-                began.accelerator, restored.averaged, loader, paths=listed.path, weights=restored.weights,
-                on_batch=count,
-            )  # fmt: skip
-    finally:
-        loader.close()
+    loading = scoring(config, listed, began, np.arange(len(usable)), lambda line: console.print(f"  {line}"))
+    with closing(loading) as loader, EpochBar(console, "grading", len(usable)) as bar:
+        result = score(
+            began.accelerator, restored.averaged, loader, paths=listed.path, weights=restored.weights, on_batch=count
+        )
     restore.check_finite(result, began.precision)
     return result.logits
 
@@ -187,7 +180,6 @@ def _explain(
         folder.mkdir(parents=True, exist_ok=True)
 
     runtime.from_main(make)
-    loader = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
     done = 0
 
     def count(more: int) -> None:
@@ -211,11 +203,9 @@ def _explain(
 
         files.put(place, content.getvalue(), check=stays)
 
-    try:
-        with EpochBar(console, "explaining", len(usable)) as bar:
-            explain.write(restored.model, loader, config.augment, grades, title, keep, count)
-    finally:
-        loader.close()
+    loading = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
+    with closing(loading) as loader, EpochBar(console, "explaining", len(usable)) as bar:
+        explain.write(restored.model, loader, config.augment, grades, title, keep, count)
     ranks.meet()
     console.print(f"heat maps: {folder}")
 
@@ -277,13 +267,7 @@ def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console
 
 def main(asked: Predict) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        with ranks.watched(), restore.enough_memory(asked):
-            answer = predict(asked)
-            ranks.join()
-        ranks.leave()
-        # The launcher ends all ranks when one ends with an error; rank 0 alone tells.
-        return EXIT_SOME_BAD if answer.bad and ranks.rank() == 0 else 0
-
-    return answered(work)
+    with restore.together(asked):
+        answer = predict(asked)
+    # The launcher ends all ranks when one ends with an error; rank 0 alone tells.
+    return EXIT_SOME_BAD if answer.bad and ranks.rank() == 0 else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastddr import reporting
-from fastddr.cli import answered
 from fastddr.errors import UserError
 from fastddr.inference.flags import Report
 from fastddr.reporting import again
@@ -11,12 +10,8 @@ from fastddr.reporting import again
 
 def main(asked: Report) -> int:
     """Run the verb; its exit code."""
-
-    def work() -> int:
-        if asked.data is not None and not asked.data.is_dir():
-            raise UserError(f"--data {asked.data}: there is no such folder.")
-        folder = again.write(asked.run, asked.data, asked.vector).parent
-        reporting.summary(asked.run, tensorboard=(asked.run / "tensorboard").is_dir(), folder=folder)
-        return 0
-
-    return answered(work)
+    if asked.data is not None and not asked.data.is_dir():
+        raise UserError(f"--data {asked.data}: there is no such folder.")
+    folder = again.write(asked.run, asked.data, asked.vector).parent
+    reporting.summary(asked.run, tensorboard=(asked.run / "tensorboard").is_dir(), folder=folder)
+    return 0

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.inference.flags import Scoring, Weights
+from fastddr.progress import terminal
 from fastddr.runs import RunFolder
 
 
@@ -149,14 +150,6 @@ def why_precision(asked: Scoring, config: Config) -> str:
     return f"the run was trained in {trained}, which this device is slow or wrong in"
 
 
-def say_where(began: runtime.Runtime, console: Console) -> None:
-    """Print device, ranks and precision, with the reason for it: `accelerate launch` may have asked for another."""
-    console.print(f"  device {began.device.type}, ranks: {began.world}")
-    for decision in began.decisions:
-        if decision.startswith(("precision", "accelerate launch")):
-            console.print(f"  {decision}")
-
-
 def check_finite(result: SplitResult, precision: str) -> None:
     """Raise `UserError` where the model's output is not finite: the largest of such logits is no grade."""
     bad = ~result.logits.isfinite().all(1)
@@ -168,14 +161,36 @@ def check_finite(result: SplitResult, precision: str) -> None:
         )
 
 
-def enough_memory(asked: Scoring) -> AbstractContextManager[None]:
-    """Within it a device whose memory is too small is a `UserError` with the way out."""
+@contextmanager
+def together(asked: Scoring) -> Iterator[None]:
+    """Around the work of all ranks, which leave each other at its end.
+
+    Within it a device whose memory is too small is a `UserError` with the way out, a lost rank `RankLost`.
+    """
 
     def sentence() -> str:
         held = settings(asked).micro_batch_size
         return f"the memory here is too small for {held} photographs at once; give a smaller --batch-size than {held}."
 
-    return meters.enough_memory(sentence)
+    with ranks.watched(), meters.enough_memory(sentence):
+        yield
+        ranks.join()
+    ranks.leave()
+
+
+def begin(asked: Scoring, config: Config) -> tuple[runtime.Runtime, Restored, Console]:
+    """Where this runs, said with the reason for its precision; the model; and the terminal, where rank 0 alone speaks.
+
+    Raises:
+        UserError: as `runtime.start` and `restore`.
+    """
+    console = terminal(quiet=not runtime.join().is_main_process)
+    began = runtime.start(config, precision_of=why_precision(asked, config))
+    console.print(f"  device {began.device.type}, ranks: {began.world}")
+    for decision in began.decisions:  # `accelerate launch` may have asked for another precision
+        if decision.startswith(("precision", "accelerate launch")):
+            console.print(f"  {decision}")
+    return began, restore(asked.run, config, asked.weights, began.device, console.print), console
 
 
 def restore(

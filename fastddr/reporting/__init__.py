@@ -56,7 +56,7 @@ def write(
 ) -> Path:
     """Write RUN/report/, or another folder, and return the path of its report.md.
 
-    `splits` holds any of train, valid, test and `valid_last` (valid under the last weights). `facts` is shown
+    `splits` holds one or more of train, valid, test and `valid_last` (valid under the last weights). `facts` is shown
     in its order, label and value, and a mapping as a value in one line; `notes` are sentences. Paths of
     photographs are taken below `root` where they are relative. The curves come from RUN/metrics.jsonl, if it
     is there. `left_out` are the photographs and labels that were not used. The temperature for calibrated
@@ -94,9 +94,8 @@ def write(
     pictures["confusion_matrix.png"] = lambda kind: plots.confusion({name: found[name] for name in shown}, kind)
     pictures["roc.png"] = lambda kind: ranked.curves(shown, found, kind)
     pictures["reliability.png"] = lambda kind: plots.reliability(shown, found, temperature, kind)
-    if shown:
-        of = "test" if "test" in shown else next(iter(shown))
-        pictures["worst.png"] = lambda _: plots.worst(of, splits[of], root)
+    of = "test" if "test" in shown else next(iter(shown))
+    pictures["worst.png"] = lambda _: plots.worst(of, splits[of], root)
     title = title or Path(run_dir).resolve().name
     about = {
         "run": title,

@@ -57,10 +57,7 @@ def stored(folder: Path) -> Stored:
     splits = predictions.load(folder / predictions.FILE, about["weights"])
     last = folder / predictions.LAST_FILE
     if last.is_file():
-        under_last = predictions.load(last, about["weights"])
-        if not under_last:
-            raise UserError(f"{last}: it holds no row; score the run anew.")
-        splits[predictions.LAST] = next(iter(under_last.values()))
+        splits[predictions.LAST] = next(iter(predictions.load(last, about["weights"]).values()))
     return Stored(about, splits, _left_out(folder / "left_out.csv"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from fastddr import reporting
 from fastddr.config import Config
 from fastddr.data.manifest import SPLITS, Manifest
 from fastddr.data.problems import one_line
-from fastddr.evaluation.metrics import SplitResult, figures
+from fastddr.evaluation.metrics import SplitResult
 from fastddr.reporting import tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import Progress, RunFolder
@@ -55,6 +56,7 @@ def write_final(
     )  # fmt: skip
     notes = [*manifest.notes, *_changed(manifest), *([] if progress.grading is None else [tables.FLATTERED])]
     text = reporting.write(run.path, ordered, about, notes, root=manifest.root, left_out=manifest.left_out)
+    found = json.loads((text.parent / "metrics.json").read_text(encoding="utf-8"))
     for picture in sorted(text.parent.glob("*.png")):
         # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
         if picture.stem != "worst":
@@ -65,11 +67,10 @@ def write_final(
             continue
         if name != "train":
             tracker.log_answers(answers(name, ordered[name], manifest.root), progress.step)
-        values = figures(ordered[name].logits, ordered[name].grades)
-        shown = {key: values[key] for key in ("loss", "accuracy", "qwk")}
+        shown = {key: found[name][key] for key in ("loss", "accuracy", "qwk")}
         final |= {f"final/{name}_{key}": value for key, value in shown.items()}
         if name == "test":
-            run.append_test_scoring("train", weights, name, values, manifest.fingerprint)
+            run.append_test_scoring("train", weights, name, found[name], manifest.fingerprint)
     tracker.log(final, step=progress.step, epoch=progress.epoch)
     tracker.log_manifest(run.manifest)
     tracker.log_checkpoints(run.checkpoints)

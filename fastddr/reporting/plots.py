@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 
 from fastddr.data.grades import ICDR
-from fastddr.data.photograph import DAMAGED, turned
+from fastddr.data.photograph import small
 from fastddr.data.problems import one_line
 from fastddr.evaluation import metrics
 from fastddr.reporting.tables import SQUARED, Figures, cell, names, title
@@ -106,15 +106,13 @@ def curves(
 def confusion(found: Mapping[str, Figures], kind: str = "png") -> bytes:
     """Confusion matrices side by side: counts, and per cent of the row, rows = truth; colour = row share."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 6.3 * max(len(found), 1), 6.0), layout="constrained")
-        image = None
-        for axes, (split, values) in zip(_row(figure, len(found)), found.items(), strict=False):
-            image = _matrix(axes, split, values)
-        if image is not None:
-            bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, aspect=30, pad=0.02)
-            bar.set_label("Share of the row (recall on the diagonal)")
-            bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            bar.outline.set_visible(False)
+        figure = Figure(figsize=(0.6 + 6.3 * len(found), 6.0), layout="constrained")
+        row = figure.subplots(1, len(found), squeeze=False)[0]
+        images = [_matrix(axes, split, values) for axes, (split, values) in zip(row, found.items(), strict=True)]
+        bar = figure.colorbar(images[-1], ax=figure.axes, shrink=0.7, aspect=30, pad=0.02)
+        bar.set_label("Share of the row (recall on the diagonal)")
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)
         return drawn(figure, kind)
 
 
@@ -129,11 +127,10 @@ def reliability(
     `found` are the figures of the splits. With a temperature also what it makes of it.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.4 + 5.0 * max(len(splits), 1), 5.6), layout="constrained")
-        if splits:
-            grid = figure.subplots(2, len(splits), sharex=True, squeeze=False, height_ratios=[3.4, 1])
-            for (top, bottom), (name, split) in zip(grid.T, splits.items(), strict=True):
-                _calibration(top, bottom, name, split, found[name]["ece"], temperature)
+        figure = Figure(figsize=(0.4 + 5.0 * len(splits), 5.6), layout="constrained")
+        grid = figure.subplots(2, len(splits), sharex=True, squeeze=False, height_ratios=[3.4, 1])
+        for (top, bottom), (name, split) in zip(grid.T, splits.items(), strict=True):
+            _calibration(top, bottom, name, split, found[name]["ece"], temperature)
         return drawn(figure, kind)
 
 
@@ -166,9 +163,10 @@ def worst(name: str, split: metrics.SplitResult, root: Path | None = None) -> by
         for axes in tiles:
             axes.set_axis_off()
         for axes, row in zip(tiles, order, strict=False):
-            tile = _tile(split.paths[row], root)
-            axes.imshow(np.full((TILE, TILE, 3), 225, np.uint8) if tile is None else tile, interpolation="nearest")
-            if tile is None:
+            photo = small((root or Path()) / split.paths[row], TILE)
+            tile = ImageOps.pad(photo or Image.new("RGB", (1, 1), (225, 225, 225)), (TILE, TILE))
+            axes.imshow(np.asarray(tile), interpolation="nearest")
+            if photo is None:
                 axes.text(TILE / 2, TILE / 2, "cannot be opened", color=GREY, ha="center", va="center")
             axes.set_title(
                 f"truth: {grades[row]} {labels[grades[row]]}\n"
@@ -305,20 +303,6 @@ def _best(logged: Sequence[Mapping[str, Any]], epoch: int | None) -> tuple[str, 
         if epoch in epochs:
             return key, float(values[epochs == epoch][-1])
     return None
-
-
-def _row(figure: Figure, count: int) -> Sequence[Axes]:
-    return list(figure.subplots(1, count, squeeze=False)[0]) if count else []
-
-
-def _tile(path: str, root: Path | None) -> np.ndarray | None:
-    """A photograph, upright, as a square of `TILE` pixels; None where it cannot be opened."""
-    try:
-        with Image.open((root or Path()) / path) as photo:
-            photo.draft("RGB", (2 * TILE, 2 * TILE))  # JPEG: decode at a fraction of the size
-            return np.asarray(ImageOps.pad(turned(photo), (TILE, TILE)))
-    except DAMAGED:
-        return None
 
 
 def _ink(background: np.ndarray) -> str:

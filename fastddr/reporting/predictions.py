@@ -56,6 +56,8 @@ def load(file: Path, weights: Mapping[str, str]) -> dict[str, SplitResult]:
     classes = len(head) - 4 - known
     if head[: len(head) - known] != _head(classes) or classes < 2:
         raise UserError(f"{file}: this is not a list of predictions (path,split,grade,predicted,p0,...).")
+    if not rows:
+        raise UserError(f"{file}: it holds no row; score the run anew.")
     found: dict[str, list[tuple[str, int, list[float], str]]] = {}
     for number, row in enumerate(rows, 2):
         try:

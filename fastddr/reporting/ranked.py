@@ -29,11 +29,10 @@ def curves(splits: Mapping[str, metrics.SplitResult], figures: Mapping[str, Figu
     `figures` are those of the splits.
     """
     with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(11, 4.9 * max(len(splits), 1)), layout="constrained")
-        if splits:
-            rows = figure.subplots(len(splits), 2, squeeze=False)
-            for (left, right), (name, split) in zip(rows, splits.items(), strict=True):
-                _row(left, right, name, split, figures[name]["endpoints"])
+        figure = Figure(figsize=(11, 4.9 * len(splits)), layout="constrained")
+        rows = figure.subplots(len(splits), 2, squeeze=False)
+        for (left, right), (name, split) in zip(rows, splits.items(), strict=True):
+            _row(left, right, name, split, figures[name]["endpoints"])
         return plots.drawn(figure, kind)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from fastddr import files
-from fastddr.data.photograph import DAMAGED, turned
+from fastddr.data.photograph import small
 
 #: Longest side of a photograph in a tracker, in pixels.
 THUMBNAIL = 512
@@ -85,11 +85,6 @@ def write_line(file: Path, line: str) -> None:
 
 def thumbnail(file: Path) -> Image.Image:
     """A photograph, upright, of at most `THUMBNAIL` pixels a side; a grey square where it cannot be opened."""
-    try:
-        with Image.open(file) as photograph:
-            photograph.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # JPEG: decode at a fraction of the size
-            small = turned(photograph)
-    except DAMAGED:
-        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), (225, 225, 225))
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return small
+    found = small(file, THUMBNAIL) or Image.new("RGB", (THUMBNAIL, THUMBNAIL), (225, 225, 225))
+    found.thumbnail((THUMBNAIL, THUMBNAIL))
+    return found

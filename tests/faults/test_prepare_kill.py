@@ -16,7 +16,7 @@ from tests_support import ROOT
 # A process that forks one child for each moment of a run at which the disk changes, and kills it just there. It
 # has no threads of its own, and the children need not import anything again.
 SCRIPT = """
-import builtins, os, shutil, signal, sys
+import io, os, shutil, signal, sys
 from pathlib import Path
 from fastddr.data import crop, layouts, prepare, sheet, survey
 from fastddr.errors import UserError
@@ -48,7 +48,7 @@ def killed_at(moment):
         def counted(real):
             def call(*args, **settings):
                 nonlocal left
-                if str(out) in str(args[0]) and (real is not open or set("wa") & set(str(args[1:]))):
+                if str(out) in str(args[0]) and (real is not open or set("wax") & set(str(args[1:]))):
                     if left == 0:
                         os.kill(os.getpid(), signal.SIGKILL)
                     left -= 1
@@ -57,7 +57,7 @@ def killed_at(moment):
 
         for name in ("replace", "unlink", "mkdir", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
-        crop.open = counted(open)  # the journal and the photographs
+        crop.open = io.open = counted(open)  # the journal, and what `pathlib` opens: the photographs
         code = 1
         try:
             run()

@@ -14,7 +14,7 @@ from fastddr.__main__ import main
 from fastddr.config import strict
 from fastddr.evaluation import bootstrap
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.inference import compare, seeds
+from fastddr.inference import compare
 from fastddr.inference.flags import Compare
 from fastddr.reporting import ABOUT, predictions
 
@@ -103,11 +103,11 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean(tmp_path: Path) -> Non
     assert (over["runs"], over["seeds"]) == (["a", "b"], [1, 2])
     assert over["mean_and_sd"]["qwk"] == pytest.approx(((first + second) / 2, sd))
     (runs[1] / "manifest.csv").write_text("other photographs")
-    assert seeds.recipe(runs[0], "best (step 1)", {}) != seeds.recipe(runs[1], "best (step 1)", {})
-    assert seeds.recipe(runs[0] / "evaluations" / "x", "best (step 1)", {}) == seeds.recipe(
+    assert compare.recipe(runs[0], "best (step 1)", {}) != compare.recipe(runs[1], "best (step 1)", {})
+    assert compare.recipe(runs[0] / "evaluations" / "x", "best (step 1)", {}) == compare.recipe(
         runs[0], "best (step 2)", {}
     )
-    assert seeds.recipe(runs[0], "best (step 1)", {}) != seeds.recipe(runs[0], "last (step 1)", {})
+    assert compare.recipe(runs[0], "best (step 1)", {}) != compare.recipe(runs[0], "last (step 1)", {})
 
 
 def test_runs_of_one_name_have_as_many_parents_as_tell_them_apart() -> None:

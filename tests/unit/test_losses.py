@@ -1,4 +1,4 @@
-"""The loss against its definition, with padding, label smoothing and low precision."""
+"""The loss against its definition, with label smoothing and low precision."""
 
 from __future__ import annotations
 
@@ -26,19 +26,13 @@ def by_hand(logits: torch.Tensor, grades: list[int], smoothing: float) -> float:
 @settings(deadline=None, max_examples=30)
 @given(
     grades=st.lists(st.integers(0, 4), min_size=1, max_size=6),
-    padding=st.integers(0, 3),
     smoothing=st.sampled_from([0.0, 0.1, 0.5]),
     seed=st.integers(0, 99),
 )
-def test_mean_over_the_valid_photographs(grades: list[int], padding: int, smoothing: float, seed: int) -> None:
-    n = len(grades)
-    logits = torch.randn(n + padding, 5, generator=torch.Generator().manual_seed(seed))
-    target = torch.tensor(grades + [0] * padding)
-    valid = torch.arange(n + padding) < n
+def test_mean_over_the_photographs(grades: list[int], smoothing: float, seed: int) -> None:
+    logits = torch.randn(len(grades), 5, generator=torch.Generator().manual_seed(seed))
     loss = losses.build("cross_entropy", label_smoothing=smoothing)
-    expected = by_hand(logits[:n], grades, smoothing)
-    assert loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-5)
-    assert loss(logits[:n], target[:n]).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(logits, torch.tensor(grades)).item() == pytest.approx(by_hand(logits, grades, smoothing), rel=1e-5)
 
 
 def shares(n: int, classes: int, seed: int) -> torch.Tensor:
@@ -52,22 +46,18 @@ def shares(n: int, classes: int, seed: int) -> torch.Tensor:
 @settings(max_examples=30)
 @given(
     n=st.integers(1, 6),
-    padding=st.integers(0, 3),
     smoothing=st.sampled_from([0.0, 0.1, 0.5]),
     classes=st.sampled_from([5, 6]),
     seed=st.integers(0, 99),
 )
-def test_shares_of_grades_count_as_such(n: int, padding: int, smoothing: float, classes: int, seed: int) -> None:
-    logits = torch.randn(n + padding, classes, generator=torch.Generator().manual_seed(seed))
-    logits[n:] = float("inf")  # padding may be anything
-    target, valid = shares(n + padding, classes, seed), torch.arange(n + padding) < n
+def test_shares_of_grades_count_as_such(n: int, smoothing: float, classes: int, seed: int) -> None:
+    logits = torch.randn(n, classes, generator=torch.Generator().manual_seed(seed))
+    target = shares(n, classes, seed)
     loss = losses.build("cross_entropy", label_smoothing=smoothing)
-    smooth = target[:n].double() * (1 - smoothing) + smoothing / classes
-    expected = -(smooth * logits[:n].double().log_softmax(1)).sum(1).mean().item()
-    assert loss(logits[:n], target[:n]).item() == pytest.approx(expected, rel=1e-5)
-    assert loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-5)
-    half = loss(logits[:n].bfloat16(), target[:n].bfloat16())
-    assert half.dtype == torch.float32
+    smooth = target.double() * (1 - smoothing) + smoothing / classes
+    expected = -(smooth * logits.double().log_softmax(1)).sum(1).mean().item()
+    assert loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(logits.bfloat16(), target.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -77,27 +67,11 @@ def test_whole_shares_are_grades(smoothing: float) -> None:
     assert torch.allclose(loss(logits, torch.eye(5)[grades]), loss(logits, grades), rtol=1e-6)
 
 
-def test_padding_gets_no_gradient() -> None:
-    logits = torch.randn(3, 5, requires_grad=True)
-    for grades in (torch.tensor([1, 2, 3]), torch.eye(5)[[1, 2, 3]]):
-        logits.grad = None
-        losses.build()(logits, grades, torch.tensor([True, True, False])).backward()
-        assert logits.grad is not None
-        assert logits.grad[:2].abs().min() > 0
-        assert not logits.grad[2].any()
-
-
-def test_a_batch_of_padding_alone_is_zero() -> None:
-    loss = losses.build()(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))
-    assert loss.item() == 0
-
-
-@pytest.mark.parametrize("valid", [None, torch.ones(4, dtype=torch.bool)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_float32_whatever_the_logits(valid: torch.Tensor | None, autocast: bool) -> None:
+def test_float32_whatever_the_logits(autocast: bool) -> None:
     logits, grades = torch.randn(4, 5).bfloat16(), torch.tensor([0, 1, 2, 3], dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = losses.build()(logits, grades, valid)
+        loss = losses.build()(logits, grades)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(by_hand(logits, [0, 1, 2, 3], 0.0), rel=1e-5)
 
@@ -114,27 +88,17 @@ def test_unknown_loss() -> None:
 
 
 @settings(max_examples=40)
-@given(
-    n=st.integers(1, 6),
-    padding=st.integers(0, 3),
-    smoothing=st.sampled_from([0.0, 0.1, 0.5]),
-    soft=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_weights_multiply_each_part_of_the_target(
-    n: int, padding: int, smoothing: float, soft: bool, seed: int
-) -> None:
+@given(n=st.integers(1, 6), smoothing=st.sampled_from([0.0, 0.1, 0.5]), soft=st.booleans(), seed=st.integers(0, 99))
+def test_weights_multiply_each_part_of_the_target(n: int, smoothing: float, soft: bool, seed: int) -> None:
     """Mixed and smoothed targets alike; and over photographs, so that micro batches add up to their batch."""
     generator = torch.Generator().manual_seed(seed)
-    logits, weight = torch.randn(n + padding, 5, generator=generator), torch.rand(5, generator=generator) * 3
-    grades = torch.randint(5, (n + padding,), generator=generator)
-    target = shares(n + padding, 5, seed) if soft else torch.eye(5)[grades]
+    logits, weight = torch.randn(n, 5, generator=generator), torch.rand(5, generator=generator) * 3
+    grades = torch.randint(5, (n,), generator=generator)
+    target = shares(n, 5, seed) if soft else torch.eye(5)[grades]
     loss = losses.build(label_smoothing=smoothing, weight=weight)
     smooth = (target.double() * (1 - smoothing) + smoothing / 5) * weight.double()
     each = -(smooth * logits.double().log_softmax(1)).sum(1)
     given_ = target if soft else grades
-    valid = torch.arange(n + padding) < n
-    assert loss(logits, given_, valid).item() == pytest.approx(each[:n].mean().item(), rel=1e-4, abs=1e-6)
     assert loss(logits, given_).item() == pytest.approx(each.mean().item(), rel=1e-4, abs=1e-6)
     assert loss(logits.bfloat16(), given_).dtype == torch.float32
 
@@ -169,9 +133,6 @@ def test_squared_distance_to_the_grade_or_to_the_mean_of_its_shares() -> None:
     values, grades = torch.tensor([[0.5], [3.0], [9.0]]), torch.tensor([0, 4, 1])
     loss = losses.build("mse")
     assert loss(values, grades).item() == pytest.approx((0.25 + 1 + 64) / 3)
-    valid = torch.tensor([True, True, False])
-    assert loss(values, grades, valid).item() == pytest.approx(1.25 / 2)
-    assert loss(values, grades, torch.zeros(3, dtype=torch.bool)).item() == 0
     mixed = torch.tensor([[0.5, 0, 0, 0, 0.5], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
     assert loss(values, mixed).item() == pytest.approx((1.5**2 + 0 + 64) / 3)
     assert loss(values.bfloat16(), grades).dtype == torch.float32

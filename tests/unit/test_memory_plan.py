@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastddr import __main__ as command
 from fastddr import models, verbs
 from fastddr.config import Config, OptimizerConfig, ResNetConfig, from_mapping
 from fastddr.errors import UserError
@@ -274,11 +275,11 @@ def test_what_was_measured_here_says_nothing_of_another_card(
 
     monkeypatch.setattr(questions.allowances, "load", load)
     for vram in ("8", "16"):
-        assert verbs.main("plan", ["--vram", vram]) == 2
+        assert command.main(["plan", "--vram", vram]) == 2
     # Of a card that is named its own figures alone: others may be as large.
     monkeypatch.setattr(questions, "apart", lambda answer: ("NVIDIA GeForce RTX 3090", 23.7))
     for card in ("RTX 3090", "RTX 4090"):
-        assert verbs.main("plan", ["--card", card]) == 2
+        assert command.main(["plan", "--card", card]) == 2
     assert asked == ["NVIDIA X", None, "NVIDIA GeForce RTX 3090", None]
 
 
@@ -497,7 +498,7 @@ def test_plan_answers_one_training(capsys: pytest.CaptureFixture[str], tmp_path:
     assert picture.stat().st_size > 5000
     assert questions._ours(picture), "the next may take its place"
     Image.new("RGB", (8, 8)).save(picture)
-    assert verbs.main("plan", flags) == 2, "another's"
+    assert command.main(["plan", *flags]) == 2, "another's"
 
 
 def test_plan_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -542,7 +543,7 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_wrong_plan_is_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verbs.main("plan", flags) == 2
+    assert command.main(["plan", *flags]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -342,8 +342,6 @@ def test_what_cannot_be_scored_is_refused() -> None:
         figures(torch.zeros(1, 5), torch.tensor([-1]))
     with pytest.raises(ValueError, match="C x C"):
         figures_from_confusion([[1, 2]])
-    with pytest.raises(ValueError, match="length"):
-        SplitResult(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.arange(2), ["one.jpg"], "best")
 
 
 def test_ungradable_is_no_step_of_the_scale() -> None:

@@ -250,7 +250,7 @@ def test_a_line_of_few_steps_counts_little_in_the_mean_of_its_epoch() -> None:
 def test_the_worst_mistakes_come_worst_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four grades apart before three, and the confident before the doubtful."""
     seen: list[str] = []
-    monkeypatch.setattr(plots, "_tile", lambda path, root: seen.append(path))
+    monkeypatch.setattr(plots, "small", lambda file, side: seen.append(str(file)))
     logits = torch.tensor([[0, 0, 0, 5.0, 0], [1, 0, 0, 0, 0], [3, 0, 0, 0, 0], [0, 0, 0, 0, 9], [0, 9, 0, 0, 0]])
     grades = torch.tensor([0, 4, 4, 4, 0])
     result = SplitResult(logits, grades, torch.arange(5), list("abcde"), "best")
@@ -390,6 +390,7 @@ def test_what_is_no_report_is_one_sentence(run: Path, tmp_path: Path) -> None:
         ("left_out.csv", "path,why\na.jpg,so\n", "its columns"),
         ("left_out.csv", f"path,kind,reason\na.jpg,empty,{'x' * 200_000}\n", "field larger"),
         ("predictions_last.csv", "path,split,grade,predicted,p0,p1\n", "it holds no row"),
+        ("predictions.csv", "path,split,grade,predicted,p0,p1\n", "it holds no row"),
     ],
 )
 def test_a_report_of_another_version_or_with_a_broken_file_is_one_sentence(

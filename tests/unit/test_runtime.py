@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,7 +29,7 @@ from fastddr.inference import restore
 from fastddr.inference.flags import Scoring
 from fastddr.meters import Window
 from fastddr.ranks import cores
-from fastddr.runtime import check_card, choose_precision, divide_batch, share_gradients, start
+from fastddr.runtime import card_of, choose_precision, divide_batch, share_gradients, start
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,19 @@ def test_half_precision_is_not_chosen_for_cards_that_get_it_wrong() -> None:
     assert choose_precision("auto", "no", (7, 5), "Tesla T4")[0] == "fp16"
 
 
-def test_a_card_that_pytorch_is_not_built_for_is_one_sentence() -> None:
+def test_a_card_that_pytorch_is_not_built_for_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(capability: tuple[int, int], built_for: Sequence[str]) -> tuple[tuple[int, int], str]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA TITAN V")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+        return card_of(torch.device("cuda"))
+
     built_for = ["sm_75", "sm_80", "sm_90", "compute_120"]
     for capability in ((7, 5), (8, 9), (9, 0), (12, 0)):
-        check_card(capability, "X", built_for)
-    check_card((6, 1), "X", [])
+        assert look(capability, built_for) == (capability, "NVIDIA TITAN V")
+    look((6, 1), [])
     with pytest.raises(UserError, match=r"^NVIDIA TITAN V .*7\.0.* is older than .*7\.5 and later.*CUDA 12"):
-        check_card((7, 0), "NVIDIA TITAN V", built_for)
+        look((7, 0), built_for)
 
 
 @pytest.mark.parametrize(("index", "current"), [(None, []), (0, [0]), (3, [3])])

@@ -27,7 +27,6 @@ from fastddr.data.cache import Record
 from fastddr.data.problems import ERRORS, NOTES, Problem
 from fastddr.data.survey import Survey
 from fastddr.errors import UserError
-from fastddr.reporting import plots
 from fastddr.tracking import copies
 
 
@@ -634,4 +633,4 @@ def test_a_mistyped_tag_spoils_no_turned_photograph(tmp_path: Path) -> None:
         assert photograph.sound(str(path)).traits == ("turned",)
     assert np.array_equal(photograph.upright(str(path)), upright)
     assert copies.thumbnail(path).size == (32, 40)
-    assert plots._tile("a.jpg", tmp_path) is not None
+    assert photograph.small(path, 40) is not None

@@ -97,7 +97,7 @@ class Trainer:
             runs.check_precision(where, config.precision, self.runtime.precision)
         for decision in (*self.runtime.decisions, *planned):
             self.console.print(f"  {decision}")
-        self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
+        self.draws = mixing.Draws(config, self.runtime.rank, self.runtime.micro_batch_size)
 
         # Before the photographs are read: a model or weights that cannot be had are told at once.
         model = models.from_config(config, self.console.print)
@@ -260,7 +260,7 @@ class Trainer:
                 told = training_step(
                     self.accelerator, self.model, noted(islice(batches, self.runtime.accumulation), seen),
                     self.criterion, self.optimizer, tally, config.optimizer.clip_norm,
-                    None if self.mixer is None else partial(self.mixer, progress.step), self.parts,
+                    partial(self.draws, progress.step), self.parts,
                 )  # fmt: skip
                 if self.ema is not None and config.optimizer.ema_decay is not None:
                     left_out, decay, parts = told[:2].any(), config.optimizer.ema_decay, self.ema_parts

@@ -123,7 +123,7 @@ class DaliLoader(Loader):
 
     def _inputs(self, requests: Requests, k: int) -> dict[str, np.ndarray]:
         """What the graph wants to know about micro batch `k`."""
-        seen, own = requests.seen.at(k)
+        seen, own = requests.block(k)
         return {name: values[own] for name, values in self._of_block(seen).items()}
 
     def _receive(self, requests: Requests, k: int) -> Tensor:
@@ -188,7 +188,6 @@ def _inputs(task: Task, seen: Seen) -> dict[str, np.ndarray]:
     affine = seen.affine
     if task.only_crops:
         crops = sampling.as_crops(affine, task.image_size)
-        assert crops is not None, "the policy said that every map is a window"
         corner = np.stack([crops.x, crops.y], axis=1)
         box = np.concatenate([corner, corner + task.image_size], axis=1)
         if _mirrors(task):

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
@@ -68,17 +68,13 @@ class _Batches(Sampler[list[_Item]]):
         requests = self.requests
         assert requests is not None
         for k in range(self.start, len(requests)):
-            yield [
-                _Item(self.files[id_], affine, colour, int(width), int(height))
-                for id_, affine, colour, width, height in zip(
-                    requests.id[k],
-                    requests.affine[k],
-                    requests.colour[k],
-                    requests.canvas_width[k],
-                    requests.canvas_height[k],
-                    strict=True,
-                )
-            ]
+            yield _items(self.files, requests, k)
+
+
+def _items(files: Sequence[str], requests: Requests, k: int) -> list[_Item]:
+    seen = requests.at(k)
+    rows = zip(requests.id[k], seen.affine, seen.colour, seen.canvas_width, seen.canvas_height, strict=True)
+    return [_Item(files[id_], affine, colour, int(width), int(height)) for id_, affine, colour, width, height in rows]
 
 
 def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3"]:
@@ -105,7 +101,6 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
 
 def _window(photograph: Image.Image, item: _Item, size: int) -> UInt8[np.ndarray, "h w 3"]:
     crops = sampling.as_crops(item.affine[None], size)
-    assert crops is not None, "the policy said that every map is a window"
     x, y = int(crops.x[0]), int(crops.y[0])
     window = _part(photograph, item, (x, y, x + size, y + size))
     if crops.hflip[0]:

@@ -44,15 +44,15 @@ class ResidentLoader(Loader):
         """`say` is told, once an epoch, what had to be decoded again.
 
         Raises:
-            UserError: the photographs do not fit where they shall be kept, or a GPU has no Triton.
+            UserError: the photographs do not fit where they shall be kept, or Triton does not run on a GPU.
         """
         if task.store == "auto":
             free = measure(task.device, 1, kept=stores.on_disk([task]))
             task = replace(task, store=choose("resident", [task], epochs=2, free=free).store)
         super().__init__(task)
-        lacks = kernels.triton_lacks() if task.device.type == "cuda" else None
-        if lacks is not None:
-            raise UserError(f"--loader resident lacks {lacks}; install that, or for a new run take --loader dali.")
+        wrong = kernels.fails(task.device) if task.device.type == "cuda" else None
+        if wrong is not None:
+            raise UserError(f"--loader resident: {wrong}; mend that, or for a new run take --loader dali.")
         self._say = say or (lambda line: None)
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
         self._store = stores.build(task, canvases.decoder(task))

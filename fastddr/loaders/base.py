@@ -305,8 +305,7 @@ def _abandon_all() -> None:
         loader.abandon()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 def keep_for_ever(thing: object) -> None:

@@ -37,23 +37,18 @@ class _Item(NamedTuple):
 
 
 class _Photographs(Dataset["Tensor | str"]):
-    """Indexed by an `_Item` instead of a number: what to do is worked out beforehand, in the main process."""
+    """Indexed by a batch of `_Item`s instead of numbers: what to do is worked out beforehand, in the main process."""
 
     def __init__(self, image_size: int, only_crops: bool) -> None:
         self.image_size = image_size
         self.only_crops = only_crops
 
-    def __getitem__(self, item: _Item) -> Tensor | str:
-        """The image (h, w, 3), or why there is none: an error that leaves a worker comes as a traceback."""
+    def __getitem__(self, items: list[_Item]) -> Tensor | str:
+        """The images (b, h, w, 3), or why there are none: an error that leaves a worker comes as a traceback."""
         try:
-            return torch.from_numpy(render(item, self.image_size, self.only_crops))
+            return torch.from_numpy(np.stack([render(item, self.image_size, self.only_crops) for item in items]))
         except UserError as error:
             return str(error)
-
-
-def _collate(items: list[Tensor | str]) -> Tensor | str:
-    images = [item for item in items if isinstance(item, Tensor)]
-    return torch.stack(images) if len(images) == len(items) else next(i for i in items if isinstance(i, str))
 
 
 class _Batches(Sampler[list[_Item]]):
@@ -143,25 +138,18 @@ def _part(photograph: Image.Image, item: _Item, box: tuple[int, int, int, int]) 
 
 
 def _clean_processes() -> BaseContext:
-    """Workers forked from a process that imports what they need and nothing else.
-
-    Forked from this one they would inherit DALI's pipelines without their threads, and wait for ever where the garbage
-    collector ends one of those. Windows has no fork at all.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
+    """Workers forked from a process that imports what they need and nothing else."""
+    # Forked from this one they would inherit DALI's pipelines without their threads, and wait for ever where the
+    # garbage collector ends one of those.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "fastddr.loaders.forkserver"])
     return context
 
 
 def _begin_worker(worker: int) -> None:
-    """Let no worker outlive a parent that was killed, and none end by a signal that is meant for the parent.
-
-    Of SIGTERM the parent's own counts: so it ends what is left of its workers when it ends itself.
-
-    PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
-    """
+    """Let no worker outlive a parent that was killed, and none end by a signal that is meant for the parent."""
+    # Of SIGTERM the parent's own counts: so it ends what is left of its workers when it ends itself. PyTorch's own
+    # watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -185,11 +173,8 @@ def _begin_worker(worker: int) -> None:
 
 
 def _refuse_small_shm(task: Task) -> None:
-    """Workers hand batches over in /dev/shm. Where that is full PyTorch loses the batch, and waits for it for ever.
-
-    Raises:
-        UserError: there is no room in it for the batches that are on their way at once.
-    """
+    """Raise UserError where /dev/shm, through which workers hand batches over, has no room for those on their way."""
+    # Where it is full PyTorch loses the batch, and waits for it for ever.
     try:
         shm = os.statvfs("/dev/shm")
     except (OSError, AttributeError):  # another system, which hands them over otherwise
@@ -220,12 +205,12 @@ class VisionLoader(Loader):
         self._batches = _Batches()
         self._loader = DataLoader(
             _Photographs(task.image_size, task.only_crops),
-            batch_sampler=self._batches,
+            batch_size=None,
+            sampler=self._batches,
             num_workers=task.threads,
             persistent_workers=task.threads > 0,
             prefetch_factor=task.prefetch or _AHEAD if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
-            collate_fn=_collate,
             worker_init_fn=_begin_worker,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.

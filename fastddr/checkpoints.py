@@ -57,6 +57,11 @@ class Checkpoint:
     optimizer: dict[str, Any]
     """As `Optimizer.load_state_dict` wants it."""
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated: the average, where there is one."""
+        return self.model if self.ema is None else self.ema
+
 
 @dataclass(frozen=True)
 class Snapshot:

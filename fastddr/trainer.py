@@ -26,7 +26,7 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, deciding, figures, headline
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
-from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
+from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, versions
 from fastddr.progress import EpochBar, terminal
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
@@ -101,7 +101,9 @@ class Trainer:
 
         # Before the photographs are read: a model or weights that cannot be had are told at once.
         model = models.from_config(config, self.console.print)
-        begin = partial(models.weights.begin, config, model, load_checkpoint=checkpoints.load, say=self.console.print)
+        begin = partial(
+            models.weights.begin, config, model, best=lambda run: checkpoints.load(run).weights, say=self.console.print
+        )
         taken_over = () if resumed else begin(average=model)
         self.manifest = source.open_data(config, self.console)
         self.loaders = RunLoaders(
@@ -308,7 +310,8 @@ class Trainer:
         peaks = memory(self.runtime.device, self.predicted_gib)
         found = window.close(self.accelerator.gather, tally.stack(), waited, peaks)
         found |= {"train/lr": lr, "train/skipped_steps": self.progress.skipped}
-        found |= scaling(self.accelerator.scaler, self.progress.overflowed)
+        if (scaler := self.accelerator.scaler) is not None:  # float16's
+            found |= {"train/loss_scale": scaler.get_scale(), "train/overflowed_steps": self.progress.overflowed}
         assert self.tracker is not None
         self.tracker.log(found, step=self.progress.step, epoch=self.progress.step / self.steps_per_epoch)
 
@@ -380,7 +383,7 @@ class Trainer:
         self.saver.flush()
         ranks.meet()
         best, weights = saving.best(self.run, progress, self.console.print)
-        checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
+        checkpoints.load_weights(self._weights, best.weights, best.path)
         progress.grading = best.state["progress"].get("grading")
         weights += tta
         for split in manifest.SPLITS:

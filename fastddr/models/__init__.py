@@ -12,14 +12,15 @@ from torch import nn
 from fastddr import ranks
 from fastddr.config import Config
 from fastddr.errors import UserError, nearest
-from fastddr.models import levers, weights, zoo
-from fastddr.models.cnn import cnn
-from fastddr.models.convmixer import convmixer
+from fastddr.models import cnn, convmixer, levers, resnet, weights, zoo
 from fastddr.models.heads import single
-from fastddr.models.resnet import resnet
 
 #: Each takes `num_classes` and `image_size` and, as further keywords with defaults, the model's own settings.
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "convmixer": convmixer, "resnet": resnet}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": cnn.cnn,
+    "convmixer": convmixer.convmixer,
+    "resnet": resnet.resnet,
+}
 
 
 def names() -> list[str]:

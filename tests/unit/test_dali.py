@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import struct
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from reference import EXACT, POLICIES, SCALED, needs_dali
 from tests_support import batches, task
 
-from fastddr import loaders, sampling
+from fastddr import loaders, meters, sampling
 from fastddr.data import manifest, photograph
 from fastddr.errors import UserError
 from fastddr.loaders import base, canvases, dali, dali_decoder
@@ -250,7 +251,7 @@ def test_a_build_that_is_too_new_for_the_driver_is_told_when_a_loader_opens(
     driver: int | None, build: str, said: str | None, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with an image of CUDA 12: PyTorch of CUDA 12 trains there."""
-    monkeypatch.setattr(dali_decoder, "_builds", lambda: (f"nvidia-dali-{build}",))
+    monkeypatch.setattr(dali_decoder, "dali_builds", lambda: (f"nvidia-dali-{build}",))
     monkeypatch.setattr(dali_decoder, "_driver", lambda: driver)
     gpu, cpu = task(found, device=torch.device("cuda")), task(found)
     for opens in (dali.DaliLoader, lambda wanted: canvases.build(wanted, 4)):
@@ -267,8 +268,10 @@ def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     names = ["nvidia-dali-cuda130", "nvidia_dali_cuda120", "nvidia-nvimgcodec-cu13", "numpy"]
     both = [SimpleNamespace(metadata={"Name": name, "Version": "0.9.1"}) for name in names]
     scans: list[int] = []
-    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: scans.append(1) or both)
-    monkeypatch.setattr(dali_decoder, "_packages", cache(dali_decoder._packages.__wrapped__))
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: scans.append(1) or both)
+    once = cache(meters.packages.__wrapped__)
+    for module in (meters, dali_decoder):
+        monkeypatch.setattr(module, "packages", once)
     with pytest.raises(UserError, match="pip uninstall"):
         dali_decoder.installed()
     assert dali_decoder.codecs() == ("0.9.1",)

@@ -63,6 +63,11 @@ class Checkpoint:
         return self.model if self.ema is None else self.ema
 
 
+def best(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint that are evaluated."""
+    return load(path).weights
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All that a checkpoint holds, copied to the CPU: training may go on while it is written."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import accelerate
 import torch
@@ -117,6 +117,13 @@ def memory(device: torch.device, predicted: float | None = None) -> dict[str, fl
         found["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         found["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
     return found
+
+
+def scaling(scaler: Any, overflowed: int) -> dict[str, float]:
+    """What there is to log of float16's scaler, and of the steps that it left out; nothing where there is none."""
+    if scaler is None:
+        return {}
+    return {"train/loss_scale": scaler.get_scale(), "train/overflowed_steps": overflowed}
 
 
 @cache

@@ -26,7 +26,7 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, deciding, figures, headline
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
-from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, versions
+from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
 from fastddr.progress import EpochBar, terminal
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver, Training
@@ -101,9 +101,7 @@ class Trainer:
 
         # Before the photographs are read: a model or weights that cannot be had are told at once.
         model = models.from_config(config, self.console.print)
-        begin = partial(
-            models.weights.begin, config, model, best=lambda run: checkpoints.load(run).weights, say=self.console.print
-        )
+        begin = partial(models.weights.begin, config, model, best=checkpoints.best, say=self.console.print)
         taken_over = () if resumed else begin(average=model)
         self.manifest = source.open_data(config, self.console)
         self.loaders = RunLoaders(
@@ -310,8 +308,7 @@ class Trainer:
         peaks = memory(self.runtime.device, self.predicted_gib)
         found = window.close(self.accelerator.gather, tally.stack(), waited, peaks)
         found |= {"train/lr": lr, "train/skipped_steps": self.progress.skipped}
-        if (scaler := self.accelerator.scaler) is not None:  # float16's
-            found |= {"train/loss_scale": scaler.get_scale(), "train/overflowed_steps": self.progress.overflowed}
+        found |= scaling(self.accelerator.scaler, self.progress.overflowed)
         assert self.tracker is not None
         self.tracker.log(found, step=self.progress.step, epoch=self.progress.step / self.steps_per_epoch)
 

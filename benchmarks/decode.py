@@ -98,8 +98,7 @@ def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared
     for k, batch in enumerate(loader.epoch(0)):
         if seen >= compared:
             break
-        crops = sampling.as_crops(requests.affine[k], side)
-        assert crops is not None, "the policy is windows alone"
+        crops = sampling.as_crops(requests.at(k).affine, side)
         for place, image in enumerate(batch.image.float().cpu().numpy()):
             left, top = int(crops.x[place]), int(crops.y[place])
             with Image.open(task.files[int(batch.id[place])]) as photograph:

@@ -249,19 +249,9 @@ def _torchvision(loader: Any, rate: float, seconds: float) -> Stages:
     """One after another in this process, with one core: a worker does the same."""
     task = loader.task
     requests = task.requests(0)
-    items = itertools.cycle(
-        vision._Item(task.files[id_], affine, colour, int(width), int(height))
-        for id_, affine, colour, width, height in zip(
-            requests.id[0],
-            requests.affine[0],
-            requests.colour[0],
-            requests.canvas_width[0],
-            requests.canvas_height[0],
-            strict=True,
-        )
-    )
+    items = itertools.cycle(vision._items(task.files, requests, 0))
     window = np.zeros((task.image_size, task.image_size, 3), dtype=np.uint8)
-    colour = requests.colour[0][0]
+    colour = requests.at(0).colour[0]
     encoded = {file: Path(file).read_bytes() for file in {task.files[id_] for id_ in requests.id[0]}}
 
     def read() -> int:

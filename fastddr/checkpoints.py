@@ -57,6 +57,16 @@ class Checkpoint:
     optimizer: dict[str, Any]
     """As `Optimizer.load_state_dict` wants it."""
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated: the average, where there is one."""
+        return self.model if self.ema is None else self.ema
+
+
+def best(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint that are evaluated."""
+    return load(path).weights
+
 
 @dataclass(frozen=True)
 class Snapshot:

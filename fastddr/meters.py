@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import platform
 import resource
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -125,11 +126,6 @@ def scaling(scaler: Any, overflowed: int) -> dict[str, float]:
     return {"train/loss_scale": scaler.get_scale(), "train/overflowed_steps": overflowed}
 
 
-def device_name(device: torch.device) -> str:
-    """ "cpu", or "cuda (NVIDIA H100)"."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
-
-
 @cache
 def code_state() -> str | None:
     """The commit of the checkout that this code lies in, with "-dirty" where files were changed; None without git.
@@ -150,25 +146,28 @@ def code_state() -> str | None:
         return None
 
 
+@cache
+def packages() -> tuple[tuple[str, str], ...]:
+    """Name and version of every package that is installed. To read them takes a while, and so is done once."""
+    found = (distribution.metadata for distribution in importlib.metadata.distributions())
+    return tuple((str(package["Name"]), str(package["Version"])) for package in found)
+
+
+def dali_builds() -> tuple[str, ...]:
+    """Names of the builds of DALI that are installed: one for each CUDA, of which there should be one or none."""
+    return tuple(sorted({name for name, _ in packages() if name.replace("_", "-").startswith("nvidia-dali-cuda")}))
+
+
 def versions() -> dict[str, str]:
     """What a run was made with; of DALI only the build that is installed."""
-    dali = {name: version(name) for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _installed(name)}
     return {
         "fastddr": fastddr.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": version("torchvision"),
         "accelerate": accelerate.__version__,
-        **dali,
+        **{name: version(name) for name in dali_builds()},
     }
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def out_of_memory(
@@ -186,8 +185,6 @@ def out_of_memory(
 
     Args:
         config: of the training; where its micro batch is `auto`, a rank's whole part of the global batch was held.
-        device: this rank's.
-        world: ranks.
         store: where the loader keeps photographs.
         need: GiB that were predicted for PyTorch, None where nothing was.
         scoring: whether a split was scored, and not trained on.

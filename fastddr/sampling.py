@@ -167,15 +167,13 @@ def evaluation_maps(
     return Maps(_about_middle(linear, corner + image_size / 2, image_size), colour.astype(np.float32))
 
 
-def as_crops(affine: Float[np.ndarray, "n 2 3"], image_size: int) -> Crops | None:
-    """The maps as windows, or None where one of them turns, scales or lies between pixels."""
+def as_crops(affine: Float[np.ndarray, "n 2 3"], image_size: int) -> Crops:
+    """The maps of a policy that `only_crops`, as windows: none of them turns, scales or lies between pixels."""
     diagonal = affine[:, [0, 1], [0, 1]]
-    if not (np.abs(diagonal) == 1).all() or affine[:, [0, 1], [1, 0]].any():
-        return None
     flipped = diagonal < 0
     corner = np.where(flipped, affine[:, :, 2] - image_size, -affine[:, :, 2])
-    if (corner != np.floor(corner)).any():
-        return None
+    windows = (np.abs(diagonal) == 1).all() and not affine[:, [0, 1], [1, 0]].any() and (corner % 1 == 0).all()
+    assert windows, "the policy said that every map is a window"
     whole = corner.astype(np.int64)
     return Crops(x=whole[:, 0], y=whole[:, 1], hflip=flipped[:, 0], vflip=flipped[:, 1])
 
@@ -209,7 +207,7 @@ def boxes(
 
 
 def only_crops(augment: AugmentConfig) -> bool:
-    """Whether every map of this policy is a window, perhaps mirrored (`as_crops` never gives None)."""
+    """Whether every map of this policy is a window, perhaps mirrored, as `as_crops` has them."""
     still = augment.rotate == 0 and augment.scale == (1.0, 1.0) and augment.translate == 0
     return still and augment.resized_crop is None
 

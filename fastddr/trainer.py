@@ -98,11 +98,11 @@ class Trainer:
             runs.check_precision(where, config.precision, self.runtime.precision)
         for decision in (*self.runtime.decisions, *planned):
             self.console.print(f"  {decision}")
-        self.mixer = mixing.build(config, self.runtime.rank, self.runtime.micro_batch_size)
+        self.draws = mixing.Draws(config, self.runtime.rank, self.runtime.micro_batch_size)
 
         # Before the photographs are read: a model or weights that cannot be had are told at once.
         model = models.from_config(config, self.console.print)
-        begin = partial(models.weights.begin, config, model, load_checkpoint=checkpoints.load, say=self.console.print)
+        begin = partial(models.weights.begin, config, model, best=checkpoints.best, say=self.console.print)
         taken_over = () if resumed else begin(average=model)
         self.manifest = source.open_data(config, self.console)
         self.loaders = RunLoaders(config, self.manifest, self.runtime, self._say, taken)
@@ -258,7 +258,7 @@ class Trainer:
                 told = training_step(
                     self.accelerator, self.model, noted(islice(batches, self.runtime.accumulation), seen),
                     self.criterion, self.optimizer, tally, config.optimizer.clip_norm,
-                    None if self.mixer is None else partial(self.mixer, progress.step), self.parts,
+                    partial(self.draws, progress.step), self.parts,
                 )  # fmt: skip
                 if self.ema is not None and config.optimizer.ema_decay is not None:
                     left_out, decay, parts = told[:2].any(), config.optimizer.ema_decay, self.ema_parts
@@ -376,7 +376,7 @@ class Trainer:
         self.saver.flush()
         ranks.meet()
         best, weights = saving.best(self.run, progress, self.console.print)
-        checkpoints.load_weights(self._weights, best.model if best.ema is None else best.ema, best.path)
+        checkpoints.load_weights(self._weights, best.weights, best.path)
         progress.grading = best.state["progress"].get("grading")
         weights += tta
         for split in manifest.SPLITS:

@@ -20,6 +20,7 @@ from fastddr import files, ranks
 from fastddr.cli import flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
+from fastddr.memory.asked import Plan
 from fastddr.progress import EpochBar
 
 if TYPE_CHECKING:
@@ -216,42 +217,6 @@ class Synth:
         return 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Predict the GPU memory of a training, without a GPU; all flags of `fastddr train` are taken too.
-
-    With --model or --preset: does this training fit, what takes the memory, and the cheapest change that makes it fit.
-    Without: a table of all models. Where no --preset is named, convmixer, cnn and resnet take their report preset, and
-    timm:NAME takes quickstart.
-    """
-
-    vram: float | None = None
-    """The card's memory, in GiB."""
-    depth: int | None = None
-    """Short for --convmixer.depth, --resnet.depth or --cnn.blocks."""
-    card: str | None = None
-    """Name of a card whose limits are known, for its memory and for images a second."""
-    tbps: float | None = None
-    """Memory bandwidth of the card in TB/s, for images a second."""
-    tflops: float | None = None
-    """Peak of the card in TFLOP/s at the training's precision, for images a second."""
-    gpus: int = 1
-    """Ranks that share the global batch, each with such a card."""
-    calibrate: bool = False
-    """Measure this machine's GPU: its context and workspaces, which no trace sees."""
-    plot: Path | None = None
-    """Also draw the memory over one step, by kind, into this PNG."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print JSON instead of text."""
-
-    def run(self, flags: Sequence[str]) -> int:
-        """The exit code; `flags` are training's."""
-        with no_collector():
-            from fastddr.memory import questions
-
-        return questions.run(self, list(flags))
-
-
 VERBS = {"check": Check, "prepare": Prepare, "synth": Synth}
 
 
@@ -259,6 +224,8 @@ def main(verb: str, arguments: Sequence[str]) -> int:
     """Run one of `VERBS`, or `plan`; its exit code."""
     if verb == "plan":
         plan, training = known(Plan, arguments, "fastddr plan")
-        return plan.run(training)
+        with no_collector():
+            from fastddr.memory import questions
+        return questions.run(plan, list(training))
     make: Callable[..., Check | Prepare | Synth] = VERBS[verb]
     return flags(make, arguments, f"fastddr {verb}").run()

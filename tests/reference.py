@@ -95,9 +95,10 @@ class Compared(NamedTuple):
 
 def compared(batch: loaders.Batch, task: loaders.Task, requests: Requests, k: int) -> Iterator[Compared]:
     """Every image of micro batch k with its reference."""
+    seen = requests.at(k)
     for b, image in enumerate(batch.image.permute(0, 2, 3, 1).double().cpu().numpy()):
-        size = (int(requests.canvas_width[k][b]), int(requests.canvas_height[k][b]))
-        id_, affine, colour = int(requests.id[k, b]), requests.affine[k][b], requests.colour[k][b].astype(np.float64)
+        size = (int(seen.canvas_width[b]), int(seen.canvas_height[b]))
+        id_, affine, colour = int(requests.id[k, b]), seen.affine[b], seen.colour[b].astype(np.float64)
         expected = reference(task.files[id_], affine, colour, *size, task.image_size)
         point = seen_at(affine, task.image_size)
         inside = np.minimum(point, np.array(size) - point).min(axis=-1)

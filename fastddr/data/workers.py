@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,13 +23,15 @@ AHEAD = 1024
 _ASKING = 16
 
 
-def threaded(pool: ThreadPoolExecutor, do: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
+def threaded(
+    pool: ThreadPoolExecutor, do: Callable[[T], R], jobs: Iterable[T], ahead: int = AHEAD
+) -> Generator[R, None, None]:
     """What `do` makes of each job, in the order of the jobs, as `pool.map`, which takes all of them at once."""
     waiting: deque[Future[R]] = deque()
     try:
         for job in jobs:
             waiting.append(pool.submit(do, job))
-            if len(waiting) == AHEAD:
+            if len(waiting) == ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

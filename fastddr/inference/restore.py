@@ -220,7 +220,7 @@ def restore(
             f"{path}: another checkpoint became the {weights} one while it was read; give the same command again.",
         )
     model = models.from_config(config, say)
-    checkpoints.load_weights(model, saved.model if saved.ema is None else saved.ema, saved.path)
+    checkpoints.load_weights(model, saved.weights, saved.path)
     progress = saved.state["progress"]
     return Restored(
         run=folder,

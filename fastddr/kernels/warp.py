@@ -13,7 +13,6 @@ import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,9 @@ def triton_lacks() -> str | None:
 @cache
 def fails(device: torch.device) -> str | None:
     """Why the kernel does not run on this GPU, which is tried once; None if it does."""
+    lacks = triton_lacks()
+    if lacks is not None:
+        return f"this machine lacks {lacks}"
     try:
         warp(
             torch.zeros(3, dtype=torch.uint8, device=device),
@@ -153,6 +155,9 @@ def _warp_triton(
     image_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    # At its first use: Triton is only where PyTorch has CUDA, and its import takes a while.
+    from fastddr.kernels.warp_triton import warp_kernel
+
     count = len(offset)
     images = torch.empty(count, image_size, image_size, 3, dtype=dtype, device=pixels.device)
     blocks = -(-image_size * image_size // _BLOCK)
@@ -160,13 +165,5 @@ def _warp_triton(
     # Triton takes the current card, wherever its arguments lie.
     with torch.cuda.device_of(pixels):
         # The photographs of a batch lie on the second axis of the grid, which CUDA limits to 65,535.
-        _kernel()[(blocks, count)](*arguments, BLOCK=_BLOCK)
+        warp_kernel[(blocks, count)](*arguments, BLOCK=_BLOCK)
     return images
-
-
-@cache
-def _kernel() -> Any:
-    """The kernel, defined at its first use: Triton is only where PyTorch has CUDA, and its import takes a while."""
-    from fastddr.kernels.warp_triton import warp_kernel
-
-    return warp_kernel

@@ -12,7 +12,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -63,67 +63,40 @@ class Seen:
     canvas_width: Int[np.ndarray, " n"]
     canvas_height: Int[np.ndarray, " n"]
 
-
-class Blocks:
-    """How m micro batches of b photographs are seen, worked out for a block of them when one is asked for.
-
-    So the first batch of an epoch does not wait for the maps of a million photographs, nor a resumed one for those
-    before it.
-    """
-
-    def __init__(self, see: Callable[[slice], Seen], count: int, batch: int) -> None:
-        """`see`: how photographs are seen, by their places among all m * b."""
-        self._count, self._batch = count, batch
-        self._size = max(1, _TOGETHER // batch)
-        rows = self._size * batch
-        # Two, because a loader that works ahead is in the next one before all is done with the last.
-        self._block = lru_cache(maxsize=2)(lambda number: see(slice(number * rows, (number + 1) * rows)))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def at(self, k: int) -> tuple[Seen, slice]:
-        """The block of micro batch `k`, and which of its photographs are `k`'s."""
-        number, place = divmod(range(self._count)[k], self._size)
-        return self._block(number), slice(place * self._batch, (place + 1) * self._batch)
-
-
-class Rows:
-    """One array of `Seen` for all micro batches of an epoch: `rows[k]` is that of micro batch `k`."""
-
-    def __init__(self, blocks: Blocks, name: str) -> None:
-        self._blocks = blocks
-        self._name = name
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __getitem__(self, k: int) -> np.ndarray:
-        seen, own = self._blocks.at(k)
-        values: np.ndarray = getattr(seen, self._name)
-        return values[own]
+    def __getitem__(self, some: slice) -> Seen:
+        return Seen(*(getattr(self, part.name)[some] for part in fields(self)))
 
 
 class Requests:
-    """What one rank needs in one epoch, cut into m micro batches of b photographs: who comes when, and seen how."""
+    """What one rank needs in one epoch, cut into m micro batches of b photographs: who comes when, and seen how.
+
+    How they are seen is worked out for a block of micro batches when one of it is asked for. So the first batch of an
+    epoch does not wait for the maps of a million photographs, nor a resumed one for those before it.
+    """
 
     def __init__(
         self, id: Int[np.ndarray, "m b"], valid: Bool[np.ndarray, "m b"], see: Callable[[slice], Seen]
     ) -> None:
-        """`see`: as `Blocks` has it."""
-        self.id = id
-        self.valid = valid
-        self.seen = Blocks(see, *id.shape)
-        # Each as `Seen` has it, by micro batch.
-        self.affine = Rows(self.seen, "affine")
-        self.colour = Rows(self.seen, "colour")
-        self.source_width = Rows(self.seen, "source_width")
-        self.source_height = Rows(self.seen, "source_height")
-        self.canvas_width = Rows(self.seen, "canvas_width")
-        self.canvas_height = Rows(self.seen, "canvas_height")
+        """`see`: how photographs are seen, by their places among all m * b."""
+        self.id, self.valid = id, valid
+        self._batch = id.shape[1]
+        self._size = max(1, _TOGETHER // self._batch)
+        rows = self._size * self._batch
+        # Two, because a loader that works ahead is in the next one before all is done with the last.
+        self._block = lru_cache(maxsize=2)(lambda number: see(slice(number * rows, (number + 1) * rows)))
 
     def __len__(self) -> int:
         return len(self.id)
+
+    def block(self, k: int) -> tuple[Seen, slice]:
+        """The block of micro batch `k`, and which of its photographs are `k`'s."""
+        number, place = divmod(range(len(self))[k], self._size)
+        return self._block(number), slice(place * self._batch, (place + 1) * self._batch)
+
+    def at(self, k: int) -> Seen:
+        """How the photographs of micro batch `k` are seen."""
+        seen, own = self.block(k)
+        return seen[own]
 
 
 @dataclass(frozen=True)
@@ -210,31 +183,23 @@ class Task:
     def requests(self, epoch: int) -> Requests:
         """Everything that this rank loads in an epoch. A pure function of the task and the epoch."""
         ids = sampling.order(self.ids, self.seed, epoch) if self.train else np.repeat(self.ids, self.views)
-        id_, valid = sampling.schedule(
-            ids, self.batch_size, rank=self.rank, world=self.world, accumulation=self.accumulation, pad=not self.train
-        )
-        flat = id_.reshape(-1)
+        cut = {"rank": self.rank, "world": self.world, "accumulation": self.accumulation}
+        place, valid = sampling.schedule(np.arange(len(ids)), self.batch_size, **cut, pad=not self.train)
         rows = sampling.numbers(len(self.files), self.seed, epoch) if self.train else None
-        place = self._places(len(ids)) if self.multi and not self.train else None
+        flat = place.reshape(-1)
 
         def see(some: slice) -> Seen:
-            of = flat[some]
+            of = ids[flat[some]]
             width, height = self.widths[of], self.heights[of]
             canvas = sampling.canvas_size(width, height, self.canvas)
             if rows is not None:
                 maps = sampling.training_maps(rows[of], *canvas, self.image_size, self.augment)
             else:
-                places = None if place is None else place[some]
-                maps = sampling.evaluation_maps(*canvas, self.image_size, self.augment, places)
+                window = sampling.NINE[flat[some] % self.views] if self.multi else None
+                maps = sampling.evaluation_maps(*canvas, self.image_size, self.augment, window)
             return Seen(maps.affine, maps.colour, width, height, *canvas)
 
-        return Requests(id_, valid, see)
-
-    def _places(self, count: int) -> Int[np.ndarray, "m 2"]:
-        """The place of each window of this rank, as `requests` orders them; the padding repeats the last one."""
-        cut = {"rank": self.rank, "world": self.world, "accumulation": self.accumulation}
-        window, _ = sampling.schedule(np.arange(count), self.batch_size, **cut, pad=True)
-        return sampling.NINE[window.reshape(-1) % self.views]
+        return Requests(ids[place], valid, see)
 
 
 class Loader(DataLoaderStateMixin, ABC):
@@ -340,8 +305,7 @@ def _abandon_all() -> None:
         loader.abandon()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 def keep_for_ever(thing: object) -> None:

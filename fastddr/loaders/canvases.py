@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import PIL
@@ -13,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastddr import sampling
+from fastddr.data import workers
 from fastddr.data.photograph import DAMAGED, upright
 from fastddr.loaders import dali_decoder
 from fastddr.loaders.base import Task, unusable_photograph
@@ -45,19 +48,14 @@ class PillowCanvases:
         Raises:
             UserError: a photograph that cannot be decoded, by name.
         """
-        chunks = [ids[start : start + self._together] for start in range(0, len(ids), self._together)]
-        with ThreadPoolExecutor(max(1, self._task.threads)) as pool:
-            ahead = [[pool.submit(self._canvas, int(id_)) for id_ in chunk] for chunk in chunks[:2]]
-            try:
-                for number, chunk in enumerate(chunks):
-                    made = [future.result() for future in ahead.pop(0)]
-                    for later in chunks[number + 2 : number + 3]:
-                        ahead.append([pool.submit(self._canvas, int(id_)) for id_ in later])
-                    yield list(zip(map(int, chunk), made, strict=True))
-            finally:
-                for futures in ahead:
-                    for future in futures:
-                        future.cancel()
+        wanted: list[int] = ids.tolist()
+        with (
+            ThreadPoolExecutor(max(1, self._task.threads)) as pool,
+            closing(workers.threaded(pool, self._canvas, wanted, ahead=2 * self._together)) as made,
+        ):
+            for start in range(0, len(wanted), self._together):
+                chunk = wanted[start : start + self._together]
+                yield list(zip(chunk, islice(made, len(chunk)), strict=True))
 
     def _canvas(self, id_: int) -> Tensor:
         file = self._task.files[id_]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import psutil
 import torch
 
 from fastddr import control_groups
@@ -46,11 +47,8 @@ class Free(NamedTuple):
 def measure(device: torch.device, local_ranks: int, taken: int = 0, kept: int = 0) -> Free:
     """What is free now, on this machine with so many ranks on it.
 
-    Args:
-        device: this rank's.
-        local_ranks: of this machine.
-        taken: bytes of the card that training will take.
-        kept: bytes that files of the photographs take on the disk from an earlier start (`stores.on_disk`).
+    `taken`: bytes of the card that training will take; `kept`: bytes that files of the photographs take on the disk
+    from an earlier start (`stores.on_disk`).
     """
     ram = free_ram()
     # Else the file of a run that filled its disk would have no room for itself when the run goes on.
@@ -68,18 +66,7 @@ def least(found: Sequence[Free]) -> Free:
 
 def free_ram() -> int:
     """Bytes of RAM that this process can still get: of the machine, and of its control groups (SLURM, containers)."""
-    available = _available()
-    if available is None:  # not Linux: what is free is unknown, so half of what there is
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min([available, *_in_groups()])
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return min([psutil.virtual_memory().available, *_in_groups()])
 
 
 def _in_groups(root: Path = control_groups.ROOT, own: Path = control_groups.OWN) -> list[int]:
@@ -111,8 +98,7 @@ def _left(group: Path, limit: str, used: str) -> int | None:
 
 
 def _free_disk(path: Path, kept: int) -> int:
-    """Bytes that are free for a folder that may not be there yet, and those that are kept in it; 0 where it cannot be
-    made or written to."""
+    """Bytes free for a folder that may not be there yet, and those kept in it; 0 where it cannot be made or written."""
     try:
         while not path.exists():
             path = path.parent

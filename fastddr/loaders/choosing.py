@@ -8,7 +8,7 @@ from typing import get_args
 
 from fastddr.data.cache import folder
 from fastddr.errors import UserError
-from fastddr.kernels.warp import fails, triton_lacks
+from fastddr.kernels.warp import fails
 from fastddr.loaders import dali_decoder, stores
 from fastddr.loaders.base import StoreName, Task
 from fastddr.loaders.capacity import Free, Where, decoding_ms
@@ -25,13 +25,10 @@ class Choice:
 
 
 def choose(asked: str, tasks: Sequence[Task], epochs: int, free: Free) -> Choice:
-    """The loader that `asked` stands for, and the store.
+    """The loader that `asked` stands for, a name or `auto`, and the store.
 
-    Args:
-        asked: a loader's name, or `auto`.
-        tasks: what is loaded again and again: training and validation.
-        epochs: how often.
-        free: of all ranks the least, so that all choose alike.
+    `tasks`: what is loaded in each of the epochs, training and validation; `free`: of all ranks the least, so that all
+    choose alike.
 
     Raises:
         UserError: two builds of DALI are installed over each other; or a store was asked for that has no room.
@@ -49,14 +46,11 @@ def choose(asked: str, tasks: Sequence[Task], epochs: int, free: Free) -> Choice
         return Choice("resident", store, f"--loader asked for it; {fits}")
     if epochs == 1:
         return Choice(stream, "none", f"with one epoch nothing is decoded twice; {installed}")
-    lacks = triton_lacks() if tasks[0].device.type == "cuda" else None
-    if lacks is not None:
-        return Choice(stream, "none", f"resident needs on a GPU what is not installed: {lacks}; {installed}")
     if store is None:
         return Choice(stream, "none", f"{fits}; {installed}")
     wrong = fails(tasks[0].device) if tasks[0].device.type == "cuda" else None
     if wrong is not None:
-        return Choice(stream, "none", f"{wrong}; {installed}")
+        return Choice(stream, "none", f"no resident on this GPU: {wrong}; {installed}")
     cost = decoding_ms(tasks[0])
     return Choice("resident", store, f"{fits}; decoding costs {cost:.1f} ms a photograph, once instead of every epoch")
 

@@ -61,8 +61,6 @@ class DaliLoader(Loader):
     def _images(self, requests: Requests, start: int) -> Generator[Tensor, None, None]:
         depth, wanted = _depth(self.task), len(requests) - start
         sent = received = 0
-        # Whether it is known what the pipeline holds: Ctrl-C may come in the midst of a call to it.
-        known = False
         used: deque[torch.cuda.Event] = deque()
         try:
             while received < wanted:
@@ -80,29 +78,27 @@ class DaliLoader(Loader):
                     sent += 1
                 image = self._receive(requests, start + received)
                 received += 1
-                known = True
                 yield image
                 self._hold_back(used)
-                known = False
-            known = True
-        finally:
-            if not known:
+        except GeneratorExit:
+            pass
+        except BaseException:
+            # Ctrl-C may come in the midst of a call to the pipeline, so it is not known what that holds.
+            self._pipeline = None
+            raise
+        # What is still on its way must not turn up in the next epoch.
+        while self._pipeline is not None and received < sent:
+            received += 1
+            try:
+                self._pipeline.outputs()
+            except RuntimeError:
+                # Nobody wants this batch, so nobody need hear of it; the pipeline is built anew when needed.
                 self._pipeline = None
-            # What is still on its way must not turn up in the next epoch.
-            while self._pipeline is not None and received < sent:
-                received += 1
-                try:
-                    self._pipeline.outputs()
-                except RuntimeError:
-                    # Nobody wants this batch, so nobody need hear of it; the pipeline is built anew when needed.
-                    self._pipeline = None
 
     def _hold_back(self, used: deque[torch.cuda.Event]) -> None:
-        """On a GPU: let the host run ahead by so many batches alone.
-
-        DALI frees what PyTorch has dropped once the card has done all that was queued by then: the more is queued, the
-        more dead batches lie on the card.
-        """
+        """On a GPU: let the host run ahead by so many batches alone."""
+        # DALI frees what PyTorch has dropped once the card has done all that was queued by then: the more is queued,
+        # the more dead batches lie on the card.
         if self.task.device.type == "cuda":
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.task.device))
@@ -123,7 +119,7 @@ class DaliLoader(Loader):
 
     def _inputs(self, requests: Requests, k: int) -> dict[str, np.ndarray]:
         """What the graph wants to know about micro batch `k`."""
-        seen, own = requests.seen.at(k)
+        seen, own = requests.block(k)
         return {name: values[own] for name, values in self._of_block(seen).items()}
 
     def _receive(self, requests: Requests, k: int) -> Tensor:
@@ -156,11 +152,9 @@ class DaliLoader(Loader):
 
 
 def _abandon_pipelines() -> None:
-    """In a process forked from one that has pipelines, a loader's or a store's: they are never ended.
-
-    A fork has them without their threads, and ending one would wait for those for ever: also at the very end, when
-    DALI ends all pipelines that it knows.
-    """
+    """In a process forked from one that has pipelines, a loader's or a store's: they are never ended."""
+    # A fork has them without their threads, and ending one would wait for those for ever: also at the very end, when
+    # DALI ends all pipelines that it knows.
     module = sys.modules.get("nvidia.dali.pipeline")
     if module is not None:
         known = module.Pipeline._pipes
@@ -169,16 +163,13 @@ def _abandon_pipelines() -> None:
         known.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_pipelines)
+os.register_at_fork(after_in_child=_abandon_pipelines)
 
 
 def _depth(task: Task) -> int:
-    """Batches on their way. With 1 nothing is decoded while a batch is computed on.
-
-    On the CPU 2, 3 and 4 are equally fast, and each batch more costs its memory. A GPU waits for nobody: a third batch
-    is there where one was slow to read (not measured yet).
-    """
+    """Batches on their way. With 1 nothing is decoded while a batch is computed on."""
+    # On the CPU 2, 3 and 4 are equally fast, and each batch more costs its memory. A GPU waits for nobody: a third
+    # batch is there where one was slow to read (not measured).
     return task.prefetch or (3 if task.device.type == "cuda" else 2)
 
 
@@ -188,7 +179,6 @@ def _inputs(task: Task, seen: Seen) -> dict[str, np.ndarray]:
     affine = seen.affine
     if task.only_crops:
         crops = sampling.as_crops(affine, task.image_size)
-        assert crops is not None, "the policy said that every map is a window"
         corner = np.stack([crops.x, crops.y], axis=1)
         box = np.concatenate([corner, corner + task.image_size], axis=1)
         if _mirrors(task):
@@ -226,11 +216,9 @@ def _mirrors(task: Task) -> bool:
 
 
 def _normalised_after(task: Task, source: Callable[[Task], Any] | None) -> bool:
-    """Whether images leave the pipeline before they are normalised, on a CPU.
-
-    Windows of canvases that are there already (a `source`) do not: they keep the thread that asks for them busy, and
-    DALI's threads have little else to do.
-    """
+    """Whether images leave the pipeline before they are normalised, on a CPU."""
+    # Windows of canvases that are there already (a `source`) do not: they keep the thread that asks for them busy, and
+    # DALI's threads have little else to do.
     alone = task.device.type == "cpu" and task.only_normalises
     return alone and (source is None or not task.only_crops)
 
@@ -240,19 +228,10 @@ def _build(task: Task, source: Callable[[Task], Any] | None) -> Any:
     # Larger buffers come from DALI's own pool instead of `malloc`, which would give them back to the system and fetch
     # them anew, page by page, for each batch. Read when DALI first allocates.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
-    from nvidia.dali import Pipeline
-
+    pipeline = dali_decoder.pipeline(task, task.micro_batch_size, _depth(task))
     # As the interpreter ends DALI ends its pipelines. After its import, and so called before that: the loaders.
     atexit.unregister(close_all)
     atexit.register(close_all)
-    pipeline = Pipeline(
-        batch_size=task.micro_batch_size,
-        num_threads=max(1, task.threads),
-        device_id=dali_decoder.device_id(task),
-        prefetch_queue_depth=_depth(task),
-        exec_dynamic=True,
-        seed=0,  # nothing in the graph is random
-    )
     with pipeline:
         normalise = task.only_normalises and not _normalised_after(task, source)
         pixels = (source or _decoded)(task)
@@ -291,24 +270,21 @@ def _graph(task: Task, pixels: Any, *, upright: bool, normalise: bool) -> Any:
     """
     from nvidia.dali import fn, types
 
-    def given(name: str, dtype: Any, ndim: int) -> Any:
-        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
-
     if not task.canvas_is_source:
         pixels = fn.resize(
             pixels,
-            size=given("size", types.FLOAT, 1),
-            roi_start=given("roi_start", types.FLOAT, 1),
-            roi_end=given("roi_end", types.FLOAT, 1),
+            size=_external("size", "FLOAT", 1),
+            roi_start=_external("roi_start", "FLOAT", 1),
+            roi_end=_external("roi_end", "FLOAT", 1),
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )
     mirror: dict[str, Any] = {}
     if not task.only_crops:
-        pixels = _warp(pixels, given("back", types.FLOAT, 2), task)
+        pixels = _warp(pixels, _external("back", "FLOAT", 2), task)
     elif _mirrors(task):
-        left_right = given("hflip", types.INT32, 0)
-        upside_down = given("vflip", types.INT32, 0) if upright else 0
+        left_right = _external("hflip", "INT32", 0)
+        upside_down = _external("vflip", "INT32", 0) if upright else 0
         if normalise:
             # To normalise mirrors left to right without a pass of its own.
             mirror = {"mirror": left_right}
@@ -322,7 +298,7 @@ def _graph(task: Task, pixels: Any, *, upright: bool, normalise: bool) -> Any:
         return fn.crop_mirror_normalize(pixels, mean=mean, std=std, dtype=dtype, output_layout="HWC", **mirror)
     if task.only_normalises:
         return pixels
-    return fn.coord_transform(pixels, MT=given("colour", types.FLOAT, 2), dtype=types.FLOAT)
+    return fn.coord_transform(pixels, MT=_external("colour", "FLOAT", 2), dtype=types.FLOAT)
 
 
 def _warp(pixels: Any, back: Any, task: Task) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import re
 import warnings
 from collections.abc import Generator, Sequence
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from fastddr import sampling
 from fastddr.errors import UserError
 from fastddr.loaders.base import Task, first_unusable
-from fastddr.meters import IN_DALI, is_out_of_memory
+from fastddr.meters import IN_DALI, dali_builds, is_out_of_memory, packages
 
 # The numbers of this file that are of a card's memory are not measured on one.
 
@@ -39,25 +38,13 @@ def installed() -> bool:
     Raises:
         UserError: two builds are installed over each other.
     """
-    builds = _builds()
+    builds = dali_builds()
     if len(builds) > 1:
         raise UserError(
             f"{' and '.join(builds)} are both installed and overwrite each other's files in nvidia/dali; "
             f"run `pip uninstall -y {' '.join(builds)}`, then install the one for your CUDA."
         )
     return bool(builds)
-
-
-def _builds() -> tuple[str, ...]:
-    """Names of the builds of DALI that are installed."""
-    return tuple(sorted({name for name, _ in _packages() if name.replace("_", "-").startswith("nvidia-dali-cuda")}))
-
-
-@cache
-def _packages() -> tuple[tuple[str, str], ...]:
-    """Name and version of every package that is installed. To read them takes a while, and so is done once."""
-    found = (distribution.metadata for distribution in importlib.metadata.distributions())
-    return tuple((str(package["Name"]), str(package["Version"])) for package in found)
 
 
 def check_driver(task: Task) -> None:
@@ -68,7 +55,7 @@ def check_driver(task: Task) -> None:
     can = _driver() if task.device.type == "cuda" else None
     if can is None:
         return
-    for build in _builds():
+    for build in dali_builds():
         needs = re.search(r"cuda(\d+)\d$", build)  # cuda130 is 13.0
         if needs is not None and can // 1000 < int(needs[1]):
             raise UserError(
@@ -133,7 +120,7 @@ def codecs() -> tuple[str, ...]:
 
 def _versions(name: str) -> tuple[str, ...]:
     """Of the packages whose names begin so."""
-    return tuple(sorted(version for package, version in _packages() if package.startswith(name)))
+    return tuple(sorted(version for package, version in packages() if package.startswith(name)))
 
 
 def device_id(task: Task) -> int | None:
@@ -201,20 +188,18 @@ def _passed(said: str) -> UserError | None:
 def name_refused(ids: Sequence[int], task: Task) -> str | None:
     """The first of these photographs that DALI, given it alone, does not decode, or not to the size that its header
     says; None where there is none."""
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import fn, types
 
-    pipeline = Pipeline(
-        batch_size=1, num_threads=1, device_id=device_id(task), prefetch_queue_depth=1, exec_dynamic=True, seed=0
-    )
-    with pipeline:
+    alone = pipeline(replace(task, threads=1), 1, depth=1)
+    with alone:
         path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(read(path), output_type=types.RGB, **decoding(task)))
-    built(pipeline)
+        alone.set_outputs(fn.decoders.image(read(path), output_type=types.RGB, **decoding(task)))
+    built(alone)
     paths = paths_of(task)
     for id_ in ids:
-        pipeline.feed_input("path", paths[id_ : id_ + 1])
+        alone.feed_input("path", paths[id_ : id_ + 1])
         try:
-            (output,) = pipeline.run()
+            (output,) = alone.run()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return None
@@ -239,6 +224,20 @@ def too_large(task: Task, room: int) -> str | None:
     return (
         f"note: photographs of this size are decoded whole, which takes about {whole / 2**30:.1f} GiB of the card at "
         f"once, where {max(0, room) / 2**30:.1f} GiB may be left; `fastddr prepare` makes them small"
+    )
+
+
+def pipeline(task: Task, batch: int, depth: int) -> Any:
+    """A pipeline for batches of so many photographs, `depth` of them on their way; its graph is still to be made."""
+    from nvidia.dali import Pipeline
+
+    return Pipeline(
+        batch_size=batch,
+        num_threads=max(1, task.threads),
+        device_id=device_id(task),
+        prefetch_queue_depth=depth,
+        exec_dynamic=True,
+        seed=0,  # no graph here has anything random
     )
 
 
@@ -283,7 +282,7 @@ class Canvases:
         Raises:
             UserError: a photograph that cannot be decoded, by name.
         """
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import fn, types
 
         task, gpu = self._task, self._task.device.type == "cuda"
         chunks = [ids[start : start + self._together] for start in range(0, len(ids), self._together)]
@@ -297,34 +296,23 @@ class Canvases:
                 paths = self._paths[chunk]
                 yield (paths, size) if scaled else (paths,)
 
-        pipeline = Pipeline(
-            batch_size=self._together,
-            num_threads=max(1, task.threads),
-            device_id=device_id(task),
-            prefetch_queue_depth=2,
-            exec_dynamic=True,
-            seed=0,  # nothing in the graph is random
-        )
-        with pipeline:
+        decoder = pipeline(task, self._together, depth=2)
+        with decoder:
             path, *size = fn.external_source(
                 source=inputs(),
                 num_outputs=1 + scaled,
                 dtype=[types.UINT8, types.FLOAT][: 1 + scaled],
                 ndim=[1, 1][: 1 + scaled],
             )
-            canvas = fn.decoders.image(
-                read(path),
-                output_type=types.RGB,
-                **decoding(task),
-            )
+            canvas = fn.decoders.image(read(path), output_type=types.RGB, **decoding(task))
             if scaled:
                 canvas = fn.resize(canvas, size=size[0], interp_type=types.INTERP_LINEAR, antialias=True)
-            pipeline.set_outputs(canvas)
-        built(pipeline)
+            decoder.set_outputs(canvas)
+        built(decoder)
         try:
             for number, chunk in enumerate(chunks):
                 try:
-                    (output,) = pipeline.run(torch.cuda.current_stream(task.device) if gpu else None)
+                    (output,) = decoder.run(torch.cuda.current_stream(task.device) if gpu else None)
                 except RuntimeError as error:
                     # It may be of those after this one, which are already on their way.
                     near = np.concatenate(chunks[number : number + 3])
@@ -335,5 +323,5 @@ class Canvases:
                 yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
         finally:
             output = None  # whose memory could else not be given back
-            del pipeline
+            del decoder
             give_back(task)

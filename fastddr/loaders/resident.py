@@ -44,15 +44,15 @@ class ResidentLoader(Loader):
         """`say` is told, once an epoch, what had to be decoded again.
 
         Raises:
-            UserError: the photographs do not fit where they shall be kept, or a GPU has no Triton.
+            UserError: the photographs do not fit where they shall be kept, or Triton does not run on a GPU.
         """
         if task.store == "auto":
             free = measure(task.device, 1, kept=stores.on_disk([task]))
             task = replace(task, store=choose("resident", [task], epochs=2, free=free).store)
         super().__init__(task)
-        lacks = kernels.triton_lacks() if task.device.type == "cuda" else None
-        if lacks is not None:
-            raise UserError(f"--loader resident lacks {lacks}; install that, or for a new run take --loader dali.")
+        wrong = kernels.fails(task.device) if task.device.type == "cuda" else None
+        if wrong is not None:
+            raise UserError(f"--loader resident: {wrong}; mend that, or for a new run take --loader dali.")
         self._say = say or (lambda line: None)
         self._canvases = canvases.build(task, min(_TOGETHER, task.micro_batch_size))
         self._store = stores.build(task, canvases.decoder(task))
@@ -81,7 +81,7 @@ class ResidentLoader(Loader):
                 yield self._on_gpu(requests, k)
             else:
                 images = self._windows(requests, k).float() if self.task.only_crops else self._warped(requests, k)
-                yield kernels.coloured(images, torch.from_numpy(requests.colour[k].astype(np.float32)))
+                yield kernels.coloured(images, torch.from_numpy(requests.at(k).colour.astype(np.float32)))
 
     def raw_windows(self, epoch: int = 0) -> Iterator[UInt8[Tensor, "b h w 3"]]:
         """The uint8 windows of an epoch on the host, as they are gathered: upside down where they shall be, but neither
@@ -152,8 +152,7 @@ class ResidentLoader(Loader):
 
     def _windows(self, requests: Requests, k: int) -> UInt8[Tensor, "b h w 3"]:
         size = self.task.image_size
-        crops = sampling.as_crops(requests.affine[k], size)
-        assert crops is not None, "the policy said that every map is a window"
+        crops = sampling.as_crops(requests.at(k).affine, size)
         images = torch.empty(len(requests.id[k]), size, size, 3, dtype=torch.uint8)
         for image, id_, x, y, hflip, vflip in zip(
             images, requests.id[k].tolist(), crops.x, crops.y, crops.hflip, crops.vflip, strict=True
@@ -174,21 +173,21 @@ class ResidentLoader(Loader):
     # ------------------------------------------------------------------------------------------ on a GPU
 
     def _on_gpu(self, requests: Requests, k: int) -> Float[Tensor, "b h w 3"]:
-        store, ids = self._store, requests.id[k]
+        store, ids, seen = self._store, requests.id[k], requests.at(k)
         if self._ring is None:
             size = np.stack([store.place.width[ids], store.place.height[ids]], axis=1)
-            back = sampling.inverse(requests.affine[k])
+            back = sampling.inverse(seen.affine)
             if isinstance(store, stores.Transient):
                 pixels = torch.cat([store.get(id_).reshape(-1) for id_ in ids.tolist()])
-                return self._kernel(pixels, _ends(size) - size.prod(axis=1) * 3, size, back, requests.colour[k])
-            return self._kernel(store.pixels, store.place.offset[ids], size, back, requests.colour[k])
+                return self._kernel(pixels, _ends(size) - size.prod(axis=1) * 3, size, back, seen.colour)
+            return self._kernel(store.pixels, store.place.offset[ids], size, back, seen.colour)
         boxes, back = self._boxes(requests, k)
         size = boxes[:, 2:] - boxes[:, :2]
         ends = _ends(size)
         offset = ends - size.prod(axis=1) * 3
         with self._ring.slot(int(ends[-1])) as slot:
             self._gather(ids, boxes, slot.host)
-            return self._kernel(self._ring.send(slot, int(ends[-1])), offset, size, back, requests.colour[k])
+            return self._kernel(self._ring.send(slot, int(ends[-1])), offset, size, back, seen.colour)
 
     def _gather(self, ids: Int[np.ndarray, " b"], boxes: Int[np.ndarray, "b 4"], host: UInt8[Tensor, " n"]) -> None:
         """Write these boxes of the photographs into the host's memory, one behind the other."""
@@ -214,9 +213,9 @@ class ResidentLoader(Loader):
 
     def _boxes(self, requests: Requests, k: int) -> tuple[Int[np.ndarray, "b 4"], Float[np.ndarray, "b 2 3"]]:
         """The box of each canvas that its image needs, and the map from the image into that box."""
-        affine = requests.affine[k]
-        boxes = sampling.boxes(affine, requests.canvas_width[k], requests.canvas_height[k], self.task.image_size)
-        back = sampling.inverse(affine)
+        seen = requests.at(k)
+        boxes = sampling.boxes(seen.affine, seen.canvas_width, seen.canvas_height, self.task.image_size)
+        back = sampling.inverse(seen.affine)
         back[:, :, 2] -= boxes[:, :2]
         return boxes, back
 

@@ -66,7 +66,7 @@ def on_disk(tasks: Sequence[Task]) -> int:
     Those of another user, who does not share them, do not count.
     """
     taken = 0
-    patterns = {f"{glob.escape(_stem(task))}-*.store" for task in tasks}
+    patterns = {f"{glob.escape(_stem(task, _root(task)))}-*.store" for task in tasks}
     try:
         for file in (file for pattern in patterns for file in (folder() / "resident").glob(pattern)):
             if os.access(file, os.R_OK | os.W_OK):
@@ -77,11 +77,7 @@ def on_disk(tasks: Sequence[Task]) -> int:
 
 
 def build(task: Task, decoder: str) -> Store:
-    """The store of `task.store` for the task's photographs.
-
-    Args:
-        task: `store` must not be `auto` any more (see `choose`).
-        decoder: name and version of what fills it.
+    """The store of `task.store`, which is not `auto` any more; `decoder`: name and version of what fills it.
 
     Raises:
         UserError: there is no room, or the file cannot be used.
@@ -105,11 +101,13 @@ class Store(ABC):
         self.place = where
         self.device = device
         """Where its pixels are."""
+        self._pixels: Tensor | None = None
 
     @property
-    @abstractmethod
     def pixels(self) -> UInt8[Tensor, " bytes"]:
         """All canvases, one behind the other."""
+        assert self._pixels is not None, "the store is closed, or keeps nothing"
+        return self._pixels
 
     @abstractmethod
     def missing(self, ids: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -131,8 +129,9 @@ class Store(ABC):
         begin, width, height = (int(part[id_]) for part in self.place[:3])
         return self.pixels[begin : begin + width * height * 3].view(height, width, 3)
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Let go of the memory. Safe to call again."""
+        self._pixels = None
 
 
 class Memory(Store):
@@ -141,18 +140,13 @@ class Memory(Store):
     def __init__(self, where: Place, device: torch.device) -> None:
         super().__init__(where, device)
         try:
-            self._pixels: Tensor | None = torch.empty(where.total, dtype=torch.uint8, device=device)
+            self._pixels = torch.empty(where.total, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # PyTorch's OutOfMemoryError is one too
             raise UserError(
                 f"there is no room for {where.total / 2**30:.1f} GiB of decoded photographs in {device.type} memory "
                 "(--loading.store); take another place, none, or for a new run --loader dali."
             ) from error
         self._there = np.zeros(len(where.offset), dtype=bool)
-
-    @property
-    def pixels(self) -> UInt8[Tensor, " bytes"]:
-        assert self._pixels is not None, "the store is closed"
-        return self._pixels
 
     def missing(self, ids: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         return ~self._there[ids]
@@ -163,9 +157,6 @@ class Memory(Store):
         self.get(id_).copy_(canvas, non_blocking=self.device.type == "cuda")
         self._there[id_] = True
 
-    def close(self) -> None:
-        self._pixels = None
-
 
 class Transient(Store):
     """Keeps a canvas until its batch is made: for a split that is seen once."""
@@ -173,10 +164,6 @@ class Transient(Store):
     def __init__(self, where: Place, device: torch.device) -> None:
         super().__init__(where, device)
         self._canvases: dict[int, Tensor] = {}
-
-    @property
-    def pixels(self) -> UInt8[Tensor, " bytes"]:
-        raise RuntimeError("a transient store has no memory of its own")
 
     def missing(self, ids: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         return np.array([int(id_) not in self._canvases for id_ in ids], dtype=bool)
@@ -205,19 +192,15 @@ class Mapped(Store):
     """
 
     def __init__(self, task: Task, decoder: str) -> None:
-        """Open the file of these photographs, or make it.
-
-        Args:
-            task: whose files, all of them, have a place.
-            decoder: name and version of what decodes them: another may give other pixels.
+        """Open the file of all of the task's files, or make it; another `decoder` may give other pixels.
 
         Raises:
             UserError: the file cannot be made or read.
         """
         super().__init__(place(task, np.arange(len(task.files))), torch.device("cpu"))
         count = len(task.files)
-        key = _key(task, decoder)
-        self._stem = _stem(task)
+        root = _root(task)
+        key, self._stem = _key(task, decoder, root), _stem(task, root)
         self.path = folder() / "resident" / f"{self._stem}-{key[:16]}.store"
         header = {"what": _MAGIC, "version": VERSION, "key": key, "count": count, "bytes": self.place.total}
         self._states_at = _HEADER + 4 * count
@@ -263,13 +246,11 @@ class Mapped(Store):
         view = np.frombuffer(self._map, dtype=np.uint8)
         self._sums = view[_HEADER : self._states_at].view(np.uint32)
         self._states = view[self._states_at : self._states_at + len(self.place.offset)]
-        self._pixels: Tensor | None = torch.from_numpy(view[self._begin :])
+        self._pixels = torch.from_numpy(view[self._begin :])
 
     def _make(self, header: bytes, key: str) -> None:
-        """Make the file beside and link it to its name, unless another process was faster.
-
-        Files of the same photographs as they were before a change are removed; who has one open keeps it.
-        """
+        """Make the file beside and link it to its name, unless another process was faster."""
+        # Of the same photographs as they were before a change; who has such a file open keeps it.
         for older in self.path.parent.glob(f"{glob.escape(self._stem)}-*.store"):
             if not older.name.startswith(f"{self._stem}-{key[:16]}"):
                 with suppress(FileNotFoundError, PermissionError):
@@ -298,11 +279,6 @@ class Mapped(Store):
             # A process that is faster in between loses its name, and goes on with the file that it has open.
             if not self.path.exists():
                 os.rename(temporary, self.path)
-
-    @property
-    def pixels(self) -> UInt8[Tensor, " bytes"]:
-        assert self._pixels is not None, "the store is closed"
-        return self._pixels
 
     def missing(self, ids: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         return self._states[ids] != 1
@@ -337,7 +313,7 @@ class Mapped(Store):
     def close(self) -> None:
         if self._map is None:
             return
-        self._pixels = None
+        super().close()
         del self._sums, self._states
         # Who still holds a view keeps the map alive.
         self._map = None
@@ -353,20 +329,16 @@ def _root(task: Task) -> str:
     return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in task.files])
 
 
-def _stem(task: Task) -> str:
-    """How the names of all files of this data set and canvas begin, whatever became of the photographs.
-
-    A GPU and a CPU decode otherwise: each has a file, so that none makes the other's anew.
-    """
-    root = _root(task)
+def _stem(task: Task, root: str) -> str:
+    """How the names of all files of this data set and canvas begin, whatever became of the photographs."""
     place_hash = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    # A GPU and a CPU decode otherwise: each has a file, so that none makes the other's anew.
     kind = "gpu" if task.device.type == "cuda" else ""
     return f"{os.path.basename(root) or 'photographs'}-{place_hash}-{task.canvas}{kind}"
 
 
-def _key(task: Task, decoder: str) -> str:
+def _key(task: Task, decoder: str, root: str) -> str:
     """What the canvases are made from: every file's relative path, size and time of change, its canvas, the decoder."""
-    root = _root(task)
     digest = hashlib.sha256(f"{VERSION} {decoder} {task.canvas}\n".encode())
     for file, width, height in zip(task.files, task.widths.tolist(), task.heights.tolist(), strict=True):
         known = os.stat(file)

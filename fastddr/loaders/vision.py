@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
@@ -37,23 +37,18 @@ class _Item(NamedTuple):
 
 
 class _Photographs(Dataset["Tensor | str"]):
-    """Indexed by an `_Item` instead of a number: what to do is worked out beforehand, in the main process."""
+    """Indexed by a batch of `_Item`s instead of numbers: what to do is worked out beforehand, in the main process."""
 
     def __init__(self, image_size: int, only_crops: bool) -> None:
         self.image_size = image_size
         self.only_crops = only_crops
 
-    def __getitem__(self, item: _Item) -> Tensor | str:
-        """The image (h, w, 3), or why there is none: an error that leaves a worker comes as a traceback."""
+    def __getitem__(self, items: list[_Item]) -> Tensor | str:
+        """The images (b, h, w, 3), or why there are none: an error that leaves a worker comes as a traceback."""
         try:
-            return torch.from_numpy(render(item, self.image_size, self.only_crops))
+            return torch.from_numpy(np.stack([render(item, self.image_size, self.only_crops) for item in items]))
         except UserError as error:
             return str(error)
-
-
-def _collate(items: list[Tensor | str]) -> Tensor | str:
-    images = [item for item in items if isinstance(item, Tensor)]
-    return torch.stack(images) if len(images) == len(items) else next(i for i in items if isinstance(i, str))
 
 
 class _Batches(Sampler[list[_Item]]):
@@ -68,17 +63,13 @@ class _Batches(Sampler[list[_Item]]):
         requests = self.requests
         assert requests is not None
         for k in range(self.start, len(requests)):
-            yield [
-                _Item(self.files[id_], affine, colour, int(width), int(height))
-                for id_, affine, colour, width, height in zip(
-                    requests.id[k],
-                    requests.affine[k],
-                    requests.colour[k],
-                    requests.canvas_width[k],
-                    requests.canvas_height[k],
-                    strict=True,
-                )
-            ]
+            yield _items(self.files, requests, k)
+
+
+def _items(files: Sequence[str], requests: Requests, k: int) -> list[_Item]:
+    seen = requests.at(k)
+    rows = zip(requests.id[k], seen.affine, seen.colour, seen.canvas_width, seen.canvas_height, strict=True)
+    return [_Item(files[id_], affine, colour, int(width), int(height)) for id_, affine, colour, width, height in rows]
 
 
 def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3"]:
@@ -105,7 +96,6 @@ def render(item: _Item, size: int, only_crops: bool) -> Float[np.ndarray, "h w 3
 
 def _window(photograph: Image.Image, item: _Item, size: int) -> UInt8[np.ndarray, "h w 3"]:
     crops = sampling.as_crops(item.affine[None], size)
-    assert crops is not None, "the policy said that every map is a window"
     x, y = int(crops.x[0]), int(crops.y[0])
     window = _part(photograph, item, (x, y, x + size, y + size))
     if crops.hflip[0]:
@@ -148,25 +138,18 @@ def _part(photograph: Image.Image, item: _Item, box: tuple[int, int, int, int]) 
 
 
 def _clean_processes() -> BaseContext:
-    """Workers forked from a process that imports what they need and nothing else.
-
-    Forked from this one they would inherit DALI's pipelines without their threads, and wait for ever where the garbage
-    collector ends one of those. Windows has no fork at all.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
+    """Workers forked from a process that imports what they need and nothing else."""
+    # Forked from this one they would inherit DALI's pipelines without their threads, and wait for ever where the
+    # garbage collector ends one of those.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "fastddr.loaders.forkserver"])
     return context
 
 
 def _begin_worker(worker: int) -> None:
-    """Let no worker outlive a parent that was killed, and none end by a signal that is meant for the parent.
-
-    Of SIGTERM the parent's own counts: so it ends what is left of its workers when it ends itself.
-
-    PyTorch's own watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
-    """
+    """Let no worker outlive a parent that was killed, and none end by a signal that is meant for the parent."""
+    # Of SIGTERM the parent's own counts: so it ends what is left of its workers when it ends itself. PyTorch's own
+    # watch is of the process that forked the worker: here the forkserver, which lives as long as a worker.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -190,11 +173,8 @@ def _begin_worker(worker: int) -> None:
 
 
 def _refuse_small_shm(task: Task) -> None:
-    """Workers hand batches over in /dev/shm. Where that is full PyTorch loses the batch, and waits for it for ever.
-
-    Raises:
-        UserError: there is no room in it for the batches that are on their way at once.
-    """
+    """Raise UserError where /dev/shm, through which workers hand batches over, has no room for those on their way."""
+    # Where it is full PyTorch loses the batch, and waits for it for ever.
     try:
         shm = os.statvfs("/dev/shm")
     except (OSError, AttributeError):  # another system, which hands them over otherwise
@@ -225,12 +205,12 @@ class VisionLoader(Loader):
         self._batches = _Batches()
         self._loader = DataLoader(
             _Photographs(task.image_size, task.only_crops),
-            batch_sampler=self._batches,
+            batch_size=None,
+            sampler=self._batches,
             num_workers=task.threads,
             persistent_workers=task.threads > 0,
             prefetch_factor=task.prefetch or _AHEAD if task.threads > 0 else None,
             multiprocessing_context=_clean_processes() if task.threads > 0 else None,
-            collate_fn=_collate,
             worker_init_fn=_begin_worker,
             pin_memory=task.device.type == "cuda",
             # Its own generator: the loader would otherwise draw from the global one, and change the run.

@@ -7,6 +7,8 @@ allowances.py  what no trace sees, declared or measured
 second.py      a process that traces what is probably asked for next
 predicting.py  a configuration's peak by kind
 planning.py    what fits, and what to change
+asked.py       the flags of `fastddr plan`
+questions.py   its answers
 fitting.py     the micro batch of a run, checked by a real step
 cards.py       images a second at most
 """

@@ -56,14 +56,8 @@ def images_per_second(tape: Tape, micro: int, accumulation: int, bandwidth: floa
     """At most so many: the longer of the times for all FLOP and for all bytes of a step, the update counted in.
 
     Each operation is taken to read its inputs from memory and to write its results there, as in eager mode. For a
-    ConvMixer this comes to nine tenths of the passes that are counted by hand (50 a layer).
-
-    Args:
-        tape: of the step.
-        micro: photographs at once.
-        accumulation: micro batches in a step.
-        bandwidth: bytes a second.
-        peak: FLOP a second.
+    ConvMixer this comes to nine tenths of the passes that are counted by hand (50 a layer). `bandwidth` is in bytes a
+    second, `peak` in FLOP a second.
     """
     flop, moved = tape.cost(micro)
     return micro * accumulation / (accumulation * max(flop / peak, moved / bandwidth))

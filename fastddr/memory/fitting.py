@@ -55,12 +55,8 @@ def checked(
 ) -> tuple[int, list[str]]:
     """The largest micro batch that is predicted to fit and whose real step does, and what to say.
 
-    Args:
-        config: with its precision.
-        world: ranks.
-        free_bytes: of this rank's card.
-        try_: one real step with so many photographs at once; raises what `is_out_of_memory` if that is too much.
-        allowance: of the card.
+    `free_bytes`: of this rank's card. `try_`: one real step with so many photographs at once; it raises what
+    `is_out_of_memory` if that is too much.
 
     Raises:
         UserError: none fits.

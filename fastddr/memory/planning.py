@@ -22,6 +22,7 @@ from fastddr.memory.predicting import (
     predict,
     tape_of,
 )
+from fastddr.runtime import divide_batch
 
 #: Below so many photographs at once BatchNorm's statistics are so noisy that another change is cheaper.
 FEW = 8
@@ -60,13 +61,10 @@ def largest(case: Case, limit: int, allowance: Allowance) -> int:
 
 
 def _smaller(case: Case, limit: int, allowance: Allowance, like: Case | None = None, share: float = 1) -> int | None:
-    """The largest micro batch below the case's that divides a rank's part of the global batch and fits.
-
-    `like` is a case that is traced already, of whose blocks the case's take `share` at least; this saves traces.
-    """
+    """The largest micro batch below the case's that divides a rank's part of the global batch and fits."""
     least = 2 if case.steps.mixed else 1
     parts = [micro for micro in divisors(case.config.batch_size // case.ranks) if least <= micro < case.micro]
-    if like is not None:
+    if like is not None:  # traced already; of its blocks the case's take `share` at least, which saves traces
         parts = [micro for micro in parts if share * tape_of(like).peak(micro).held <= limit]
     if parts and not case.steps.accumulated:
         # With accumulation a step never takes less: the gradients are there as well. So this may save a trace.
@@ -183,11 +181,9 @@ def _first_traced(change: _Change, case: Case, limit: int) -> Iterator[Case]:
 
 
 def _share(config: Config, size: int) -> float:
-    """What the blocks of a step take at least of their bytes, with images of another size.
-
-    Maps go by the area, a ConvMixer's by that of its whole patches; attention, which timm may have, by its square. What
-    is rounded down further on takes a little from it.
-    """
+    """What the blocks of a step take at least of their bytes, with images of another size."""
+    # Maps go by the area, a ConvMixer's by that of its whole patches; attention, which timm may have, by its square.
+    # What is rounded down further on takes a little from it.
     whole = config.convmixer.patch_size if config.model == "convmixer" else 1
     area = (size // whole / max(1, config.image_size // whole)) ** 2
     return 0.8 * area if config.model in MODELS else 0.8 * area**2
@@ -225,9 +221,7 @@ def line(case: Case, limit: int, allowance: Allowance, bandwidth: float | None, 
         UserError: the global batch cannot be cut among the ranks.
     """
     config = case.config
-    if config.batch_size % case.ranks:
-        raise UserError(f"batch_size {config.batch_size} cannot be divided by {case.ranks} ranks; change one.")
-    part = config.batch_size // case.ranks
+    part, _ = divide_batch(config.batch_size, "auto", case.ranks)
     whole = replace(case, micro=part)
     micro = part if fits(whole, limit, allowance) else _smaller(whole, limit, allowance)
     most = largest(case, limit, allowance)
@@ -246,27 +240,20 @@ def line(case: Case, limit: int, allowance: Allowance, bandwidth: float | None, 
 
 
 def choose_micro_batch(
-    config: Config, world: int, free_bytes: int, allowance: Allowance | None = None, below: int | None = None
+    config: Config, world: int, free_bytes: int, allowance: Allowance, below: int | None = None
 ) -> tuple[int, str]:
     """The largest micro batch that fits, and the reason; the global batch, and so the recipe, stays.
 
     Args:
         config: `precision` may be `auto`, which is half precision on a GPU.
-        world: ranks that share the global batch.
         free_bytes: of the card, now that CUDA's context is there. Where the loader may keep photographs in VRAM, it
             may take its quarter of them.
-        allowance: what no trace sees; by default what is declared.
         below: take a smaller one than this, which was too large in reality.
 
     Raises:
         UserError: the global batch cannot be divided by the ranks, or not even the smallest micro batch fits.
     """
-    from fastddr.memory import allowances
-
-    allowance = allowance or allowances.DECLARED
-    if config.batch_size % world:
-        raise UserError(f"batch_size {config.batch_size} cannot be divided by {world} ranks; change one.")
-    part = config.batch_size // world
+    part, _ = divide_batch(config.batch_size, "auto", world)
     config = replace(config, precision="bf16") if config.precision == "auto" else config
     keeps = config.loader in ("auto", "resident") and config.loading.store in ("auto", "vram")
     room = int(free_bytes * (1 - allowance.share) * (1 - SHARES["vram"] if keeps else 1))
@@ -293,9 +280,8 @@ def choose_micro_batch(
             quarter = ", a quarter left to decoded photographs" if keeps else ""
             return micro, f"{gib(wanted)} predicted of {gib(room)} that may be taken{quarter}{refused}"
         refused = refused or f"; {micro} would take {gib(wanted)}"
-    smallest = max(least, 1)
     raise UserError(
-        f"batch_size {config.batch_size}: even {smallest} photograph(s) of {config.image_size} px at once would take "
-        f"{gib(need(smallest))} of the card's memory, of which {gib(room)} may be taken; lower --image-size, or see "
+        f"batch_size {config.batch_size}: even {least} photograph(s) of {config.image_size} px at once would take "
+        f"{gib(need(least))} of the card's memory, of which {gib(room)} may be taken; lower --image-size, or see "
         "`fastddr plan`."
     )

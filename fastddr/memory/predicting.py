@@ -269,7 +269,7 @@ def kept(key: str, make: Callable[[], Tape]) -> Tape:
         pass  # none yet, or a broken one: it is made anew
     tape = make()
     with suppress(OSError):  # without a cache the next question takes as long again
-        keep(path, json.dumps(tape.as_json()))
+        keep(path, json.dumps(asdict(tape)))
     return tape
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,10 +18,12 @@ from fastddr import cli
 from fastddr.config import MODELS, Config, load_preset
 from fastddr.errors import UserError
 from fastddr.memory import allowances, cards, planning
+from fastddr.memory.asked import Plan
 from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
 from fastddr.memory.second import apart
 from fastddr.memory.tape import KINDS
 from fastddr.progress import terminal
+from fastddr.runtime import divide_batch
 
 #: Sides of images in the table, where none is asked for.
 SIZES = (256, 512)
@@ -40,31 +42,7 @@ _CARDS = "CUDA_VISIBLE_DEVICES"
 _MAKER = "fastddr plan"
 
 
-@runtime_checkable
-class Asked(Protocol):
-    """The flags of `fastddr plan` itself."""
-
-    @property
-    def vram(self) -> float | None: ...
-    @property
-    def depth(self) -> int | None: ...
-    @property
-    def card(self) -> str | None: ...
-    @property
-    def tbps(self) -> float | None: ...
-    @property
-    def tflops(self) -> float | None: ...
-    @property
-    def gpus(self) -> int: ...
-    @property
-    def calibrate(self) -> bool: ...
-    @property
-    def plot(self) -> Path | None: ...
-    @property
-    def as_json(self) -> bool: ...
-
-
-def run(asked: Asked, flags: list[str]) -> int:
+def run(asked: Plan, flags: list[str]) -> int:
     """Answer, and return the exit code.
 
     Raises:
@@ -156,17 +134,12 @@ def configured(flags: Sequence[str], depth: int | None = None, model: str | None
     return replace(config, precision="bf16") if config.precision == "auto" else config
 
 
-def _case(asked: Asked, config: Config) -> Case:
-    if config.batch_size % asked.gpus:
-        raise UserError(f"batch_size {config.batch_size} cannot be divided by {asked.gpus} GPUs; change one.")
-    part = config.batch_size // asked.gpus
-    micro = part if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-    if part % micro:
-        raise UserError(f"micro_batch_size {micro} does not divide {part} photographs a GPU; choose a divisor.")
+def _case(asked: Plan, config: Config) -> Case:
+    micro, _ = divide_batch(config.batch_size, config.micro_batch_size, asked.gpus)
     return Case(config, micro, asked.gpus)
 
 
-def _question(asked: Asked, config: Config, vram: float, limit: int, allowance: allowances.Allowance) -> int:
+def _question(asked: Plan, config: Config, vram: float, limit: int, allowance: allowances.Allowance) -> int:
     case = _case(asked, config)
     # Where it does not fit, smaller micro batches are what is asked for next.
     expect([case, replace(case, micro=1)])
@@ -225,7 +198,7 @@ def _kinds(found: Prediction) -> Table:
 
 
 def lines(
-    asked: Asked, flags: list[str], card: cards.Card | None, limit: int, allowance: allowances.Allowance
+    asked: Plan, flags: list[str], card: cards.Card | None, limit: int, allowance: allowances.Allowance
 ) -> list[planning.Line]:
     """The table's lines."""
     size = cli.last_value(flags, "--image-size")
@@ -248,7 +221,7 @@ def lines(
 
 
 def _table(
-    asked: Asked,
+    asked: Plan,
     flags: list[str],
     card: cards.Card | None,
     vram: float,

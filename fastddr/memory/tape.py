@@ -8,8 +8,8 @@ convex and never falls as the batch grows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 #: What blocks are for, in the order in which they are shown.
 KINDS = ("parameters", "averaged weights", "optimizer", "gradients", "images", "weight copies", "activations",
@@ -89,7 +89,3 @@ class Tape:
         """(FLOP, bytes moved) of one micro batch of `batch` photographs and its share of the update."""
         flop, moved = (found["fixed"] + found["each"] * batch for found in (self.flop, self.moved))
         return flop, moved
-
-    def as_json(self) -> dict[str, Any]:
-        """For the cache."""
-        return asdict(self)

@@ -273,10 +273,8 @@ def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool =
 
 
 def _ordered(events: list[int]) -> list[int]:
-    """The same, but blocks that are freed together, between two that are taken, by number.
-
-    The cache of autocast frees its copies in the order of their addresses, which is another one in each run.
-    """
+    """The same, but blocks that are freed together, between two that are taken, by number."""
+    # The cache of autocast frees its copies in the order of their addresses, which is another one in each run.
     found: list[int] = []
     for freed, group in groupby(events, lambda event: event < 0):
         together = list(group)
@@ -312,10 +310,7 @@ def trace(make: Callable[[], nn.Module], steps: Steps, batches: Sequence[int] = 
     lie on it. One alone is enough, and faster, where each block is either of the model or of each photograph, and the
     batch divides those of photographs and no other (`prime`). The tests prove that of fastddr's models.
 
-    Args:
-        make: a new network, images (b, 3, h, w) to logits (b, classes), built where it is called.
-        steps: how it is trained.
-        batches: sizes.
+    `make` builds a new network where it is called: images (b, 3, h, w) to logits (b, classes).
 
     Raises:
         Inexact: a block's size is not affine in the batch, or another batch takes other blocks.

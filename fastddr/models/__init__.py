@@ -1,10 +1,10 @@
-"""The models, by name: each file registers a builder, `build` calls it or says why it cannot."""
+"""The models, by name."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,31 +12,15 @@ from torch import nn
 from fastddr import ranks
 from fastddr.config import Config
 from fastddr.errors import UserError, nearest
-from fastddr.models import levers, zoo
+from fastddr.models import cnn, convmixer, levers, resnet, weights, zoo
 from fastddr.models.heads import single
 
-Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
-
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
-
-
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Make a function known to `build` as `name`; for the files of this package.
-
-    A configuration knows its models by their sections, so a `name` from elsewhere is refused there: a model of one's
-    own is registered with timm instead (docs/models.md).
-
-    The function takes `num_classes` and `image_size` and, as further keywords with defaults, the model's own
-    settings; `build` reads their names off its signature. Raises ValueError where the name is taken.
-    """
-
-    def keep(builder: Builder) -> Builder:
-        if name in _BUILDERS:
-            raise ValueError(f"two models are called {name!r}")
-        _BUILDERS[name] = builder
-        return builder
-
-    return keep
+#: Each takes `num_classes` and `image_size` and, as further keywords with defaults, the model's own settings.
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": cnn.cnn,
+    "convmixer": convmixer.convmixer,
+    "resnet": resnet.resnet,
+}
 
 
 def names() -> list[str]:
@@ -52,27 +36,22 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
     nothing but torch's global CPU generator, which the caller seeds. `timm:NAME` is a model of timm's. Raises UserError
     for an unknown model or setting and for settings of which no model can be made.
     """
+    builder: Callable[..., nn.Module]
     if name.startswith(zoo.PREFIX):
         if settings:
             raise UserError(f"model {name!r} has no settings here, but {', '.join(settings)} was given.")
-        whole(name, num_classes=num_classes, image_size=image_size)
-        theirs = zoo.build(name, num_classes, image_size)
-        return single(theirs, weights.heads(theirs)).to(memory_format=torch.channels_last)
-    if name not in _BUILDERS:
+        builder = partial(zoo.build, name)
+    elif name in _BUILDERS:
+        builder = _BUILDERS[name]
+        known = [key for key in inspect.signature(builder).parameters if key not in ("num_classes", "image_size")]
+        for key in settings:
+            if key not in known:
+                raise UserError(f"model {name!r} has no setting {key!r}: {nearest(key, known)}")
+    else:
         raise UserError(f"there is no model {name!r}: {nearest(name, names())}")
-    builder = _BUILDERS[name]
-    known = [key for key in inspect.signature(builder).parameters if key not in ("num_classes", "image_size")]
-    for key in settings:
-        if key not in known:
-            raise UserError(f"model {name!r} has no setting {key!r}: {nearest(key, known)}")
-    whole(name, num_classes=num_classes, image_size=image_size)
+    levers.whole(name, num_classes=num_classes, image_size=image_size)
     model = builder(num_classes=num_classes, image_size=image_size, **settings)
     return single(model, weights.heads(model)).to(memory_format=torch.channels_last)
-
-
-def _synchronised(model: nn.Module) -> nn.Module:
-    found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return found
 
 
 def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
@@ -89,21 +68,11 @@ def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
         )
     if config.sync_batchnorm and ranks.world() > 1:
         # Before anything hooks itself to the norms: they are replaced.
-        model = zoo.synchronised(model) if config.model.startswith(zoo.PREFIX) else _synchronised(model)
+        theirs = config.model.startswith(zoo.PREFIX)
+        model = zoo.synchronised(model) if theirs else nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.memory.checkpointing:
         levers.recompute_blocks(model, config.model)
         say("  memory.checkpointing: each block is computed again in the backward pass, and keeps only its input")
     if not config.memory.channels_last:
         levers.keep_contiguous(model)
     return model
-
-
-def whole(model: str, **settings: object) -> None:
-    """Raise UserError unless each setting is a whole number of at least 1."""
-    for key, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model {model!r} cannot have {key}={value!r}: set {key} to a whole number of at least 1.")
-
-
-# Last, because each of these files registers itself with the function above.
-from fastddr.models import cnn, convmixer, resnet, weights  # noqa: E402, F401

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastddr.errors import UserError
-from fastddr.models import register, whole
-from fastddr.models.levers import Blocks
+from fastddr.models.levers import Blocks, whole
 
 
 class CNN(nn.Module):
@@ -44,7 +43,6 @@ class CNN(nn.Module):
         return self.fc(self.flatten(self.packages(image)))
 
 
-@register("cnn")
 def cnn(*, num_classes: int, image_size: int, blocks: int = 2, width: int = 32) -> CNN:
     """A CNN whose map does not shrink to nothing; else UserError."""
     whole("cnn", blocks=blocks, width=width)

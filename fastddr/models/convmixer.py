@@ -22,8 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastddr.errors import UserError
-from fastddr.models import register, whole
-from fastddr.models.levers import Blocks
+from fastddr.models.levers import Blocks, whole
 
 #: The paper's is GELU; its 768/32 is with ReLU.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -121,7 +120,6 @@ def our_name(name: str) -> str:
     return f"head.{leaf}" if place.isdigit() else name
 
 
-@register("convmixer")
 def convmixer(
     *,
     num_classes: int,

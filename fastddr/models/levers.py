@@ -1,4 +1,4 @@
-"""Levers of memory: activations that are computed again, `torch.compile`, and the layout of maps."""
+"""Levers of memory: activations that are computed again, `torch.compile`, the layout of maps; and whole settings."""
 
 from __future__ import annotations
 
@@ -44,10 +44,6 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
 
     Outputs, gradients and BatchNorm's statistics stay what they were, on a CPU to the bit.
 
-    Args:
-        model: ours, or timm's, which know their blocks themselves.
-        name: as the user gave it.
-
     Raises:
         UserError: the model cannot do it.
     """
@@ -73,10 +69,8 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
 
 
 def _lend_statistics(norm: nn.Module, inputs: Any) -> None:
-    """A BatchNorm that runs in the backward pass runs again: its statistics have that batch already, so copies get it.
-
-    Without statistics it would keep another number of tensors than the first time, which PyTorch refuses.
-    """
+    """A BatchNorm in the backward pass runs again: its statistics have that batch already, so copies get it."""
+    # Without statistics it would keep another number of tensors than the first time, which PyTorch refuses.
     # -1 outside of a backward pass; PyTorch's own checkpointing asks this too.
     if torch._C._current_graph_task_id() != -1:
         own = norm.__dict__["_own"] = dict(norm._buffers)
@@ -121,11 +115,8 @@ def compiled(model: nn.Module, config: Config) -> nn.Module:
     """The model under `torch.compile`, or as it is unless `config.compile`.
 
     The compiled one shares weights and buffers with the given one, which stays as it is. `memory.activation_budget` and
-    the layout of maps are settings of PyTorch's for the whole process.
-
-    Args:
-        model: as it is trained, with DDP around it where there are several ranks.
-        config: says whether, and which share of the activations may be kept.
+    the layout of maps are settings of PyTorch's for the whole process. Where there are several ranks, `model` has DDP
+    around it.
     """
     if not config.compile:
         return model
@@ -195,3 +186,10 @@ def compiling(config: Config, heard: Callable[[], None]) -> Iterator[None]:
             f"torch.compile cannot compile {config.model} here: {why}; leave --compile off, or set "
             "TORCHDYNAMO_VERBOSE=1 to see all of it."
         ) from error
+
+
+def whole(model: str, **settings: object) -> None:
+    """Raise UserError unless each setting is a whole number of at least 1."""
+    for key, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"model {model!r} cannot have {key}={value!r}: set {key} to a whole number of at least 1.")

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastddr.errors import UserError
-from fastddr.models import register, whole
-from fastddr.models.levers import Blocks
+from fastddr.models.levers import Blocks, whole
 
 #: Table 1: blocks in each stage.
 PUBLISHED = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -156,7 +155,6 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@register("resnet")
 def resnet(*, num_classes: int, image_size: int, depth: int = 18, width: int = 64, stem: str = "standard") -> ResNet:
     """A ResNet of any depth that blocks can make; else UserError."""
     whole("resnet", depth=depth, width=width)

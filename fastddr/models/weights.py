@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,18 +45,6 @@ _INSIDE = (*_AVERAGES, "state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-class Saved(Protocol):
-    """What is needed of a checkpoint of a run."""
-
-    @property
-    def model(self) -> dict[str, Tensor]:
-        """The weights."""
-
-    @property
-    def ema(self) -> dict[str, Tensor] | None:
-        """Their average, where there is one."""
-
-
 @dataclass(frozen=True)
 class Source:
     """Some weights as they are kept."""
@@ -81,20 +69,20 @@ def begin(
     config: Config,
     model: nn.Module,
     average: nn.Module,
-    load_checkpoint: Callable[[Path], Saved],
+    best: Callable[[Path], dict[str, Tensor]],
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Let a model, and the average of its weights, begin at the weights that `config.init` names, on every rank.
 
+    Where it is None, nothing is done.
+
     Args:
-        config: where its `init` is None, nothing is done.
         model: bare; it is changed in place, so an optimizer may hold its parameters.
         average: the model that holds the averaged weights; the same as `model` where there is none.
-        load_checkpoint: reads a checkpoint's folder.
-        say: hears each line of what was taken and what was not.
+        best: reads the weights of a checkpoint's folder.
 
     Returns:
-        These lines, the same on every rank.
+        The lines that `say` heard of what was taken and what was not, the same on every rank.
 
     Raises:
         UserError: the weights cannot be had, or are another model's.
@@ -103,8 +91,8 @@ def begin(
         return ()
     read: list[Source] = []
     # Rank 0 first: what it downloads the others find.
-    runtime.from_main(lambda: read.append(source(config, load_checkpoint)))
-    there = read[0] if read else source(config, load_checkpoint)
+    runtime.from_main(lambda: read.append(source(config, best)))
+    there = read[0] if read else source(config, best)
     found = fit(model, there.tensors, config)
     # A file may lie on each machine by itself, and a run may train on and name another checkpoint the best.
     ranks.agree(
@@ -140,14 +128,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def source(config: Config, load_checkpoint: Callable[[Path], Saved]) -> Source:
+def source(config: Config, best: Callable[[Path], dict[str, Tensor]]) -> Source:
     """The weights that `config.init` names; `UserError` where they cannot be had."""
     init = config.init
     assert init is not None
     if init == "imagenet":
         return Source(_imagenet(config))
     if init.startswith("run:"):
-        return Source(_run(init, load_checkpoint))
+        return Source(_run(init, best))
     return _file(Path(init).expanduser())
 
 
@@ -191,15 +179,14 @@ def _torchvision(name: str, why: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _run(init: str, load_checkpoint: Callable[[Path], Saved]) -> dict[str, Tensor]:
+def _run(init: str, best: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     name = init.removeprefix("run:")
     folder = Path("runs") / name if "/" not in name else Path(name).expanduser()
-    best = folder / "checkpoints" / "best"
-    if not best.exists():
+    checkpoint = folder / "checkpoints" / "best"
+    if not checkpoint.exists():
         what = "this run has no best checkpoint yet" if (folder / "config.yaml").is_file() else "there is no run"
         raise UserError(f"--init {init}: {what} in {folder}; name a run that has validated at least once.")
-    saved = load_checkpoint(best)
-    return saved.model if saved.ema is None else saved.ema
+    return best(checkpoint)
 
 
 def _file(path: Path) -> Source:
@@ -296,15 +283,13 @@ def _name(model: nn.Module, name: str) -> str:
 
 
 def _part(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
-    """The tensors by the names that they have within the part of them that is this model, and a line that says which.
-
-    They stay where as many names are the model's as they stand, and where too few are for the part to be this model.
-    """
+    """The tensors by their names within the part of them that is this model, and a line that says which."""
     mine, behind = set(model.state_dict()), Counter[str]()
     for name in tensors:
         places = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
         behind.update(name[:place] for place in places if _name(model, name[place:]) in mine)
     most = max(behind.values(), default=0)
+    # They stay where as many names are the model's as they stand, and where too few are for the part to be this model.
     if most in (0, behind[""]) or 2 * most < len(mine):
         return tensors, []
     first = next(start for start, count in behind.items() if count == most)

@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from fastddr.config import Config
 from fastddr.config.sections import POLICIES, AugmentConfig, LossConfig
 from fastddr.data.manifest import Manifest
-from fastddr.meters import MEMORY, code_state, device_name, versions
+from fastddr.meters import MEMORY, code_state, versions
 from fastddr.runtime import Runtime
 
 
@@ -44,6 +46,7 @@ def facts(
         return [line[key] for line in logged if isinstance(line.get(key), int | float)]
 
     of = " at the last start" if resumed else ""
+    gpu = f" ({torch.cuda.get_device_name(runtime.device)})" if runtime.device.type == "cuda" else ""
     shown: dict[str, Any] = {
         f"Command{of}": command(sys.argv),
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
@@ -70,7 +73,7 @@ def facts(
         "Loss": {"name": config.loss.name, **_other(config.loss, LossConfig(config.loss.name))},
         "Augmentation": {"policy": config.augment.policy, **_other(config.augment, POLICIES[config.augment.policy])},
         "Seed": str(config.seed),  # to be copied, so without separators
-        f"Device{of}": f"{device_name(runtime.device)}, {runtime.world} rank(s), {runtime.threads} threads each",
+        f"Device{of}": f"{runtime.device.type}{gpu}, {runtime.world} rank(s), {runtime.threads} threads each",
         "Precision": config.precision,
         "Loader": config.loader,
     }

@@ -27,7 +27,6 @@ PLENTY = Free(vram=100 * NEED, ram=100 * NEED, mmap=100 * NEED)
 @pytest.fixture(autouse=True)
 def _with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
-    monkeypatch.setattr("fastddr.loaders.choosing.triton_lacks", lambda: None)
     monkeypatch.setattr("fastddr.loaders.choosing.fails", lambda device: None)
 
 
@@ -99,7 +98,7 @@ def test_the_reason_says_what_decoding_costs(tasks: list[Task]) -> None:
 
 
 def test_without_dali_and_without_triton(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastddr.loaders.choosing.triton_lacks", lambda: "a C compiler")
+    monkeypatch.setattr("fastddr.loaders.choosing.fails", lambda device: "this machine lacks a C compiler")
     chosen = choose("auto", on_gpu(tasks), 10, PLENTY)
     assert chosen.loader == "dali"
     assert "a C compiler" in chosen.reason

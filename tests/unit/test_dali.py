@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import struct
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from reference import EXACT, POLICIES, SCALED, needs_dali
 from tests_support import batches, task
 
-from fastddr import loaders, sampling
+from fastddr import loaders, meters, sampling
 from fastddr.data import manifest, photograph
 from fastddr.errors import UserError
 from fastddr.loaders import base, canvases, dali, dali_decoder
@@ -154,7 +155,7 @@ def test_dali_decodes_only_a_box_and_the_pixels_stay(
     wanted = task(found_, batch_size=4, image_size=32, augment=POLICIES[policy])
     plain = dali._inputs
     requests = wanted.requests(0)
-    seen, _ = requests.seen.at(0)
+    seen, _ = requests.block(0)
     shares = plain(wanted, seen)["shape"].prod(axis=1) / (seen.source_width * seen.source_height)
     assert np.mean(shares) < 0.6, "most of a photograph is not decoded"
 
@@ -177,7 +178,7 @@ def test_dali_decodes_only_a_box_and_the_pixels_stay(
     boxed = batches("dali", wanted)
     monkeypatch.setattr(dali, "_inputs", all_of_it)
     for k, (one, other) in enumerate(zip(boxed, batches("dali", wanted), strict=True)):
-        back = np.linalg.inv(requests.colour[k][:, :, :3].astype(np.float64))
+        back = np.linalg.inv(requests.at(k).colour[:, :, :3].astype(np.float64))
         levels = np.einsum("bij,bjhw->bihw", back, (one.image - other.image).double().numpy())
         assert np.abs(levels).max() <= (EXACT if wanted.canvas_is_source else SCALED)
         assert np.abs(levels).mean() <= 0.02
@@ -190,7 +191,7 @@ def test_what_dali_is_told_is_worked_out_in_blocks(
 ) -> None:
     wanted = task(found, batch_size=4, image_size=32, canvas=canvas, augment=POLICIES["fundus"])
     plain, made = dali._inputs, []
-    whole = plain(wanted, wanted.requests(0).seen.at(0)[0])
+    whole = plain(wanted, wanted.requests(0).block(0)[0])
     monkeypatch.setattr(base, "_TOGETHER", 8)
     monkeypatch.setattr(dali, "_inputs", lambda task, seen: made.append(len(seen.affine)) or plain(task, seen))
     requests = wanted.requests(0)
@@ -206,7 +207,7 @@ def test_a_box_is_no_larger_than_the_image_needs(found: manifest.Manifest) -> No
     """Which the test above could not see: a box of the whole canvas gives the same pixels."""
     requests = task(found, image_size=32, augment=POLICIES["fundus"]).requests(0)
     for k in range(len(requests)):
-        box = sampling.boxes(requests.affine[k], requests.canvas_width[k], requests.canvas_height[k], 32)
+        box = sampling.boxes(requests.at(k).affine, requests.at(k).canvas_width, requests.at(k).canvas_height, 32)
         assert (box[:, 2:] - box[:, :2]).max() <= 32 * 1.15 * 2**0.5 + 6
 
 
@@ -250,7 +251,7 @@ def test_a_build_that_is_too_new_for_the_driver_is_told_when_a_loader_opens(
     driver: int | None, build: str, said: str | None, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with an image of CUDA 12: PyTorch of CUDA 12 trains there."""
-    monkeypatch.setattr(dali_decoder, "_builds", lambda: (f"nvidia-dali-{build}",))
+    monkeypatch.setattr(dali_decoder, "dali_builds", lambda: (f"nvidia-dali-{build}",))
     monkeypatch.setattr(dali_decoder, "_driver", lambda: driver)
     gpu, cpu = task(found, device=torch.device("cuda")), task(found)
     for opens in (dali.DaliLoader, lambda wanted: canvases.build(wanted, 4)):
@@ -267,8 +268,10 @@ def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     names = ["nvidia-dali-cuda130", "nvidia_dali_cuda120", "nvidia-nvimgcodec-cu13", "numpy"]
     both = [SimpleNamespace(metadata={"Name": name, "Version": "0.9.1"}) for name in names]
     scans: list[int] = []
-    monkeypatch.setattr(dali_decoder.importlib.metadata, "distributions", lambda: scans.append(1) or both)
-    monkeypatch.setattr(dali_decoder, "_packages", cache(dali_decoder._packages.__wrapped__))
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: scans.append(1) or both)
+    once = cache(meters.packages.__wrapped__)
+    for module in (meters, dali_decoder):
+        monkeypatch.setattr(module, "packages", once)
     with pytest.raises(UserError, match="pip uninstall"):
         dali_decoder.installed()
     assert dali_decoder.codecs() == ("0.9.1",)

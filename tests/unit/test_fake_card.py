@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fake_card import card as card  # a fixture of all these tests
 from torch import nn
 
 from fastddr import mixing, models, optimizers
-from fastddr.config import AugmentConfig
+from fastddr.config import AugmentConfig, Config
 from fastddr.evaluation import grading, views
 from fastddr.loaders import ring
 from fastddr.memory.tracing import Steps, Training
@@ -43,7 +44,7 @@ def test_a_step_never_waits_and_mixes_no_devices(card: Card, precision: Any, opt
 
 
 def test_mixing_never_waits(card: Card) -> None:
-    mix = mixing.Mixer(AugmentConfig(mixup=0.2, cutmix=1.0), 5, seed=0)
+    mix = mixing.Draws(replace(Config(), augment=AugmentConfig(mixup=0.2, cutmix=1.0)), 0, 4)
     image, grade = torch.zeros(4, 3, 16, 16, device=CUDA), torch.zeros(4, dtype=torch.int64, device=CUDA)
     for step in range(4):
         mixed, shares = mix(step, 0, image, grade)

@@ -152,7 +152,7 @@ def test_the_step_to_the_canvas_is_antialiased(name: str, policy: str, tmp_path:
     requests = wanted.requests(0)
     (batch,) = batches(name, wanted)
     for image, seen in zip(batch.image, compared(batch, wanted, requests, 0), strict=True):
-        colour = requests.colour[0][0 if policy != "fundus" else batch.id.tolist().index(seen.id)]
+        colour = requests.at(0).colour[0 if policy != "fundus" else batch.id.tolist().index(seen.id)]
         values = image.permute(1, 2, 0).double().numpy() - colour[:, 3]
         grey = values @ np.linalg.inv(colour[:, :3].astype(np.float64)).T
         assert np.abs(grey - 127.5)[seen.inside > 1.5].max() < 2.5

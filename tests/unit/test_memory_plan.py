@@ -539,7 +539,10 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--card", "H9000"], "known are"),
         (["--card", "RTX 4060", "--tbps", "0.27", "--tflops", "60"], "Or leave it out and give --vram (GiB), and"),
         (["--vram", "8GB"], "--vram 8GB: give a number alone, like 8 or 0.5."),
-        (["--vram", "8", *SMALL, "--model", "cnn", "--micro-batch-size", "5"], "does not divide 32"),
+        (
+            ["--vram", "8", *SMALL, "--model", "cnn", "--micro-batch-size", "5"],
+            "32 photographs a rank, which micro_batch_size 5 does not divide",
+        ),
     ],
 )
 def test_a_wrong_plan_is_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

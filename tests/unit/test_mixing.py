@@ -34,13 +34,11 @@ class Dropping(torch.nn.Module):
 def test_layers_that_draw_draw_by_step_micro_batch_and_rank(kind: dict[str, float]) -> None:
     """Whatever was drawn before: a run that goes on must draw as one that was never stopped."""
     config = replace(Config(), model="timm:swin_tiny", augment=replace(AugmentConfig(), **kind))
-    assert not isinstance(mixing.build(replace(config, model="convmixer"), 0, 4), mixing.Seeded)
+    assert not mixing.Draws(replace(config, model="convmixer"), 0, 4).layers
     image, grade = torch.ones(4, 3, 8, 8), torch.arange(4)
 
     def dropped(step: int, microstep: int, rank: int) -> torch.Tensor:
-        prepare = mixing.build(config, rank, 4)
-        assert prepare is not None
-        mixed, target = prepare(step, microstep, image, grade)
+        mixed, target = mixing.Draws(config, rank, 4)(step, microstep, image, grade)
         assert torch.equal(mixed, image)
         assert target.shape == ((4, config.num_classes) if kind else (4,))
         return Dropping()(mixed)
@@ -55,9 +53,10 @@ def test_layers_that_draw_draw_by_step_micro_batch_and_rank(kind: dict[str, floa
 KINDS = [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}]
 
 
-def mixer(kind: dict[str, float], **changes: Any) -> mixing.Mixer:
-    settings = {"classes": 5, "seed": 3, "rank": 0} | changes
-    return mixing.Mixer(replace(AugmentConfig(), **kind), settings.pop("classes"), **settings)
+def mixer(kind: dict[str, float], classes: int = 5, seed: int = 3, rank: int = 0) -> mixing.Draws:
+    ungradable: Any = "class" if classes == 6 else "exclude"
+    config = replace(Config(), augment=replace(AugmentConfig(), **kind), ungradable=ungradable, seed=seed)
+    return mixing.Draws(config, rank, 6)
 
 
 def photographs(n: int = 6, side: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -194,15 +193,18 @@ def test_nothing_on_the_device_is_asked_for(kind: dict[str, float]) -> None:
 
 def test_a_mixer_is_built_where_it_is_asked_for() -> None:
     plain = Config()
-    assert mixing.build(plain, 0, 1) is None
+    batch = photographs(), torch.tensor([0, 1, 2, 3, 4, 5])
+    state = torch.random.get_rng_state()
+    found = mixing.Draws(plain, 0, 1)(0, 0, *batch)
+    assert found[0] is batch[0]
+    assert found[1] is batch[1]
+    assert (torch.random.get_rng_state() == state).all()
     for kind in KINDS:
         config = replace(plain, augment=replace(plain.augment, **kind), ungradable="class", seed=9)
         with pytest.raises(UserError, match=r"one at a time; give a --batch-size .* of at least 2 for each rank"):
-            mixing.build(config, 0, 1)
-        built = mixing.build(config, 2, 4)
-        assert built is not None
-        found = built(1, 0, photographs(), torch.tensor([0, 1, 2, 3, 4, 5]))
-        wanted = mixer(kind, classes=6, seed=9, rank=2)(1, 0, photographs(), torch.tensor([0, 1, 2, 3, 4, 5]))
+            mixing.Draws(config, 0, 1)
+        found = mixing.Draws(config, 2, 4)(1, 0, *batch)
+        wanted = mixer(kind, classes=6, seed=9, rank=2)(1, 0, *batch)
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1], wanted[1])
 

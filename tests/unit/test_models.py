@@ -68,11 +68,6 @@ def test_names_are_the_reports_three_models() -> None:
     assert set(SMALL) == set(models.names())
 
 
-def test_a_name_is_given_once() -> None:
-    with pytest.raises(ValueError, match="cnn"):
-        models.register("cnn")(lambda **settings: nn.Identity())
-
-
 @pytest.mark.parametrize("name", models.names())
 def test_built_weights_are_channels_last_float32(name: str) -> None:
     for key, parameter in small(name).named_parameters():
@@ -120,7 +115,7 @@ def test_what_cannot_be_built_is_one_sentence(name: str, wrong: dict[str, object
 @pytest.mark.parametrize("value", [2.5, "2", None])
 def test_a_setting_of_another_type_is_refused(value: object) -> None:
     with pytest.raises(UserError) as error:
-        models.whole("convmixer", depth=value)  # not through `build`, whose types are checked in tests
+        models.levers.whole("convmixer", depth=value)  # not through `build`, whose types are checked in tests
     one_sentence(error, f"depth={value!r}")
 
 

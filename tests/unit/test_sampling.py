@@ -126,7 +126,6 @@ def test_windows_lie_on_whole_pixels_inside_the_canvas(
     assert sampling.only_crops(augment)
     maps = sampling.training_maps(rows, np.full(20, width), np.full(20, height), 256, augment)
     crops = sampling.as_crops(maps.affine, 256)
-    assert crops is not None
     assert ((crops.x >= 0) & (crops.x <= width - 256)).all()
     assert ((crops.y >= 0) & (crops.y <= height - 256)).all()
     assert hflip or not crops.hflip.any()
@@ -143,7 +142,6 @@ def test_windows_and_mirrors_are_uniform() -> None:
     rows = sampling.numbers(20_000, 0, 0)
     maps = sampling.training_maps(rows, np.full(20_000, 258), np.full(20_000, 256), 256, AugmentConfig())
     crops = sampling.as_crops(maps.affine, 256)
-    assert crops is not None
     assert np.bincount(crops.x, minlength=3) / 20_000 == pytest.approx([1 / 3] * 3, abs=0.015)
     assert crops.hflip.mean() == pytest.approx(0.5, abs=0.015)
     assert np.corrcoef(crops.hflip, crops.vflip)[0, 1] == pytest.approx(0, abs=0.03)
@@ -152,7 +150,8 @@ def test_windows_and_mirrors_are_uniform() -> None:
 def test_turned_maps_keep_the_middle_and_the_scale() -> None:
     rows = sampling.numbers(50, 3, 1)
     maps = sampling.training_maps(rows, np.full(50, 512), np.full(50, 600), 256, ROTATING)
-    assert sampling.as_crops(maps.affine, 256) is None
+    with pytest.raises(AssertionError, match="every map is a window"):
+        sampling.as_crops(maps.affine, 256)
     assert not sampling.only_crops(ROTATING)
     linear = maps.affine[:, :, :2]
     scale = np.sqrt(np.abs(np.linalg.det(linear)))
@@ -168,7 +167,6 @@ def test_evaluation_takes_the_middle_and_normalises() -> None:
     augment = AugmentConfig()
     maps = sampling.evaluation_maps(np.array([512, 700]), np.array([600, 512]), 256, augment)
     crops = sampling.as_crops(maps.affine, 256)
-    assert crops is not None
     assert crops.x.tolist() == [128, 222]
     assert crops.y.tolist() == [172, 128]
     white = maps.colour @ np.array([255, 255, 255, 1])
@@ -291,7 +289,7 @@ def test_what_passes_the_check_shrinks_by_no_more_than_the_limit_and_nothing_els
     assert shrink <= MAX_SHRINK + 1e-9
     assert side <= 1 + 1e-9
     if sampling.only_crops(augment):
-        assert sampling.as_crops(affine, image) is not None
+        sampling.as_crops(affine, image)  # which refuses others
     # Nothing but the window: the image's corners lie on the canvas.
     still = replace(augment, rotate=0.0, scale=(1.0, 1.0), translate=0.0)
     back = sampling.inverse(sampling.training_maps(rows, width, height, image, still).affine)
@@ -405,21 +403,16 @@ def test_a_canvas_as_small_as_the_image_shows_the_full_field(name: str) -> None:
     assert middle[:, 1] == pytest.approx(48)
     assert middle[:, 0].min() < 50
     assert middle[:, 0].max() > 130 - 50
-    crops = sampling.as_crops(maps.affine, 96)
-    assert (crops is None) == (name == "fundus")
-    assert crops is None or not crops.y.any()
+    assert sampling.only_crops(augment) == (name != "fundus")
+    assert name == "fundus" or not sampling.as_crops(maps.affine, 96).y.any()
 
 
 def test_a_policy_does_what_its_name_says() -> None:
     rows, side = sampling.numbers(200, 0, 0), np.full(200, 512)
-    crops = {
-        name: sampling.as_crops(sampling.training_maps(rows, side, side, 256, POLICIES[name]).affine, 256)
-        for name in POLICIES
-    }
-    none, report = crops["none"], crops["report"]
-    assert none is not None
-    assert report is not None
-    assert crops["fundus"] is None
+    maps = {name: sampling.training_maps(rows, side, side, 256, POLICIES[name]) for name in POLICIES}
+    none, report = (sampling.as_crops(maps[name].affine, 256) for name in ("none", "report"))
+    with pytest.raises(AssertionError, match="every map is a window"):
+        sampling.as_crops(maps["fundus"].affine, 256)
     assert not none.hflip.any()
     assert not none.vflip.any()
     assert 0.3 < report.hflip.mean() < 0.7
@@ -449,7 +442,15 @@ def _task(augment: AugmentConfig, photographs: int = 200, **changes: Any) -> Tas
     return Task(**(common | changes))
 
 
-PARTS = ("id", "valid", "affine", "colour", "source_width", "source_height", "canvas_width", "canvas_height")
+PARTS = ("affine", "colour", "source_width", "source_height", "canvas_width", "canvas_height")
+
+
+def parts_of(requests: Requests) -> dict[str, list[np.ndarray]]:
+    """Each part of all micro batches."""
+    seen = [requests.at(k) for k in range(len(requests))]
+    return {"id": list(requests.id), "valid": list(requests.valid)} | {
+        part: [getattr(one, part) for one in seen] for part in PARTS
+    }
 
 
 @settings(max_examples=25)
@@ -466,10 +467,11 @@ def test_every_number_of_ranks_sees_the_same_maps_in_each_global_batch(
     for world in (1, 2, 3, 4, 8):
         cut = {"accumulation": accumulation, "world": world}
         ranks = [_task(augment, **common, **cut, rank=rank).requests(epoch) for rank in range(world)]
-        for part in PARTS:
-            whole = np.stack(list(getattr(one, part)))
+        of_ranks = [parts_of(rank) for rank in ranks]
+        for part, values in parts_of(one).items():
+            whole = np.stack(values)
             # (rank, step, micro batch, photograph) to global batches: a rank's part is contiguous.
-            parts = np.stack([list(getattr(rank, part)) for rank in ranks])
+            parts = np.stack([rank[part] for rank in of_ranks])
             parts = parts.reshape(world, len(whole), -1, *whole.shape[2:]).swapaxes(0, 1)
             assert (parts.reshape(whole.shape) == whole).all(), (part, world)
 
@@ -481,7 +483,7 @@ class Echo(Loader):
 
     def _images(self, requests: Requests, start: int) -> Generator[torch.Tensor, None, None]:
         for k in range(start, len(requests)):
-            yield torch.from_numpy(np.hstack([requests.affine[k], requests.colour[k][:, :, 1:]]))[:, None]
+            yield torch.from_numpy(np.hstack([requests.at(k).affine, requests.at(k).colour[:, :, 1:]]))[:, None]
 
 
 def test_maps_are_worked_out_in_blocks_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,11 +501,11 @@ def test_maps_are_worked_out_in_blocks_when_they_are_asked_for(monkeypatch: pyte
         zip(whole.affine.reshape(7, 24, 2, 3), whole.colour.reshape(7, 24, 3, 4), strict=True)
     ):
         # Two readers, one of which is a batch ahead.
-        assert len(requests.colour[min(k + 1, 6)]) == 24
-        assert (requests.affine[k] == affine).all()
-        assert (requests.colour[k] == colour).all()
+        assert len(requests.at(min(k + 1, 6)).colour) == 24
+        assert (requests.at(k).affine == affine).all()
+        assert (requests.at(k).colour == colour).all()
         assert sum(made) == 24 * min(2 * ((k + 1) // 2 + 1), 7)
-    assert (requests.affine[-1] == requests.affine[6]).all()
+    assert (requests.at(-1).affine == requests.at(6).affine).all()
     made.clear()
     loader = Echo(replace(task, dtype=torch.float64))
     next(loader.epoch(2, start_step=5))

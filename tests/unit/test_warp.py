@@ -146,6 +146,7 @@ def test_headers_are_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatc
 
 def test_a_kernel_is_tried_on_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     try_ = kernels.fails.__wrapped__
+    monkeypatch.setattr(kernels, "triton_lacks", lambda: None)
     assert try_(torch.device("cpu")) is None, "there it is the reference"
 
     def no_driver(*_: object) -> None:
@@ -153,6 +154,10 @@ def test_a_kernel_is_tried_on_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(kernels, "warp_reference", no_driver)
     assert try_(torch.device("cpu")) == "Triton cannot run here (libcuda.so cannot found!)"
+    monkeypatch.setattr(kernels, "triton_lacks", lambda: "a C compiler for Triton (gcc or clang)")
+    assert try_(torch.device("cpu")) == "this machine lacks a C compiler for Triton (gcc or clang)", (
+        "and nothing is tried"
+    )
 
 
 def test_what_triton_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

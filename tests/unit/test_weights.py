@@ -6,7 +6,6 @@ from argparse import Namespace
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastddr import models, ranks
+from fastddr.checkpoints import Checkpoint
 from fastddr.config import Config, ConvMixerConfig, OptimizerConfig, ResNetConfig
 from fastddr.errors import UserError
 from fastddr.models import weights, zoo
@@ -183,7 +183,7 @@ def test_a_learning_rate_for_training_from_scratch_is_told(tmp_path: Path) -> No
     for config, said in (high, True), (SMALL, False), (replace(high, optimizer=OptimizerConfig(name="sgd")), False):
         assert (told in begin(str(file), config)[2][-1]) == said
     (tmp_path / "checkpoints" / "best").mkdir(parents=True)
-    _, _, lines = begin(f"run:{tmp_path}", high, lambda path: SimpleNamespace(model=build().state_dict(), ema=None))
+    _, _, lines = begin(f"run:{tmp_path}", high, lambda path: build().state_dict())
     assert told not in lines[-1], "a run of one's own"
 
 
@@ -392,13 +392,14 @@ def test_a_run_gives_its_best_average_or_else_its_best_weights(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     plain, mean = build().state_dict(), build(seed=5).state_dict()
+    saved = Checkpoint(tmp_path, {}, plain, mean if average else None, {})
     best = Path("runs") / "early" / "checkpoints" / "best"
     best.mkdir(parents=True)
     read: list[Path] = []
 
     def load(path: Path) -> Any:
         read.append(path)
-        return SimpleNamespace(model=plain, ema=mean if average else None)
+        return saved.weights
 
     for init in ("run:early", "run:./runs/early", f"run:{tmp_path}/runs/early"):
         model, _, _ = begin(init, load=load)

@@ -192,7 +192,7 @@ def _others(trained: Config, fingerprint: str) -> str:
     name = place.parent.name if place.name == "DR_grading" else place.name
     return (
         f"By their fingerprint these are not the photographs that the run was trained on ({name}, fingerprint "
-        f"{fingerprint}): data, layout, grades and fingerprint below are of those that were scored, and what was fitted "
+        f"{fingerprint}): data, layout, grades and fingerprint below are of what was scored, and what was fitted "
         "on valid was on the run's own."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -20,10 +21,11 @@ from fastddr.data import masters, survey, workers
 from fastddr.data.grades import UNGRADABLE
 from fastddr.data.layouts import SPLITS
 from fastddr.data.problems import NOTES, Problem, errors, one_line, refuse
+from fastddr.data.splits import UNUSED
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "of", "read"]
+__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "named", "of", "read", "splits_by_name"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
@@ -173,7 +175,8 @@ def of(
         if all(entry.split != needed for entry in entries):
             named = " and ".join(split for split in SPLITS if any(entry.split == split for entry in entries))
             raise UserError(f"{seen.root}: the split {needed!r} is missing; the photographs are in {named} alone.")
-    notes = list(seen.notes)
+    # Where photographs are only scored, the settings of splits are those of a run, which nobody gave.
+    notes = [note for note in seen.notes if trains or note != UNUSED]
     if bad:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(p.kind for p in bad).items()))
         notes.append(f"{len(bad)} photographs or labels cannot be used and are left out ({kinds}); they are listed.")
@@ -217,14 +220,33 @@ def commonest(file: Path, classes: int) -> int | None:
 
     None where there is no such file, or it tells of no such photograph.
     """
-    if not file.is_file():
-        return None
-    named, counted = [str(grade) for grade in range(classes)], [0] * classes
-    with file.open(encoding="utf-8", errors="replace", newline="") as lines:
-        for row in csv.DictReader(dropwhile(lambda line: line.startswith("#"), lines)):
-            if row.get("split") == "train" and row.get("grade") in named:
-                counted[named.index(row["grade"])] += 1
+    grades, counted = [str(grade) for grade in range(classes)], [0] * classes
+    for row in _rows(file):
+        if row.get("split") == "train" and row.get("grade") in grades:
+            counted[grades.index(row["grade"])] += 1
     return counted.index(max(counted)) if any(counted) else None
+
+
+def named(path: str, grade: int | str) -> tuple[str, str]:
+    """A photograph by its name, without folder and extension, and its grade: its copy in another form has the same."""
+    return os.path.splitext(path.rpartition("/")[2])[0], str(grade)
+
+
+def splits_by_name(file: Path) -> dict[tuple[str, str], str]:
+    """The split of each photograph of a file of `Manifest.to_csv` as `named`, without those that are named alike.
+
+    Empty where there is no such file.
+    """
+    rows = [(named(row.get("path") or "", row.get("grade") or ""), row.get("split") or "") for row in _rows(file)]
+    bearers = Counter(name for (name, _), _ in rows)
+    return {key: split for key, split in rows if bearers[key[0]] == 1}
+
+
+def _rows(file: Path) -> Iterator[dict[str, str]]:
+    """The rows of a file of `Manifest.to_csv`; none where there is no such file."""
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+            yield from csv.DictReader(dropwhile(lambda line: line.startswith("#"), lines))
 
 
 #: Kinds of notes that the notes of the layout say already.

@@ -49,7 +49,7 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
     found = manifest.of(seen, config.on_bad, config.ungradable, trains=trains)
     counted = ", ".join(f"{split} {len(found.ids(split)):,}" for split in manifest.SPLITS if found.has(split))
     what = "gradable photographs" if config.ungradable == "exclude" else "photographs"
-    console.print(f"  data {found.root}: {counted} {what}")
+    console.print(f"  data {found.root}: {counted or 'no'} {what}")
     for note in found.notes:
         console.print(f"  note: {note}")
     return found

@@ -13,6 +13,9 @@ from fastddr.data.grades import DDR, UNGRADABLE
 from fastddr.data.layouts import SPLITS, Entry, Listing
 from fastddr.errors import UserError
 
+#: The sentence about settings without effect.
+UNUSED = "The set has splits of its own, so --splitting draws none."
+
 
 def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str]]:
     """The entries of a listing, each with a split, and sentences about what was done.
@@ -73,7 +76,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         notes += _alike(listing, pool, called)
         found = [e._replace(split="valid") if e.path in valid else e for e in entries]
     else:
-        notes = [] if config == SplitConfig() else ["The set has splits of its own, so --splitting draws none."]
+        notes = [] if config == SplitConfig() else [UNUSED]
         found = entries
     if "train" in given and "test" not in given and not any("test split" in note for note in listing.notes):
         notes.append("There is no test split, so nothing is scored on it.")

@@ -8,9 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+#: Within these a temperature is searched for.
+LOWEST, HIGHEST = 0.05, 20.0
+
+
+def at_bound(value: float) -> bool:
+    """Whether a temperature is where its search ended, and a better one may lie beyond."""
+    return not LOWEST * 1.001 < value < HIGHEST / 1.001
+
 
 def temperature(
-    logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], lowest: float = 0.05, highest: float = 20.0
+    logits: Float[Tensor, "n C"], grades: Int[Tensor, " n"], lowest: float = LOWEST, highest: float = HIGHEST
 ) -> float:
     """The T for which softmax(logits / T) has the least cross-entropy; within `lowest` and `highest`, above 0.
 

@@ -35,7 +35,8 @@ _BOOTSTRAP = "those of differences by a paired bootstrap"
 #: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
 _OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
 #: Facts of a report that say how it scored, which an evaluation may do otherwise than its run.
-_SCORED = ("Window", "Precision", "Fingerprint of the data")
+_FINGERPRINT = "Fingerprint of the data"
+_SCORED = ("Window", "Precision", _FINGERPRINT)
 #: What is compared: label, place in the figures, and whether it is read in per cent.
 COLUMNS = (
     ("accuracy", ("accuracy",), True),
@@ -59,6 +60,8 @@ class Compared:
     differences: dict[str, Any] | None
     recipe: tuple[str, int] | None = None
     """All but the seed, and the seed (`recipe`)."""
+    fingerprint: str | None = None
+    """Of the data that were scored; None where the report does not tell it."""
 
 
 def compare(asked: Compare) -> list[Compared]:
@@ -95,8 +98,9 @@ def compare(asked: Compare) -> list[Compared]:
             ci = bootstrap.intervals(logits, grades, values, patients=patients, drawn=drawn)
             differences = None if first is None else bootstrap.differences(first, drawn)
             first = drawn if first is None else first
-            known_as = recipe(place, split.weights, report.about["facts"])
-            compared.append(Compared(name, split.weights, values, ci, differences, known_as))
+            facts = report.about["facts"]
+            known_as = recipe(place, split.weights, facts)
+            compared.append(Compared(name, split.weights, values, ci, differences, known_as, facts.get(_FINGERPRINT)))
             bar.update(len(compared), total=len(splits))
     return compared
 
@@ -232,7 +236,20 @@ def legend(compared: Sequence[Compared], split: str) -> str:
         "another training seed. "
         + ("± is the standard deviation over training seeds, all else alike. " * bool(_seeds(compared)))
         + ("On valid a regression has the advantage that its thresholds are fitted there. " * (split in _FITTED))
+        + _unlike(compared)
         + tables.DISCLAIMER
+    )
+
+
+def _unlike(compared: Sequence[Compared]) -> str:
+    """The sentence about runs that scored other files than the first, as of a set as it came and prepared."""
+    first = compared[0].fingerprint
+    others = [one.name for one in compared if first and one.fingerprint and one.fingerprint != first]
+    if not others:
+        return ""
+    return (
+        f"The data of {', '.join(others)} have another fingerprint than those of {compared[0].name} (files, grades or "
+        "splits): the photographs are the same by name and grade alone, and their files may differ. "
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
@@ -43,6 +44,11 @@ def settings(asked: Evaluate) -> Config:
     other: dict[str, Any] = {}
     if asked.data is not None:
         other = {"data": asked.data, "exclude": None}
+        # What is no whole DDR has no official test split to insist on. The rest of `splitting` stays: the run's own
+        # photographs, where they have moved, are known by the splits that it draws, and of a set that shares some with
+        # them, fewer of those that were trained on fall into test.
+        if config.splitting.test == "official":
+            other["splitting"] = replace(config.splitting, test="auto")
     if asked.exclude is not None:
         other["exclude"] = asked.exclude
     return replace(
@@ -110,7 +116,12 @@ def evaluate(asked: Evaluate) -> Path | None:
     )  # fmt: skip
     # Also where they have moved since, and were named with --data.
     own = found.fingerprint == restored.fingerprint
-    notes = [*found.notes, *prepared, *(_seen(asked.split, found, config.loss.name == "mse") if own else [])]
+    regression = config.loss.name == "mse"
+    seen = (
+        _seen(asked.split, found, regression) if own else
+        [_others(trained, restored.fingerprint), *_alike(run, found, ids, regression)]
+    )  # fmt: skip
+    notes = [*found.notes, *prepared, *seen]
     reporting.write(
         place, {asked.split: result}, about, notes, root=found.root,
         left_out=found.left_out, folder=place, temperature=temperature,
@@ -128,9 +139,13 @@ def _ids(found: Manifest, split: str) -> np.ndarray:
         UserError: there are none.
     """
     there = [name for name in manifest.SPLITS if found.has(name)]
-    if not there or (split != "all" and split not in there):
-        where = f"its gradable photographs are in {' and '.join(there)} alone" if there else "nor in any other"
-        raise UserError(f"--split {split}: {found.root} has no gradable photograph in it, {where}; give --split all.")
+    if not there:
+        raise UserError(f"{found.root}: it has no gradable photograph in any split, so nothing can be scored.")
+    if split != "all" and split not in there:
+        raise UserError(
+            f"--split {split}: {found.root} has no gradable photograph in it, its gradable photographs are in "
+            f"{' and '.join(there)} alone; give --split all."
+        )
     return found.ids(split) if split != "all" else np.sort(np.concatenate([found.ids(name) for name in there]))
 
 
@@ -169,6 +184,32 @@ def _seen(split: str, found: Manifest, regression: bool) -> list[str]:
     if split in ("valid", "all") and regression:
         notes.append(tables.FLATTERED)
     return notes
+
+
+def _others(trained: Config, fingerprint: str) -> str:
+    """The sentence about photographs that are not the run's own; `fingerprint` is of those."""
+    place = Path(trained.data)
+    name = place.parent.name if place.name == "DR_grading" else place.name
+    return (
+        f"By their fingerprint these are not the photographs that the run was trained on ({name}, fingerprint "
+        f"{fingerprint}): data, layout, grades and fingerprint below are of what was scored, and what was fitted "
+        "on valid was on the run's own."
+    )
+
+
+def _alike(run: RunFolder, found: Manifest, ids: np.ndarray, regression: bool) -> list[str]:
+    """The sentence where most of the photographs that were scored may be the run's own in another form."""
+    own = manifest.splits_by_name(run.manifest)
+    scored = {manifest.named(found.path[row], int(found.grade[row])) for row in ids.tolist()}
+    there = Counter(own[key] for key in scored if key in own)
+    seen = there["train"] + regression * there["valid"]
+    if not seen or 2 * there.total() <= len(scored):
+        return []
+    how = "was trained on or fitted its thresholds to" if regression else "was trained on"
+    return [
+        f"{seen:,} of these {len(ids):,} photographs bear names and grades of those that the run {how}: if they are "
+        "the same in another form, the figures flatter."
+    ]
 
 
 def _temperature(run: RunFolder, asked: Evaluate, config: Config) -> float | None:

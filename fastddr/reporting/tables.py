@@ -8,6 +8,7 @@ from typing import Any
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.problems import Problem, in_markdown
 from fastddr.evaluation.bootstrap import FEWEST
+from fastddr.evaluation.calibration import at_bound
 from fastddr.evaluation.ranking import ENDPOINTS
 
 DISCLAIMER = "Research use only; not a medical device."
@@ -159,10 +160,9 @@ def markdown(
         f"without a photograph. Referable: grade {REFERABLE} or worse. The splits of a data set differ in "
         "kind: compare models on one split, never one model across splits."
     )
+    fitted = {v["weights"]: v["calibrated"]["temperature"] for v in found.values() if "calibrated" in v}
     temperatures = {
-        values["weights"]: f"{values['calibrated']['temperature']:.3f}"
-        for values in found.values()
-        if "calibrated" in values
+        weights: f"{value:.3f}{' (the bound of its search)' * at_bound(value)}" for weights, value in fitted.items()
     }
     if temperatures:
         told = "; ".join(f"{value} for {in_markdown(weights)}" for weights, value in temperatures.items())

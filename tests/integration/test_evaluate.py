@@ -17,17 +17,22 @@ from typing import Any
 
 import pytest
 import torch
+from photographs import draw, write_csv
 from tests_support import forked, train
 from torch import nn
 
 import fastddr
 from fastddr import checkpoints, ranks, saving
 from fastddr.__main__ import main
+from fastddr.config import SplitConfig
 from fastddr.config.sections import LoadingConfig
+from fastddr.data import manifest, source
 from fastddr.errors import EXIT_USER_ERROR, UserError
 from fastddr.evaluation.grading import Graded, Grading
 from fastddr.evaluation.views import Averaged
-from fastddr.inference import flags, restore
+from fastddr.inference import evaluate, flags, restore
+from fastddr.progress import terminal
+from fastddr.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +107,31 @@ def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -
     photographs = sorted((other / "DR_grading" / "test").glob("*.jpg"))
     photographs[0].write_bytes(photographs[1].read_bytes())
     own = json.loads((run / "report" / "metrics.json").read_text())["valid"]["calibrated"]["temperature"]
-    figures, _, folder = evaluated(run, "--data", str(other), "--split", "valid")
-    assert figures["valid"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
-    assert "were trained on" not in (folder / "report.md").read_text()
+    figures, _, folder = evaluated(run, "--data", str(other), "--split", "all")
+    assert figures["all"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
+    trained = manifest.fingerprint_in(run / "manifest.csv")
+    said = f"not the photographs that the run was trained on ({tiny.name}, fingerprint {trained})"
+    assert said not in report
+    report = (folder / "report.md").read_text()
+    assert said in report
+    assert "photographs were trained on" not in report
+    assert "27 of these 51 photographs bear names and grades of those that the run was trained on: if" in report
+
+
+def test_most_names_and_grades_tell_the_runs_photographs_in_another_form(run: Path, tiny: Path) -> None:
+    found = manifest.read(tiny)
+    masters = replace(found, path=tuple(f"masters/{Path(path).stem}.png" for path in found.path))
+    others = replace(masters, grade=(masters.grade + 1) % 5)
+    for split, regression, said in (
+        ("all", True, "38 of these 51 photographs bear names and grades of those that the run was trained on or "),
+        ("valid", True, "11 of these 11 "),
+        ("valid", False, None),
+        ("test", True, None),
+    ):
+        ids = evaluate._ids(found, split)
+        notes = evaluate._alike(RunFolder(run), masters, ids, regression)
+        assert notes == [] if said is None else notes[0].startswith(said)
+        assert evaluate._alike(RunFolder(run), others, ids, regression) == []
 
 
 def test_the_runs_own_photographs_are_known_in_another_place(run: Path, tiny: Path, tmp_path: Path) -> None:
@@ -150,6 +177,31 @@ def test_other_photographs_may_be_of_one_split_alone(
     assert main(["evaluate", str(run), "--data", str(tmp_path / "others"), "--split", "valid"]) == EXIT_USER_ERROR
     said = "has no gradable photograph in it, its gradable photographs are in test alone; give --split all"
     assert said in capsys.readouterr().err
+
+
+def test_other_photographs_need_no_splits_as_the_run_had_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(restore.stored(run), splitting=SplitConfig(test="official", seed=3))
+    monkeypatch.setattr(restore, "stored", lambda place: config)
+    for number in range(5):
+        draw(tmp_path / f"{number}.png", number)
+
+    def read(*grades: int, split: str = "") -> manifest.Manifest:
+        rows = [[f"{number}.png", grade, split] for number, grade in enumerate(grades)]
+        write_csv(tmp_path / "labels.csv", ["path", "grade", "split"], rows)
+        asked = evaluate.settings(flags.Evaluate(run, data=str(tmp_path)))
+        return source.open_data(asked, terminal(), trains=False)
+
+    found = read(0, 1, 2, 3, 4)
+    assert len(evaluate._ids(found, "all")) == 5
+    assert any("drawn by chance (seed 3)" in note for note in found.notes), "as of the run's own, where they have moved"
+    assert not any("--splitting" in note for note in read(0, 1, 2, 3, 4, split="test").notes), "nobody has given it"
+    capsys.readouterr()
+    found = read(5, 5, 5, 5, 5)
+    assert ": no gradable photographs\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"it has no gradable photograph in any split, so nothing can be scored\.$"):
+        evaluate._ids(found, "all")
 
 
 def test_threads_are_no_more_than_the_cores_of_the_machine_that_scores(

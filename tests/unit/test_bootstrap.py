@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest
 from sklearn import metrics as sk
 
 from fastddr.evaluation import bootstrap, ranking
-from fastddr.evaluation.calibration import temperature
+from fastddr.evaluation.calibration import at_bound, temperature
 from fastddr.evaluation.metrics import figures
 
 #: DDR's grades: half healthy, few severe.
@@ -324,5 +324,6 @@ def test_a_temperature_undoes_what_was_done() -> None:
     cooled = figures(3 * honest / temperature(3 * honest, grades), grades)
     assert cooled["ece"] < figures(3 * honest, grades)["ece"]
     assert cooled["accuracy"] == figures(logits, grades)["accuracy"]
+    assert [at_bound(temperature(scale * honest, grades)) for scale in (1e-3, 1, 1e3)] == [True, False, True]
     with pytest.raises(ValueError, match="none"):
         temperature(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))

@@ -99,6 +99,10 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean(tmp_path: Path) -> Non
     assert mean[head.index("accuracy")].endswith(" %")
     assert "standard deviation over training seeds" in compare.legend(compared, "valid")
     assert "standard deviation" not in compare.legend(compared[2:4], "valid")
+    # Only the last evaluation tells of which data it is; beside one of others, as of the same set prepared:
+    prepared = replace(compared[-1], name="p", fingerprint="1")
+    assert "The data of p have another fingerprint than those of " in compare.legend([compared[-1], prepared], "valid")
+    assert "fingerprint" not in compare.legend(compared, "valid")
     (over,) = compare.as_json(compared, "valid")["seeds"]
     assert (over["runs"], over["seeds"]) == (["a", "b"], [1, 2])
     assert over["mean_and_sd"]["qwk"] == pytest.approx(((first + second) / 2, sd))

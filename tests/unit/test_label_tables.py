@@ -88,6 +88,8 @@ def test_messidor_2_by_its_header(tmp_path: Path) -> None:
         found = layouts.find(tmp_path)
         assert found.layout == "messidor2"
         assert seen(found) == {"a.png": 2, "b.JPG": 0, "c.png": 5}
+        write_csv(tmp_path / "messidor_data.csv", header, [rows[0], ["b.JPG", "3", "", "1"], rows[2]])
+        assert layouts.find(tmp_path).notes == [], "by its column, and on no scale that may begin at 1"
     write_csv(tmp_path / "messidor_data.csv", header, [*rows[:2], ["c.png", "0", "", "ungradable"]])
     (problem, *_) = layouts.find(tmp_path).problems
     assert (problem.path, problem.kind) == ("messidor_data.csv, line 4", "grade")
@@ -120,10 +122,22 @@ def test_a_table_whose_photographs_all_lie_elsewhere(tmp_path: Path) -> None:
         draw(tmp_path / "photos" / f"{number}.png", number)
     rows = [[f"{number}.png", number] for number in range(3)]
     write_csv(tmp_path / "labels" / "l.csv", ["path", "grade"], rows)
-    for place in (tmp_path / "labels", tmp_path / "labels" / "l.csv"):
-        with pytest.raises(UserError, match=r"none of the 3 photographs that l\.csv names.*holds both the table"):
-            layouts.find(place)
+    for place, way_out in (("labels", "holds both the table"), ("labels/l.csv", r"copy l\.csv into the folder above")):
+        with pytest.raises(UserError, match=rf"none of the 3 photographs that l\.csv names.*{way_out}"):
+            layouts.find(tmp_path / place)
     assert len(layouts.find(tmp_path).entries) == 3
+    # Beside another table that folder is refused; a copy is read, and advised from the first.
+    write_csv(tmp_path / "labels" / "m.csv", ["path", "grade"], rows)
+    for place in (tmp_path, tmp_path / "labels"):
+        with pytest.raises(UserError, match=r"several label tables .*copy one into the folder above its photographs"):
+            layouts.find(place)
+    write_csv(tmp_path / "l.csv", ["path", "grade"], rows)
+    assert len(layouts.find(tmp_path / "l.csv").entries) == 3
+    write_csv(tmp_path / "m.csv", ["path", "grade"], rows)
+    with pytest.raises(UserError, match=r"several label tables .*give one as --data FILE\.csv, or name them"):
+        layouts.find(tmp_path)
+    for file in ("l.csv", "m.csv", "labels/m.csv"):
+        (tmp_path / file).unlink()
     write_csv(tmp_path / "labels" / "l.csv", ["path", "grade"], [[f"images/{number}.JPG", 1] for number in range(3)])
     with pytest.raises(UserError, match=r"images/0\.JPG is not there, but photos/0\.png is: mend the names"):
         layouts.find(tmp_path)
@@ -199,6 +213,12 @@ def test_numbered_folders_beside_a_table_that_is_not_read(tmp_path: Path) -> Non
         assert found.notes == []
         (tmp_path / "site" / "0" / "10.jpg").unlink()
         (tmp_path / file).unlink()
+    for number, word in enumerate(["mild", "moderate", "severe", "proliferative", "ungradable"], 1):
+        (tmp_path / "site" / str(number)).rename(tmp_path / "site" / word)
+    assert max(seen(layouts.find(tmp_path)).values()) == 5
+    assert not any("No photograph is of grade 0" in note for note in layouts.find(tmp_path).notes), (
+        "words begin nowhere"
+    )
 
 
 @pytest.mark.parametrize(

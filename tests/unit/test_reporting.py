@@ -442,14 +442,15 @@ def test_few_photographs_have_wide_intervals_and_endpoints_say_of_how_many(tmp_p
 
 def test_other_photographs_have_the_temperature_of_the_runs_valid(tmp_path: Path) -> None:
     """Nothing is fitted on them, nor when their report is made again."""
-    reporting.write(tmp_path, {"valid": SPLITS["test"]}, {}, folder=tmp_path, temperature=1.25, fit=False)
+    reporting.write(tmp_path, {"valid": SPLITS["test"]}, {}, folder=tmp_path, temperature=19.9999, fit=False)
 
     def temperature() -> float:
         return float(json.loads((tmp_path / "metrics.json").read_text())["valid"]["calibrated"]["temperature"])
 
-    assert temperature() == 1.25
+    assert temperature() == 19.9999
+    assert "valid: 20.000 (the bound of its search) for" in (tmp_path / "report.md").read_text()
     again.write(tmp_path)
-    assert temperature() == 1.25
+    assert temperature() == 19.9999
 
 
 def test_a_model_that_gives_one_grade_to_all_has_learned_nothing_however_accurate(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def _whole(listing: Listing, fence: Fence) -> Listing:
     """The listing with what `fastddr prepare` left out of it, and a note where its scale may begin at 1."""
     listing = _with_absent(listing, fence)
     grades = {entry.grade for entries in (listing.entries, listing.absent) for entry in entries}
-    if 0 not in grades and (high := grades & {4, UNGRADABLE}):
+    if 0 not in grades and (high := grades & {4, UNGRADABLE} - listing.in_words):
         listing.notes.append(
             f"No photograph is of grade 0 (no retinopathy), and some are of grade {max(high)}: if these labels begin "
             "at 1, each is one too high."

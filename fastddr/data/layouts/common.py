@@ -80,6 +80,8 @@ class Listing:
     """Sentences for the report."""
     absent: list[Entry] = field(default_factory=list)
     """Photographs that `fastddr prepare` left out of this set: they take part where splits are drawn."""
+    in_words: set[int] = field(default_factory=set)
+    """Grades that some labels say without a number: these begin at no number."""
 
 
 def spelled(name: str) -> str:

@@ -87,6 +87,8 @@ def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
             f"{folder}: this class folder is no grade; name it 0-4, 5 (ungradable), or by its ICDR name: "
             f"{', '.join(ICDR)}."
         )
+    if not any(map(str.isdigit, folder.name)):
+        listing.in_words.add(grade)
     relative = folder.relative_to(listing.root).as_posix()
     try:
         with os.scandir(folder) as found:

@@ -54,6 +54,8 @@ _PATIENT, _GRADABLE = ("patient", "patientid"), "adjudicatedgradable"
 _CAN_BE_GRADED = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 #: In a folder's name this is grade 0; in a cell it may as well be what a program writes where there is nothing.
 _NOTHING = ("no", "none")
+#: The way out where tables lie apart from their photographs, and one must be chosen.
+_COPY = "copy {} into the folder above its photographs, and give that copy as --data FILE.csv"
 #: A competition's example of a submission has the header of the labels and made-up grades.
 _NOT_LABELS = "samplesubmission"
 
@@ -111,7 +113,7 @@ def table(file: Path) -> Listing:
             f"{file}: this is no label table; its header should be path,grade[,split][,patient], and is "
             f"{unknown_header(file) or 'empty'}."
         )
-    return _listing([found], file.parent, file.parent)
+    return _listing([found], file.parent, file.parent, given=True)
 
 
 def unknown_header(file: Path) -> str | None:
@@ -195,28 +197,33 @@ def _refuse_twice(file: Path, head: Head, header: Sequence[str]) -> None:
             )
 
 
-def _splits_of_files(found: Sequence[_Table]) -> list[str | None]:
-    """The split that each table stands for, by its name, where there are several."""
+def _splits_of_files(found: Sequence[_Table], beside: bool) -> list[str | None]:
+    """The split that each table stands for, by its name, where there are several.
+
+    `beside`: whether photographs that they name lie in their folder, so that one of them can be given alone.
+    """
     if len(found) == 1:
         return [None]
     # EyePACS published the grades of its test photographs later, with a column that tells the leaderboard.
     splits = ["test" if "usage" in t.head.cells else split_in([t.file.stem]) for t in found]
     if None in splits or len(set(splits)) < len(splits):
         names = ", ".join(t.file.name for t in found)
+        alone = "give one as --data FILE.csv" if beside else _COPY.format("one")
         raise UserError(
             f"{found[0].file.parent}: several label tables ({names}), and their names do not tell which is which "
-            "split; give one as --data FILE.csv, or name them train, valid and test."
+            f"split; {alone}, or name them train, valid and test."
         )
     return splits
 
 
-def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
-    splits = _splits_of_files(found)
+def _listing(found: Sequence[_Table], folder: Path, top: Path, *, given: bool = False) -> Listing:
+    """`given`: whether the user pointed at the table, whose photographs then lie below its own folder."""
     tokens = [_cell(row, t.head.key).strip().replace("\\", "/") for t in found for _, row in t.rows[:50]]
     root, index = folder, Index(folder)
-    while root != top and not any(index.find(token, None) for token in tokens):
+    while not (there := any(index.find(token, None) for token in tokens)) and root != top:
         root = root.parent
         index = Index(root)
+    splits = _splits_of_files(found, there and root == folder)
     listing = Listing(found[0].head.layout, root, [])
     listing.notes.extend(index.notes)
     known, doubts = Named(listing), list[Sequence[str]]()
@@ -229,7 +236,7 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
             )
     known.judge()
     labels = ", ".join(t.file.name for t in found)
-    _refuse_elsewhere(listing, index, doubts, labels)
+    _refuse_elsewhere(listing, index, doubts, labels, given)
     if not listing.entries and not listing.problems:
         raise UserError(f"{found[0].file}: this label table is empty; it should have a row a photograph.")
     named = {entry.path for entry in listing.entries} | {problem.path for problem in listing.problems}
@@ -251,16 +258,20 @@ def _listing(found: Sequence[_Table], folder: Path, top: Path) -> Listing:
     return listing
 
 
-def _refuse_elsewhere(listing: Listing, index: Index, doubts: Sequence[Sequence[str]], labels: str) -> None:
+def _refuse_elsewhere(
+    listing: Listing, index: Index, doubts: Sequence[Sequence[str]], labels: str, given: bool
+) -> None:
     """Raise `UserError` where no row finds its photograph: they lie elsewhere, or all in the same several folders."""
     entries = listing.entries
     if entries and not doubts and not any(_is_there(entry, listing.root, index) for entry in entries):
         near = ((entry.token, path) for entry in entries if (path := index.near(entry.path)) is not None)
         token, path = next(near, ("", ""))
+        # The folder above may hold other tables, and is refused for them.
+        way_out = _COPY.format(labels) if given else "give the folder that holds both the table and its photographs"
         raise UserError(
             f"{listing.root}: none of the {len(entries)} photographs that {labels} names lies in it or below it; "
             + (f"{quoted(token)} is not there, but {path} is: mend the names in the table." if path else
-               "give the folder that holds both the table and its photographs, or restore them.")
+               f"{way_out}, or restore them.")
         )  # fmt: skip
     if doubts and not entries:
         shared = set.intersection(*({os.path.dirname(path) for path in paths} for paths in doubts))
@@ -324,6 +335,8 @@ def _add(found: _Table, split: str | None, index: Index, listing: Listing, known
         if grade is None:
             wrong("grade", f"grade {quoted(text)!r} of {quoted(token)} is not one of 0-4 (ICDR) or 5 (ungradable)")
             continue
+        if not any(map(str.isdigit, text)) or not _CAN_BE_GRADED[can.lower()]:
+            listing.in_words.add(grade)
         said = _cell(row, split_column).strip()
         own = split_of(said) if said else split
         if said and own is None:

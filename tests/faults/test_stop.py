@@ -32,7 +32,8 @@ def figures(run: Path) -> list[dict[str, Any]]:
     """All logged lines but what differs from run to run: times, speeds, memory."""
     keep = ("step", "epoch", "train/loss", "train/accuracy", "train/lr", "valid/", "final/")
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key.startswith(keep)} for line in logged]
+    same = [{key: value for key, value in line.items() if key.startswith(keep)} for line in logged]
+    return [{key: value for key, value in line.items() if not key.endswith("_gib")} for line in same]
 
 
 def status(run: Path) -> dict[str, Any]:

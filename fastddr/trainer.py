@@ -419,7 +419,9 @@ class Trainer:
                 if (self._began or self._resuming) and not self._settled and runtime.join().is_main_process:
                     with saving.told("status.json", self.console.print):
                         state: runs.State = "preempted" if reason == ranks.INTERRUPTED else "failed"
-                        self.run.set_status(state, self.progress.step if self._began else None, reason)
+                        # A scheduler is told what the next start goes on from, and of a failure how far it got.
+                        reached = self.progress.step if self._began and state == "failed" else None
+                        self.run.set_status(state, reached, reason)
 
     def close(self, failed: bool = False) -> None:
         """End loaders, trackers and the process group. Safe to call again."""

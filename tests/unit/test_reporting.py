@@ -332,7 +332,7 @@ def test_a_picture_that_fails_takes_no_figures_with_it_and_half_a_report_is_none
 
 
 def test_a_report_is_of_its_run_from_within_its_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the run it finds the curves."""
+    """By the run it finds the curves, and those of TensorBoard."""
     monkeypatch.setattr(reporting, "write", lambda run, *_, **__: run)
     monkeypatch.chdir(run / "report")
     assert again.write(run) == again.write(Path()).absolute() == run

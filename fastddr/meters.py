@@ -10,7 +10,7 @@ import subprocess
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from itertools import accumulate
@@ -193,8 +193,11 @@ def code_state() -> str | None:
 @cache
 def packages() -> tuple[tuple[str, str], ...]:
     """Name and version of every package that is installed. To read them takes a while, and so is done once."""
-    found = (distribution.metadata for distribution in importlib.metadata.distributions())
-    return tuple((str(package["Name"]), str(package["Version"])) for package in found)
+    found = []
+    for distribution in importlib.metadata.distributions():
+        with suppress(OSError, UnicodeDecodeError):  # somebody else's, and broken
+            found.append((str(distribution.metadata["Name"]), str(distribution.metadata["Version"])))
+    return tuple(found)
 
 
 def dali_builds() -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Work that is shared among the processes of `accelerate launch`: a part for each, and everything for all.
 
-`fastddr check` and `fastddr prepare` use it, so PyTorch and Accelerate are imported only where there is more than one
-process.
+PyTorch and Accelerate, which commands such as `fastddr check` do without, are imported for more than one process alone.
 """
 
 from __future__ import annotations
@@ -148,8 +147,7 @@ def gather(items: list[T]) -> list[T]:
     from accelerate.utils import gather_object
 
     join()
-    found: list[T] = gather_object(items)
-    return found
+    return list(gather_object(items))
 
 
 def tried(do: Callable[[], T]) -> tuple[list[T], str]:
@@ -158,9 +156,9 @@ def tried(do: Callable[[], T]) -> tuple[list[T], str]:
         return [do()], ""
     except UserError as error:
         return [], str(error)
-    except BrokenPipeError:  # nobody listens any more, which is no place
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and world() == 1:  # nobody listens any more, which is no place
+            raise
         return [], unusable(error) or f"{error}; give a place that can be used."
 
 

@@ -17,12 +17,12 @@ on the number of processes, on kills, or on the day.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastddr import files, ranks
 from fastddr.config import SplitConfig
@@ -38,6 +38,8 @@ from fastddr.data.relabel import Kept
 from fastddr.data.survey import Progress, Survey
 from fastddr.data.workers import each
 from fastddr.errors import UserError
+
+T = TypeVar("T")
 
 #: Where class folders without splits go: beside them a folder `prepared` would be taken for a misspelt grade.
 _INNER = "photographs/"
@@ -96,7 +98,7 @@ def run(
     """
     main = _Main(data, Path(out), recipe or Recipe(), exclude, on_bad, follow_links, sheet)
     try:
-        root, place, jobs = ranks.from_first(main.begin)
+        root, place, jobs = ranks.from_first(lambda: _written(main.begin, out))
         mine = ranks.share(jobs)
 
         def make() -> list[Result]:
@@ -108,12 +110,20 @@ def run(
                         on_progress(len(found), len(mine))
             return found
 
-        found = ranks.gather(ranks.on_all(make))
-        return ranks.from_first(lambda: main.end(found))
+        found = ranks.gather(ranks.on_all(lambda: _written(make, out)))
+        return ranks.from_first(lambda: _written(lambda: main.end(found), out))
     except UserError as error:  # the names of photographs may hold anything
         raise UserError(one_line(error)) from None
     finally:
         main.close()
+
+
+def _written(do: Callable[[], T], out: str | Path) -> T:
+    """What `do` makes; that the disk refuses is a sentence which says that one can run it again."""
+    try:
+        return do()
+    except OSError as error:
+        raise crop.cannot_write(error.filename2 or error.filename or out, error) from None
 
 
 # ------------------------------------------------------------------------------------------------ the work

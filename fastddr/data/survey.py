@@ -29,7 +29,7 @@ from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
 from fastddr.data.layouts.common import Fence, located
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import NOTES, Problem, errors
+from fastddr.data.problems import Problem, errors
 from fastddr.errors import UserError
 
 #: Called with (done, total) now and then.
@@ -75,7 +75,7 @@ class Survey:
             if record.kind:
                 found.append(Problem(path, record.kind, entry.where + record.reason))
             if record.traits:
-                found += [Problem(path, trait, NOTES[trait]) for trait in record.traits.split(",")]
+                found += [Problem(path, trait, f"it is {_TRAITS[trait]}") for trait in record.traits.split(",")]
             name = path.rpartition("/")[2]
             if not path.isascii() and any("\udc80" <= letter <= "\udcff" for letter in path):
                 found.append(Problem(path, "encoding", "its name is not UTF-8"))
@@ -199,6 +199,15 @@ class Survey:
         """Take over what was found, here or on another rank. Says why it could not be kept for the next start."""
         self.records.update(found)
         return _keep(self.root, self.records, cache.load(self.root)) if keep else None
+
+
+_TRAITS = {
+    "greyscale": "greyscale",
+    "cmyk": "CMYK",
+    "turned": "turned by its EXIF orientation",
+    "progressive": "a progressive JPEG",
+    "extension": "of another format than its name says",
+}
 
 
 @no_collector()

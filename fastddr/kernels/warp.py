@@ -41,7 +41,11 @@ def triton_lacks() -> str | None:
 
 @cache
 def fails(device: torch.device) -> str | None:
-    """Why the kernel does not run on this GPU, which is tried once; None if it does."""
+    """Why the kernel does not run on this GPU, which is tried once; None if it does.
+
+    Raises:
+        torch.OutOfMemoryError: the card is full just now, which says nothing of the kernel.
+    """
     lacks = triton_lacks()
     if lacks is not None:
         return f"this machine lacks {lacks}"
@@ -54,6 +58,8 @@ def fails(device: torch.device) -> str | None:
             torch.zeros(1, 3, 4, device=device),
             image_size=1,
         )
+    except torch.OutOfMemoryError:
+        raise
     # Triton looks for a driver and a compiler, and runs both; whatever goes wrong there, photographs can be streamed.
     except Exception as error:  # noqa: BLE001
         return f"Triton cannot run here ({' '.join(str(error).split())[:200] or type(error).__name__})"

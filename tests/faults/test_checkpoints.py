@@ -14,9 +14,10 @@ import torch
 from tests_support import ROOT, settings, train, weights
 
 from fastddr import checkpoints, cli
+from fastddr.checkpoints import Training
 from fastddr.errors import UserError
 from fastddr.runs import Progress, RunFolder
-from fastddr.saving import Saver, Training
+from fastddr.saving import Saver
 from fastddr.stopping import StopRequested
 from fastddr.tracking import Tracker
 from fastddr.trainer import Trainer

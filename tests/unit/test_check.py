@@ -70,6 +70,7 @@ def test_errors_are_listed_and_the_list_mends_the_set(
         ("train/007-0001-000.jpg", "truncated", "error"),
         ("train/007-0002-000.jpg", "progressive", "note"),
     ]
+    assert found["problems"][3]["reason"] == "it is a progressive JPEG"
     assert found["problems"][0]["reason"] == "test.txt, line 1: there is no such photograph"
     assert problems.read_list(listed) == {p["path"] for p in found["problems"] if p["severity"] == "error"}
     assert found["progressive"] == pytest.approx(1 / (len(SET) - 2))

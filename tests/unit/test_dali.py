@@ -268,7 +268,14 @@ def test_two_builds_of_dali_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     names = ["nvidia-dali-cuda130", "nvidia_dali_cuda120", "nvidia-nvimgcodec-cu13", "numpy"]
     both = [SimpleNamespace(metadata={"Name": name, "Version": "0.9.1"}) for name in names]
     scans: list[int] = []
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: scans.append(1) or both)
+
+    class Broken:
+        @property
+        def metadata(self) -> str:
+            """As of a package whose description is not UTF-8."""
+            return b"\xe9".decode()
+
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: scans.append(1) or [Broken(), *both])
     once = cache(meters.packages.__wrapped__)
     for module in (meters, dali_decoder):
         monkeypatch.setattr(module, "packages", once)

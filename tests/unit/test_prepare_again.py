@@ -452,4 +452,12 @@ def test_a_full_disk_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"settings\.json: it cannot be used \(No space left"):
         run(data, tmp_path / "out")
     monkeypatch.undo()
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "OUT/.unfinished")
+
+    monkeypatch.setattr(output.Output, "hide", read_only)
+    with pytest.raises(UserError, match=r"unfinished: .*Read-only file system.*what is done is not done again"):
+        run(data, tmp_path / "out")
+    monkeypatch.undo()
     assert run(data, tmp_path / "out").done == 8

@@ -154,6 +154,13 @@ def test_a_kernel_is_tried_on_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(kernels, "warp_reference", no_driver)
     assert try_(torch.device("cpu")) == "Triton cannot run here (libcuda.so cannot found!)"
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "warp_reference", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        try_(torch.device("cpu"))
     monkeypatch.setattr(kernels, "triton_lacks", lambda: "a C compiler for Triton (gcc or clang)")
     assert try_(torch.device("cpu")) == "this machine lacks a C compiler for Triton (gcc or clang)", (
         "and nothing is tried"

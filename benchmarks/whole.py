@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from fastddr.__main__ import main as verb
 from fastddr.errors import UserError
+from fastddr.meters import RATE, of_training
 from fastddr.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -129,10 +129,10 @@ def best_is_last(folder: Path) -> bool:
 
 
 def costs(folder: Path) -> dict[str, float]:
-    """`images_per_second` (median of the log lines), `peak_gib`, and `minutes` where they are known."""
+    """`images_per_second` (of the median step), `peak_gib`, and `minutes` where they are known."""
     lines = logged(folder)
-    rates = [line["train/images_per_second"] for line in lines if line.get("train/images_per_second")]
-    found = {"images_per_second": median(rates)} if rates else {}
+    rates = of_training(lines, RATE)
+    found = {} if rates is None else {"images_per_second": rates.median}
     for key in _MEMORY:
         if peaks := [line[key] for line in lines if line.get(key) is not None]:
             found["peak_gib"] = max(peaks)

@@ -8,12 +8,14 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import accelerate
 import torch
@@ -93,10 +95,43 @@ class Window:
         return {
             "train/loss": loss / count if count else math.nan,
             "train/accuracy": correct / count if count else math.nan,
-            "train/images_per_second": self.rate,
-            "train/data_wait": self.wait_share,
+            RATE: self.rate,
+            WAIT: self.wait_share,
             **dict(zip(peaks, ranks[:, 5:].amax(0).tolist(), strict=True)),
         }
+
+
+RATE, WAIT = "train/images_per_second", "train/data_wait"
+
+
+class OfTraining(NamedTuple):
+    """A figure of `Window.close` over all of a run's training."""
+
+    mean: float
+    """Over the time: each second counts alike, so the mean speed is all photographs by all seconds."""
+    median: float
+    """Of the steps: half of them were in lines of this figure or less. A start that takes long is left out of it."""
+
+
+def of_training(logged: Iterable[Mapping[str, Any]], name: str) -> OfTraining | None:
+    """Speed or wait, by its name, over all lines of metrics.jsonl; None where there is none.
+
+    A line is of the steps since the one before: of one or of hundreds, and of milliseconds or of minutes.
+    """
+    found: list[tuple[float, int, float]] = []
+    before = 0
+    for line in logged:
+        rate, value = line.get(RATE), line.get(name)
+        if isinstance(rate, int | float) and rate > 0:
+            steps, before = line["step"] - before, line["step"]
+            if steps > 0 and isinstance(value, int | float):
+                found.append((value, steps, steps / rate))
+    if not found:
+        return None
+    values, steps, seconds = zip(*sorted(found), strict=True)
+    middle = bisect_left(list(accumulate(steps)), sum(steps) / 2)
+    mean = sum(value * time for value, time in zip(values, seconds, strict=True)) / sum(seconds)
+    return OfTraining(mean, values[middle])
 
 
 MEMORY = {
@@ -108,6 +143,7 @@ MEMORY = {
 
 
 def memory(device: torch.device, predicted: float | None = None) -> dict[str, float]:
+    """Peaks of this process so far, in GiB, by the names in `MEMORY`."""
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     found = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
@@ -117,6 +153,14 @@ def memory(device: torch.device, predicted: float | None = None) -> dict[str, fl
         found["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         found["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
     return found
+
+
+def largest(
+    gather: Callable[[torch.Tensor], torch.Tensor], peaks: Mapping[str, float], device: torch.device
+) -> dict[str, float]:
+    """The largest of all ranks of each figure, as in `Window.close`. Called by all ranks."""
+    ranks = gather(torch.tensor([[*peaks.values()]], device=device))
+    return dict(zip(peaks, ranks.amax(0).tolist(), strict=True))
 
 
 def scaling(scaler: Any, overflowed: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from fastddr.evaluation.evaluate import score
 from fastddr.evaluation.metrics import SplitResult, deciding, figures, headline
 from fastddr.loaders.run import RunLoaders
 from fastddr.memory.fitting import settle
-from fastddr.meters import Waited, Window, code_state, enough_memory, memory, out_of_memory, scaling, versions
+from fastddr.meters import Waited, Window, code_state, enough_memory, largest, memory, out_of_memory, scaling, versions
 from fastddr.progress import EpochBar, terminal
 from fastddr.reporting.final import write_final
 from fastddr.saving import Saver
@@ -385,11 +385,12 @@ class Trainer:
                 loader = self.valid_loader if split == "valid" else self.loaders.once(split)
                 results[split] = self._score(loader, weights)
                 loader.close()
+        peaks = largest(self.accelerator.gather, memory(self.runtime.device), self.runtime.device)
         if self.runtime.is_main:
             self.console.print("writing the report …")
             write_final(
                 self.run, results, self.config, self.manifest, self.runtime, self.tracker, parameters=self.parameters,
-                weights=weights, progress=progress, resumed=self._resuming,
+                weights=weights, peaks=peaks, progress=progress, resumed=self._resuming,
             )  # fmt: skip
             self.run.set_status("done", progress.step)
         self._settled = True
@@ -418,7 +419,9 @@ class Trainer:
                 if (self._began or self._resuming) and not self._settled and runtime.join().is_main_process:
                     with saving.told("status.json", self.console.print):
                         state: runs.State = "preempted" if reason == ranks.INTERRUPTED else "failed"
-                        self.run.set_status(state, self.progress.step if self._began else None, reason)
+                        # A scheduler is told what the next start goes on from, and of a failure how far it got.
+                        reached = self.progress.step if self._began and state == "failed" else None
+                        self.run.set_status(state, reached, reason)
 
     def close(self, failed: bool = False) -> None:
         """End loaders, trackers and the process group. Safe to call again."""

@@ -13,5 +13,6 @@ def main(asked: Report) -> int:
     if asked.data is not None and not asked.data.is_dir():
         raise UserError(f"--data {asked.data}: there is no such folder.")
     folder = again.write(asked.run, asked.data, asked.vector).parent
-    reporting.summary(asked.run, tensorboard=(asked.run / "tensorboard").is_dir(), folder=folder)
+    run = again.run_of(folder)
+    reporting.summary(run, tensorboard=(run / "tensorboard").is_dir(), folder=folder)
     return 0

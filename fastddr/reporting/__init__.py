@@ -151,10 +151,11 @@ def summary(
     console: Console | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Print the main figures of metrics.json in RUN/report/, or in another folder, and what to type next."""
+    """Print the main figures of the report in RUN/report/, or in another folder, and what to type next."""
     run_dir = Path(run_dir)
     report = folder or run_dir / "report"
     found = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+    title = json.loads((report / ABOUT).read_text(encoding="utf-8"))["run"]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     table.add_column("", no_wrap=True)
     for name in found:
@@ -169,7 +170,7 @@ def summary(
     next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
     constant = [Text(said, style="yellow") for said in tables.constant(found)]
     body = Group(table, Text(), *_weights(found), *constant, Text(), Text(tables.DISCLAIMER, style="dim"))
-    panel = Panel(body, title=Text(run_dir.resolve().name), title_align="left", expand=False, padding=(1, 2))
+    panel = Panel(body, title=Text(title), title_align="left", expand=False, padding=(1, 2))
     console = console or Console(markup=False, emoji=False)
     if console.measure(panel, options=console.options.update(max_width=_WIDE)).maximum <= console.width:
         console.print(panel)

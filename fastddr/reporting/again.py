@@ -47,6 +47,13 @@ def folder_of(place: Path) -> Path:
     raise UserError(f"{place}: there is no run here; give the folder of one, like runs/NAME, or of an evaluation.")
 
 
+def run_of(folder: Path) -> Path:
+    """The run whose own report lies in a folder; else the folder itself, as of an evaluation."""
+    # A place like `.` has its name elsewhere.
+    named = folder if folder.name == "report" else folder.resolve()
+    return named.parent if named.name == "report" else folder
+
+
 def stored(folder: Path) -> Stored:
     """What lies in a report's folder.
 
@@ -114,11 +121,11 @@ def write(place: Path, root: Path | None = None, vector: str | None = None) -> P
     order = ("train", "valid", "test", predictions.LAST, *found.splits)
     splits = {name: found.splits[name] for name in dict.fromkeys(order) if name in found.splits}
     where = root or (None if about["root"] is None else Path(about["root"]))
-    # Only a run's own report shows the course of its training. A place like `.` has its name elsewhere.
-    named = folder if folder.name == "report" else folder.resolve()
-    run = named.parent if named.name == "report" else folder
+    run = run_of(folder)  # only a run's own report shows the course of its training
+    # The run may have another name by now; of what lies elsewhere the old one is all that is known.
+    title = None if (run / "config.yaml").is_file() else about["run"]
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
-        temperature=about["temperature"], fit=about["fit"], title=about["run"], predicted=False,
+        temperature=about["temperature"], fit=about["fit"], title=title, predicted=False,
         commonest=about["commonest"], vector=vector,
     )  # fmt: skip

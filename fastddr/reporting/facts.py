@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from fastddr.config import Config
 from fastddr.config.sections import POLICIES, AugmentConfig, LossConfig
 from fastddr.data.manifest import Manifest
-from fastddr.meters import MEMORY, code_state, versions
+from fastddr.meters import MEMORY, RATE, WAIT, code_state, of_training, versions
 from fastddr.runtime import Runtime
 
 
@@ -28,6 +28,7 @@ def facts(
     *,
     began_at: str | None,
     grading: Mapping[str, Any] | None,
+    ended: Mapping[str, float] = MappingProxyType({}),
     skipped: int = 0,
     overflowed: int = 0,
     resumed: bool = False,
@@ -38,6 +39,7 @@ def facts(
         logged: the run's metrics.jsonl; may be empty.
         began_at: what was taken of `--init` (`RunFolder.began_at`).
         grading: of a regression (`evaluation.grading`).
+        ended: peaks of memory once all splits were scored (`meters.memory`), which no line of training has.
         skipped, overflowed: steps that were left out (`runs.Progress`).
         resumed: whether earlier starts did a part of it, on other devices or by other commands maybe.
     """
@@ -84,13 +86,15 @@ def facts(
         shown["Steps left out, loss or gradient not finite"] = f"{skipped} (bad_steps.jsonl names the photographs)"
     if overflowed:
         shown["Steps left out by float16's scaler"] = overflowed
-    if rates := values("train/images_per_second"):
-        shown["Images per second (median)"] = f"{median(rates):.1f}"
-    if waits := values("train/data_wait"):
-        shown["Data wait (median share of the time)"] = f"{median(waits):.1%}"
+    if rates := of_training(logged, RATE):
+        shown["Images per second"] = f"{rates.mean:.1f} on the whole, {rates.median:.1f} in the median step"
+    if waits := of_training(logged, WAIT):
+        shown["Data wait, share of the time"] = f"{waits.mean:.1%} on the whole, {waits.median:.1%} in the median step"
     for key, label in MEMORY.items():
         if peaks := values(key):
             shown[label] = f"{max(peaks):.2f} GiB"
+            if key in ended:
+                shown[label] += f" in training, {max(*peaks, ended[key]):.2f} GiB with the scoring at its end"
     return shown | {f"Versions{of}": versions(), "Code at the last start": code_state() or "not a checkout of git"}
 
 

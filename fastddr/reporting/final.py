@@ -11,7 +11,7 @@ from fastddr import reporting
 from fastddr.config import Config
 from fastddr.data.manifest import SPLITS, Manifest
 from fastddr.data.problems import one_line
-from fastddr.evaluation.metrics import SplitResult
+from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import Progress, RunFolder
@@ -32,15 +32,17 @@ def write_final(
     *,
     parameters: int,
     weights: str,
+    peaks: Mapping[str, float],
     progress: Progress,
     resumed: bool,
 ) -> None:
-    """Write report/ and log the final figures; on rank 0.
+    """Note that test was scored, write report/ and log the final figures; on rank 0.
 
     Args:
         results: by split, under the best weights, and `valid_last` under the last.
         parameters: of the model.
         weights: which the best ones are, in words.
+        peaks: of memory, of all ranks, once all were scored (`meters.memory`).
         progress: where training ended, with the grading of the best weights.
         resumed: whether this start went on with an earlier one.
 
@@ -48,11 +50,15 @@ def write_final(
         OSError: it cannot be written, or the run's folder is another's by now.
     """
     run.check_place()
+    if "test" in results:
+        # Before anything can fail: it was scored, whatever becomes of its report.
+        test = results["test"]
+        run.append_test_scoring("train", weights, "test", figures(test.logits, test.grades), manifest.fingerprint)
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
     logged = reporting.read_metrics(run.path)
     about = facts(
         config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=progress.grading,
-        skipped=progress.skipped, overflowed=progress.overflowed, resumed=resumed,
+        ended=peaks, skipped=progress.skipped, overflowed=progress.overflowed, resumed=resumed,
     )  # fmt: skip
     notes = [*manifest.notes, *_changed(manifest), *([] if progress.grading is None else [tables.FLATTERED])]
     text = reporting.write(run.path, ordered, about, notes, root=manifest.root, left_out=manifest.left_out)
@@ -61,7 +67,7 @@ def write_final(
         # Thumbnails of patients' eyes stay in the run folder; trackers may be public.
         if picture.stem != "worst":
             tracker.log_image(f"report/{picture.stem}", picture, progress.step)
-    final: dict[str, Any] = {}
+    final: dict[str, Any] = {name.replace("memory/", "final/"): peak for name, peak in peaks.items()}
     for name in SPLITS:
         if name not in ordered:
             continue
@@ -69,8 +75,6 @@ def write_final(
             tracker.log_answers(answers(name, ordered[name], manifest.root), progress.step)
         shown = {key: found[name][key] for key in ("loss", "accuracy", "qwk")}
         final |= {f"final/{name}_{key}": value for key, value in shown.items()}
-        if name == "test":
-            run.append_test_scoring("train", weights, name, found[name], manifest.fingerprint)
     tracker.log(final, step=progress.step, epoch=progress.epoch)
     tracker.log_manifest(run.manifest)
     tracker.log_checkpoints(run.checkpoints)

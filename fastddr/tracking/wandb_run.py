@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from platformdirs import user_cache_dir
 
 import fastddr
 from fastddr.config import TrackingConfig
+from fastddr.meters import RATE, WAIT, of_training
 from fastddr.tracking.copies import Answers, first_line, short, thumbnail, write_line
 
 #: Seconds for W&B to come online before the run goes on offline, and to upload its rest at the end.
@@ -35,8 +35,8 @@ SUMMARIES = {
     "valid/balanced_accuracy": "max",
     "valid/auc": "max",
     "valid/loss": "min",
-    "train/images_per_second": "mean",
-    "train/data_wait": "mean",
+    RATE: "mean",
+    WAIT: "mean",
 }
 #: Seconds for W&B's program that reads an offline part.
 _READ_TIMEOUT = 120
@@ -96,8 +96,9 @@ class WandbRun:
         self._next = 0
         #: What is shown with the final figures, in their row: a report that fails half-way must leave none of it.
         self._answers: dict[str, Any] = {}
-        #: Every value of the figures of `SUMMARIES`, of earlier processes too: W&B sums up what this one logs.
-        self._seen: dict[str, list[float]] = {}
+        #: The lines with figures of `SUMMARIES`, of earlier processes too: W&B sums up what this one logs, and counts
+        #: a line of one step like one of hundreds.
+        self._seen: list[dict[str, float]] = []
 
     def start(self) -> Begun | None:
         """Begin the run; None where WANDB_MODE switches W&B off."""
@@ -180,8 +181,8 @@ class WandbRun:
         kind = next((name.partition("/")[0] for name in values if "/" in name), None)
         if kind not in _TURNS:  # in a line of metrics.jsonl that somebody else wrote
             return
-        for name in SUMMARIES.keys() & values.keys():
-            self._seen.setdefault(name, []).append(values[name])
+        if summed := SUMMARIES.keys() & values.keys():
+            self._seen.append({"step": step, **{name: values[name] for name in summed}})
         own = _OF_A_STEP * step + _TURNS[kind]
         if own >= self._next:
             answers = self._answers if kind == "final" else {}
@@ -254,10 +255,9 @@ class WandbRun:
     def finish(self, failed: bool) -> None:
         self._give_back()
         try:
-            for name, values in self._seen.items():
-                how = SUMMARIES[name]
-                value = max(values) if how == "max" else min(values) if how == "min" else fmean(values)
-                self._run.summary.update({name: {how: value}})
+            for name, how in SUMMARIES.items():
+                if (value := self._summed_up(name, how)) is not None:
+                    self._run.summary.update({name: {how: value}})
         finally:
             try:
                 self._run.finish(exit_code=int(failed))
@@ -268,6 +268,14 @@ class WandbRun:
                 ) from None
         # Not where that fails: rows that W&B had not written come again.
         self._keep()
+
+    def _summed_up(self, name: str, how: str) -> float | None:
+        """What the table of runs shows of a figure; None where it has none."""
+        if how == "mean":
+            trained = of_training(self._seen, name)
+            return None if trained is None else trained.mean
+        values = [line[name] for line in self._seen if name in line]
+        return (max if how == "max" else min)(values, default=None)
 
     def _keep(self) -> None:
         """Keep how far this run is in its project: parts that were uploaded may be deleted (`wandb clean`)."""

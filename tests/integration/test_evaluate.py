@@ -432,8 +432,8 @@ def test_a_report_is_made_again(run: Path, tmp_path: Path, capsys: pytest.Captur
     for name in ("report.md", "metrics.json", *pictures):
         (report / name).unlink()
     (copy / "tensorboard").mkdir(exist_ok=True)
-    assert main(["report", str(copy)]) == 0
-    assert f"tensorboard --logdir {copy.parent}" in capsys.readouterr().out
+    assert main(["report", str(report)]) == 0
+    assert f"tensorboard --logdir {copy.parent}\n" in capsys.readouterr().out, "it is of the run"
     assert {file.name for file in report.iterdir()} == set(before)
     for name in ("report.md", "predictions.csv", "predictions_last.csv"):
         assert (report / name).read_bytes() == before[name], name
@@ -442,15 +442,18 @@ def test_a_report_is_made_again(run: Path, tmp_path: Path, capsys: pytest.Captur
     for kinds in ((int, float), (str, type(None))):
         now, then = ([leaf for leaf in leaves(found) if isinstance(leaf, kinds)] for found in (figures, wanted))
         assert now == (pytest.approx(then, rel=1e-5) if float in kinds else then)
-    # An evaluation's, and a run without TensorBoard's files.
+    # An evaluation's, and a run without TensorBoard's files that has another name by now.
     shutil.rmtree(copy / "tensorboard")
     _, _, folder = evaluated(copy, "--split", "valid")
     (folder / "report.md").unlink()
     capsys.readouterr()
-    for place in (folder, copy):
+    renamed = copy.rename(tmp_path / "renamed")
+    for place, title in ((renamed / folder.relative_to(copy), "run: valid-best"), (renamed / "report", "renamed")):
         assert main(["report", str(place)]) == 0
-        assert "tensorboard" not in capsys.readouterr().out
-    assert (folder / "report.md").is_file()
+        said = capsys.readouterr().out
+        assert "tensorboard" not in said
+        assert title in said.splitlines()[0]
+        assert (place / "report.md").read_text().startswith(f"# {title}\n")
 
 
 def test_a_report_that_cannot_be_made_again_is_one_sentence(

@@ -282,6 +282,7 @@ def test_what_is_in_the_place_of_a_run_that_was_moved_is_left_as_it_is(place: st
                 Tracker.silent(),
                 parameters=0,
                 weights="",
+                peaks={},
                 progress=Progress(),
                 resumed=False,
             ),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import shutil
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,11 +21,16 @@ from PIL import Image
 from rich.console import Console
 
 from fastddr import files, meters, reporting
+from fastddr.config import Config, TrackingConfig
 from fastddr.data.grades import ICDR
+from fastddr.data.manifest import Manifest
 from fastddr.data.problems import Problem
 from fastddr.errors import UserError
 from fastddr.evaluation.metrics import SplitResult, figures
-from fastddr.reporting import again, facts, plots, predictions, ranked, tables
+from fastddr.reporting import again, facts, final, plots, predictions, ranked, tables
+from fastddr.runs import Progress, RunFolder
+from fastddr.runtime import Runtime
+from fastddr.tracking import Tracker
 
 pytestmark = pytest.mark.pictures
 
@@ -326,7 +332,7 @@ def test_a_picture_that_fails_takes_no_figures_with_it_and_half_a_report_is_none
 
 
 def test_a_report_is_of_its_run_from_within_its_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the run it finds the curves."""
+    """By the run it finds the curves, and those of TensorBoard."""
     monkeypatch.setattr(reporting, "write", lambda run, *_, **__: run)
     monkeypatch.chdir(run / "report")
     assert again.write(run) == again.write(Path()).absolute() == run
@@ -498,6 +504,45 @@ def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
 def test_a_torn_line_of_figures_is_not_read(run: Path) -> None:
     assert len(reporting.read_metrics(run)) == 36
     assert reporting.read_metrics(run / "nowhere") == []
+
+
+def test_the_end_of_a_run_tells_that_test_was_scored_and_the_memory_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a start, also where the disk is full before there is a report."""
+
+    def full(*_: Any, **__: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    lines = [
+        {"step": 10, "memory/peak_rss_gib": 0.8, "train/images_per_second": 10, "train/data_wait": 0.9},
+        {"step": 11, "memory/peak_rss_gib": 0.8, "train/images_per_second": 1000, "train/data_wait": 0},
+    ]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    none = np.zeros(0, int)
+    data = Manifest(tmp_path, (), none, (), none, none, none, (), ())
+    machine = Runtime.__new__(Runtime)
+    vars(machine).update(device=torch.device("cpu"), world=1, threads=1)
+    options = TrackingConfig(wandb=False, tensorboard=False)
+    for there, write in ((1, full), (2, reporting.write)):
+        tracker = Tracker.start(tmp_path, {}, options=options, resume_step=11, say=print)
+        monkeypatch.setattr(reporting, "write", write)
+        with nullcontext() if there == 2 else pytest.raises(OSError, match="No space left"):
+            final.write_final(
+                folder, {"test": SPLITS["test"]}, Config(), data, machine, tracker, parameters=1, weights="best",
+                peaks={"memory/peak_rss_gib": 1.25}, progress=Progress(step=11), resumed=False,
+            )  # fmt: skip
+        tracker.finish()
+        assert len(folder.test_scorings.read_text().splitlines()) == there
+        assert (tmp_path / "report").is_dir() == (there == 2)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| 0.80 GiB in training, 1.25 GiB with the scoring at its end |" in text
+    assert "| 11.0 on the whole, 10.0 in the median step |" in text
+    assert "| 89.9% on the whole, 90.0% in the median step |" in text
+    logged = reporting.read_metrics(tmp_path)[-1]
+    assert logged["final/peak_rss_gib"] == 1.25
+    assert not [name for name in logged if name.startswith("memory/")], "W&B knows a line by its first name"
 
 
 @pytest.mark.parametrize("program", ["/x/fastddr/__main__.py train", "fastddr/train.py", "/bin/fastddr train"])

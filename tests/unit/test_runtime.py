@@ -27,7 +27,7 @@ from fastddr.config import Config
 from fastddr.errors import UserError
 from fastddr.inference import restore
 from fastddr.inference.flags import Scoring
-from fastddr.meters import Window
+from fastddr.meters import RATE, WAIT, Window, largest, of_training
 from fastddr.ranks import cores
 from fastddr.runtime import card_of, choose_precision, divide_batch, share_gradients, start
 
@@ -479,6 +479,21 @@ def test_a_window_tells_of_the_rank_that_waited_longest() -> None:
     found = window.close(gather, sums, 6.0, {"memory": 1.5})
     assert found["train/data_wait"] == pytest.approx(2 / 100, rel=0.01)
     assert math.isnan(found["train/loss"])
+
+
+def test_a_line_counts_by_its_steps_and_by_its_seconds() -> None:
+    """Ten slow steps that waited, and one quick one, as at the end of an epoch."""
+    slow = {"step": 10, RATE: 10.0, WAIT: 0.9}
+    logged = [slow, {"step": 10, "valid/loss": 1.0}, {"step": 11, RATE: 1000.0, WAIT: 0.0}, {"step": 12}]
+    rate, wait = (of_training(logged, name) for name in (RATE, WAIT))
+    assert rate == pytest.approx((11 / 1.001, 10.0))
+    assert wait == pytest.approx((0.9 / 1.001, 0.9))
+    assert of_training(logged[1:2], RATE) is None
+
+
+def test_the_fullest_card_of_all_ranks_is_told() -> None:
+    found = largest(lambda rows: torch.cat([rows, 2 * rows]), {"a": 1.5, "b": 2.0}, torch.device("cpu"))
+    assert found == {"a": 3.0, "b": 4.0}
 
 
 @pytest.mark.parametrize("processes", [1, 2])

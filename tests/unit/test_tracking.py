@@ -91,8 +91,8 @@ def test_truncating_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     for _ in range(2):
         truncate_to(path, 3)
         assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    for line in ("rubbish", "[]", '{"step": null}', "{}"):
-        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    for line in ("rubbish", '{"step": 2, "ep', "[]", '{"step": null}', "{}"):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}} \n')
         with pytest.raises(UserError, match="line 2"):
             truncate_to(path, 3)
         with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):

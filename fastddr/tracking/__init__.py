@@ -228,6 +228,8 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line, with its end, and what it holds, which has a step at least. Raises UserError as `read`."""
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
+        if not line.strip():  # somebody mended the file
+            continue
         try:
             record = files.parse(line)
             int(record["step"])

@@ -288,10 +288,10 @@ def test_a_line_nested_too_deeply_is_one_sentence(tmp_path: Path) -> None:
             look(file)
 
 
-def test_a_line_that_has_no_more_than_a_step_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_line_that_has_no_more_than_a_step_or_nothing_is_no_obstacle(tmp_path: Path) -> None:
     run, said = tmp_path / "run", list[str]()
     run.mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 1, "my/own": 1}\n{"step": 2, "train/loss": 0.5}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1}\n\n{"step": 1, "my/own": 1}\n{"step": 2, "train/loss": 0.5}\n')
     tracker = start(run, said, wandb=True, tensorboard=True, resume_step=2)
     tracker.finish()
     assert len(said) == 1

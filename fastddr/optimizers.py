@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -33,10 +34,10 @@ def build(
 
     Parameters of one dimension, which are the biases and the norms' scales and shifts, are not decayed, with
     any of the three: pulling them to zero does not simplify the function. Nor are those that the model itself names in
-    `no_weight_decay()`, as timm's transformers do of their positions. Frozen parameters are left out.
-    `momentum` is SGD's alone, `betas` Adam's and AdamW's; SGD with momentum 0 is plain SGD. Build it after
-    the model is on its device: on CUDA the step is one fused kernel, elsewhere only with `fused`. Raises UserError
-    for a value out of its range.
+    `no_weight_decay()`, by name or by a pattern like `pos_embed.*`, as timm's transformers do of their positions.
+    Frozen parameters are left out. `momentum` is SGD's alone, `betas` Adam's and AdamW's; SGD with momentum 0 is plain
+    SGD. Build it after the model is on its device: on CUDA the step is one fused kernel, elsewhere only with `fused`.
+    Raises UserError for a value out of its range.
     """
     if name not in NAMES:
         raise UserError(f"there is no optimizer {name!r}: {nearest(name, NAMES)}")
@@ -46,9 +47,10 @@ def build(
     pair = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _demand(pair, name, "betas", betas, "two numbers of 0 or more and less than 1")
 
-    spared = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    patterns = tuple(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = [parameter for _, parameter in named]
+    spared = {name for name, _ in named if any(fnmatchcase(name, pattern) for pattern in patterns)}
     decayed = [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared]
     kept = [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared]
     if not trained:

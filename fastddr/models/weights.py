@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastddr import ranks, runtime
-from fastddr.config import Config
+from fastddr.config import Config, from_mapping
+from fastddr.config.sections import IMAGENET_MEAN, IMAGENET_STD
+from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
 from fastddr.models import zoo
 from fastddr.models.convmixer import ConvMixer, our_name
@@ -53,6 +55,8 @@ class Source:
     """By their own names, on the CPU."""
     lines: tuple[str, ...] = ()
     """What to know of where they were found."""
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and standard deviation of the images that they were trained on, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def begin(
     for target in (model, average):
         put(target, found.taken)
     lines = (*found.lines, *there.lines)
-    trained = zoo.normalisation(model) if config.init == "imagenet" else None
+    # A model of timm's says itself what timm publishes for it was trained on.
+    trained = there.normalisation or (zoo.normalisation(model) if config.init == "imagenet" else None)
     if trained is not None and trained != (config.augment.mean, config.augment.std):
         mean, std = (" ".join(map(str, values)) for values in trained)
         lines += (
@@ -124,7 +129,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        # As bytes it can be seen only without gaps, and a file keeps those of a slice.
+        whole = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(whole.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -133,9 +140,10 @@ def source(config: Config, best: Callable[[Path], dict[str, Tensor]]) -> Source:
     init = config.init
     assert init is not None
     if init == "imagenet":
-        return Source(_imagenet(config))
+        ours = not config.model.startswith(zoo.PREFIX)
+        return Source(_imagenet(config), normalisation=(IMAGENET_MEAN, IMAGENET_STD) if ours else None)
     if init.startswith("run:"):
-        return Source(_run(init, best))
+        return _run(init, best)
     return _file(Path(init).expanduser())
 
 
@@ -179,14 +187,23 @@ def _torchvision(name: str, why: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _run(init: str, best: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _run(init: str, best: Callable[[Path], dict[str, Tensor]]) -> Source:
     name = init.removeprefix("run:")
     folder = Path("runs") / name if "/" not in name else Path(name).expanduser()
     checkpoint = folder / "checkpoints" / "best"
     if not checkpoint.exists():
         what = "this run has no best checkpoint yet" if (folder / "config.yaml").is_file() else "there is no run"
         raise UserError(f"--init {init}: {what} in {folder}; name a run that has validated at least once.")
-    return best(checkpoint)
+    return Source(best(checkpoint), normalisation=_normalised(folder / "config.yaml"))
+
+
+def _normalised(stored: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of a run's images, by its configuration, whose other keys may be of an older form."""
+    augment = read_yaml(stored).get("augment") if stored.is_file() else None
+    if not isinstance(augment, dict) or not {"mean", "std"} <= augment.keys():
+        return None
+    known = from_mapping({"augment": {key: augment[key] for key in ("mean", "std")}}, str(stored)).augment
+    return known.mean, known.std
 
 
 def _file(path: Path) -> Source:
@@ -208,6 +225,9 @@ def _file(path: Path) -> Source:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{where}: there are no named tensors in it; save a model's state_dict().")
+    unnamed = [name for name in loaded if not isinstance(name, str)]
+    if unnamed:
+        raise UserError(f"{where}: {unnamed[0]!r} among the weights is no name; save a model's state_dict() alone.")
     named: dict[str, Any] = dict(loaded)
     for wrapper in (*_WRAPPERS, *_WRAPPERS):  # one may lie within the other
         if all(name.startswith(wrapper) for name in named):
@@ -215,6 +235,12 @@ def _file(path: Path) -> Source:
     strange = [name for name, value in named.items() if not isinstance(value, Tensor)]
     if strange:
         raise UserError(f"{where}: {strange[0]!r} among the weights is no tensor; save a model's state_dict() alone.")
+    for name, value in named.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+            raise UserError(
+                f"{where}: {name!r} is sparse, quantised, nested or without its numbers; save the state_dict() of a "
+                "model with plain tensors."
+            )
     return Source(named, lines)
 
 
@@ -260,6 +286,9 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:
             lines.append(f"init: {name} begins at random: it is not there")
         elif theirs[name].shape != tensor.shape:
             lines.append(f"init: {name} begins at random: {_shape(tensor)} here, {_shape(theirs[name])} there")
+        elif (tensor.is_floating_point() and not theirs[name].is_floating_point()) or theirs[name].is_complex():
+            kinds = [str(found.dtype).removeprefix("torch.") for found in (tensor, theirs[name])]
+            lines.append(f"init: {name} begins at random: {kinds[0]} here, {kinds[1]} there")
         else:
             taken[name] = theirs[name]
     lines += [f"init: {name} is left out: it is not in this model" for name in theirs if name not in mine]
@@ -269,10 +298,10 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:
         shown = next((name for name in theirs if name not in taken), "none")
         raise UserError(
             f"--init {config.init}: of this {config.model}'s weights only {share:.0%} are there (its first that does "
-            f"not fit is {shown!r}); give the weights of a model of the same shape."
+            f"not fit is {shown!r}); give the weights of a model of the same shape, in floating-point numbers."
         )
     for name, tensor in taken.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # as float8 is not asked
             raise UserError(f"--init {config.init}: {name} is not finite; take other weights.")
     return Fit(taken, (f"init {config.init}: {len(taken)} of {len(mine)} tensors taken", *lines))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests_support import ROOT, SMALL, environment, settings, train, weights
+from tests_support import SMALL, environment, settings, train, weights
 
 from fastddr import checkpoints
 from fastddr.config import Config
@@ -147,18 +147,3 @@ def test_a_compiler_that_fails_ends_the_run_in_one_sentence(tiny: Path, tmp_path
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
     assert "UserError" in status["reason"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler, and there is none"
-)
-def test_a_compiled_run_saves_plain_names_and_is_near_the_eager_one(run: Path, tiny: Path, tmp_path: Path) -> None:
-    # In a process of its own: the checks of shapes that tests run under are not what is compiled.
-    command = [sys.executable, "-m", "fastddr", "train", "--data", str(tiny), "--run-dir", str(tmp_path / "run")]
-    subprocess.run([*command, *SMALL, "--compile"], cwd=ROOT, check=True, timeout=300)
-    eager, compiled = weights(run), weights(tmp_path / "run")
-    assert eager.keys() == compiled.keys()
-    assert not all(torch.equal(eager[name], compiled[name]) for name in eager), "nothing was compiled"
-    for name in ("head.weight", "layers.0.pointwise.weight", "patches_norm.running_mean"):
-        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-2, atol=1e-3)

@@ -334,7 +334,7 @@ def test_a_compiled_step_is_the_eager_one_to_rounding(tmp_path: Path, monkeypatc
     eager, compiled = found["eager"], found["compiled"]
     assert (eager["compiled"], compiled["compiled"]) == (False, True)
     assert compiled["graphs"] > eager["graphs"] == 0
-    assert (eager["budget"], compiled["budget"]) == (1.0, 0.3), "the whole budget compiles in test_init.py"
+    assert (eager["budget"], compiled["budget"]) == (1.0, 0.3), "the whole budget compiles in test_two_ranks.py"
     # The bare model has the weights, by plain names.
     assert compiled["weights"].keys() == eager["weights"].keys()
     for name, values in eager["weights"].items():

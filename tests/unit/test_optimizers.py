@@ -40,19 +40,22 @@ def test_norms_and_biases_are_not_decayed(name: str) -> None:
 
 
 def test_what_a_model_names_is_not_decayed() -> None:
-    """As timm's transformers name their positions, which have more than one dimension."""
+    """As timm's transformers name their positions, which have more than one dimension, some by a pattern."""
 
     class Positioned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.pos_embed, self.weight = nn.Parameter(torch.ones(1, 4, 2)), nn.Parameter(torch.ones(2, 2))
+            self.pos = nn.Linear(2, 2, bias=False)
 
         def no_weight_decay(self) -> set[str]:
-            return {"pos_embed"}
+            return {"pos_embed", "pos.*"}
 
     model = Positioned()
+    before = model.pos.weight.clone()
     step(model, optimizers.build(model, "adamw", lr=0.1, weight_decay=0.5), 0.0)
     assert torch.equal(model.pos_embed, torch.ones(1, 4, 2))
+    assert torch.equal(model.pos.weight, before)
     assert not torch.equal(model.weight, torch.ones(2, 2))
 
 

@@ -198,30 +198,38 @@ def test_a_machine_that_gives_no_further_process_answers_alone() -> None:
 )
 def test_the_plan_is_the_same_with_one_core_and_with_two(question: str, tmp_path: Path) -> None:
     """And the second process does trace."""
+    # Both ways in forks of one interpreter, which has imported what they need and has no thread.
     code = """
-        import os, sys
-        from fastddr.memory import predicting
+        import json, os, sys
+        from fastddr.__main__ import main
+        from fastddr.memory import planning, predicting
         traced = predicting.run
         def noted(*arguments, **more):
             found = traced(*arguments, **more)
-            with open(sys.argv[1], "a") as file:
+            with open("pids", "a") as file:
                 file.write(f"{os.getpid()}\\n")
             return found
         predicting.run = noted
-        if sys.argv[2] == "alone":
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-        from fastddr.__main__ import main
-        raise SystemExit(main(["plan", *sys.argv[3:], "--json"]))
+        for how in ("alone", "both"):
+            child = os.fork()
+            if child == 0:
+                os.mkdir(how)
+                os.chdir(how)
+                os.environ["FASTDDR_CACHE"] = os.path.abspath("cache")
+                os.dup2(os.open("plan.json", os.O_WRONLY | os.O_CREAT), 1)
+                if how == "alone":
+                    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+                raise SystemExit(main(["plan", *sys.argv[1:], "--json"]))
+            if os.waitpid(child, 0)[1]:
+                raise SystemExit(f"{how}: it failed")
     """
+    command = [sys.executable, "-c", textwrap.dedent(code), *question.split()]
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stderr
     found = []
     for how in ("alone", "both"):
-        log = tmp_path / how
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), str(log), how, *question.split()],
-            capture_output=True, text=True, check=True, timeout=300,
-            env=environment() | {"FASTDDR_CACHE": str(tmp_path / f"cache-{how}")},
-        )  # fmt: skip
-        found.append((json.loads(done.stdout), len(set(log.read_text().split()))))
+        pids = set((tmp_path / how / "pids").read_text().split())
+        found.append((json.loads((tmp_path / how / "plan.json").read_text()), len(pids)))
     (one, processes), (two, both) = found
     assert one == two
     assert (processes, both) == (1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastddr import models, ranks
 from fastddr.checkpoints import Checkpoint
-from fastddr.config import Config, ConvMixerConfig, OptimizerConfig, ResNetConfig
+from fastddr.config import AugmentConfig, Config, ConvMixerConfig, OptimizerConfig, ResNetConfig
 from fastddr.errors import UserError
 from fastddr.models import weights, zoo
 from fastddr.models.convmixer import our_name
@@ -151,8 +151,13 @@ def test_no_file_runs_code(tmp_path: Path) -> None:
         ({"a": 1}, "no named tensors"),
         ([torch.zeros(2)], "no named tensors"),
         ({"a": torch.zeros(2), "b": "text"}, "'b' among the weights is no tensor"),
+        ({"a": torch.zeros(2), 7: torch.zeros(2)}, "7 among the weights is no name"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is sparse, quantised"),
+        ({"a": torch.zeros(2, device="meta")}, "'a' is .* without its numbers"),
+        ({name: tensor.to(torch.int8) for name, tensor in build().state_dict().items()}, "0% are there .* in floating"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_what_is_no_file_of_weights_is_one_sentence(content: Any, said: str, tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     if isinstance(content, bytes):
@@ -190,17 +195,25 @@ def test_a_learning_rate_for_training_from_scratch_is_told(tmp_path: Path) -> No
 # -------------------------------------------------------------------------------------------------------- what is taken
 
 
-def test_what_does_not_fit_is_said_and_stays_as_it_was(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_said_and_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "agree", lambda what, otherwise: what())
     state = build(num_classes=7).state_dict()
     del state["patches_norm.num_batches_tracked"]
     state["layers.1.pointwise.bias"] = torch.zeros(9)
     state["extra.weight"] = torch.zeros(3)
+    state["layers.0.depthwise.bias"] = torch.ones(6, dtype=torch.int8)
+    state["layers.0.pointwise.bias"] = torch.ones(6, dtype=torch.complex64)
+    # A slice, which as bytes has gaps, and numbers that few operations know.
+    state["patches.bias"] = torch.arange(12.0)[::2]
+    state["patches_norm.bias"] = torch.ones(6).to(torch.float8_e4m3fn)
     torch.save(state, tmp_path / "w.pth")
     model, _, said = begin(str(tmp_path / "w.pth"))
     assert sorted(said[1:]) == [
         "init: extra.weight is left out: it is not in this model",
         "init: head.bias begins at random: 5 here, 7 there",
         "init: head.weight begins at random: 5×6 here, 7×6 there",
+        "init: layers.0.depthwise.bias begins at random: float32 here, int8 there",
+        "init: layers.0.pointwise.bias begins at random: float32 here, complex64 there",
         "init: layers.1.pointwise.bias begins at random: 6 here, 9 there",
         "init: patches_norm.num_batches_tracked begins at random: it is not there",
     ]
@@ -208,7 +221,7 @@ def test_what_does_not_fit_is_said_and_stays_as_it_was(tmp_path: Path) -> None:
     random, found = build(seed=1).state_dict(), model.state_dict()
     assert said[0].endswith(f"{len(found) - len(kept)} of {len(found)} tensors taken")
     for name, tensor in found.items():
-        assert torch.equal(tensor, (random if name in kept else state)[name]), name
+        assert torch.equal(tensor, (random if name in kept else state)[name].to(tensor.dtype)), name
 
 
 def test_less_than_half_of_the_body_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
@@ -359,6 +372,8 @@ def test_published_convmixers_come_from_timm_under_our_names(monkeypatch: pytest
     assert [line.split()[1] for line in said[1:]] == ["head.weight", "head.bias"]
     found = model.state_dict()
     assert all(torch.equal(found[our_name(name)], t) for name, t in theirs.items() if not name.startswith("head"))
+    _, _, said = begin("imagenet", replace(SMALL, augment=AugmentConfig(mean=(0.5, 0.5, 0.5))))
+    assert "--augment.mean 0.485 0.456 0.406 --augment.std 0.229 0.224 0.225 is theirs" in said[-1]
 
 
 def test_timms_weights_are_fitted_to_the_size_and_their_normalisation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +420,13 @@ def test_a_run_gives_its_best_average_or_else_its_best_weights(
         model, _, _ = begin(init, load=load)
         assert equal(model.state_dict(), mean if average else plain)
     assert [path.resolve() for path in read] == [best.resolve()] * 3
+    # Its images were normalised otherwise, or as here; a key that no longer is does not matter.
+    for stored, told in ("[0.5, 0.5, 0.5]", True), ("[0.485, 0.456, 0.406]", False):
+        (best.parents[1] / "config.yaml").write_text(
+            f"old: 1\naugment: {{mean: {stored}, std: [0.229, 0.224, 0.225]}}\n"
+        )
+        _, _, said = begin("run:early", load=load)
+        assert ("--augment.mean 0.5 0.5 0.5 --augment.std 0.229 0.224 0.225 is theirs" in said[-1]) == told
 
 
 def test_a_run_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

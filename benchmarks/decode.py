@@ -23,7 +23,6 @@ from typing import Any, Literal
 import harness
 import numpy as np
 import script
-from rich.console import Console
 
 #: More than this anywhere is no rounding: a wrong window, wrong chroma or wrong colours.
 MOST_LEVELS = 16.0
@@ -125,9 +124,8 @@ def main(options: Options) -> None:
 
     from fastddr.loaders import dali_decoder
 
-    console = Console(soft_wrap=True)
     harness.begin(options.out)
-    kinds = sources.roots(None, options.encodings, options.photographs, 512, console)
+    kinds = sources.roots(None, options.encodings, options.photographs, 512)
     rows: list[dict[str, Any]] = []
     gpu = torch.cuda.is_available()
     batches = options.batches or (32 if gpu else 16)

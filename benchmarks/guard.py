@@ -21,7 +21,6 @@ from typing import Any
 import harness
 import script
 import stored
-from rich.console import Console
 
 from fastddr.errors import UserError
 
@@ -117,15 +116,14 @@ def check(
 
 def main(options: Options) -> int:
     """Measure and compare; 1 if a ratio fell."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     hardware = harness.hardware_name(harness.machine())
     older = {result.name: result for result in stored.newest(options.results) if result.hardware == hardware}
     held = True
     for benchmark in RUNS:
         if benchmark not in older:
-            console.print(f"{benchmark}: no result of a {hardware} is stored, so there is nothing to compare with.")
+            harness.say(f"{benchmark}: no result of a {hardware} is stored, so there is nothing to compare with.")
             continue
-        held &= check(benchmark, older[benchmark], options.share, measured, console.print)
+        held &= check(benchmark, older[benchmark], options.share, measured, harness.say)
     return int(not held)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import conditions
 import numpy as np
+import psutil
 import torch
 from conditions import busy_seconds as busy_seconds
 from rich.console import Console
@@ -48,15 +49,17 @@ _before: dict[str, Any] | None = None
 _told: set[str] = set()
 
 
-def begin(out: Path | None = None) -> dict[str, Any]:
+def begin(out: Path | None = None, rounds: int = 5) -> dict[str, Any]:
     """Record what else the machine does now, and say so where it is busy; call it before anything is measured.
 
     `write` stores it beside the conditions of the end.
 
     Raises:
-        UserError: a result could not be written to `out`.
+        UserError: so few rounds give no interval, or a result could not be written to `out`.
     """
     global _before
+    if rounds < 5:
+        raise UserError(f"--rounds {rounds}: an interval wants at least 5.")
     if out is not None:
         check_out(out)
     _before = conditions.take(before=True)
@@ -126,7 +129,7 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": available_cores(),
-        "memory_gib": round(_memory_bytes() / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": None,
     }
@@ -145,10 +148,6 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processes(group: int) -> dict[int, list[str]]:
@@ -201,17 +200,6 @@ def versions() -> dict[str, str]:
             # The first on the path is the one that is imported.
             found.setdefault(name, distribution.version)
     return dict(sorted(found.items()))
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is a process of this number, of whatever user."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @dataclass
@@ -287,7 +275,7 @@ def writing(
             elif complete:
                 raise _nothing(written.out)
             else:
-                say(f"{_nothing(written.out)}")
+                say(str(_nothing(written.out)))
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -317,7 +305,7 @@ def write(
     hardware = machine()
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
-    script = Path(sys.argv[0])
+    program = Path(sys.argv[0])
     complete = complete and all(row.get("failed") != TIME_UP for row in rows)
     record = {
         "benchmark": benchmark,
@@ -325,7 +313,7 @@ def write(
         "versions": versions(),
         "date": now.isoformat(timespec="seconds"),
         # The arguments that name a place of this machine would help nobody.
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *_public(sys.argv[1:])]),
+        "command": shlex.join(["python", f"{program.parent.name}/{program.name}", *map(_public, sys.argv[1:])]),
         "conditions": {"before": _before, "after": after},
         "complete": complete,
         "rows": list(rows),
@@ -413,12 +401,9 @@ def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Pat
     return folder / f"{name}_{'-'.join(hardware.lower().split())}_{datetime.now(UTC):%Y-%m-%d}.json"
 
 
-def _public(arguments: Sequence[str]) -> list[str]:
-    def public(argument: str) -> str:
-        flag, equals, value = argument.rpartition("=")
-        return f"{flag}{equals}{Path(value).name if '/' in value else value}"
-
-    return [public(argument) for argument in arguments]
+def _public(argument: str) -> str:
+    flag, equals, value = argument.rpartition("=")
+    return f"{flag}{equals}{Path(value).name if '/' in value else value}"
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:

@@ -345,4 +345,4 @@ def test_the_picture_has_a_panel_for_each_policy(benchmark: Any, tmp_path: Path)
         for policy in ("report", "fundus")
         for name, kind in (("dali", "fastddr"), ("torch-pil", "peer"), ("copying", "limit"), ("dali: read", "profile"))
     ]
-    assert plots.loaders(rows, "Loaders", tmp_path / "plots" / "p.png").stat().st_size > 10_000
+    assert plots.save(plots.loaders(rows), "Loaders", tmp_path / "plots" / "p.png").stat().st_size > 10_000

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tests_support import environment, task
 
 from fastddr.data import manifest
@@ -248,7 +247,7 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5))
     panel.begin([trials.Spec(name) for name in ("dali", "torch-pil", dying, "torchvision-gpu")])
     panel.race()
     panel.compare()
@@ -268,7 +267,7 @@ def test_a_peer_that_is_not_installed_has_a_row(load: Any, tiny: Path, monkeypat
                       ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
     about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5))
     panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
     assert panel.rows == [
         {"name": "spdl", "kind": "failed", **about, "failed": "SPDL is not installed"},
@@ -421,7 +420,7 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
     monkeypatch.setattr(loader, "Trial", Stopped)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5))
     with pytest.raises(SystemExit):
         loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
     assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
@@ -441,7 +440,7 @@ def test_a_loader_whose_profile_fails_is_said_and_the_rest_goes_on(
 
     monkeypatch.setattr(loader, "Trial", Asked)
     about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(soft_wrap=True))
+    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5))
     monkeypatch.setattr(panel, "limits", lambda: None)
     loader.measure(panel, [trials.Spec(name) for name in ("resident", "torchvision")])
     names = [row["name"] for row in panel.rows]

@@ -114,7 +114,7 @@ def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared
         rates.append(images / (time.perf_counter() - began))
     loader.close()
     # The first epoch warms up.
-    return {"largest": worst, "mean": total / count, "compared": seen, "rates": rates[1:]}
+    return {"largest_levels": worst, "mean_levels": total / count, "compared": seen, "rates": rates[1:]}
 
 
 def main(options: Options) -> None:
@@ -169,9 +169,7 @@ def in_process(given: Sequence[Any], limit: float) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"failed": f"exit code {done.returncode}: {last}"}
     found = json.loads(done.stdout.splitlines()[-1])
-    rates = found.pop("rates")
-    found = {f"{key}_levels" if key != "compared" else key: value for key, value in found.items()}
-    return harness.spread(rates) | {"unit": "images/s"} | found
+    return harness.spread(found.pop("rates")) | {"unit": "images/s"} | found
 
 
 def report(row: Mapping[str, Any]) -> None:

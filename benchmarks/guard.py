@@ -13,7 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,18 +97,16 @@ def measured(benchmark: str) -> list[dict[str, Any]]:
         return stored.read(out).rows
 
 
-def check(
-    benchmark: str, older: stored.Result, share: float, measure: Callable[[str], list[dict[str, Any]]], say: Any
-) -> bool:
+def check(benchmark: str, older: stored.Result, share: float) -> bool:
     """Whether all its ratios hold, by the second time."""
     for last in (False, True):
-        found = judge(measure(benchmark), older, share)
+        found = judge(measured(benchmark), older, share)
         if not found:
             raise UserError(f"{older.path.name} has no ratio that {benchmark}.py measured now; store a new result.")
         for one in found:
             verdict = "" if one.good else ": FAILED" if last else ": again"
-            say(f"{one.name}: {one.median:.2f} (to {one.high:.2f}), at least {one.least:.2f} is asked, "
-                f"{one.stored:.2f} is stored{verdict}")  # fmt: skip
+            harness.say(f"{one.name}: {one.median:.2f} (to {one.high:.2f}), at least {one.least:.2f} is asked, "
+                        f"{one.stored:.2f} is stored{verdict}")  # fmt: skip
         if all(one.good for one in found):
             return True
     return False
@@ -123,7 +121,7 @@ def main(options: Options) -> int:
         if benchmark not in older:
             harness.say(f"{benchmark}: no result of a {hardware} is stored, so there is nothing to compare with.")
             continue
-        held &= check(benchmark, older[benchmark], options.share, measured, harness.say)
+        held &= check(benchmark, older[benchmark], options.share)
     return int(not held)
 
 

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from stored import RESULTS, hardware_name, holds_figures, read
 
+from fastddr import files
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
@@ -179,7 +180,7 @@ def memory(group: int) -> tuple[int, int]:
     A page that several processes map counts for each by its share (PSS), so that nothing is counted twice. Pages of
     files (libraries, a memory-mapped store) are the system's to drop when memory is short.
     """
-    whole = files = 0
+    whole = of_files = 0
     for process in _processes(group):
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -187,8 +188,8 @@ def memory(group: int) -> tuple[int, int]:
             continue
         kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines[1:]}
         whole += int(kilobytes.get("Pss", 0)) * 1024
-        files += int(kilobytes.get("Pss_File", 0)) * 1024
-    return whole, files
+        of_files += int(kilobytes.get("Pss_File", 0)) * 1024
+    return whole, of_files
 
 
 def versions() -> dict[str, str]:
@@ -247,6 +248,8 @@ def writing(
 ) -> Generator[Written, None, None]:  # fmt: skip
     """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
 
+    By default to results/NAME_HARDWARE_DATE.json, with a `part` to NAME-PART_....
+
     SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Only where the block came to its end is
     the result marked complete, unless `--seconds` cut it short. Where there is no figure, nothing is written, but with
     `failures`, of which that is the finding.
@@ -285,10 +288,10 @@ def _nothing(path: Path) -> UserError:
 
 
 def write(
-    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
+    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *,
     wandb: bool = False, complete: bool = True, tiny: bool = False, failures: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json, or NAME-PART_....
+    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json.
 
     One that is not `complete` is not published, nor is one that `--seconds` cut short. It takes the place of no file
     that could be, but goes beside that, as NAME-incomplete_.... A complete one does take it, and says so where the file
@@ -298,7 +301,7 @@ def write(
     Raises:
         UserError: no row has a figure; with `failures` there may be none.
     """
-    out = out or place(benchmark, part, tiny=tiny)
+    out = out or place(benchmark, tiny=tiny)
     if not failures and not holds_figures(benchmark, rows):
         raise _nothing(out)
     now = datetime.now(UTC)
@@ -320,10 +323,8 @@ def write(
     }
     out = _without_loss(out, record)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside and renamed: who reads it meanwhile, or after a kill, finds a whole one.
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, out)
+    # Who reads it meanwhile, or after a kill, finds a whole one.
+    files.put(out, f"{json.dumps(record, indent=1)}\n".encode())
     if wandb:
         # Here, because each loader's process imports this file.
         import tracked

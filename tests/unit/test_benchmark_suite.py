@@ -294,7 +294,7 @@ def test_ways_to_decode(load: Any, gpu: bool, tmp_path: Path, monkeypatch: pytes
 # --------------------------------------------------------------------------------------------------------------- guard
 
 
-def test_the_guard_judges_ratios_and_asks_twice(load: Any) -> None:
+def test_the_guard_judges_ratios_and_asks_twice(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     guard = load("guard")
     older = result(load, "loader", [
         row("dali / torch-pil, the best peer", 3.0, "×", policy="report", photographs="quality 95"),
@@ -315,11 +315,12 @@ def test_the_guard_judges_ratios_and_asks_twice(load: Any) -> None:
         ("dali / torch-pil", 3.0, True), ("resident, ram / torch-pil", 7.0, False)
     ]  # fmt: skip
     said: list[str] = []
-    turns = iter([rows(1.0, 7.0), rows(2.9, 6.9)])
-    assert guard.check("loader", older, 0.6, lambda name: next(turns), said.append), "a disturbed minute is forgiven"
+    turns = iter([rows(1.0, 7.0), rows(2.9, 6.9), rows(1.0, 7.0), rows(1.0, 7.0), []])
+    monkeypatch.setattr(guard, "measured", lambda name: next(turns))
+    monkeypatch.setattr(guard.harness, "say", said.append)
+    assert guard.check("loader", older, 0.6), "a disturbed minute is forgiven"
     assert [line.rpartition(": ")[2] for line in said if "again" in line] == ["again"]
-    turns = iter([rows(1.0, 7.0), rows(1.0, 7.0)])
-    assert not guard.check("loader", older, 0.6, lambda name: next(turns), said.append)
+    assert not guard.check("loader", older, 0.6)
     assert said[-2].endswith("FAILED")
     with pytest.raises(UserError, match="store a new result"):
-        guard.check("loader", older, 0.6, lambda name: [], said.append)
+        guard.check("loader", older, 0.6)

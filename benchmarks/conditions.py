@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from stored import DISTURBED
 
@@ -63,7 +64,8 @@ def take(*, before: bool) -> dict[str, Any]:
     for gpu in gpus if isinstance(gpus, list) else []:
         others = gpu["other_processes_mib"]
         if isinstance(others, list) and others:
-            why.append(f"{_count(len(others), 'another process', 'other processes')} on GPU {gpu['index']}")
+            who = "another process" if len(others) == 1 else f"{len(others)} other processes"
+            why.append(f"{who} on GPU {gpu['index']}")
         elif before and (gpu["utilisation_percent"] or 0) > 100 * DISTURBED:
             why.append(f"GPU {gpu['index']} is {gpu['utilisation_percent']:.0f} % busy")
     return {
@@ -80,10 +82,6 @@ def sentence(found: Mapping[str, Any], when: str) -> str | None:
     if not found["disturbed"]:
         return None
     return f"{when} the machine is busy ({' and '.join(found['why'])}): measure again on an idle one."
-
-
-def _count(number: int, one: str, more: str) -> str:
-    return one if number == 1 else f"{number} {more}"
 
 
 def _others_cpu_share() -> float | None:
@@ -139,15 +137,4 @@ def _number(cell: str) -> float | None:
 
 def _family() -> set[int]:
     """This process and all that came from it and still live."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
-            continue
-    family: set[int] = {os.getpid()}
-    grown: Sequence[int] = [os.getpid()]
-    while grown:
-        grown = [child for child, parent in parents.items() if parent in family and child not in family]
-        family.update(grown)
-    return family
+    return {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}

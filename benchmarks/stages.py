@@ -115,14 +115,17 @@ def _raced(trials: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
 class _Cut:
     """A pipeline whose graph ends early: it takes the inputs that it still has, and no others."""
 
+    #: Of the whole graph, and inputs of what is left.
+    stages: list[str]
+    names: set[str]
+
     def __init__(self, build: Callable[[], Any], stage: str) -> None:
-        self.names: set[str] = set()
         self.began = False
 
         def graph(task: Task, pixels: Any, **settings: Any) -> Any:
-            node = _ends(whole(task, pixels, **settings))[stage]
-            self.names = _ancestors(node)
-            return node
+            ends = _ends(whole(task, pixels, **settings))
+            self.stages, self.names = list(ends), _ancestors(ends[stage])
+            return ends[stage]
 
         whole = dali._graph
         with patch.object(dali, "_graph", graph):
@@ -182,15 +185,7 @@ def _epochs(task: Task) -> Iterator[tuple[Requests, int]]:
 def _dali(loader: Any, outer: Loader, seconds: float, begin: Callable[[], None] = lambda: None) -> Stages:
     """Of a loader with a pipeline, which is `outer` or a part of it. `begin` is called before each turn of a stage."""
     task = loader.task
-    names: list[str] = []
-
-    def note(task: Task, pixels: Any, **settings: Any) -> Any:
-        names.extend(_ends(node := whole(task, pixels, **settings)))
-        return node
-
-    whole = dali._graph
-    with patch.object(dali, "_graph", note):
-        loader._build()
+    names = _Cut(loader._build, "Python").stages
     cuts = {stage: _Cut(loader._build, stage) for stage in names}
     batches = _epochs(task)
 

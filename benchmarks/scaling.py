@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +31,8 @@ import networks
 import paper
 import torch
 import tyro
-from ranked import KINDS, Job, job_trials
-from stored import RESULTS, hardware_name
+from ranked import Job, job_trials
+from whole import launcher
 
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
@@ -113,11 +112,7 @@ def measured(wanted: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         task, found = Path(folder) / "job.json", Path(folder) / "found.json"
         wanted.write(task)
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-            "--num_processes", str(wanted.ranks[-1]), "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", str(WORKER), str(task), str(found),
-        ]  # fmt: skip
+        command = [sys.executable, *launcher(wanted.ranks[-1]), str(WORKER), str(task), str(found)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the ranks ended with {done.returncode}: {done.stderr[-3000:]}")
@@ -158,18 +153,12 @@ def networks_name(model: str) -> str:
 def main(options: Options) -> None:
     """Measure, print and write; or work out."""
     if options.paper:
-        out = options.out
-        if out is None:
-            hardware = "-".join(hardware_name(harness.machine()).lower().split())
-            out = RESULTS / f"scaling-paper_{hardware}_{datetime.now(UTC):%Y-%m-%d}.json"
-        worked = paper.rows()
+        worked, part = paper.rows(), "paper"
         harness.show("Scaling on paper", worked)
     else:
-        wanted, out = job(options), options.out
-        assert set(KINDS) == {kind for kind, _ in job_trials(wanted)}
+        wanted, worked, part = job(options), [], None
         harness.begin(options.out)
-        worked = []
-    with harness.writing("scaling", worked, out, wandb=options.wandb):
+    with harness.writing("scaling", worked, options.out, part=part, wandb=options.wandb):
         if not options.paper:
             worked += rows(wanted, measured(wanted))
             harness.show("Scaling", worked, ("batch_size",))

@@ -42,6 +42,17 @@ def ending() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def launcher(ranks: int) -> list[str]:
+    """Python's arguments before a script that so many ranks run.
+
+    In full, since without a user's own settings `accelerate launch` takes all GPUs.
+    """
+    return [
+        "-m", "accelerate.commands.launch", *["--multi_gpu"] * (ranks > 1), "--num_machines", "1", "--num_processes",
+        str(ranks), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+
+
 def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
     """Bring a run to its end; what went wrong, in one sentence, or None.
 
@@ -52,17 +63,9 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     log, clock = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.time")
+    usual = ["-m", "accelerate.commands.launch"] if torch.cuda.device_count() > 1 else []
     script = str(ROOT / "fastddr" / "train.py")
-    launch = ["-m", "accelerate.commands.launch"]
-    launcher = launch if torch.cuda.device_count() > 1 else []
-    if ranks:
-        # In full, since without a user's own settings `accelerate launch` takes all GPUs.
-        many = ["--multi_gpu"] if ranks > 1 else []
-        launcher = [
-            *launch, *many, "--num_machines", "1", "--num_processes", str(ranks), "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0",
-        ]  # fmt: skip
-    command = [sys.executable, *launcher, script, *arguments, "--run-dir", str(folder)]
+    command = [sys.executable, *(launcher(ranks) if ranks else usual), script, *arguments, "--run-dir", str(folder)]
     whole = not folder.exists()
     began = time.perf_counter()
     with log.open("a", encoding="utf-8") as lines:

@@ -84,8 +84,9 @@ class Ceilings:
         """Bytes a second, the median."""
         return float(np.median(self.copy))
 
-    def peak(self, numbers: str) -> float | None:
-        """FLOP a second, the median; None where that kind was left out."""
+    def peak(self, precision: str) -> float | None:
+        """FLOP a second when training in a precision, the median; None where its kind of numbers was left out."""
+        numbers = numbers_of(precision, self.device)
         return float(np.median(self.matmul[numbers])) if numbers in self.matmul else None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -100,14 +101,9 @@ class Ceilings:
         return found
 
 
-def numbers_of(precision: str, device: torch.device) -> str:
+def numbers_of(precision: str, device: str) -> str:
     """The kind of numbers in which products are computed when training in a precision, as `fastddr.runtime` sets it."""
-    return "tf32" if precision == "fp32" and device.type == "cuda" else precision
-
-
-def default_numbers(device: torch.device) -> tuple[str, ...]:
-    """The kinds of numbers that are measured where none are named."""
-    return ("fp32", "tf32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16", "fp16")
+    return "tf32" if (precision, device) == ("fp32", "cuda") else precision
 
 
 def measure(
@@ -178,11 +174,6 @@ def _product(clock: Clock, kind: str, side: int) -> Callable[[], float] | None:
     return turn
 
 
-def decoding(files: Sequence[str], cores: int, rounds: int, seconds: float) -> list[float]:
-    """Whole photographs a second, one thread's times the cores, a value a round."""
-    return [cores * rate for rate in limits.decoded(limits.spaced(files, 64), seconds, rounds)]
-
-
 def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[dict[str, Any]]:
     # Not at the top: `step` and `operations` import this file and need no photographs.
     import sources
@@ -195,9 +186,9 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[d
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
             console.print(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
             continue
-        rates = decoding(files, cores, options.rounds, 0.05 if options.tiny else 0.5)
+        rates = limits.decoded(limits.spaced(files, 64), 0.05 if options.tiny else 0.5, options.rounds)
         about = {"name": f"decode, {name}, one core × {cores}", "kind": "ceiling", "photographs": name}
-        yield about | harness.spread(rates) | {"unit": "images/s"}
+        yield about | harness.spread([cores * rate for rate in rates]) | {"unit": "images/s"}
 
 
 def main(options: Options) -> None:
@@ -209,7 +200,7 @@ def main(options: Options) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
-    numbers = options.numbers or default_numbers(device)
+    numbers = options.numbers or ("fp32", *["tf32"] * (device.type == "cuda"), "bf16", "fp16")
     rows: list[dict[str, Any]] = []
     with harness.writing("ceilings", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         rows += measure(device, numbers, options.rounds, threads, console.print, tiny=options.tiny).rows()

@@ -251,17 +251,16 @@ def race(
                 found[operation.name] = operation
                 trials[operation.name] = partial(clock.seconds, operation.call, times)
     seconds = harness.interleaved(trials, options.rounds)
-    rows = [row(found[name], about, seconds[name], ceilings, clock.device, in_cache=in_cache) for name in found]
+    rows = [row(found[name], about, seconds[name], ceilings, in_cache=in_cache) for name in found]
     return rows + failed + slower(rows, seconds, about)
 
 
 def row(
-    operation: Operation, about: Mapping[str, Any], seconds: Sequence[float], ceilings: Ceilings, device: torch.device,
-    *, in_cache: bool,
-) -> dict[str, Any]:  # fmt: skip
+    operation: Operation, about: Mapping[str, Any], seconds: Sequence[float], ceilings: Ceilings, *, in_cache: bool
+) -> dict[str, Any]:
     """What a row of the table says."""
     median = float(np.median(seconds))
-    peak = ceilings.peak(numbers_of(about["dtype"], device))
+    peak = ceilings.peak(about["dtype"])
     found: dict[str, Any] = {
         "name": operation.name,
         "kind": "operation",
@@ -361,7 +360,7 @@ def main(options: Options) -> None:
     shapes = [Shape(options.batch or (64 if gpu else 8), channels, options.side) for channels in widths]
     if options.tiny:
         shapes = [Shape(4, 32, 16)]
-    numbers = [numbers_of(precision, device) for precision in dtypes]
+    numbers = [numbers_of(precision, device.type) for precision in dtypes]
     say = harness.say
     say("ceilings …")
 

@@ -234,7 +234,6 @@ def about(job: Job) -> str:
 
 def rows_of(job: Job, records: Sequence[Mapping[str, Any]], ceilings: Ceilings) -> list[dict[str, Any]]:
     """The rows of a job: steps, failures, then ratios."""
-    device = torch.device(ceilings.device)
     steps: dict[str, dict[str, Any]] = {}
     failed: dict[str, dict[str, Any]] = {}
     ratios: list[dict[str, Any]] = []
@@ -243,11 +242,13 @@ def rows_of(job: Job, records: Sequence[Mapping[str, Any]], ceilings: Ceilings) 
         mine = {Variant(**r["variant"]): r for r in records if r["heat"] == number}
         rates = {variant: record["rates"] for variant, record in mine.items() if "failed" not in record}
         for variant, record in mine.items():
-            described = {"name": variant.name, "kind": "step", **settings(variant), **common}
+            # `layout_optimization` is left out where nothing is compiled.
+            settings = {key: value for key, value in vars(variant).items() if value is not None}
+            described = {"name": variant.name, "kind": "step", **settings, **common}
             if "failed" in record:
                 failed.setdefault(variant.name, described | {"kind": "failed", "failed": record["failed"]})
             else:
-                steps.setdefault(variant.name, described | costs(variant, record, job, ceilings, device))
+                steps.setdefault(variant.name, described | costs(variant, record, job, ceilings))
         for variant, mine_rates in rates.items():
             if variant != job.reference and job.reference in rates:
                 ratio = harness.ratio(mine_rates, rates[job.reference])
@@ -257,14 +258,7 @@ def rows_of(job: Job, records: Sequence[Mapping[str, Any]], ceilings: Ceilings) 
     return [*steps.values(), *(row for name, row in failed.items() if name not in steps), *ratios]
 
 
-def settings(variant: Variant) -> dict[str, Any]:
-    """A variant's keys in a row; `layout_optimization` is left out where nothing is compiled."""
-    return {key: value for key, value in vars(variant).items() if value is not None}
-
-
-def costs(
-    variant: Variant, record: Mapping[str, Any], job: Job, ceilings: Ceilings, device: torch.device
-) -> dict[str, Any]:
+def costs(variant: Variant, record: Mapping[str, Any], job: Job, ceilings: Ceilings) -> dict[str, Any]:
     """Speed, and what that is beside the ceilings."""
     rates = record["rates"]
     rate, flop = float(np.median(rates)), record["flop"]
@@ -276,7 +270,7 @@ def costs(
         "teraflop_per_second": figure(flop * rate / 1e12),
         "parameters": record["parameters"],
     }
-    peak = ceilings.peak(numbers_of(job.precision, device))
+    peak = ceilings.peak(job.precision)
     if peak is not None:
         found["share_of_matmul"] = figure(flop * rate / peak)
     if record["mixer"] is not None:
@@ -299,7 +293,7 @@ def compared(rates: Mapping[Variant, Sequence[float]], reference: Variant) -> It
     for variant, mine in rates.items():
         others = {
             Variant(variant.model, "eager", variant.layout): "eager",
-            Variant(f"timm:{variant.model}", *list(vars(variant).values())[1:]): "timm",
+            replace(variant, model=f"timm:{variant.model}"): "timm",
         }
         for other, to in ({reference: "reference"} | others).items():
             if other in rates and other != variant:
@@ -341,7 +335,7 @@ def main(options: Options) -> None:
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
-    numbers = list(dict.fromkeys(numbers_of(precision, device) for precision in options.precisions))
+    numbers = list(dict.fromkeys(numbers_of(precision, device.type) for precision in options.precisions))
     ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)

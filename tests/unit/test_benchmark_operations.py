@@ -138,13 +138,13 @@ def test_shares_of_an_operation(benchmark: Any) -> None:
     limits = ceilings.Ceilings([100e9], {"fp32": [1e12]}, "cpu")
     about = {"dtype": "fp32"}
     bound_by_bytes = operations.Operation("depthwise forward", 3, "NCHW", int, flop=10**9, moved=10**9)
-    row = operations.row(bound_by_bytes, about, [0.02] * 5, limits, CPU, in_cache=False)
+    row = operations.row(bound_by_bytes, about, [0.02] * 5, limits, in_cache=False)
     assert (row["median"], row["unit"], row["kernel"], row["layout"]) == (pytest.approx(2e4), "µs", 3, "NCHW")
     assert (row["gigabytes_per_second"], row["share_of_copy"]) == (50, 0.5)
     assert (row["teraflop_per_second"], row["share_of_matmul"], row["roofline_share"]) == (0.05, 0.05, 0.5)
     bound_by_flop = operations.Operation("pointwise forward", None, "NCHW", int, flop=10**10, moved=10**9)
-    assert operations.row(bound_by_flop, about, [0.02] * 5, limits, CPU, in_cache=False)["roofline_share"] == 0.5
-    unknown = operations.row(bound_by_flop, {"dtype": "bf16"}, [0.02] * 5, limits, CPU, in_cache=False)
+    assert operations.row(bound_by_flop, about, [0.02] * 5, limits, in_cache=False)["roofline_share"] == 0.5
+    unknown = operations.row(bound_by_flop, {"dtype": "bf16"}, [0.02] * 5, limits, in_cache=False)
     assert "roofline_share" not in unknown
     assert "share_of_matmul" not in unknown
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import tyro
+import script
 
 from fastddr.errors import UserError
 
@@ -122,7 +122,4 @@ def main(options: Options, questions: dict[str, tuple[tuple[str, ...], float]] |
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"answers.py: {mistake}") from None
+    script.run(main, Options)

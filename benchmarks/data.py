@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import harness
 import numpy as np
-import tyro
+import script
 from PIL import Image
 from rich.console import Console
 
@@ -153,7 +153,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"data.py: {mistake}") from None
+    script.run(main, Options)

@@ -22,10 +22,8 @@ from typing import Any, Literal
 
 import harness
 import numpy as np
-import tyro
+import script
 from rich.console import Console
-
-from fastddr.errors import UserError
 
 #: More than this anywhere is no rounding: a wrong window, wrong chroma or wrong colours.
 MOST_LEVELS = 16.0
@@ -192,7 +190,4 @@ if __name__ == "__main__":
         harness.end_with_parent()
         print(json.dumps(trial(*json.loads(sys.argv[2]))))
         sys.exit(0)
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"decode.py: {mistake}") from None
+    script.run(main, Options)

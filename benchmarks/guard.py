@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import script
 import stored
-import tyro
 from rich.console import Console
 
 from fastddr.errors import UserError
@@ -130,7 +130,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except UserError as mistake:
-        raise SystemExit(f"guard.py: {mistake}") from None
+    script.run(main, Options)

@@ -26,11 +26,11 @@ from typing import Any, Literal
 import harness
 import limits
 import numpy as np
+import script
 import sources
 import stages
 import targets
 import torch
-import tyro
 from peers import PEERS
 from rich.console import Console
 from stored import DISTURBED
@@ -383,7 +383,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"loader.py: {mistake}") from None
+    script.run(main, Options)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import loaders_told
 import plots
+import script
 import stored
 import tyro
 
@@ -115,7 +116,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"plot.py: {mistake}") from None
+    script.run(main, Options)

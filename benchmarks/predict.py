@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import script
 import sources
 import torch
-import tyro
 from PIL import Image, ImageOps
 from rich.console import Console
 from torch import nn
@@ -175,7 +175,4 @@ def _batches(size: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"predict.py: {mistake}") from None
+    script.run(main, Options)

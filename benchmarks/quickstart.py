@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import tyro
+import script
 from rich.console import Console
 
 from fastddr.errors import UserError
@@ -78,7 +78,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"quickstart.py: {mistake}") from None
+    script.run(main, Options)

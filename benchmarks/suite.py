@@ -25,9 +25,9 @@ from typing import Any
 import compare
 import diagnosis
 import harness
+import script
 import stored
 import torch
-import tyro
 
 from fastddr.errors import UserError
 
@@ -277,7 +277,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except UserError as mistake:
-        raise SystemExit(f"suite.py: {mistake}") from None
+    script.run(main, Options)

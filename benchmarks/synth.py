@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
+import script
 
 from fastddr.data import synthetic
 from fastddr.errors import UserError
@@ -110,7 +110,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"synth.py: {mistake}") from None
+    script.run(main, Options)

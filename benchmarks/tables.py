@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import blocks
+import script
 import stored
-import tyro
 
 from fastddr.errors import UserError, nearest
 
@@ -117,7 +117,4 @@ def main(options: Options, root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"tables.py: {mistake}") from None
+    script.run(main, Options)

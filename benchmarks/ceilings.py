@@ -24,8 +24,8 @@ from typing import Any, Literal
 import harness
 import limits
 import numpy as np
+import script
 import torch
-import tyro
 from rich.console import Console
 from timing import Clock
 
@@ -210,7 +210,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"ceilings.py: {mistake}") from None
+    script.run(main, Options)

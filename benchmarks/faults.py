@@ -36,8 +36,8 @@ from typing import Any
 import harness
 import hazards
 import numpy as np
+import script
 import torch
-import tyro
 from records import steps_logged, steps_of_tensorboard, steps_of_wandb
 from victims import MODEL, Runs, equal, kill, on_cpu, processes, state, status
 
@@ -366,7 +366,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"faults.py: {mistake}") from None
+    script.run(main, Options)

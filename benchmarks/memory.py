@@ -39,8 +39,8 @@ from typing import Any, Literal
 import harness
 import networks
 import numpy as np
+import script
 import torch
-import tyro
 from torch import nn
 
 from fastddr.errors import UserError
@@ -406,7 +406,4 @@ if __name__ == "__main__":
         harness.end_with_parent()
         print(json.dumps(measured(Trial(**json.loads(sys.argv[2])))))
         sys.exit(0)
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"memory.py: {mistake}") from None
+    script.run(main, Options)

@@ -34,9 +34,9 @@ from typing import Any, Literal
 import columns
 import harness
 import numpy as np
+import script
 import torch
 import torch.nn.functional as F
-import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
 from flops import least_seconds
@@ -379,7 +379,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"operations.py: {mistake}") from None
+    script.run(main, Options)

@@ -16,7 +16,6 @@ nothing is chosen by it.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import Any, Literal
 
 import accounts
 import harness
+import script
 import story
 import torch
-import tyro
 import whole
 from rich.console import Console
 from safetensors import safe_open
@@ -230,7 +229,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except UserError as mistake:
-        raise SystemExit(f"report.py: {mistake}") from None
+    script.run(main, Options)

@@ -29,8 +29,8 @@ from typing import Any, Literal
 import harness
 import networks
 import paper
+import script
 import torch
-import tyro
 from ranked import Job, job_trials
 from whole import launcher
 
@@ -165,7 +165,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"scaling.py: {mistake}") from None
+    script.run(main, Options)

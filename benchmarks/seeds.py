@@ -21,8 +21,8 @@ from typing import Any
 
 import accounts
 import harness
+import script
 import torch
-import tyro
 import whole
 from accounts import COMPARED
 
@@ -132,7 +132,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"seeds.py: {mistake}") from None
+    script.run(main, Options)

@@ -42,8 +42,8 @@ import flops
 import harness
 import networks
 import numpy as np
+import script
 import torch
-import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
 from variants import MODES, REFUSED, Job, Variant
@@ -361,7 +361,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"step.py: {mistake}") from None
+    script.run(main, Options)

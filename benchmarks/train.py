@@ -29,10 +29,10 @@ from typing import Any, Literal
 import harness
 import kappas
 import numpy as np
+import script
 import sources
 import targets
 import torch
-import tyro
 from halted import Halted
 from recipe import Case, Epoch, class_folders
 from recipes import Spec, make
@@ -346,7 +346,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"train.py: {mistake}") from None
+    script.run(main, Options)

@@ -370,12 +370,11 @@ def main(options: Options) -> None:
     gpu = torch.cuda.is_available()
     if options.cards and not gpu:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
-    if options.cards:
+    for size in options.cards:
         # Of its properties, which leave no context on it: trials would count one as theirs.
         whole = torch.cuda.get_device_properties(0).total_memory / GIB
-        for size in options.cards:
-            if not 0 < size <= whole:
-                raise UserError(f"--cards {size:g}: give sizes above 0 and up to this card's own {whole:.2f} GiB.")
+        if not 0 < size <= whole:
+            raise UserError(f"--cards {size:g}: give sizes above 0 and up to this card's own {whole:.2f} GiB.")
     harness.begin(options.out)
     rows: list[dict[str, Any]] = []
     with harness.writing("memory", rows, options.out, wandb=options.wandb, tiny=options.tiny):

@@ -14,7 +14,7 @@ A run that is done is not made again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,19 +86,18 @@ def row(ranks: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) ->
     }  # fmt: skip
 
 
-def between_seeds(base: Mapping[str, Any], key: str) -> dict[str, float]:
-    """How far apart two seeds end, over all pairs."""
-    return harness.spread([abs(one - other) for one, other in itertools.combinations(base["values"][key], 2)])
+def _apart(pairs: Iterable[tuple[float, float]]) -> dict[str, float]:
+    return harness.spread([abs(one - other) for one, other in pairs])
 
 
 def compared(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its difference to the fewest ranks, seed by seed, and what two seeds of those differ by."""
+    """The row with its difference to the fewest ranks, seed by seed, and how far apart any two seeds of those end."""
     pairs = {key: list(zip(found["values"][key], base["values"][key], strict=True)) for key in COMPARED}
     return {
         **found, "to": base["name"],
         "difference": {key: harness.spread([one - other for one, other in both]) for key, both in pairs.items()},
-        "apart": {key: harness.spread([abs(one - other) for one, other in both]) for key, both in pairs.items()},
-        "seeds_apart": {key: between_seeds(base, key) for key in COMPARED},
+        "apart": {key: _apart(both) for key, both in pairs.items()},
+        "seeds_apart": {key: _apart(itertools.combinations(base["values"][key], 2)) for key in COMPARED},
     }  # fmt: skip
 
 

@@ -31,6 +31,9 @@ class Mixer:
     kernel: int
     patch: int
 
+    def __str__(self) -> str:
+        return f"ConvMixer {self.dim}/{self.depth} k{self.kernel} p{self.patch}"
+
     def activation(self, image_size: int) -> int:
         """Elements of an image's map: positions times width."""
         return (image_size // self.patch) ** 2 * self.dim

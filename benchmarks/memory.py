@@ -223,8 +223,7 @@ def in_process(trial: Trial) -> dict[str, Any]:
     command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines() or ["it said nothing"]
     return {"failed": lines[-1][:200]}
 

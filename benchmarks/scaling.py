@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,20 +110,19 @@ def measured(wanted: Job) -> dict[str, Any]:
         RuntimeError: they failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        task, found = Path(folder) / "job.json", Path(folder) / "found.json"
-        wanted.write(task)
-        command = [sys.executable, *launcher(wanted.ranks[-1]), str(WORKER), str(task), str(found)]
+        found = Path(folder) / "found.json"
+        command = [sys.executable, *launcher(wanted.ranks[-1]), str(WORKER), json.dumps(asdict(wanted)), str(found)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the ranks ended with {done.returncode}: {done.stderr[-3000:]}")
-        result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-        return result
+        return json.loads(found.read_text(encoding="utf-8"))
 
 
 def rows(wanted: Job, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Images a second, efficiency and share of communication of each kind and number of ranks."""
     seconds: Mapping[str, Sequence[float]] = found["seconds"]
-    base = {"model": networks_name(wanted.model), "precision": wanted.precision, "image_size": wanted.image_size}
+    model = str(networks.mixer(wanted.model) or wanted.model)
+    base = {"model": model, "precision": wanted.precision, "image_size": wanted.image_size}
     made = []
     for kind, ranks in job_trials(wanted):
         trial = f"{kind}-{ranks}"
@@ -142,12 +141,6 @@ def rows(wanted: Job, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         made.append({"name": f"{name}: communication", **about, **harness.spread(shared), "unit": "of a step"})
     return made
-
-
-def networks_name(model: str) -> str:
-    """`ConvMixer 512/12 k9 p8` of `convmixer-512-12-k9-p8`; others as they are."""
-    mixer = networks.mixer(model)
-    return f"ConvMixer {mixer.dim}/{mixer.depth} k{mixer.kernel} p{mixer.patch}" if mixer else model
 
 
 def main(options: Options) -> None:

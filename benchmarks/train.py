@@ -32,6 +32,7 @@ import script
 import sources
 import targets
 import torch
+from flops import Mixer
 from halted import Halted
 from recipe import Case, Epoch, class_folders
 from recipes import Spec, make
@@ -189,7 +190,7 @@ def describe(config: Config) -> str:
     """`ConvMixer 64/4 k5 p8`."""
     if config.model == "convmixer":
         wanted = config.convmixer
-        return f"ConvMixer {wanted.dim}/{wanted.depth} k{wanted.kernel_size} p{wanted.patch_size}"
+        return str(Mixer(wanted.dim, wanted.depth, wanted.kernel_size, wanted.patch_size))
     if config.model == "cnn":
         return f"CNN {config.cnn.blocks}×{config.cnn.width}"
     if config.model != "resnet":

@@ -93,15 +93,14 @@ def evaluated(folder: Path, split: str, weights: str) -> dict[str, Any]:
     """
     kept = folder.with_name(f"{folder.name}.{split}-{weights}.json")
     if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+        return json.loads(kept.read_text(encoding="utf-8"))
     before = set((folder / "evaluations").glob("*"))
     with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as lines, redirect_stdout(lines):
         code = verb(["evaluate", str(folder), "--split", split, "--weights", weights])
     new = sorted(set((folder / "evaluations").glob("*")) - before)
     if code or not new:
         raise UserError(f"{folder}: its {weights} weights cannot be scored on {split}; see {folder.name}.log.")
-    figures: dict[str, Any] = json.loads((new[-1] / "metrics.json").read_text(encoding="utf-8"))[split]
+    figures = json.loads((new[-1] / "metrics.json").read_text(encoding="utf-8"))[split]
     kept.write_text(json.dumps(figures) + "\n", encoding="utf-8")
     return figures
 
@@ -121,8 +120,7 @@ def scored(folder: Path) -> dict[str, list[float | None]]:
 
 def figures(folder: Path) -> dict[str, dict[str, Any]]:
     """What a run's report says, by split: under the best weights, and `valid_last` under the last."""
-    found: dict[str, dict[str, Any]] = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
 
 
 def best_is_last(folder: Path) -> bool:

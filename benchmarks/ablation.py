@@ -167,7 +167,7 @@ def main(options: Options) -> int:
             rows.append(compared(found, rows[0] if rows else found))
     # First of all: what is drawn can be drawn again.
     out = harness.write("ablation", rows, options.out, wandb=options.wandb)
-    picture = plots.changes(rows, f"{base.model} on {rows[0]['data']}", folder / "ablation.png")
+    picture = plots.save(plots.changes(rows), f"{base.model} on {rows[0]['data']}", folder / "ablation.png")
     text = f"{accounts.changes(rows)}\n\n{accounts.caution(rows[0]['valid'])}\n\n![Valid by epoch]({picture.name})\n"
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     harness.say(text)

@@ -96,15 +96,13 @@ def main(options: Options, questions: dict[str, tuple[tuple[str, ...], float]] |
     Raises:
         UserError: too few rounds, or a question that cannot be answered.
     """
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
+    harness.begin(options.out, options.rounds)
     questions = QUESTIONS if questions is None else questions
     if importlib.util.find_spec("timm") is None:
         left = [name for name, (flags, _) in questions.items() if any(flag.startswith("timm:") for flag in flags)]
         questions = {name: question for name, question in questions.items() if name not in left}
         if left:
             harness.say(f"without timm: left out {', '.join(left)}; pip install -e '.[timm]'")
-    harness.begin(options.out)
     with tempfile.TemporaryDirectory() as folder:
         found = harness.interleaved(
             asked(questions, Path(folder)), options.rounds,

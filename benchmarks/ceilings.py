@@ -181,7 +181,7 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[d
     from fastddr.data import manifest
 
     photographs = 60 if options.tiny else options.photographs
-    for name, root in sources.roots(options.data, options.encodings, photographs, 512, console):
+    for name, root in sources.roots(options.data, options.encodings, photographs, 512):
         files = manifest.read(root).files()
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
             console.print(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from stored import DISTURBED
 
@@ -139,15 +140,4 @@ def _number(cell: str) -> float | None:
 
 def _family() -> set[int]:
     """This process and all that came from it and still live."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
-            continue
-    family: set[int] = {os.getpid()}
-    grown: Sequence[int] = [os.getpid()]
-    while grown:
-        grown = [child for child, parent in parents.items() if parent in family and child not in family]
-        family.update(grown)
-    return family
+    return {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}

@@ -15,7 +15,6 @@ The files are in the page cache.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,11 +28,9 @@ import harness
 import numpy as np
 import script
 from PIL import Image
-from rich.console import Console
 
 from fastddr import ranks
 from fastddr.data import crop, manifest, prepare, survey, synthetic
-from fastddr.errors import UserError
 
 
 @dataclass
@@ -83,14 +80,10 @@ def linked(root: Path, rows: int) -> Path:
 
 def preparing(data: Path, size: int) -> float:
     """Seconds of `fastddr prepare` where nothing is known of the photographs: what is known is not decoded strictly."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        with patch.dict(os.environ, FASTDDR_CACHE=str(folder / "cache")):
-            began = time.perf_counter()
-            prepare.run(str(data), folder / "out", crop.Recipe(size), on_bad="exclude", sheet=0)
-            return time.perf_counter() - began
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, FASTDDR_CACHE=f"{folder}/cache"):
+        began = time.perf_counter()
+        prepare.run(str(data), Path(folder) / "out", crop.Recipe(size), on_bad="exclude", sheet=0)
+        return time.perf_counter() - began
 
 
 def main(options: Options) -> None:
@@ -99,16 +92,12 @@ def main(options: Options) -> None:
     Raises:
         UserError: too few rounds.
     """
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
-    console = Console(soft_wrap=True)
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     # The set may be in the user's cache; what is measured is not, or the second round would find it known.
     data = options.data or synthetic.ensure()
-    folder = Path(tempfile.mkdtemp())
-    os.environ["FASTDDR_CACHE"] = str(folder / "cache")
-    try:
-        many = linked(folder / "many", options.rows)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["FASTDDR_CACHE"] = f"{folder}/cache"
+        many = linked(Path(folder) / "many", options.rows)
         manifest.read(many)
         seen = survey.take(data)
         photographs = [entry.path for entry in seen.entries]
@@ -132,7 +121,7 @@ def main(options: Options) -> None:
 
         first = [labels() for _ in range(options.rounds)]
         trials = {"headers": headers, "decode": decode, "prepare": prepared}
-        found = harness.interleaved(trials, options.rounds, lambda k: console.print(f"round {k} of {options.rounds}"))
+        found = harness.interleaved(trials, options.rounds, lambda k: harness.say(f"round {k} of {options.rounds}"))
         found["labels"] = first
         sizes = sorted({(r.width, r.height) for r in seen.records.values()})
         about = {
@@ -142,14 +131,12 @@ def main(options: Options) -> None:
             "most": "×".join(map(str, sizes[-1])),
             "kilobytes": round(sum(r.size for r in seen.records.values()) / len(photographs) / 1000),
         }
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     rows: list[dict[str, Any]] = [{"name": "labels", "photographs": options.rows, "unit": "s"}]
     rows += [{"name": name, **about, "unit": "photographs/s"} for name in ("headers", "decode", "prepare")]
     rows[-1]["size"] = options.size
     rows = [row | harness.spread(found[row["name"]]) for row in rows]
     harness.show("Reading, checking and preparing", rows, ["photographs"])
-    console.print(f"written to {harness.write('data', rows, options.out, wandb=options.wandb)}")
+    harness.say(f"written to {harness.write('data', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":

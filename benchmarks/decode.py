@@ -23,7 +23,6 @@ from typing import Any, Literal
 import harness
 import numpy as np
 import script
-from rich.console import Console
 
 #: More than this anywhere is no rounding: a wrong window, wrong chroma or wrong colours.
 MOST_LEVELS = 16.0
@@ -115,7 +114,7 @@ def trial(root: str, side: int, way: str, batch_size: int, rounds: int, compared
         rates.append(images / (time.perf_counter() - began))
     loader.close()
     # The first epoch warms up.
-    return {"largest": worst, "mean": total / count, "compared": seen, "rates": rates[1:]}
+    return {"largest_levels": worst, "mean_levels": total / count, "compared": seen, "rates": rates[1:]}
 
 
 def main(options: Options) -> None:
@@ -125,9 +124,8 @@ def main(options: Options) -> None:
 
     from fastddr.loaders import dali_decoder
 
-    console = Console(soft_wrap=True)
     harness.begin(options.out)
-    kinds = sources.roots(None, options.encodings, options.photographs, 512, console)
+    kinds = sources.roots(None, options.encodings, options.photographs, 512)
     rows: list[dict[str, Any]] = []
     gpu = torch.cuda.is_available()
     batches = options.batches or (32 if gpu else 16)
@@ -171,9 +169,7 @@ def in_process(given: Sequence[Any], limit: float) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"failed": f"exit code {done.returncode}: {last}"}
     found = json.loads(done.stdout.splitlines()[-1])
-    rates = found.pop("rates")
-    found = {f"{key}_levels" if key != "compared" else key: value for key, value in found.items()}
-    return harness.spread(rates) | {"unit": "images/s"} | found
+    return harness.spread(found.pop("rates")) | {"unit": "images/s"} | found
 
 
 def report(row: Mapping[str, Any]) -> None:

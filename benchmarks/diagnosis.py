@@ -9,7 +9,7 @@ does training reach its ceiling (`replay`)?
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import compare
@@ -46,19 +46,19 @@ def tell(found: Results, stored: Sequence[Result]) -> list[str]:
         found: the new results by benchmark.
         stored: older ones, of any machine.
     """
-    said = [sentence for ask in _TREE for sentence in ask(found, stored)]
+    said = [
+        *_others(found), *_clocks(found), *_decoder(found), *_slower(found, stored), *_loading(found), *_model(found),
+    ]  # fmt: skip
     return said or ["Nothing wrong was found."]
 
 
-def _others(found: Results, stored: Sequence[Result]) -> Iterator[str]:
-    del stored
+def _others(found: Results) -> Iterator[str]:
     disturbed = sorted(name for name, result in found.items() if result.disturbed)
     if disturbed:
         yield f"Others were at work on this machine during {', '.join(disturbed)}: stop them and measure again."
 
 
-def _clocks(found: Results, stored: Sequence[Result]) -> Iterator[str]:
-    del stored
+def _clocks(found: Results) -> Iterator[str]:
     for result in found.values():
         for moment in result.record.get("conditions", {}).values():
             cards = (moment or {}).get("gpus")
@@ -69,8 +69,7 @@ def _clocks(found: Results, stored: Sequence[Result]) -> Iterator[str]:
                     return
 
 
-def _decoder(found: Results, stored: Sequence[Result]) -> Iterator[str]:
-    del stored
+def _decoder(found: Results) -> Iterator[str]:
     if "decode" not in found:
         return
     for row in (row for row in found["decode"].rows if "kind" not in row):
@@ -110,8 +109,7 @@ def _more(count: int) -> str:
     return f", and {count} more" if count else ""
 
 
-def _loading(found: Results, stored: Sequence[Result]) -> Iterator[str]:
-    del stored
+def _loading(found: Results) -> Iterator[str]:
     if "train" not in found:
         return
     result = found["train"]
@@ -158,8 +156,7 @@ def _stage(found: Results, row: Mapping[str, Any]) -> str:
     return f" The loader is {chosen}, and {shares[stage]:.0f} % of its time go into {remedy}."
 
 
-def _model(found: Results, stored: Sequence[Result]) -> Iterator[str]:
-    del stored
+def _model(found: Results) -> Iterator[str]:
     if "step" not in found:
         return
     rows = [row for row in found["step"].measured if row.get("unit") == "images/s"]
@@ -169,11 +166,6 @@ def _model(found: Results, stored: Sequence[Result]) -> Iterator[str]:
         share = best.get("roofline_share")
         near = "" if share is None else f", at {100 * share:.0f} % of what the card's memory and arithmetic allow"
         yield f"The fastest step of {model} is {best.get('mode')}, {best.get('layout')}{near}."
-
-
-_TREE: tuple[Callable[[Results, Sequence[Result]], Iterator[str]], ...] = (
-    _others, _clocks, _decoder, _slower, _loading, _model,
-)  # fmt: skip
 
 
 def summary(found: Results) -> dict[str, Any]:

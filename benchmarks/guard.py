@@ -13,7 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import harness
 import script
 import stored
-from rich.console import Console
 
 from fastddr.errors import UserError
 
@@ -98,18 +97,16 @@ def measured(benchmark: str) -> list[dict[str, Any]]:
         return stored.read(out).rows
 
 
-def check(
-    benchmark: str, older: stored.Result, share: float, measure: Callable[[str], list[dict[str, Any]]], say: Any
-) -> bool:
+def check(benchmark: str, older: stored.Result, share: float) -> bool:
     """Whether all its ratios hold, by the second time."""
     for last in (False, True):
-        found = judge(measure(benchmark), older, share)
+        found = judge(measured(benchmark), older, share)
         if not found:
             raise UserError(f"{older.path.name} has no ratio that {benchmark}.py measured now; store a new result.")
         for one in found:
             verdict = "" if one.good else ": FAILED" if last else ": again"
-            say(f"{one.name}: {one.median:.2f} (to {one.high:.2f}), at least {one.least:.2f} is asked, "
-                f"{one.stored:.2f} is stored{verdict}")  # fmt: skip
+            harness.say(f"{one.name}: {one.median:.2f} (to {one.high:.2f}), at least {one.least:.2f} is asked, "
+                        f"{one.stored:.2f} is stored{verdict}")  # fmt: skip
         if all(one.good for one in found):
             return True
     return False
@@ -117,15 +114,14 @@ def check(
 
 def main(options: Options) -> int:
     """Measure and compare; 1 if a ratio fell."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     hardware = harness.hardware_name(harness.machine())
     older = {result.name: result for result in stored.newest(options.results) if result.hardware == hardware}
     held = True
     for benchmark in RUNS:
         if benchmark not in older:
-            console.print(f"{benchmark}: no result of a {hardware} is stored, so there is nothing to compare with.")
+            harness.say(f"{benchmark}: no result of a {hardware} is stored, so there is nothing to compare with.")
             continue
-        held &= check(benchmark, older[benchmark], options.share, measured, console.print)
+        held &= check(benchmark, older[benchmark], options.share)
     return int(not held)
 
 

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import harness
+import psutil
 
 from fastddr.data import cache
 from fastddr.errors import UserError
@@ -70,7 +71,7 @@ def own_cache() -> str:
     host = platform.node() or "here"
     for folder in parent.glob(f"benchmark-*-{glob.escape(host)}-*"):
         owner = folder.name.split("-")[1]
-        if owner.isdigit() and not harness.is_alive(int(owner)):
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"benchmark-{os.getpid()}-{host}-", dir=parent)
 

@@ -26,12 +26,14 @@ from typing import Any
 
 import conditions
 import numpy as np
+import psutil
 import torch
 from conditions import busy_seconds as busy_seconds
 from rich.console import Console
 from rich.table import Table
 from stored import RESULTS, hardware_name, holds_figures, read
 
+from fastddr import files
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
@@ -48,15 +50,17 @@ _before: dict[str, Any] | None = None
 _told: set[str] = set()
 
 
-def begin(out: Path | None = None) -> dict[str, Any]:
+def begin(out: Path | None = None, rounds: int = 5) -> dict[str, Any]:
     """Record what else the machine does now, and say so where it is busy; call it before anything is measured.
 
     `write` stores it beside the conditions of the end.
 
     Raises:
-        UserError: a result could not be written to `out`.
+        UserError: so few rounds give no interval, or a result could not be written to `out`.
     """
     global _before
+    if rounds < 5:
+        raise UserError(f"--rounds {rounds}: an interval wants at least 5.")
     if out is not None:
         check_out(out)
     _before = conditions.take(before=True)
@@ -126,7 +130,7 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": available_cores(),
-        "memory_gib": round(_memory_bytes() / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": None,
     }
@@ -145,10 +149,6 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processes(group: int) -> dict[int, list[str]]:
@@ -180,7 +180,7 @@ def memory(group: int) -> tuple[int, int]:
     A page that several processes map counts for each by its share (PSS), so that nothing is counted twice. Pages of
     files (libraries, a memory-mapped store) are the system's to drop when memory is short.
     """
-    whole = files = 0
+    whole = of_files = 0
     for process in _processes(group):
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -188,8 +188,8 @@ def memory(group: int) -> tuple[int, int]:
             continue
         kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines[1:]}
         whole += int(kilobytes.get("Pss", 0)) * 1024
-        files += int(kilobytes.get("Pss_File", 0)) * 1024
-    return whole, files
+        of_files += int(kilobytes.get("Pss_File", 0)) * 1024
+    return whole, of_files
 
 
 def versions() -> dict[str, str]:
@@ -201,17 +201,6 @@ def versions() -> dict[str, str]:
             # The first on the path is the one that is imported.
             found.setdefault(name, distribution.version)
     return dict(sorted(found.items()))
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is a process of this number, of whatever user."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @dataclass
@@ -259,6 +248,8 @@ def writing(
 ) -> Generator[Written, None, None]:  # fmt: skip
     """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
 
+    By default to results/NAME_HARDWARE_DATE.json, with a `part` to NAME-PART_....
+
     SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Only where the block came to its end is
     the result marked complete, unless `--seconds` cut it short. Where there is no figure, nothing is written, but with
     `failures`, of which that is the finding.
@@ -287,7 +278,7 @@ def writing(
             elif complete:
                 raise _nothing(written.out)
             else:
-                say(f"{_nothing(written.out)}")
+                say(str(_nothing(written.out)))
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -297,10 +288,10 @@ def _nothing(path: Path) -> UserError:
 
 
 def write(
-    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *, part: str | None = None,
+    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *,
     wandb: bool = False, complete: bool = True, tiny: bool = False, failures: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json, or NAME-PART_....
+    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json.
 
     One that is not `complete` is not published, nor is one that `--seconds` cut short. It takes the place of no file
     that could be, but goes beside that, as NAME-incomplete_.... A complete one does take it, and says so where the file
@@ -310,14 +301,14 @@ def write(
     Raises:
         UserError: no row has a figure; with `failures` there may be none.
     """
-    out = out or place(benchmark, part, tiny=tiny)
+    out = out or place(benchmark, tiny=tiny)
     if not failures and not holds_figures(benchmark, rows):
         raise _nothing(out)
     now = datetime.now(UTC)
     hardware = machine()
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
-    script = Path(sys.argv[0])
+    program = Path(sys.argv[0])
     complete = complete and all(row.get("failed") != TIME_UP for row in rows)
     record = {
         "benchmark": benchmark,
@@ -325,17 +316,15 @@ def write(
         "versions": versions(),
         "date": now.isoformat(timespec="seconds"),
         # The arguments that name a place of this machine would help nobody.
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *_public(sys.argv[1:])]),
+        "command": shlex.join(["python", f"{program.parent.name}/{program.name}", *map(_public, sys.argv[1:])]),
         "conditions": {"before": _before, "after": after},
         "complete": complete,
         "rows": list(rows),
     }
     out = _without_loss(out, record)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside and renamed: who reads it meanwhile, or after a kill, finds a whole one.
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, out)
+    # Who reads it meanwhile, or after a kill, finds a whole one.
+    files.put(out, f"{json.dumps(record, indent=1)}\n".encode())
     if wandb:
         # Here, because each loader's process imports this file.
         import tracked
@@ -413,12 +402,9 @@ def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Pat
     return folder / f"{name}_{'-'.join(hardware.lower().split())}_{datetime.now(UTC):%Y-%m-%d}.json"
 
 
-def _public(arguments: Sequence[str]) -> list[str]:
-    def public(argument: str) -> str:
-        flag, equals, value = argument.rpartition("=")
-        return f"{flag}{equals}{Path(value).name if '/' in value else value}"
-
-    return [public(argument) for argument in arguments]
+def _public(argument: str) -> str:
+    flag, equals, value = argument.rpartition("=")
+    return f"{flag}{equals}{Path(value).name if '/' in value else value}"
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:

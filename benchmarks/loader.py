@@ -32,7 +32,6 @@ import stages
 import targets
 import torch
 from peers import PEERS
-from rich.console import Console
 from stored import DISTURBED
 from trials import OURS, Spec, Trial
 
@@ -122,15 +121,16 @@ def make_task(root: Path, policy: str, options: Options) -> tuple[Task, float]:
 class Panel:
     """All that is measured for one kind of photographs and one policy."""
 
-    def __init__(self, task: Task, about: Mapping[str, Any], options: Options, console: Console) -> None:
-        self.task, self.about, self.options, self.console = task, dict(about), options, console
+    def __init__(self, task: Task, about: Mapping[str, Any], options: Options) -> None:
+        self.task, self.about, self.options = task, dict(about), options
         self.trials: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.speeds: dict[str, list[float]] = {}
         self.kinds: dict[str, str] = {}
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
+    def _add(self, name: str, kind: str, values: Sequence[float], unit: str = "images/s", **more: Any) -> None:
+        row = {"name": name, "kind": kind, **self.about, **harness.spread(values), "unit": unit, **more}
+        self.rows.append(row)
 
     def begin(self, specs: Sequence[Spec]) -> None:
         """Start the loaders; what cannot run here is left out, and said why."""
@@ -142,7 +142,7 @@ class Panel:
                 if spec.name in PEERS and any(word in lacks for word in ("install", "cannot be loaded")):
                     self._leave_out(spec.label, lacks)
                 else:
-                    self._say(f"{spec.label} is left out: {lacks}.")
+                    harness.say(f"{spec.label} is left out: {lacks}.")
                 continue
             began = time.perf_counter()
             try:
@@ -151,11 +151,11 @@ class Panel:
             except (UserError, RuntimeError) as problem:
                 self._leave_out(spec.label, harness.sentence(problem))
                 continue
-            self._say(f"  {spec.label} has warmed up in {time.perf_counter() - began:.0f} s")
+            harness.say(f"  {spec.label} has warmed up in {time.perf_counter() - began:.0f} s")
 
     def _leave_out(self, label: str, why: str) -> None:
         """One that cannot run must not take the figures of the others along."""
-        self._say(f"{label} is left out: {why}.")
+        harness.say(f"{label} is left out: {why}.")
         self.rows.append({"name": label, "kind": "failed", **self.about, "failed": why})
         self.kinds.pop(label, None)
         trial = self.trials.pop(label, None)
@@ -174,30 +174,23 @@ class Panel:
             label: lambda trial=trial: trial(self.options.seconds) for label, trial in self.trials.items()
         }
         self.kinds = {label: self._kind(trial.spec.name) for label, trial in self.trials.items()}
-        store = next((trial for trial in self.trials.values() if trial.spec.name == "resident"), None)
-        if store is not None and store.task.only_crops and store.task.device.type == "cpu":
-            try:
-                lacks = "" if store.ask("raw", 0.1) is not None else "this resident loader has no raw_windows"
-            except (UserError, RuntimeError) as problem:
-                lacks = harness.sentence(problem)
-            if lacks:
-                self._say(f"{STORE_ALONE} is left out: {lacks}.")
-            else:
-                turns[STORE_ALONE] = lambda: store.ask("raw", self.options.seconds).rate
-                self.kinds[STORE_ALONE] = "store"
+        residents = (trial for trial in self.trials.values() if trial.spec.name == "resident")
+        store = next(residents, None) if self.task.only_crops and self.task.device.type == "cpu" else None
+        if store is not None and self._asked(STORE_ALONE, store, "raw", 0.1) is not None:
+            turns[STORE_ALONE] = lambda: store.ask("raw", self.options.seconds).rate
+            self.kinds[STORE_ALONE] = "store"
         rounds = self.options.rounds
         try:
             harness.interleaved(
-                turns, rounds, lambda k: self._say(f"  round {k} of {rounds}"), self._leave_out, self.speeds
+                turns, rounds, lambda k: harness.say(f"  round {k} of {rounds}"), self._leave_out, self.speeds
             )
         finally:
             # Also where it is stopped; else all rounds are whole.
             for label, values in harness.whole_rounds(self.speeds).items():
-                row = {"name": label, "kind": self.kinds[label], **self.about, **harness.spread(values)}
-                self.rows.append(row | {"unit": "images/s"} | self._cost(self.trials.get(label)))
+                self._add(label, self.kinds[label], values, **self._cost(self.trials.get(label)))
         others = [row["others_cpu_share"] for row in self.rows if "others_cpu_share" in row]
         if others and max(others) > DISTURBED:
-            self._say(
+            harness.say(
                 f"Other processes took up to {100 * max(others):.0f} % of the cores meanwhile; "
                 "measure again on an idle machine."
             )
@@ -227,7 +220,7 @@ class Panel:
         try:
             return trial.ask(question, *arguments)
         except (UserError, RuntimeError) as problem:
-            self._say(f"{what} is left out: {harness.sentence(problem)}.")
+            harness.say(f"{what} is left out: {harness.sentence(problem)}.")
             return None
 
     def _kernel(self) -> None:
@@ -235,8 +228,7 @@ class Panel:
             rates = self._asked(KERNEL_ALONE, trial, "kernel", 0.2) if trial.spec.name == "resident" else None
             if rates is not None:
                 self.speeds[KERNEL_ALONE] = rates
-                row = {"name": KERNEL_ALONE, "kind": "store", **self.about, **harness.spread(rates)}
-                self.rows.append(row | {"unit": "images/s"})
+                self._add(KERNEL_ALONE, "store", rates)
                 return
 
     def profile(self) -> None:
@@ -250,12 +242,9 @@ class Panel:
             )
             if found is None:
                 continue
-            self._say(stages.sentence(label, found.shares))
-            self.rows += [
-                {"name": f"{label}: {stage}", "kind": "profile", **self.about, **harness.spread(values)}
-                | {"unit": "% of the time"}
-                for stage, values in found.shares.items()
-            ]
+            harness.say(stages.sentence(label, found.shares))
+            for stage, values in found.shares.items():
+                self._add(f"{label}: {stage}", "profile", values, "% of the time")
             if found.decode_only and label == "dali":
                 self._limit("DALI, reading and decoding alone", found.decode_only)
 
@@ -269,13 +258,12 @@ class Panel:
             self._limit(f"libjpeg-turbo, whole photographs, one core × {cores}", [cores * rate for rate in rates])
         bandwidth = limits.copied(self.task.device, cores, rounds)
         cost = limits.bytes_moved(self.task.image_size, self.task.dtype)
-        self._limit("copying", [rate / cost for rate in bandwidth])
-        self.rows[-1]["gigabytes_per_second"] = round(float(np.median(bandwidth)) / 1e9, 1)
+        gigabytes = round(float(np.median(bandwidth)) / 1e9, 1)
+        self._limit("copying", [rate / cost for rate in bandwidth], gigabytes_per_second=gigabytes)
 
-    def _limit(self, name: str, rates: Sequence[float]) -> None:
+    def _limit(self, name: str, rates: Sequence[float], **more: float) -> None:
         self.speeds[name] = list(rates)
-        row = {"name": name, "kind": "limit", **self.about, **harness.spread(rates), "unit": "images/s"}
-        self.rows.append(row)
+        self._add(name, "limit", rates, **more)
 
     def compare(self) -> None:
         """Ratios and targets."""
@@ -320,7 +308,7 @@ def waits(panel: Panel, specs: Sequence[Spec]) -> None:
             harness.say(f"{name} is left out: {lacks.rstrip('.')}.")
 
 
-def report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def report(rows: Sequence[Mapping[str, Any]]) -> None:
     """A panel's tables of speeds and limits, of ratios, and its targets."""
     title = f"{rows[0]['photographs']}, {rows[0]['policy']}"
     columns = ("cpu_share", "ram_gib", "ram_of_files_gib", "vram_gib", "first_epoch_seconds")
@@ -331,7 +319,7 @@ def report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         harness.show(f"{title}: ratios and waiting", others)
     for row in rows:
         if row["kind"] == "target":
-            console.print(targets.sentence(row), highlight=False, markup=False)
+            harness.say(targets.sentence(row))
 
 
 def main(options: Options) -> None:
@@ -340,9 +328,6 @@ def main(options: Options) -> None:
     import plot
     import stored
 
-    console = Console(soft_wrap=True)
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     unknown = [policy for policy in options.policies if policy not in POLICIES]
     if unknown:
         raise UserError(f"--policies {' '.join(unknown)}: known are {', '.join(POLICIES)}.")
@@ -350,9 +335,9 @@ def main(options: Options) -> None:
     waiters = [Spec.parse(text) for text in options.step]
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     rows: list[dict[str, Any]] = []
-    kinds = sources.roots(options.data, options.encodings, options.photographs, options.size, console)
+    kinds = sources.roots(options.data, options.encodings, options.photographs, options.size)
     with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:
         for (photographs, root), policy in itertools.product(kinds, options.policies):
             task, kilobytes = make_task(root, policy, options)
@@ -367,8 +352,8 @@ def main(options: Options) -> None:
                 "threads": task.threads,
                 "device": task.device.type,
             }
-            console.print(f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}")
-            panel = Panel(task, about, options, console)
+            harness.say(f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}")
+            panel = Panel(task, about, options)
             try:
                 measure(panel, specs)
                 if policy == options.policies[0]:
@@ -376,10 +361,10 @@ def main(options: Options) -> None:
             finally:
                 rows += panel.rows
             if panel.rows:
-                report(panel.rows, console)
+                report(panel.rows)
             written.save()  # should the next panel never end
     if rows:
-        console.print(f"drawn: {plot.beside(stored.read(written.path)).name}")
+        harness.say(f"drawn: {plot.beside(stored.read(written.path)).name}")
 
 
 if __name__ == "__main__":

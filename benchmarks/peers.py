@@ -103,16 +103,8 @@ class TorchPil(_InWorkers):
     def transform(self) -> Callable[[Any], Tensor]:
         from torchvision import transforms
 
-        task, augment = self.task, self.task.augment
-        steps: list[Any] = [] if task.canvas_is_source else [transforms.Resize(task.canvas)]
-        steps.append(transforms.RandomCrop(task.image_size))
-        if not task.only_crops:
-            bilinear = transforms.InterpolationMode.BILINEAR
-            steps.append(transforms.RandomAffine(augment.rotate, scale=augment.scale, interpolation=bilinear))
-        steps += [transforms.RandomHorizontalFlip()] * augment.hflip + [transforms.RandomVerticalFlip()] * augment.vflip
-        if not task.only_normalises:
-            steps.append(transforms.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
-        return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(augment.mean, augment.std)])
+        normalise = transforms.Normalize(self.task.augment.mean, self.task.augment.std)
+        return transforms.Compose([*_augmented(self.task, transforms), transforms.ToTensor(), normalise])
 
 
 class TorchDecodeJpeg(_InWorkers):
@@ -156,21 +148,26 @@ class TorchCodec(TorchDecodeJpeg):
         return photograph
 
 
-def _tensor_transform(task: Task, *, normalises: bool = True) -> Callable[[Any], Tensor]:
-    """From a decoded photograph to its window: normalised float32, or uint8 as it is."""
-    from torchvision.transforms import InterpolationMode, v2
-
+def _augmented(task: Task, transforms: Any) -> list[Any]:
+    """From a decoded photograph to its window, by `torchvision.transforms` or `v2` of them: both resize antialiased."""
     augment = task.augment
-    steps: list[Any] = [] if task.canvas_is_source else [v2.Resize(task.canvas, antialias=True)]
-    steps.append(v2.RandomCrop(task.image_size))
+    steps = [] if task.canvas_is_source else [transforms.Resize(task.canvas)]
+    steps.append(transforms.RandomCrop(task.image_size))
     if not task.only_crops:
-        steps.append(v2.RandomAffine(augment.rotate, scale=augment.scale, interpolation=InterpolationMode.BILINEAR))
-    steps += [v2.RandomHorizontalFlip()] * augment.hflip + [v2.RandomVerticalFlip()] * augment.vflip
+        bilinear = transforms.InterpolationMode.BILINEAR
+        steps.append(transforms.RandomAffine(augment.rotate, scale=augment.scale, interpolation=bilinear))
+    steps += [transforms.RandomHorizontalFlip()] * augment.hflip + [transforms.RandomVerticalFlip()] * augment.vflip
     if not task.only_normalises:
-        steps.append(v2.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
-    if normalises:
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.mean, augment.std)]
-    return v2.Compose(steps)
+        steps.append(transforms.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue))
+    return steps
+
+
+def _tensor_transform(task: Task, *, normalises: bool = True) -> Callable[[Any], Tensor]:
+    """The same for tensors, in uint8 until the end: normalised float32, or as it is."""
+    from torchvision.transforms import v2
+
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(task.augment.mean, task.augment.std)]
+    return v2.Compose([*_augmented(task, v2), *(finish if normalises else [])])
 
 
 # ------------------------------------------------------------------------------------------------------ SPDL, threads
@@ -345,12 +342,7 @@ class TorchvisionGpu(Peer):
         # Each worker one batch ahead.
         wanted = self._batches_of_files()
         reading = [self.threads.submit(self._read, next(wanted)) for _ in range(max(1, task.threads))]
-        window = v2.Compose(
-            ([] if task.canvas_is_source else [v2.Resize(task.canvas, antialias=True)])
-            + [v2.RandomCrop(task.image_size)]
-            + [v2.RandomHorizontalFlip()] * augment.hflip
-            + [v2.RandomVerticalFlip()] * augment.vflip
-        )
+        window = _tensor_transform(task, normalises=False)
         finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.mean, augment.std)])
         while True:
             read = reading.pop(0).result()

@@ -18,6 +18,7 @@ import plots
 import script
 import stored
 import tyro
+from matplotlib.figure import Figure
 
 from fastddr.errors import UserError
 
@@ -30,52 +31,47 @@ class Options:
     """Files that benchmarks wrote; by default the newest of each benchmark and machine."""
 
 
-def _loaders(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    one = rows[0]
-    rows = [{**row, "name": loaders_told.loader_name(row["name"])} for row in rows]
-    title = f"Loaders, {one['image_size']} px windows of a {one['canvas']} px canvas, {result.hardware}"
-    return plots.loaders(rows, title, path, digest=result.digest)
+Rows = Sequence[dict[str, Any]]
 
 
-def _training(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def _loaders(rows: Rows) -> tuple[Figure, str]:
+    title = f"Loaders, {rows[0]['image_size']} px windows of a {rows[0]['canvas']} px canvas"
+    return plots.loaders([{**row, "name": loaders_told.loader_name(row["name"])} for row in rows]), title
+
+
+def _training(rows: Rows) -> tuple[Figure, str]:
     if any(row["kind"] == "qwk" for row in rows):
-        return _kappas(result, path, rows)
-    return plots.training(rows, f"Whole training, {result.hardware}", path, digest=result.digest)
+        return plots.kappas(rows), "Time to a kappa on valid"
+    return plots.training(rows), "Whole training"
 
 
-def _kappas(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    return plots.kappas(rows, f"Time to a kappa on valid, {result.hardware}", path, digest=result.digest)
-
-
-def _steps(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    return plots.steps(rows, f"The training step alone, {result.hardware}", path, digest=result.digest)
-
-
-def _changes(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    data = result.measured[0]["data"]
+def _changes(rows: Rows) -> tuple[Figure, str]:
+    data = next(row["data"] for row in rows if "failed" not in row)
     of = "synthetic photographs" if data == "synthetic" else f"data {data}"
-    title = f"One change at a time, {of}, {result.hardware}"
-    return plots.changes(rows, title, path, digest=result.digest)
+    return plots.changes(rows), f"One change at a time, {of}"
 
 
-def _cards(result: stored.Result, path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    return plots.cards(rows, "The largest batch, predicted by fastddr plan", path, digest=result.digest)
-
-
-#: Of those benchmarks that have a picture.
-DRAWN: dict[str, Callable[[stored.Result, Path, Sequence[dict[str, Any]]], Path]] = {
+#: Picture and title of those benchmarks that have one.
+DRAWN: dict[str, Callable[[Rows], tuple[Figure, str]]] = {
     "loader": _loaders,
     "train": _training,
-    "step": _steps,
+    "step": lambda rows: (plots.steps(rows), "The training step alone"),
     "ablation": _changes,
-    "cards": _cards,
+    "cards": lambda rows: (plots.cards(rows), "The largest batch"),
 }
+
+
+def _draw(result: stored.Result, path: Path, rows: Rows) -> Path:
+    benchmark = result.record["benchmark"]
+    figure, title = DRAWN[benchmark](rows)
+    # A prediction is of no machine.
+    where = "predicted by fastddr plan" if benchmark == "cards" else result.hardware
+    return plots.save(figure, f"{title}, {where}", path, result.digest)
 
 
 def beside(result: stored.Result) -> Path:
     """Draw one result, beside its file."""
-    draw = DRAWN[result.record["benchmark"]]
-    return draw(result, result.path.with_suffix(".png"), result.rows)
+    return _draw(result, result.path.with_suffix(".png"), result.rows)
 
 
 def pictures(results: Sequence[stored.Result]) -> Iterator[tuple[stored.Result, Path]]:
@@ -92,7 +88,7 @@ def first(result: stored.Result) -> Path:
     """README's: whole loaders, of the first policy only."""
     policy = result.measured[0]["policy"]
     rows = [row for row in result.measured if row["policy"] == policy and row["kind"] != "store"]
-    return _loaders(result, loaders_told.first_picture(result), rows)
+    return _draw(result, loaders_told.first_picture(result), rows)
 
 
 def main(options: Options) -> None:

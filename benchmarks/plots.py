@@ -7,7 +7,7 @@ printer in grey too; lines differ in their dashes as well.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,7 +54,7 @@ _WIDTH, _BAR, _HEADING = 8.2, 0.30, 0.75
 _DIGEST = "Result"
 
 
-def loaders(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+def loaders(rows: Sequence[Row]) -> Figure:
     """Images a second of loaders as bars with 95 % intervals, a panel for each kind of photographs and policy.
 
     The axis is logarithmic, because a store and the memory are a hundred times as fast as a decoder.
@@ -62,12 +62,9 @@ def loaders(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") ->
     Args:
         rows: of `kind` fastddr, store, peer (a bar) or limit (a line); each with name, photographs, policy, median, low
             and high. Others are passed over, `replay` too, which lies far beyond all of these.
-        title: of the whole picture.
-        path: the PNG.
-        digest: of the result, kept in the PNG.
     """
     rows = [row for row in rows if row.get("kind") in (*COLOURS, "limit")]
-    panels = _panels(rows, lambda row: (row["photographs"], row["policy"]))
+    panels = _panels(rows, ("photographs", "policy"))
     lines = _styles(row["name"] for row in rows if row["kind"] == "limit")
     figure, axes = _figure([sum(row["kind"] in COLOURS for row in panel) for panel in panels.values()],
                            legend=len(lines) + 1, sharex=True)  # fmt: skip
@@ -77,14 +74,14 @@ def loaders(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") ->
         for row in panel:
             if row["kind"] == "limit":
                 _line(axis, row["median"], *lines[row["name"]])
-        axis.set_title(f"{photographs}, policy `{policy}`", loc="left", fontsize=9, fontweight="bold", color=_INK)
+        _title(axis, f"{photographs}, policy `{policy}`")
     everything = [row["median"] for row in rows]
     # Room on the right for the figures beside the longest bar.
     axes[-1].set_xlim(min(everything) / 2, max(everything) * 6)
-    return _finish(figure, axes, rows, lines, "images a second, logarithmic", title, path, digest)
+    return _finish(figure, axes, rows, lines, "images a second, logarithmic")
 
 
-def training(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+def training(rows: Sequence[Row]) -> Figure:
     """Images a second of whole training as bars with 95 % intervals, and the `replay` ceiling as a line.
 
     A panel for each model, precision, size and batch, each with an axis of its own, which begins at 0. What failed has
@@ -92,12 +89,9 @@ def training(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -
 
     Args:
         rows: of `kind` fastddr, peer (a bar) or ceiling (a line); others are passed over.
-        title: of the whole picture.
-        path: the PNG.
-        digest: of the result, kept in the PNG.
     """
     rows = [row for row in rows if row.get("kind") in ("fastddr", "peer", "ceiling")]
-    panels = _panels(rows, lambda row: tuple(row[name] for name in _CASE))
+    panels = _panels(rows, _CASE)
     lines = _styles(map(_ceiling, (row for row in rows if row["kind"] == "ceiling")))
     figure, axes = _figure([sum(row["kind"] in COLOURS for row in panel) for panel in panels.values()],
                            legend=len(lines) + 1)  # fmt: skip
@@ -109,19 +103,16 @@ def training(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -
                 axis.axvspan(row["low"], row["high"], color="#dddddd", linewidth=0, zorder=0.5)
         axis.set_xlim(0, 1.35 * max((row["high"] for row in panel if "failed" not in row), default=1.0))
         _head(axis, case)
-    return _finish(figure, axes, rows, lines, "images a second", title, path, digest)
+    return _finish(figure, axes, rows, lines, "images a second")
 
 
-def steps(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+def steps(rows: Sequence[Row]) -> Figure:
     """Images a second of the training step alone as bars, from the fastest way to run a model down.
 
     A panel for each model, precision, size and batch; ours and timm's of the same settings share one.
 
     Args:
         rows: of `kind` step; others are passed over.
-        title: of the whole picture.
-        path: the PNG.
-        digest: of the result, kept in the PNG.
     """
     found = []
     for row in rows:
@@ -129,16 +120,16 @@ def steps(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> P
             owner, colon, model = row["model"].rpartition(":")
             name = row["name"].replace(row["model"], owner or "fastddr", 1)
             found.append({**row, "kind": "peer" if colon else "fastddr", "model": model, "name": name})
-    panels = _panels(found, lambda row: tuple(row[name] for name in _CASE))
+    panels = _panels(found, _CASE)
     figure, axes = _figure([len(panel) for panel in panels.values()], legend=2)
     for axis, (case, panel) in zip(axes, panels.items(), strict=True):
         _bars(axis, panel)
         axis.set_xlim(0, 1.35 * max(row["high"] for row in panel))
         _head(axis, case)
-    return _finish(figure, axes, found, {}, "images a second", title, path, digest)
+    return _finish(figure, axes, found, {}, "images a second")
 
 
-def changes(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+def changes(rows: Sequence[Row]) -> Figure:
     """Kappa and loss of valid by epoch, a line of panels for each change, with the baseline's curves behind its own.
 
     Thick lines are medians over the seeds, thin ones the seeds.
@@ -146,9 +137,6 @@ def changes(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") ->
     Args:
         rows: of `ablation.py`, each with `name`, `baseline`, and `curves`: `epoch`, `qwk` and `loss` of each seed. What
             failed is passed over.
-        title: of the whole picture.
-        path: the PNG.
-        digest: of the result, kept in the PNG.
     """
     rows = [row for row in rows if "failed" not in row]
     base = next(row for row in rows if row["baseline"])
@@ -168,8 +156,7 @@ def changes(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") ->
     looks = {"baseline": behind} | ({} if shown[0] is base else {"the change": before})
     for name, (colour, dashes) in looks.items():
         grid[0, 0].plot([], [], color=colour, linestyle=dashes, label=f"{name}: median of {base['n']} seeds, and each")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=2)
-    return _save(figure, title, path, digest)
+    return _legend(figure, grid[0, 0].get_legend_handles_labels()[0])
 
 
 def _seeds(axis: Any, curves: Sequence[Row], key: str, colour: str, dashes: Any) -> None:
@@ -186,7 +173,7 @@ def _seeds(axis: Any, curves: Sequence[Row], key: str, colour: str, dashes: Any)
     )
 
 
-def kappas(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+def kappas(rows: Sequence[Row]) -> Figure:
     """Kappa on valid by seconds of training, a panel for each model, precision, size and batch.
 
     Each seed is a thin line that ends where its training ended. The thick line goes through the medians of seconds and
@@ -194,11 +181,8 @@ def kappas(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> 
 
     Args:
         rows: of `kappas.rows`; those with `curves` are drawn, and the `target_qwk` of all are lines.
-        title: of the whole picture.
-        path: the PNG.
-        digest: of the result, kept in the PNG.
     """
-    panels = _panels((row for row in rows if row.get("kind") == "qwk"), lambda row: tuple(row[name] for name in _CASE))
+    panels = _panels((row for row in rows if row.get("kind") == "qwk"), _CASE)
     figure = Figure(figsize=(_WIDTH, 3.4 * len(panels) + 0.6), dpi=150, layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (case, panel) in zip(axes, panels.items(), strict=True):
@@ -219,19 +203,15 @@ def kappas(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> 
         _plain(axis, "")
         _head(axis, case)
     axes[-1].set_xlabel("seconds since the first batch was asked for", color=_INK, fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=1)
-    return _save(figure, title, path, digest)
+    return _legend(figure, axes[0].get_legend_handles_labels()[0], ncols=1)
 
 
-def cards(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> Path:
+def cards(rows: Sequence[Row]) -> Figure:
     """The largest batch by the size of the card, a panel for each size of image; both axes are logarithmic.
 
     Args:
         rows: of `cards.py`, each with `training`, `image_size`, `card_gib` and `median`. Where that is 0 there is no
             point.
-        title: of the whole picture.
-        path: the PNG.
-        digest: of the result, kept in the PNG.
     """
     sides = list(dict.fromkeys(row["image_size"] for row in rows))
     sizes = sorted({row["card_gib"] for row in rows})
@@ -253,8 +233,15 @@ def cards(rows: Sequence[Row], title: str, path: Path, *, digest: str = "") -> P
         axis.set_xlabel("GiB of the card", color=_INK, fontsize=9)
         _plain(axis, f"images of {side} px")
     axes[0].set_ylabel("photographs at once", color=_INK, fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False, ncols=2)
-    return _save(figure, title, path, digest)
+    return _legend(figure, axes[0].get_legend_handles_labels()[0])
+
+
+def save(figure: Figure, title: str, path: Path, digest: str = "") -> Path:
+    """The picture as a PNG under a title, which keeps the digest of the result that it shows."""
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
+    return path
 
 
 def digest_of(path: Path) -> str | None:
@@ -271,14 +258,18 @@ def _ceiling(row: Row) -> str:
 
 def _head(axis: Any, case: Sequence[Any]) -> None:
     model, precision, size, batch = case
-    about = f"{model}, {precision}, {size} px, batches of {batch}"
-    axis.set_title(about, loc="left", fontsize=9, fontweight="bold", color=_INK)
+    _title(axis, f"{model}, {precision}, {size} px, batches of {batch}")
 
 
-def _panels(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    panels: dict[Hashable, list[Row]] = {}
+def _title(axis: Any, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=9, fontweight="bold", color=_INK)
+
+
+def _panels(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by their values of some keys."""
+    panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        panels.setdefault(key(row), []).append(row)
+        panels.setdefault(tuple(row[key] for key in keys), []).append(row)
     return panels
 
 
@@ -332,29 +323,25 @@ def _line(axis: Any, value: float, colour: str, dashes: Any) -> None:
 
 
 def _finish(
-    figure: Figure, axes: Sequence[Any], rows: Sequence[Row], lines: Mapping[str, tuple[str, Any]], unit: str,
-    title: str, path: Path, digest: str,
-) -> Path:  # fmt: skip
+    figure: Figure, axes: Sequence[Any], rows: Sequence[Row], lines: Mapping[str, tuple[str, Any]], unit: str
+) -> Figure:
     axes[-1].set_xlabel(unit, color=_INK, fontsize=9)
     kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
     handles = [axes[0].barh([0], [0], color=COLOURS[kind], label=_KINDS[kind]) for kind in kinds]
     handles += [
         axes[0].plot([], [], color=colour, linestyle=dashes, label=name)[0] for name, (colour, dashes) in lines.items()
     ]
-    figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False, ncols=2)
-    return _save(figure, title, path, digest)
+    return _legend(figure, handles)
 
 
 def _plain(axis: Any, title: str) -> None:
     """The dress of an axis of lines."""
-    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=_INK)
+    _title(axis, title)
     axis.tick_params(labelsize=8)
     axis.grid(color="#dddddd", zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, title: str, path: Path, digest: str) -> Path:
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={_DIGEST: digest} if digest else None)
-    return path
+def _legend(figure: Figure, handles: Sequence[Any], ncols: int = 2) -> Figure:
+    figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False, ncols=ncols)
+    return figure

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ import script
 import sources
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
 from torch import nn
 from torchvision.transforms import v2
 
@@ -134,29 +132,23 @@ def main(options: Options) -> None:
     Raises:
         UserError: too few rounds, or a run that the plain loop cannot follow.
     """
-    console = Console(soft_wrap=True)
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
-    [(kind, root)] = sources.roots(options.data, ("95-420",), None, 512, console)
+    harness.begin(options.out, options.rounds)
+    [(kind, root)] = sources.roots(options.data, ("95-420",), None, 512)
     found = photos.find([str(root)]).paths
     files = found[:: max(1, len(found) // options.photographs)][: options.photographs]
-    folder = Path(tempfile.mkdtemp())
-    try:
-        run = options.run or trained(folder)
-        harness.begin(options.out)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        run = options.run or trained(Path(folder))
         device = torch.device("cpu" if on_cpu() else "cuda")
         restored = restore.restore(run, restore.settings(flags.Scoring(run=run)), "best", device, lambda line: None)
         config, model = restored.config, restored.averaged
         graded(model, config, [], 1)  # what it refuses is told before anything is measured
         trials: dict[str, Callable[[], float]] = {}
         for size in options.batch_sizes:
-            trials[f"fastddr predict, {_batches(size)}"] = ours(run, files, size, folder / "grades.csv")
+            trials[f"fastddr predict, {_batches(size)}"] = ours(run, files, size, Path(folder, "grades.csv"))
             trials[f"plain loop, {_batches(size)}"] = plain(model, config, files, size)
         for turn in trials.values():  # once before it counts: caches, buffers, DALI's pools
             turn()
         speeds = harness.interleaved(trials, options.rounds, lambda k: harness.say(f"  round {k} of {options.rounds}"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     about: dict[str, Any] = {
         "photographs": kind, "graded": len(files), "model": config.model, "image_size": config.image_size,
         "canvas": config.canvas, "threads": available_cores(), "device": device.type,
@@ -167,7 +159,7 @@ def main(options: Options) -> None:
         ratio = harness.ratio(speeds[ours_], speeds[other])
         rows.append({"name": f"{ours_} / plain loop", "kind": "ratio", **about, **ratio, "unit": "×"})
     harness.show("Grading photographs", rows)
-    console.print(f"written to {harness.write('predict', rows, options.out, wandb=options.wandb)}")
+    harness.say(f"written to {harness.write('predict', rows, options.out, wandb=options.wandb)}")
 
 
 def _batches(size: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from typing import Any
 
 import harness
 import script
-from rich.console import Console
 
 from fastddr.errors import UserError
 
@@ -48,33 +46,29 @@ def main(options: Options) -> None:
     """
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give it at least 1 run.")
-    console = Console(soft_wrap=True)
     found: dict[str, list[float]] = {}
     seeds = list(range(options.seeds))
     harness.begin(options.out)
     for seed in seeds:
-        folder = Path(tempfile.mkdtemp())
-        try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "fastddr" / "train.py")]
-            environment = os.environ | {"FASTDDR_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
+            environment = os.environ | {"FASTDDR_CACHE": f"{folder}/cache", "WANDB_MODE": "offline"}
             began = time.perf_counter()
             arguments = ["--seed", str(seed), "--run-dir", "run"]
             subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
             found.setdefault("whole command", []).append(time.perf_counter() - began)
-            figures = json.loads((folder / "run" / "report" / "metrics.json").read_text())
+            figures = json.loads(Path(folder, "run/report/metrics.json").read_text())
             for split in ("valid", "test"):
                 for key in ("qwk", "accuracy"):
                     found.setdefault(f"{split} {key}", []).append(figures[split][key])
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        console.print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3g}" for name, values in found.items()))
+        harness.say(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3g}" for name, values in found.items()))
     rows: list[dict[str, Any]] = [
         {"name": name, "preset": "quickstart", "seeds": seeds, **harness.spread(values)}
         | {"unit": "s" if name == "whole command" else ""}
         for name, values in found.items()
     ]
     harness.show("The quickstart, synthetic set included", rows)
-    console.print(f"written to {harness.write('quickstart', rows, options.out, wandb=options.wandb)}")
+    harness.say(f"written to {harness.write('quickstart', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":

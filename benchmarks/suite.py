@@ -48,11 +48,6 @@ class Part:
     gpus: int = 0
     """How many GPUs it needs, except in a rehearsal."""
 
-    @property
-    def script(self) -> Path:
-        """Its file; a part may be planned and not be there yet."""
-        return HERE / f"{self.name}.py"
-
     def arguments(self, *, gpu: bool, tiny: bool) -> tuple[str, ...]:
         """What its script is given."""
         return self.tiny if tiny else self.gpu if gpu else self.cpu
@@ -138,7 +133,7 @@ class Outcome:
 
     name: str
     state: str
-    """done, failed, stopped (out of time), skipped."""
+    """done, failed, stopped (out of time)."""
     seconds: float = 0.0
     why: str = ""
     file: str = ""
@@ -159,13 +154,9 @@ def chosen(names: Sequence[str]) -> list[Part]:
 
 def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Outcome:
     """Run a part for `limit` seconds at most. What it had written by then is kept."""
-    if not part.script.exists():
-        return Outcome(part.name, "skipped", why="it is not built yet")
-    now = datetime.now(UTC)
-    hardware = "-".join(harness.hardware_name(harness.machine()).lower().split())
-    file = folder / f"{part.name}_{hardware}_{now:%Y-%m-%d}.json"
+    file = folder / harness.place(part.name).name
     log = folder / f"{part.name}.log"
-    command = [sys.executable, str(part.script), *arguments, "--out", str(file)]
+    command = [sys.executable, str(HERE / f"{part.name}.py"), *arguments, "--out", str(file)]
     # In a folder that is used again an earlier result of this day may stay, and what this part has goes beside it.
     places = (file, harness.incomplete(file))
     before = [_written(place) for place in places]
@@ -250,7 +241,7 @@ def main(options: Options) -> int:
     ends = time.perf_counter() + 60 * options.minutes
     outcomes: list[Outcome] = []
     for number, part in enumerate(parts):
-        left = sum(later.share for later in parts[number:] if later.script.exists()) or 1.0
+        left = sum(later.share for later in parts[number:])
         limit = max(ends - time.perf_counter(), 0.0) * part.share / left
         arguments = [*part.arguments(gpu=gpu, tiny=options.tiny), *(["--wandb"] if options.wandb else [])]
         if part.seconds is not None:

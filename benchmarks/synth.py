@@ -20,7 +20,6 @@ from typing import Any, Literal
 import script
 
 from fastddr.data import synthetic
-from fastddr.errors import UserError
 
 # Worker processes import this file again: what loads PyTorch is imported in `main`.
 
@@ -76,18 +75,14 @@ def main(options: Options) -> None:
         UserError: too few rounds.
     """
     import harness
-    from rich.console import Console
 
     from fastddr.ranks import available_cores
 
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
-    console = Console(soft_wrap=True)
+    harness.begin(options.out, options.rounds)
     cores = available_cores()
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}
     trials["1 core"] = Trial(options, 1, max(options.photographs // cores, 36))
-    harness.begin(options.out)
-    console.print(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
+    harness.say(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
     harness.interleaved(trials, rounds=1)
     speeds = harness.interleaved(trials, options.rounds)
     what = {"size": options.size, "counts": options.counts, "quality": 95, "version": synthetic.VERSION}
@@ -106,7 +101,7 @@ def main(options: Options) -> None:
         ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
         rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
     harness.show(f"Synthetic photographs of {options.size}², {options.counts} proportions", rows)
-    console.print(f"written to {harness.write('synth', rows, options.out, wandb=options.wandb)}")
+    harness.say(f"written to {harness.write('synth', rows, options.out, wandb=options.wandb)}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ def rendered(path: Path, text: str, results: Sequence[stored.Result]) -> Iterato
     Raises:
         UserError: a mark without its other one, or a name that there is not.
     """
+
+    def link(target: Path) -> str:
+        return Path(os.path.relpath(target, path.parent)).as_posix()
+
     found = list(_BLOCK.finditer(text))
     if 2 * len(found) != len(_MARK.findall(text)):
         raise UserError(f"{path.name} has a mark of a generated text without its other one; add that, or remove it.")
@@ -65,19 +69,9 @@ def rendered(path: Path, text: str, results: Sequence[stored.Result]) -> Iterato
         name = block["name"]
         if name not in blocks.BLOCKS:
             raise UserError(f"{path.name}: there is no generated text {name!r}; {nearest(name, blocks.BLOCKS)}")
-        written = blocks.BLOCKS[name](results, _Links(path))
+        written = blocks.BLOCKS[name](results, link)
         new = _commented(written) if block["mark"] == "#" else _wrapped(written)
         yield name, block[0], f"{block['begin']}{new}{block['end']}"
-
-
-class _Links:
-    """Paths to other files of the repository, as a file's links say them."""
-
-    def __init__(self, path: Path) -> None:
-        self._folder = path.parent
-
-    def __call__(self, target: Path) -> str:
-        return Path(os.path.relpath(target, self._folder)).as_posix()
 
 
 def _wrapped(paragraphs: Sequence[str]) -> str:

@@ -36,7 +36,6 @@ from flops import Mixer
 from halted import Halted
 from recipe import Case, Epoch, class_folders
 from recipes import Spec, make
-from rich.console import Console
 
 from fastddr.config import Config, load_preset
 from fastddr.config import check as check_config
@@ -282,7 +281,7 @@ def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    console, say = Console(soft_wrap=True), harness.say
+    say = harness.say
     if options.rounds < 5:
         raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     if options.target_qwk and len(options.seeds) < 5:
@@ -292,7 +291,7 @@ def main(options: Options) -> None:
     specs = [Spec.parse(text) for text in options.recipes or usual]
     part = "kappa" if options.target_qwk else None
     harness.begin(options.out)
-    [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512, console)
+    [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
     until = None if options.seconds is None else time.monotonic() + options.seconds

@@ -119,9 +119,8 @@ class _Source:
         self.gpu = task.device.type == "cuda"
         self.free = self._free()
         self.peer = PEERS[spec.name](task) if spec.name in PEERS else None
-        self.loader = None if self.peer is not None else loaders.build(spec.name, task)
+        self.loader: Any = None if self.peer is not None else loaders.build(spec.name, task)
         self.stream: Generator[int, None, None] | None = None
-        self.least = self.free
         # Batches that may be ready when a turn begins, and one more; and those that workers bring all at once.
         self.ready, self.burst = max(2 * task.threads, 4) + 1, max(task.threads, 1)
 
@@ -133,7 +132,6 @@ class _Source:
             for images in self.peer.batches():
                 yield len(images)
         else:
-            assert self.loader is not None
             for epoch in itertools.count():
                 for batch in self.loader.epoch(epoch):
                     yield len(batch.image)
@@ -149,13 +147,12 @@ class _Source:
 
     def warm(self) -> Warm:
         """One whole epoch of a loader that keeps what it decodes; of any other, some batches."""
-        began, images = time.perf_counter(), 0
+        began, images, least = time.perf_counter(), 0, self.free
         keeps = self.spec.name == "resident"
         wanted = len(self.task.ids) if keeps else 2 * self.ready * self.task.batch_size
         while images < wanted:
             images += self._next()
-            if self.gpu:
-                self.least = min(self.least, self._free())
+            least = min(least, self._free())
             # An epoch leaves out its last, partial batch.
             if keeps and wanted - images < self.task.batch_size:
                 break
@@ -163,21 +160,18 @@ class _Source:
         took = time.perf_counter() - began if keeps else None
         for _ in range(self.ready):
             self._next()
-            if self.gpu:
-                self.least = min(self.least, self._free())
-        return Warm(took, self.free - self.least if self.gpu else None)
+            least = min(least, self._free())
+        return Warm(took, self.free - least if self.gpu else None)
 
     def turn(self, seconds: float) -> Turn:
         """Batches for so many seconds, or a little longer, until all workers have brought as many."""
         return self._timed(seconds, None)
 
-    def raw(self, seconds: float) -> Turn | None:
-        """The same, of the store alone: windows in uint8, neither warped nor coloured. None if there is no such way."""
-        raw_windows = getattr(self.loader, "raw_windows", None)
-        if raw_windows is None or not self.task.only_crops:
-            return None
+    def raw(self, seconds: float) -> Turn:
+        """The same, of a resident loader's store alone: windows in uint8, neither warped nor coloured."""
         self._rest()
-        return self._timed(seconds, (len(images) for epoch in itertools.count() for images in raw_windows(epoch)))
+        windows = map(self.loader.raw_windows, itertools.count())
+        return self._timed(seconds, (len(images) for epoch in windows for images in epoch))
 
     def _timed(self, seconds: float, stream: Generator[int, None, None] | None) -> Turn:
         for _ in range(self.ready):
@@ -215,7 +209,7 @@ class _Source:
     def close(self) -> None:
         """Ends the loader."""
         self._rest()
-        (self.peer or self.loader).close()  # type: ignore[union-attr]
+        (self.peer or self.loader).close()
 
 
 def _source(spec: Spec, task: Task) -> _Source:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tests_support import environment, task
 
 from fastddr.data import manifest
@@ -230,10 +229,20 @@ class Turns:
         self.closed = True
 
 
+ABOUT = {"photographs": "tiny", "policy": "report"}
+
+
+@pytest.fixture
+def panel(load: Any, tiny: Path) -> Any:
+    """Loaders that read a few small photographs, before any has begun."""
+    loader = load("loader")
+    return loader.Panel(task(manifest.read(tiny)), ABOUT, loader.Options(rounds=5))
+
+
 @pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl", "peer")])
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_loader_that_dies_does_not_take_the_others_along(
-    fails_at: int, dying: str, kind: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    fails_at: int, dying: str, kind: str, load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, trials = load("loader"), load("trials")
     made: dict[str, Turns] = {}
@@ -247,8 +256,6 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
     for peer in ("torch-pil", "spdl"):
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
-    about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
     panel.begin([trials.Spec(name) for name in ("dali", "torch-pil", dying, "torchvision-gpu")])
     panel.race()
     panel.compare()
@@ -261,18 +268,16 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
     assert failed["failed"] == "its process has died (-11)"
 
 
-def test_a_peer_that_is_not_installed_has_a_row(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_not_installed_has_a_row(load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, trials = load("loader"), load("trials")
     monkeypatch.setattr(loader, "Trial", lambda *_: pytest.fail("it was begun"))
     for peer, why in (("spdl", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
                       ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
-    about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
     panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
     assert panel.rows == [
-        {"name": "spdl", "kind": "failed", **about, "failed": "SPDL is not installed"},
-        {"name": "torchcodec", "kind": "failed", **about, "failed": "TorchCodec cannot be loaded (why)"},
+        {"name": "spdl", "kind": "failed", **ABOUT, "failed": "SPDL is not installed"},
+        {"name": "torchcodec", "kind": "failed", **ABOUT, "failed": "TorchCodec cannot be loaded (why)"},
     ]
 
 
@@ -408,7 +413,7 @@ def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch
 
 
 def test_loaders_that_are_stopped_keep_their_whole_rounds(
-    load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, trials = load("loader"), load("trials")
 
@@ -420,8 +425,6 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
 
     monkeypatch.setattr(loader, "Trial", Stopped)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
-    about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(quiet=True))
     with pytest.raises(SystemExit):
         loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
     assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
@@ -429,7 +432,7 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
 
 @pytest.mark.parametrize("problem", [RuntimeError("its process\nhas died"), UserError("OSError: no cache.")])
 def test_a_loader_whose_profile_fails_is_said_and_the_rest_goes_on(
-    problem: Exception, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    problem: Exception, load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loader, trials = load("loader"), load("trials")
 
@@ -440,8 +443,6 @@ def test_a_loader_whose_profile_fails_is_said_and_the_rest_goes_on(
             return load("stages").Stages({"read": [100.0] * 5}, [])
 
     monkeypatch.setattr(loader, "Trial", Asked)
-    about = {"photographs": "tiny", "policy": "report"}
-    panel = loader.Panel(task(manifest.read(tiny)), about, loader.Options(rounds=5), Console(soft_wrap=True))
     monkeypatch.setattr(panel, "limits", lambda: None)
     loader.measure(panel, [trials.Spec(name) for name in ("resident", "torchvision")])
     names = [row["name"] for row in panel.rows]

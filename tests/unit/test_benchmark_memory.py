@@ -213,7 +213,7 @@ def test_the_largest_batch_by_card_is_the_plans(monkeypatch: pytest.MonkeyPatch,
     assert f"| small | 64 | 0 | {found[1.35]} | {found[4.0]} |" in accounts.cards(rows)
     figures: list[Figure] = []
     monkeypatch.setattr(plots, "Figure", lambda **kinds: figures.append(Figure(**kinds)) or figures[-1])
-    assert plots.cards(rows, "Cards", tmp_path / "cards.png").stat().st_size > 10_000
+    assert plots.save(plots.cards(rows), "Cards", tmp_path / "cards.png").stat().st_size > 10_000
     [line] = figures[0].axes[0].lines
     assert [*line.get_xdata()] == [1.35, 4.0], "no point where nothing fits"
     with pytest.raises(UserError, match="sizes in GiB above 0"):

@@ -207,14 +207,13 @@ def test_parts_that_fail_do_not_end_the_suite(
         (tmp_path / f"{name}.py").write_text(SCRIPT.format(body=body))
     monkeypatch.setattr(suite, "HERE", tmp_path)
     out = tmp_path / "out"
-    options = suite.Options(minutes=0.1, parts=("decode", "ceilings", "operations", "memory"), tiny=True, out=out)
+    options = suite.Options(minutes=0.1, parts=("decode", "ceilings", "operations"), tiny=True, out=out)
     assert suite.main(options) == 1
     record = json.loads((out / "suite.json").read_text())
     states = {part["name"]: (part["state"], part["why"]) for part in record["parts"]}
     assert states["decode"] == ("failed", "exit code 1: the decoder broke")
     assert states["ceilings"][0] == "stopped"
     assert states["operations"] == ("done", "")
-    assert states["memory"] == ("skipped", "it is not built yet")
     assert record["diagnosis"] == ["Nothing wrong was found."]
     assert record["environment"]["machine"]["cores"] >= 1
     assert "decode: failed: exit code 1: the decoder broke" in capsys.readouterr().out
@@ -226,11 +225,11 @@ def test_parts_that_fail_do_not_end_the_suite(
         assert suite.run(part, [], out, 60).file.partition("_")[0] == result
 
 
-def test_every_part_that_is_there_is_a_script_of_that_name(load: Any) -> None:
+def test_every_part_is_a_script_of_that_name(load: Any) -> None:
     suite = load("suite")
-    there = [part.name for part in suite.PARTS if part.script.exists()]
-    assert there[:4] == ["decode", "ceilings", "operations", "step"], "most important first"
-    assert {"loader", "train"} <= set(there)
+    names = [part.name for part in suite.PARTS]
+    assert names[:4] == ["decode", "ceilings", "operations", "step"], "most important first"
+    assert all((BENCHMARKS / f"{name}.py").exists() for name in names)
     with pytest.raises(UserError, match="--parts lodaer: known are decode, "):
         suite.chosen(["lodaer"])
 
@@ -295,7 +294,7 @@ def test_ways_to_decode(load: Any, gpu: bool, tmp_path: Path, monkeypatch: pytes
 # --------------------------------------------------------------------------------------------------------------- guard
 
 
-def test_the_guard_judges_ratios_and_asks_twice(load: Any) -> None:
+def test_the_guard_judges_ratios_and_asks_twice(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     guard = load("guard")
     older = result(load, "loader", [
         row("dali / torch-pil, the best peer", 3.0, "×", policy="report", photographs="quality 95"),
@@ -316,11 +315,12 @@ def test_the_guard_judges_ratios_and_asks_twice(load: Any) -> None:
         ("dali / torch-pil", 3.0, True), ("resident, ram / torch-pil", 7.0, False)
     ]  # fmt: skip
     said: list[str] = []
-    turns = iter([rows(1.0, 7.0), rows(2.9, 6.9)])
-    assert guard.check("loader", older, 0.6, lambda name: next(turns), said.append), "a disturbed minute is forgiven"
+    turns = iter([rows(1.0, 7.0), rows(2.9, 6.9), rows(1.0, 7.0), rows(1.0, 7.0), []])
+    monkeypatch.setattr(guard, "measured", lambda name: next(turns))
+    monkeypatch.setattr(guard.harness, "say", said.append)
+    assert guard.check("loader", older, 0.6), "a disturbed minute is forgiven"
     assert [line.rpartition(": ")[2] for line in said if "again" in line] == ["again"]
-    turns = iter([rows(1.0, 7.0), rows(1.0, 7.0)])
-    assert not guard.check("loader", older, 0.6, lambda name: next(turns), said.append)
+    assert not guard.check("loader", older, 0.6)
     assert said[-2].endswith("FAILED")
     with pytest.raises(UserError, match="store a new result"):
-        guard.check("loader", older, 0.6, lambda name: [], said.append)
+        guard.check("loader", older, 0.6)

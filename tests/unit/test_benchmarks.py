@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -12,7 +11,7 @@ import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,17 +26,6 @@ from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
 
 
 def task(**changes: Any) -> loaders.Task:
@@ -58,10 +46,10 @@ def task(**changes: Any) -> loaders.Task:
 
 
 def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+    load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a file or RAM it would read a ring of a few batches, which a card keeps in its cache."""
-    trials, loader = benchmark("trials"), benchmark("loader")
+    trials, loader = load("trials"), load("loader")
     monkeypatch.setattr(trials.stages, "kernel", lambda loader, seconds: [1.0, 2.0, 3.0])
 
     class Trial:
@@ -131,8 +119,8 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
         assert by_name["DALI, reading and decoding alone"]["median"] > by_name["dali"]["median"] / 2
 
 
-def test_a_peer_that_is_not_installed_is_left_out(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    peers = benchmark("peers")
+def test_a_peer_that_is_not_installed_is_left_out(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = load("peers")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     for name in ("spdl", "spdl-decode-jpeg", "torchcodec", "dali-plain"):
@@ -141,8 +129,8 @@ def test_a_peer_that_is_not_installed_is_left_out(benchmark: Any, monkeypatch: p
     assert peers.PEERS["torch-pil"].missing(task()) is None
 
 
-def test_names_and_options_of_loaders(benchmark: Any) -> None:
-    spec = benchmark("trials").Spec
+def test_names_and_options_of_loaders(load: Any) -> None:
+    spec = load("trials").Spec
     assert spec.parse("dali").label == "dali"
     assert spec.parse("torchvision:workers=0").task(task(threads=4)).threads == 0
     mapped = spec.parse("resident:mmap,store_gib=0.5")
@@ -155,8 +143,8 @@ def test_names_and_options_of_loaders(benchmark: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 @pytest.mark.parametrize("policy", ["report", "fundus"])
-def test_peers_give_normalised_batches(benchmark: Any, tiny: Path, policy: str) -> None:
-    peers = benchmark("peers")
+def test_peers_give_normalised_batches(load: Any, tiny: Path, policy: str) -> None:
+    peers = load("peers")
     turned = {"rotate": 180.0, "scale": (0.9, 1.1), "brightness": 0.2, "hue": 0.02} if policy == "fundus" else {}
     files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
     wanted = task(
@@ -178,7 +166,7 @@ def test_peers_give_normalised_batches(benchmark: Any, tiny: Path, policy: str) 
 
 
 @needs_dali
-def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(benchmark: Any, tmp_path: Path) -> None:
+def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(load: Any, tmp_path: Path) -> None:
     y, x = np.mgrid[:96, :64].astype(np.uint8)
     files = []
     for k, size in enumerate([(64, 64)] * 6 + [(96, 64)] * 2):
@@ -187,7 +175,7 @@ def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(benchmark: Any
         Image.fromarray(pixels).save(files[-1])
     plain = AugmentConfig(hflip=False, vflip=False, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
     wanted = task(files=files, heights=np.array([64] * 6 + [96] * 2), ids=np.arange(6), augment=plain)
-    peer = benchmark("dali_plain").DaliPlain(wanted)
+    peer = load("dali_plain").DaliPlain(wanted)
     batches = list(itertools.islice(peer.batches(), 6))
     peer.close()
     assert [len(images) for images in batches] == [4] * 6, "all that is decoded counts"
@@ -198,7 +186,7 @@ def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(benchmark: Any
         assert (epoch[:, 1].diff(dim=1) == 2).all()
     assert peer._area() == [0.25, 0.25]
     longer = replace(wanted, ids=np.arange(8), augment=replace(plain, scale=(0.8, 1.25)))
-    peer = benchmark("dali_plain").DaliPlain(longer)
+    peer = load("dali_plain").DaliPlain(longer)
     images = next(peer.batches())
     peer.close()
     assert images.shape == (4, 3, 32, 32)
@@ -208,16 +196,16 @@ def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(benchmark: Any
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 def test_spdl_sends_bytes_to_a_gpu_which_normalises_them(
-    benchmark: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peers = benchmark("peers")
+    peers = load("peers")
     if peers.PEERS["spdl-decode-jpeg"].missing(task()) is not None:
         pytest.skip("SPDL is not installed")
     import spdl.io
 
     sent: list[tuple[torch.dtype, int]] = []
     loading: set[int] = set()
-    threads, load = torch.get_num_threads(), peers.TorchDecodeJpeg.load
+    threads, whole = torch.get_num_threads(), peers.TorchDecodeJpeg.load
 
     def send(images: torch.Tensor) -> torch.Tensor:
         sent.append((images.dtype, threading.get_ident()))
@@ -225,7 +213,7 @@ def test_spdl_sends_bytes_to_a_gpu_which_normalises_them(
 
     def loaded(file: str) -> torch.Tensor:
         loading.add(threading.get_ident())
-        photograph: torch.Tensor = load(file)
+        photograph: torch.Tensor = whole(file)
         return photograph
 
     def first(device: str) -> torch.Tensor:
@@ -260,8 +248,8 @@ def test_spdl_sends_bytes_to_a_gpu_which_normalises_them(
     assert loading.isdisjoint(thread for _, thread in sent), "while one is sent, others are loaded"
 
 
-def test_texts_know_the_peers_that_there_are(benchmark: Any) -> None:
-    peers, told = benchmark("peers").PEERS, benchmark("loaders_told")
+def test_texts_know_the_peers_that_there_are(load: Any) -> None:
+    peers, told = load("peers").PEERS, load("loaders_told")
     assert set(told._PEERS) == set(peers)
     on_gpus = {name for name, peer in peers.items() if "GPU" in (peer.missing(task()) or "")}
     assert set(told._ON_GPUS) == on_gpus
@@ -270,9 +258,9 @@ def test_texts_know_the_peers_that_there_are(benchmark: Any) -> None:
         assert f"| `{name}` | {words} |" in page
 
 
-def test_waiting_for_a_step_is_no_waiting_for_data(benchmark: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_step_is_no_waiting_for_data(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step before is waited for outside of `next`, where a loader that holds the host back would wait for it."""
-    waiting, trials = benchmark("waiting"), benchmark("trials")
+    waiting, trials = load("waiting"), load("trials")
     from fastddr.meters import Waited
     from fastddr.watch import Watch
 
@@ -310,8 +298,8 @@ def test_waiting_for_a_step_is_no_waiting_for_data(benchmark: Any, tiny: Path, m
     assert steps == "nl" * 15
 
 
-def test_targets_are_judged(benchmark: Any) -> None:
-    targets = benchmark("targets")
+def test_targets_are_judged(load: Any) -> None:
+    targets = load("targets")
     speeds = {"dali": [1400.0] * 5, "torch-pil": [400.0] * 5, "spdl": [1500.0] * 5}
     kinds = {"dali": "fastddr", "torch-pil": "peer", "spdl": "peer"}
     about = {"policy": "report", "photographs": "synthetic, quality 95, 4:2:0"}
@@ -328,8 +316,8 @@ def test_targets_are_judged(benchmark: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_memory_and_processor_time_of_a_group(benchmark: Any) -> None:
-    harness = benchmark("harness")
+def test_memory_and_processor_time_of_a_group(load: Any) -> None:
+    harness = load("harness")
     whole, files = harness.memory(os.getpgid(0))
     assert whole > files > 0
     before = harness.cpu_seconds(os.getpgid(0))
@@ -337,12 +325,12 @@ def test_memory_and_processor_time_of_a_group(benchmark: Any) -> None:
         pass
 
 
-def test_the_picture_has_a_panel_for_each_policy(benchmark: Any, tmp_path: Path) -> None:
-    plots = benchmark("plots")
+def test_the_picture_has_a_panel_for_each_policy(load: Any, tmp_path: Path) -> None:
+    plots = load("plots")
     spread = {"median": 100.0, "low": 90.0, "high": 120.0, "unit": "images/s"}
     rows = [
         {"name": name, "kind": kind, "photographs": "some", "policy": policy, **spread}
         for policy in ("report", "fundus")
         for name, kind in (("dali", "fastddr"), ("torch-pil", "peer"), ("copying", "limit"), ("dali: read", "profile"))
     ]
-    assert plots.loaders(rows, "Loaders", tmp_path / "plots" / "p.png").stat().st_size > 10_000
+    assert plots.save(plots.loaders(rows), "Loaders", tmp_path / "plots" / "p.png").stat().st_size > 10_000

@@ -29,7 +29,6 @@ import torch
 from rich.console import Console
 from timing import Clock
 
-from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
 #: Sides of the matrices.
@@ -194,9 +193,7 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[d
 def main(options: Options) -> None:
     """Measure, print and write."""
     console = Console(soft_wrap=True)
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)

@@ -338,12 +338,10 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     even = [kernel for kernel in options.kernels if kernel % 2 == 0]
     if even:
         raise UserError(f"--kernels {even[0]}: an even kernel changes the map's size; take odd ones.")
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()

@@ -48,7 +48,6 @@ from ceilings import Ceilings, measure, numbers_of
 from columns import figure
 from variants import MODES, REFUSED, Job, Variant
 
-from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 from fastddr.runtime import DTYPES
 
@@ -324,14 +323,12 @@ def report(job: Job, rows: Sequence[Mapping[str, Any]], say: Callable[[str], Non
 def main(options: Options) -> None:
     """Measure, print and write."""
     say = harness.say
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     until = None if options.seconds is None else time.time() + options.seconds
     gpu = torch.cuda.is_available()
     options = options.filled(gpu=gpu)
     for model in options.models:
         networks.check(model)
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)

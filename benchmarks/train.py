@@ -282,15 +282,13 @@ def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
 def main(options: Options) -> None:
     """Measure, print and write."""
     say = harness.say
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     if options.target_qwk and len(options.seeds) < 5:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: an interval wants at least 5.")
     gpu = torch.cuda.is_available()
     usual = (_GPU_KAPPA if gpu else _CPU_KAPPA) if options.target_qwk else (_GPU if gpu else _CPU)
     specs = [Spec.parse(text) for text in options.recipes or usual]
     part = "kappa" if options.target_qwk else None
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []

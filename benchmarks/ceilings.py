@@ -26,7 +26,6 @@ import limits
 import numpy as np
 import script
 import torch
-from rich.console import Console
 from timing import Clock
 
 from fastddr.ranks import available_cores
@@ -105,9 +104,7 @@ def numbers_of(precision: str, device: str) -> str:
     return "tf32" if (precision, device) == ("fp32", "cuda") else precision
 
 
-def measure(
-    device: torch.device, numbers: Sequence[str], rounds: int, threads: int, say: Callable[[str], None], *, tiny: bool
-) -> Ceilings:
+def measure(device: torch.device, numbers: Sequence[str], rounds: int, threads: int, *, tiny: bool) -> Ceilings:
     """Copying, and matrix products in these kinds of numbers; what cannot be measured is said and left out."""
     copy = limits.copied(device, threads, rounds, _TINY_MEGABYTES if tiny else _MEGABYTES)
     clock = Clock(device)
@@ -125,7 +122,7 @@ def measure(
                 break
             trials[f"{kind} {side}"] = trial
         if f"{kind} {sizes[0]}" not in trials:
-            say(f"Matrix products in {kind} are left out: {reason.rstrip('.')}.")
+            harness.say(f"Matrix products in {kind} are left out: {reason.rstrip('.')}.")
     found = harness.interleaved(trials, rounds)
     matmul = {}
     for kind in numbers:
@@ -173,7 +170,7 @@ def _product(clock: Clock, kind: str, side: int) -> Callable[[], float] | None:
     return turn
 
 
-def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[dict[str, Any]]:
+def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
     # Not at the top: `step` and `operations` import this file and need no photographs.
     import sources
 
@@ -183,7 +180,7 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[d
     for name, root in sources.roots(options.data, options.encodings, photographs, 512):
         files = manifest.read(root).files()
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
-            console.print(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
+            harness.say(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
             continue
         rates = limits.decoded(limits.spaced(files, 64), 0.05 if options.tiny else 0.5, options.rounds)
         about = {"name": f"decode, {name}, one core × {cores}", "kind": "ceiling", "photographs": name}
@@ -192,7 +189,6 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[d
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    console = Console(soft_wrap=True)
     harness.begin(options.out, options.rounds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
@@ -200,9 +196,9 @@ def main(options: Options) -> None:
     numbers = options.numbers or ("fp32", *["tf32"] * (device.type == "cuda"), "bf16", "fp16")
     rows: list[dict[str, Any]] = []
     with harness.writing("ceilings", rows, options.out, wandb=options.wandb, tiny=options.tiny):
-        rows += measure(device, numbers, options.rounds, threads, console.print, tiny=options.tiny).rows()
+        rows += measure(device, numbers, options.rounds, threads, tiny=options.tiny).rows()
         if options.decode:
-            rows.extend(_decoding_rows(options, threads, console))
+            rows.extend(_decoding_rows(options, threads))
         harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
 
 

@@ -212,9 +212,7 @@ def families(inputs: Inputs, kernels: Sequence[int]) -> Mapping[str, Callable[[]
     }
 
 
-def race(
-    shape: Shape, precision: str, options: Options, ceilings: Ceilings, clock: Clock, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def race(shape: Shape, precision: str, options: Options, ceilings: Ceilings, clock: Clock) -> list[dict[str, Any]]:
     """Rows of all operations of one shape and kind of numbers, and of the ratios of the layouts."""
     dtype = DTYPES[precision]
     found: dict[str, Operation] = {}
@@ -225,7 +223,7 @@ def race(
 
     def leave_out(name: str, problem: RuntimeError) -> None:
         reason = str(problem).splitlines()[0]
-        say(f"{name}, {precision}, {shape} is left out: {reason.rstrip('.')}.")
+        harness.say(f"{name}, {precision}, {shape} is left out: {reason.rstrip('.')}.")
         failed.append({"name": name, "kind": "failed", **about, "failed": reason})
 
     for layout in options.layouts:
@@ -359,21 +357,19 @@ def main(options: Options) -> None:
     if options.tiny:
         shapes = [Shape(4, 32, 16)]
     numbers = [numbers_of(precision, device.type) for precision in dtypes]
-    say = harness.say
-    say("ceilings …")
-
-    ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
+    harness.say("ceilings …")
+    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
     with harness.writing("operations", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         for precision, shape in product(dtypes, shapes):
-            found = race(shape, precision, options, ceilings, Clock(device, queued=True), say)
+            found = race(shape, precision, options, ceilings, Clock(device, queued=True))
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])
             rows += found
             if gpu:
                 torch.cuda.empty_cache()
         for line in sentences(rows):
-            say(line)
+            harness.say(line)
 
 
 if __name__ == "__main__":

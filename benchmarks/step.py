@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -300,7 +300,7 @@ def compared(rates: Mapping[Variant, Sequence[float]], reference: Variant) -> It
                 yield {"name": f"{variant.name} / {other.name}", "to": to, "of": variant.name, **ratio, "unit": "×"}
 
 
-def report(job: Job, rows: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+def report(job: Job, rows: Sequence[Mapping[str, Any]]) -> None:
     """A job's tables, and a sentence for what is not in them."""
     steps = [row for row in rows if row["kind"] == "step"]
     if steps:
@@ -310,19 +310,18 @@ def report(job: Job, rows: Sequence[Mapping[str, Any]], say: Callable[[str], Non
         harness.show(f"Ratios, {about(job)}", ratios)
     for row in steps:
         if "other_layout" in row:
-            say(f"{row['name']}: {len(row['other_layout'])} modules got maps in the other layout, "
-                f"{row['other_layout'][0]} the first.")  # fmt: skip
+            found = row["other_layout"]
+            harness.say(f"{row['name']}: {len(found)} modules got maps in the other layout, {found[0]} the first.")
     failed: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "failed":
             failed.setdefault(row["failed"], []).append(row["name"])
     for why, names in failed.items():
-        say(f"Left out, {about(job)}: {'; '.join(names)}: {why}.")
+        harness.say(f"Left out, {about(job)}: {'; '.join(names)}: {why}.")
 
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    say = harness.say
     until = None if options.seconds is None else time.time() + options.seconds
     gpu = torch.cuda.is_available()
     options = options.filled(gpu=gpu)
@@ -333,7 +332,7 @@ def main(options: Options) -> None:
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
     numbers = list(dict.fromkeys(numbers_of(precision, device.type) for precision in options.precisions))
-    ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
+    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
     measuring = Measuring()
@@ -345,16 +344,16 @@ def main(options: Options) -> None:
             options.optimizer, options.rounds, options.steps, threads, until, "",
         )  # fmt: skip
         if measuring.stopped:
-            say(f"{about(job)} is left out: the benchmark was stopped.")
+            harness.say(f"{about(job)} is left out: the benchmark was stopped.")
             continue
-        say(f"{about(job)} …")
+        harness.say(f"{about(job)} …")
         found = rows_of(job, measuring(job), ceilings)
-        report(job, found, say)
+        report(job, found)
         rows += found
     out = harness.write(
         "step", rows, options.out, wandb=options.wandb, complete=not measuring.stopped, tiny=options.tiny
     )
-    say(f"written to {out}")
+    harness.say(f"written to {out}")
 
 
 if __name__ == "__main__":

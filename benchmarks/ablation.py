@@ -16,7 +16,6 @@ the quickstart. A gain on it says nothing of real photographs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from typing import Any
 import accounts
 import harness
 import plots
+import script
 import torch
-import tyro
 import whole
 
 from fastddr import cli
@@ -177,7 +176,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except UserError as mistake:
-        raise SystemExit(f"ablation.py: {mistake}") from None
+    script.run(main, Options)

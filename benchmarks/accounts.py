@@ -38,28 +38,23 @@ def or_dash(value: float | None) -> str:
 def accuracies(rows: Sequence[Row]) -> str:
     """Accuracy by split, at the best epoch on valid and at the last; the report's beside it where the rows have it."""
     published = any(row.get("published") for row in rows)
-    scored = [("train", "train"), ("valid", "valid"), ("test", "test")]
-    last = [("train, last", "train_last"), ("valid, last", "valid_last"), ("test, last", "test_last")]
-    last = [(heading, key) for heading, key in last if any(row.get(key) for row in rows)]
-    headings = ["", *(heading for heading, _ in [*scored, *last])]
-    headings += [f"the report's {split}" for split in ("train", "valid", "test")] if published else []
+    splits = ("train", "valid", "test")
+    keys = {split: split for split in splits}
+    keys |= {f"{split}, last": f"{split}_last" for split in splits if any(row.get(f"{split}_last") for row in rows)}
     lines = []
     for row in rows:
-        cells = [percent((row.get(key) or {}).get("accuracy")) for _, key in [*scored, *last]]
-        if published:
-            theirs = row.get("published", {})
-            cells += [f"{theirs[split]:g} %" if split in theirs else "" for split in ("train", "valid", "test")]
+        cells = [percent((row.get(key) or {}).get("accuracy")) for key in keys.values()]
+        theirs = row.get("published", {})
+        cells += [f"{theirs[split]:g} %" if split in theirs else "" for split in splits if published]
         lines.append([row["name"], *cells])
-    return table(headings, lines)
+    return table(["", *keys, *(f"the report's {split}" for split in splits if published)], lines)
 
 
 def details(rows: Sequence[Row]) -> str:
     """Test in other figures, and what the training cost."""
     classes = max(len(row["test"]["recall"]) for row in rows)
     headings = ["test, best epoch", "QWK", *(f"recall {grade}" for grade in range(classes))]
-    lines = [
-        [row["name"], or_dash(row["test"]["qwk"]), *map(percent, row["test"]["recall"])] for row in rows
-    ]  # fmt: skip
+    lines = [[row["name"], or_dash(row["test"]["qwk"]), *map(percent, row["test"]["recall"])] for row in rows]
     return table(headings, lines)
 
 

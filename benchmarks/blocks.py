@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import loaders_told
@@ -285,11 +286,6 @@ def _to_first(named: Mapping[str, Row], loop: str, first: str, target: float) ->
     return "1" if loop == first else figure(ratio) if ratio else "-"
 
 
-def step(results: Sequence[Result], link: Link) -> list[str]:
-    """All rows of the training step."""
-    return machines.listed(results, link, "step", "The training step alone")
-
-
 def deterministic(results: Sequence[Result], link: Link) -> list[str]:
     """What deterministic algorithms cost on GPUs, whose step was measured with and without them."""
     texts = []
@@ -305,38 +301,16 @@ def deterministic(results: Sequence[Result], link: Link) -> list[str]:
     return texts or ["What `--deterministic` costs on a GPU is not measured yet: `python benchmarks/step.py`."]
 
 
-def operations(results: Sequence[Result], link: Link) -> list[str]:
-    """All rows of single operations."""
-    return machines.listed(results, link, "operations", "Single operations of a ConvMixer")
-
-
-def ceilings(results: Sequence[Result], link: Link) -> list[str]:
-    """All rows of what a machine can do at most."""
-    return machines.listed(results, link, "ceilings", "What the machine can do at most")
-
-
-def decode(results: Sequence[Result], link: Link) -> list[str]:
-    """All rows of the decoder beside Pillow."""
-    return machines.listed(results, link, "decode", "The `dali` loader beside Pillow")
-
-
-def faults(results: Sequence[Result], link: Link) -> list[str]:
-    """All rows of what is lost when something goes wrong."""
-    return machines.listed(results, link, "faults", "What is lost when something goes wrong")
-
-
-def predict(results: Sequence[Result], link: Link) -> list[str]:
-    """All rows of grading photographs without labels."""
-    return machines.listed(results, link, "predict", "Grading photographs without labels")
-
-
-def answers(results: Sequence[Result], link: Link) -> list[str]:
-    """How soon commands answer."""
-    return machines.listed(
-        results, link, "answers", "Seconds from the start of a command to its end; `again`: from the cache"
-    )
-
-
+#: Benchmarks of which a text is nothing but all rows, and what these are.
+_LISTED = {
+    "step": "The training step alone",
+    "operations": "Single operations of a ConvMixer",
+    "ceilings": "What the machine can do at most",
+    "decode": "The `dali` loader beside Pillow",
+    "faults": "What is lost when something goes wrong",
+    "predict": "Grading photographs without labels",
+    "answers": "Seconds from the start of a command to its end; `again`: from the cache",
+}
 BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "quickstart": quickstart,
     "quickstart-header": quickstart_header,
@@ -348,16 +322,10 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "train": train,
     "train-all": train_all,
     "train-kappa": train_kappa,
-    "step": step,
     "deterministic": deterministic,
-    "operations": operations,
-    "ceilings": ceilings,
-    "decode": decode,
-    "faults": faults,
-    "predict": predict,
+    **{name: partial(machines.listed, name=name, what=what) for name, what in _LISTED.items()},
     "scaling": outcomes.scaling,
     "scaling-paper": outcomes.scaling_paper,
-    "answers": answers,
     "seeds": outcomes.seeds,
     "memory": outcomes.memory,
     "cards": outcomes.cards,

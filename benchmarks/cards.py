@@ -18,7 +18,7 @@ from typing import Any
 
 import accounts
 import harness
-import tyro
+import script
 
 from fastddr.errors import UserError
 from fastddr.memory import allowances, planning, questions
@@ -91,7 +91,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"cards.py: {mistake}") from None
+    script.run(main, Options)

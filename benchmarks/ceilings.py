@@ -24,12 +24,10 @@ from typing import Any, Literal
 import harness
 import limits
 import numpy as np
+import script
 import torch
-import tyro
-from rich.console import Console
 from timing import Clock
 
-from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
 #: Sides of the matrices.
@@ -84,8 +82,9 @@ class Ceilings:
         """Bytes a second, the median."""
         return float(np.median(self.copy))
 
-    def peak(self, numbers: str) -> float | None:
-        """FLOP a second, the median; None where that kind was left out."""
+    def peak(self, precision: str) -> float | None:
+        """FLOP a second when training in a precision, the median; None where its kind of numbers was left out."""
+        numbers = numbers_of(precision, self.device)
         return float(np.median(self.matmul[numbers])) if numbers in self.matmul else None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -100,19 +99,12 @@ class Ceilings:
         return found
 
 
-def numbers_of(precision: str, device: torch.device) -> str:
+def numbers_of(precision: str, device: str) -> str:
     """The kind of numbers in which products are computed when training in a precision, as `fastddr.runtime` sets it."""
-    return "tf32" if precision == "fp32" and device.type == "cuda" else precision
+    return "tf32" if (precision, device) == ("fp32", "cuda") else precision
 
 
-def default_numbers(device: torch.device) -> tuple[str, ...]:
-    """The kinds of numbers that are measured where none are named."""
-    return ("fp32", "tf32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16", "fp16")
-
-
-def measure(
-    device: torch.device, numbers: Sequence[str], rounds: int, threads: int, say: Callable[[str], None], *, tiny: bool
-) -> Ceilings:
+def measure(device: torch.device, numbers: Sequence[str], rounds: int, threads: int, *, tiny: bool) -> Ceilings:
     """Copying, and matrix products in these kinds of numbers; what cannot be measured is said and left out."""
     copy = limits.copied(device, threads, rounds, _TINY_MEGABYTES if tiny else _MEGABYTES)
     clock = Clock(device)
@@ -130,7 +122,7 @@ def measure(
                 break
             trials[f"{kind} {side}"] = trial
         if f"{kind} {sizes[0]}" not in trials:
-            say(f"Matrix products in {kind} are left out: {reason.rstrip('.')}.")
+            harness.say(f"Matrix products in {kind} are left out: {reason.rstrip('.')}.")
     found = harness.interleaved(trials, rounds)
     matmul = {}
     for kind in numbers:
@@ -178,12 +170,7 @@ def _product(clock: Clock, kind: str, side: int) -> Callable[[], float] | None:
     return turn
 
 
-def decoding(files: Sequence[str], cores: int, rounds: int, seconds: float) -> list[float]:
-    """Whole photographs a second, one thread's times the cores, a value a round."""
-    return [cores * rate for rate in limits.decoded(limits.spaced(files, 64), seconds, rounds)]
-
-
-def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[dict[str, Any]]:
+def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
     # Not at the top: `step` and `operations` import this file and need no photographs.
     import sources
 
@@ -193,33 +180,27 @@ def _decoding_rows(options: Options, cores: int, console: Console) -> Iterator[d
     for name, root in sources.roots(options.data, options.encodings, photographs, 512):
         files = manifest.read(root).files()
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
-            console.print(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
+            harness.say(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
             continue
-        rates = decoding(files, cores, options.rounds, 0.05 if options.tiny else 0.5)
+        rates = limits.decoded(limits.spaced(files, 64), 0.05 if options.tiny else 0.5, options.rounds)
         about = {"name": f"decode, {name}, one core × {cores}", "kind": "ceiling", "photographs": name}
-        yield about | harness.spread(rates) | {"unit": "images/s"}
+        yield about | harness.spread([cores * rate for rate in rates]) | {"unit": "images/s"}
 
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    console = Console(soft_wrap=True)
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
-    numbers = options.numbers or default_numbers(device)
+    numbers = options.numbers or ("fp32", *["tf32"] * (device.type == "cuda"), "bf16", "fp16")
     rows: list[dict[str, Any]] = []
     with harness.writing("ceilings", rows, options.out, wandb=options.wandb, tiny=options.tiny):
-        rows += measure(device, numbers, options.rounds, threads, console.print, tiny=options.tiny).rows()
+        rows += measure(device, numbers, options.rounds, threads, tiny=options.tiny).rows()
         if options.decode:
-            rows.extend(_decoding_rows(options, threads, console))
+            rows.extend(_decoding_rows(options, threads))
         harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"ceilings.py: {mistake}") from None
+    script.run(main, Options)

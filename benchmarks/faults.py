@@ -36,8 +36,8 @@ from typing import Any
 import harness
 import hazards
 import numpy as np
+import script
 import torch
-import tyro
 from records import steps_logged, steps_of_tensorboard, steps_of_wandb
 from victims import MODEL, Runs, equal, kill, on_cpu, processes, state, status
 
@@ -91,15 +91,15 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
     undisturbed = runs.scratch / "undisturbed"
     runs.finish(undisturbed, *arguments)
     wanted, lines = state(undisturbed), steps_logged(undisturbed)
-    trackers = {"W&B": steps_of_wandb, "TensorBoard": steps_of_tensorboard}
+    logs = {"metrics.jsonl": steps_logged, "W&B": steps_of_wandb, "TensorBoard": steps_of_tensorboard}
     if find_spec("wandb") is None:
         harness.say("  W&B is left out: it is not installed")
-        del trackers["W&B"]
-    for name, read in trackers.items():
+        del logs["W&B"]
+    for name, read in logs.items():
         if read(undisturbed) != lines:
             raise RuntimeError(f"{name} of the undisturbed run has other steps than its metrics.jsonl")
-    same = resumed = unloadable = gone_on = writing = 0
-    whole = dict.fromkeys(trackers, 0)
+    same = resumed = unloadable = writing = 0
+    whole = dict.fromkeys(logs, 0)
     for number in range(options.kills):
         run = runs.scratch / f"killed-{number}"
         process = runs.start(run, *arguments)
@@ -124,8 +124,7 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         at = 0 if found is None else found.state["progress"]["step"]
         resumed += f"resumed at step {at}" in runs.said(run) and at > 0
         same += equal(state(run), wanted)
-        gone_on += steps_logged(run) == lines
-        for name, read in trackers.items():
+        for name, read in logs.items():
             whole[name] += read(run) == lines
         shutil.rmtree(run)
         harness.say(f"  kill {number + 1} at step {at}: {same} the same, {resumed} resumed")
@@ -133,7 +132,6 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
     counts = {
         "ends with the weights of an undisturbed run": same,
         "resumed from a checkpoint": resumed,
-        "metrics.jsonl without a doubled or missing step": gone_on,
         **{f"{name} without a doubled or missing step": count for name, count in whole.items()},
         "a checkpoint was being written": writing,
         "checkpoints that do not load": unloadable,
@@ -338,8 +336,8 @@ def ranks(options: Options, runs: Runs) -> list[dict[str, Any]]:
         process.wait()
         ended = time.monotonic() - began
         about = f"a rank is {how}{_where(2)}" + (" (timeout 15 s)" if how == "frozen" else "")
-        for name, value in ((f"{about}: the reason is told", said), (f"{about}: all has ended", ended)):
-            rows.append({"name": name, "median": value, "low": value, "high": value, "unit": "s", "n": 1, "ranks": 2})
+        for what, value in (("the reason is told", said), ("all has ended", ended)):
+            rows.append({"name": f"{about}: {what}", **harness.spread([value]), "unit": "s", "ranks": 2})
     return rows
 
 
@@ -366,7 +364,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"faults.py: {mistake}") from None
+    script.run(main, Options)

@@ -31,24 +31,22 @@ class Mixer:
     kernel: int
     patch: int
 
+    def __str__(self) -> str:
+        return f"ConvMixer {self.dim}/{self.depth} k{self.kernel} p{self.patch}"
+
     def activation(self, image_size: int) -> int:
         """Elements of an image's map: positions times width."""
         return (image_size // self.patch) ** 2 * self.dim
 
-    def forward(self, image_size: int) -> int:
-        """FLOP of an image's forward pass, in the convolutions: d(2k²A + 2Nh²) + 6p²A. The head is left out."""
-        return self._layers(image_size) + self._patches(image_size)
-
     def training(self, image_size: int) -> int:
-        """FLOP of an image's forward and backward pass, the head left out."""
-        return 3 * self._layers(image_size) + 2 * self._patches(image_size)
+        """FLOP of an image's forward and backward pass: forward, in the convolutions, they are d(2k²A + 2Nh²) + 6p²A.
 
-    def _layers(self, image_size: int) -> int:
+        The head is left out.
+        """
         elements = self.activation(image_size)
-        return self.depth * (2 * self.kernel**2 * elements + 2 * elements * self.dim)
-
-    def _patches(self, image_size: int) -> int:
-        return 6 * self.patch**2 * self.activation(image_size)
+        layers = self.depth * (2 * self.kernel**2 * elements + 2 * elements * self.dim)
+        patches = 6 * self.patch**2 * elements
+        return 3 * layers + 2 * patches
 
     def moved(self, image_size: int, itemsize: int, *, compiled: bool) -> int:
         """Bytes that the layers of a training step read and write for an image, each pass counted as if no cache held

@@ -94,13 +94,11 @@ class Halted:
         self._process = context.Process(target=_serve, args=(other, make, arguments, self._folder), name=label)
         self._process.start()
         other.close()
-        ready = False
         try:
             self._receive()
-            ready = True
-        finally:
-            if not ready:
-                self.close()
+        except BaseException:
+            self.close()
+            raise
 
     def _receive(self) -> Any:
         try:

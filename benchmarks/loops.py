@@ -32,6 +32,7 @@ class Loop(Recipe):
         self.layout = "NHWC" if "channels_last" in options else "NCHW"
         #: fp32, bf16 or fp16: `auto` is what fastddr would train in here.
         self.precision = self.chosen_precision()
+        self.criterion = nn.CrossEntropyLoss()
 
     def chosen_precision(self) -> str:
         """What it trains in."""
@@ -131,7 +132,6 @@ class Report(Loop):
         self.loader = DataLoader(train, batch_size=size, shuffle=True, num_workers=workers)
         self.valid = DataLoader(self.folder("valid", _still(case, False)), batch_size=size, num_workers=workers)
         self.model = self.build_model()
-        self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.loss = 0.0
 
@@ -166,15 +166,11 @@ class Torchvision(Loop):
         ]  # fmt: skip
         steps += [v2.RandomHorizontalFlip()] * augment.hflip + [v2.RandomVerticalFlip()] * augment.vflip
         steps += [v2.PILToTensor(), v2.ToDtype(torch.float, scale=True), v2.Normalize(augment.mean, augment.std)]
-        common = {
-            "batch_size": config.batch_size,
-            "num_workers": self.workers,
-            "pin_memory": self.device.type == "cuda",
-        }
+        pinned = self.device.type == "cuda"
+        common = {"batch_size": config.batch_size, "num_workers": self.workers, "pin_memory": pinned}
         self.loader = DataLoader(self.folder("train", v2.Compose(steps)), shuffle=True, **common)
         self.valid = DataLoader(self.folder("valid", _still(case, True)), **common)
         self.model = self.build_model()
-        self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
@@ -223,10 +219,9 @@ class Timm(Loop):
         common = {
             "input_size": (3, config.image_size, config.image_size), "batch_size": config.batch_size,
             "mean": augment.mean, "std": augment.std, "interpolation": "bilinear", "num_workers": self.workers,
-            "pin_memory": True, "device": self.device,
+            # On a CPU PyTorch warns that there is nothing to pin for.
+            "pin_memory": self.device.type == "cuda", "device": self.device,
         }  # fmt: skip
-        if self.device.type == "cpu":
-            common["pin_memory"] = False  # PyTorch warns that there is nothing to pin for
         self.loader = create_loader(
             create_dataset("", root=case.root, split="train", is_training=True), is_training=True,
             scale=self.window_share(), ratio=(1.0, 1.0), hflip=0.5 * augment.hflip, vflip=0.5 * augment.vflip,
@@ -237,12 +232,10 @@ class Timm(Loop):
         )
         model = self.build_model()
         self.optimizer: Any = optim.create_optimizer_v2(
-            model, opt=config.optimizer.name if config.optimizer.name != "sgd" else "sgd", lr=config.lr,
-            weight_decay=config.optimizer.weight_decay,
-        )  # fmt: skip
+            model, opt=config.optimizer.name, lr=config.lr, weight_decay=config.optimizer.weight_decay
+        )
         # PyTorch types what it compiles as any callable; of a module it is a module.
         self.model = torch.compile(model) if "compile" in options else model  # type: ignore[assignment]
-        self.criterion = nn.CrossEntropyLoss()
         self.scaler: Any = utils.NativeScaler() if self.precision == "fp16" else None
         self.losses, self.steps = utils.AverageMeter(), 0
 

@@ -39,8 +39,8 @@ from typing import Any, Literal
 import harness
 import networks
 import numpy as np
+import script
 import torch
-import tyro
 from torch import nn
 
 from fastddr.errors import UserError
@@ -223,8 +223,7 @@ def in_process(trial: Trial) -> dict[str, Any]:
     command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines() or ["it said nothing"]
     return {"failed": lines[-1][:200]}
 
@@ -370,12 +369,11 @@ def main(options: Options) -> None:
     gpu = torch.cuda.is_available()
     if options.cards and not gpu:
         raise UserError("--cards emulates cards on a GPU, and PyTorch sees none here.")
-    if options.cards:
+    for size in options.cards:
         # Of its properties, which leave no context on it: trials would count one as theirs.
         whole = torch.cuda.get_device_properties(0).total_memory / GIB
-        for size in options.cards:
-            if not 0 < size <= whole:
-                raise UserError(f"--cards {size:g}: give sizes above 0 and up to this card's own {whole:.2f} GiB.")
+        if not 0 < size <= whole:
+            raise UserError(f"--cards {size:g}: give sizes above 0 and up to this card's own {whole:.2f} GiB.")
     harness.begin(options.out)
     rows: list[dict[str, Any]] = []
     with harness.writing("memory", rows, options.out, wandb=options.wandb, tiny=options.tiny):
@@ -406,7 +404,4 @@ if __name__ == "__main__":
         harness.end_with_parent()
         print(json.dumps(measured(Trial(**json.loads(sys.argv[2])))))
         sys.exit(0)
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"memory.py: {mistake}") from None
+    script.run(main, Options)

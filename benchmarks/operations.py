@@ -34,9 +34,9 @@ from typing import Any, Literal
 import columns
 import harness
 import numpy as np
+import script
 import torch
 import torch.nn.functional as F
-import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
 from flops import least_seconds
@@ -212,9 +212,7 @@ def families(inputs: Inputs, kernels: Sequence[int]) -> Mapping[str, Callable[[]
     }
 
 
-def race(
-    shape: Shape, precision: str, options: Options, ceilings: Ceilings, clock: Clock, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def race(shape: Shape, precision: str, options: Options, ceilings: Ceilings, clock: Clock) -> list[dict[str, Any]]:
     """Rows of all operations of one shape and kind of numbers, and of the ratios of the layouts."""
     dtype = DTYPES[precision]
     found: dict[str, Operation] = {}
@@ -225,7 +223,7 @@ def race(
 
     def leave_out(name: str, problem: RuntimeError) -> None:
         reason = str(problem).splitlines()[0]
-        say(f"{name}, {precision}, {shape} is left out: {reason.rstrip('.')}.")
+        harness.say(f"{name}, {precision}, {shape} is left out: {reason.rstrip('.')}.")
         failed.append({"name": name, "kind": "failed", **about, "failed": reason})
 
     for layout in options.layouts:
@@ -251,17 +249,16 @@ def race(
                 found[operation.name] = operation
                 trials[operation.name] = partial(clock.seconds, operation.call, times)
     seconds = harness.interleaved(trials, options.rounds)
-    rows = [row(found[name], about, seconds[name], ceilings, clock.device, in_cache=in_cache) for name in found]
+    rows = [row(found[name], about, seconds[name], ceilings, in_cache=in_cache) for name in found]
     return rows + failed + slower(rows, seconds, about)
 
 
 def row(
-    operation: Operation, about: Mapping[str, Any], seconds: Sequence[float], ceilings: Ceilings, device: torch.device,
-    *, in_cache: bool,
-) -> dict[str, Any]:  # fmt: skip
+    operation: Operation, about: Mapping[str, Any], seconds: Sequence[float], ceilings: Ceilings, *, in_cache: bool
+) -> dict[str, Any]:
     """What a row of the table says."""
     median = float(np.median(seconds))
-    peak = ceilings.peak(numbers_of(about["dtype"], device))
+    peak = ceilings.peak(about["dtype"])
     found: dict[str, Any] = {
         "name": operation.name,
         "kind": "operation",
@@ -339,12 +336,10 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     even = [kernel for kernel in options.kernels if kernel % 2 == 0]
     if even:
         raise UserError(f"--kernels {even[0]}: an even kernel changes the map's size; take odd ones.")
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
@@ -361,26 +356,21 @@ def main(options: Options) -> None:
     shapes = [Shape(options.batch or (64 if gpu else 8), channels, options.side) for channels in widths]
     if options.tiny:
         shapes = [Shape(4, 32, 16)]
-    numbers = [numbers_of(precision, device) for precision in dtypes]
-    say = harness.say
-    say("ceilings …")
-
-    ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
+    numbers = [numbers_of(precision, device.type) for precision in dtypes]
+    harness.say("ceilings …")
+    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
     with harness.writing("operations", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         for precision, shape in product(dtypes, shapes):
-            found = race(shape, precision, options, ceilings, Clock(device, queued=True), say)
+            found = race(shape, precision, options, ceilings, Clock(device, queued=True))
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])
             rows += found
             if gpu:
                 torch.cuda.empty_cache()
         for line in sentences(rows):
-            say(line)
+            harness.say(line)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"operations.py: {mistake}") from None
+    script.run(main, Options)

@@ -1,6 +1,6 @@
 """One rank of `scaling.py`: takes its turns with the first 1, 2, 4 ... ranks, and waits while others have theirs.
 
-Started by `accelerate launch` as `ranked.py JOB FOUND`; rank 0 writes what was found.
+Started by `accelerate launch` as `ranked.py JOB FOUND`, JSON and a file; rank 0 writes what was found.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ KINDS = ("strong", "weak")
 class Job:
     """What the ranks measure."""
 
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     """Numbers of ranks, from 1 up."""
     model: str
     batch_size: int
@@ -32,16 +32,6 @@ class Job:
     rounds: int
     steps: int
     threads: int
-
-    def write(self, file: Path) -> None:
-        """For the ranks to read."""
-        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def read(cls, file: Path) -> Job:
-        """What `write` wrote."""
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**found | {"ranks": tuple(found["ranks"])})
 
     def global_batch(self, kind: str, ranks: int) -> int:
         """Photographs in a step of all these ranks."""
@@ -55,7 +45,7 @@ def job_trials(job: Job) -> Iterator[tuple[str, int]]:
             yield kind, ranks
 
 
-def main(task: Path, out: Path) -> None:
+def main(job: Job, out: Path) -> None:
     """Measure, with all other ranks."""
     import networks
     import torch
@@ -66,7 +56,6 @@ def main(task: Path, out: Path) -> None:
     from fastddr.loaders import Batch
     from fastddr.step import Tally, training_step
 
-    job = Job.read(task)
     # The batch of this configuration is used by nothing but the check that it divides.
     flags = ["--precision", job.precision, "--threads", str(job.threads), "--batch-size", str(job.ranks[-1])]
     run = runtime.start(cli.parse(flags, "scaling"))
@@ -133,4 +122,4 @@ def main(task: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Job(**json.loads(sys.argv[1])), Path(sys.argv[2]))

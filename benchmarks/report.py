@@ -16,17 +16,16 @@ nothing is chosen by it.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import accounts
 import harness
+import script
 import story
 import torch
-import tyro
 import whole
 from rich.console import Console
 from safetensors import safe_open
@@ -163,7 +162,7 @@ def _parameters(run: Path) -> int:
         return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in names)
 
 
-def written(rows: Sequence[dict[str, Any]], failed: Sequence[str], folder: Path) -> str:
+def written(rows: Sequence[dict[str, Any]], failed: Mapping[str, str], folder: Path) -> str:
     """`report.md` and its pictures; its text."""
     families: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -177,7 +176,7 @@ def written(rows: Sequence[dict[str, Any]], failed: Sequence[str], folder: Path)
         accounts.accuracies(rows),
         accounts.details(rows),
         accounts.expenses(rows),
-        *[f"Not trained: {sentence}" for sentence in failed],
+        *[f"Not trained: {name}: {wrong}" for name, wrong in failed.items()],
         "Loss and accuracy by epoch. The report's figures 4.1 to 4.3 show test; these show valid.",
         "![Loss and accuracy by epoch](curves.png)",
         f"{tuned['name']} on test, best epoch; rows = truth, columns = prediction (the report's 4.4 has them swapped).",
@@ -201,7 +200,7 @@ def main(options: Options) -> int:
     need_test(options, folder)
     folder.mkdir(parents=True, exist_ok=True)
     harness.begin(options.out)
-    arms, rows, failed = story.of(options.arms), [], []
+    arms, rows, failed = story.of(options.arms), [], dict[str, str]()
     with whole.ending():
         if options.weights == "synthetic" and any(arm.pretrained for arm in arms):
             harness.say(f"pretraining: a ConvMixer on a second synthetic set, into {folder / 'pretraining'}")
@@ -215,22 +214,16 @@ def main(options: Options) -> int:
                     f"{arm.key}: test {rows[-1]['median']:.1f} %, QWK {accounts.or_dash(rows[-1]['test']['qwk'])}"
                 )
             else:
-                failed.append(f"{arm.name}: {wrong}")
+                failed[arm.name] = wrong
                 harness.say(f"{arm.key}: not trained: {wrong}")
     if not rows:
         return 1
     harness.say(written(rows, failed, folder))
     out = options.out or (folder / "report.json" if options.quick else None)
-    record = [
-        *rows,
-        *({"name": sentence.partition(":")[0], "failed": sentence.partition(": ")[2]} for sentence in failed),
-    ]
+    record = [*rows, *({"name": name, "failed": wrong} for name, wrong in failed.items())]
     harness.say(f"written to {folder / 'report.md'} and {harness.write('report', record, out, wandb=options.wandb)}")
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options)))
-    except UserError as mistake:
-        raise SystemExit(f"report.py: {mistake}") from None
+    script.run(main, Options)

@@ -22,18 +22,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import harness
 import networks
 import paper
+import script
 import torch
-import tyro
-from ranked import KINDS, Job, job_trials
-from stored import RESULTS, hardware_name
+from ranked import Job, job_trials
+from whole import launcher
 
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
@@ -111,24 +110,19 @@ def measured(wanted: Job) -> dict[str, Any]:
         RuntimeError: they failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        task, found = Path(folder) / "job.json", Path(folder) / "found.json"
-        wanted.write(task)
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-            "--num_processes", str(wanted.ranks[-1]), "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", str(WORKER), str(task), str(found),
-        ]  # fmt: skip
+        found = Path(folder) / "found.json"
+        command = [sys.executable, *launcher(wanted.ranks[-1]), str(WORKER), json.dumps(asdict(wanted)), str(found)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the ranks ended with {done.returncode}: {done.stderr[-3000:]}")
-        result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-        return result
+        return json.loads(found.read_text(encoding="utf-8"))
 
 
 def rows(wanted: Job, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Images a second, efficiency and share of communication of each kind and number of ranks."""
     seconds: Mapping[str, Sequence[float]] = found["seconds"]
-    base = {"model": networks_name(wanted.model), "precision": wanted.precision, "image_size": wanted.image_size}
+    model = str(networks.mixer(wanted.model) or wanted.model)
+    base = {"model": model, "precision": wanted.precision, "image_size": wanted.image_size}
     made = []
     for kind, ranks in job_trials(wanted):
         trial = f"{kind}-{ranks}"
@@ -149,34 +143,19 @@ def rows(wanted: Job, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def networks_name(model: str) -> str:
-    """`ConvMixer 512/12 k9 p8` of `convmixer-512-12-k9-p8`; others as they are."""
-    mixer = networks.mixer(model)
-    return f"ConvMixer {mixer.dim}/{mixer.depth} k{mixer.kernel} p{mixer.patch}" if mixer else model
-
-
 def main(options: Options) -> None:
     """Measure, print and write; or work out."""
     if options.paper:
-        out = options.out
-        if out is None:
-            hardware = "-".join(hardware_name(harness.machine()).lower().split())
-            out = RESULTS / f"scaling-paper_{hardware}_{datetime.now(UTC):%Y-%m-%d}.json"
-        worked = paper.rows()
+        worked, part = paper.rows(), "paper"
         harness.show("Scaling on paper", worked)
     else:
-        wanted, out = job(options), options.out
-        assert set(KINDS) == {kind for kind, _ in job_trials(wanted)}
+        wanted, worked, part = job(options), [], None
         harness.begin(options.out)
-        worked = []
-    with harness.writing("scaling", worked, out, wandb=options.wandb):
+    with harness.writing("scaling", worked, options.out, part=part, wandb=options.wandb):
         if not options.paper:
             worked += rows(wanted, measured(wanted))
             harness.show("Scaling", worked, ("batch_size",))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"scaling.py: {mistake}") from None
+    script.run(main, Options)

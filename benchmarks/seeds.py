@@ -14,15 +14,15 @@ A run that is done is not made again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accounts
 import harness
+import script
 import torch
-import tyro
 import whole
 from accounts import COMPARED
 
@@ -86,19 +86,18 @@ def row(ranks: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) ->
     }  # fmt: skip
 
 
-def between_seeds(base: Mapping[str, Any], key: str) -> dict[str, float]:
-    """How far apart two seeds end, over all pairs."""
-    return harness.spread([abs(one - other) for one, other in itertools.combinations(base["values"][key], 2)])
+def _apart(pairs: Iterable[tuple[float, float]]) -> dict[str, float]:
+    return harness.spread([abs(one - other) for one, other in pairs])
 
 
 def compared(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its difference to the fewest ranks, seed by seed, and what two seeds of those differ by."""
+    """The row with its difference to the fewest ranks, seed by seed, and how far apart any two seeds of those end."""
     pairs = {key: list(zip(found["values"][key], base["values"][key], strict=True)) for key in COMPARED}
     return {
         **found, "to": base["name"],
         "difference": {key: harness.spread([one - other for one, other in both]) for key, both in pairs.items()},
-        "apart": {key: harness.spread([abs(one - other) for one, other in both]) for key, both in pairs.items()},
-        "seeds_apart": {key: between_seeds(base, key) for key in COMPARED},
+        "apart": {key: _apart(both) for key, both in pairs.items()},
+        "seeds_apart": {key: _apart(itertools.combinations(base["values"][key], 2)) for key in COMPARED},
     }  # fmt: skip
 
 
@@ -132,7 +131,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"seeds.py: {mistake}") from None
+    script.run(main, Options)

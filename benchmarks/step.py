@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -42,13 +42,12 @@ import flops
 import harness
 import networks
 import numpy as np
+import script
 import torch
-import tyro
 from ceilings import Ceilings, measure, numbers_of
 from columns import figure
 from variants import MODES, REFUSED, Job, Variant
 
-from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 from fastddr.runtime import DTYPES
 
@@ -234,7 +233,6 @@ def about(job: Job) -> str:
 
 def rows_of(job: Job, records: Sequence[Mapping[str, Any]], ceilings: Ceilings) -> list[dict[str, Any]]:
     """The rows of a job: steps, failures, then ratios."""
-    device = torch.device(ceilings.device)
     steps: dict[str, dict[str, Any]] = {}
     failed: dict[str, dict[str, Any]] = {}
     ratios: list[dict[str, Any]] = []
@@ -243,11 +241,13 @@ def rows_of(job: Job, records: Sequence[Mapping[str, Any]], ceilings: Ceilings) 
         mine = {Variant(**r["variant"]): r for r in records if r["heat"] == number}
         rates = {variant: record["rates"] for variant, record in mine.items() if "failed" not in record}
         for variant, record in mine.items():
-            described = {"name": variant.name, "kind": "step", **settings(variant), **common}
+            # `layout_optimization` is left out where nothing is compiled.
+            settings = {key: value for key, value in vars(variant).items() if value is not None}
+            described = {"name": variant.name, "kind": "step", **settings, **common}
             if "failed" in record:
                 failed.setdefault(variant.name, described | {"kind": "failed", "failed": record["failed"]})
             else:
-                steps.setdefault(variant.name, described | costs(variant, record, job, ceilings, device))
+                steps.setdefault(variant.name, described | costs(variant, record, job, ceilings))
         for variant, mine_rates in rates.items():
             if variant != job.reference and job.reference in rates:
                 ratio = harness.ratio(mine_rates, rates[job.reference])
@@ -257,14 +257,7 @@ def rows_of(job: Job, records: Sequence[Mapping[str, Any]], ceilings: Ceilings) 
     return [*steps.values(), *(row for name, row in failed.items() if name not in steps), *ratios]
 
 
-def settings(variant: Variant) -> dict[str, Any]:
-    """A variant's keys in a row; `layout_optimization` is left out where nothing is compiled."""
-    return {key: value for key, value in vars(variant).items() if value is not None}
-
-
-def costs(
-    variant: Variant, record: Mapping[str, Any], job: Job, ceilings: Ceilings, device: torch.device
-) -> dict[str, Any]:
+def costs(variant: Variant, record: Mapping[str, Any], job: Job, ceilings: Ceilings) -> dict[str, Any]:
     """Speed, and what that is beside the ceilings."""
     rates = record["rates"]
     rate, flop = float(np.median(rates)), record["flop"]
@@ -276,7 +269,7 @@ def costs(
         "teraflop_per_second": figure(flop * rate / 1e12),
         "parameters": record["parameters"],
     }
-    peak = ceilings.peak(numbers_of(job.precision, device))
+    peak = ceilings.peak(job.precision)
     if peak is not None:
         found["share_of_matmul"] = figure(flop * rate / peak)
     if record["mixer"] is not None:
@@ -299,7 +292,7 @@ def compared(rates: Mapping[Variant, Sequence[float]], reference: Variant) -> It
     for variant, mine in rates.items():
         others = {
             Variant(variant.model, "eager", variant.layout): "eager",
-            Variant(f"timm:{variant.model}", *list(vars(variant).values())[1:]): "timm",
+            replace(variant, model=f"timm:{variant.model}"): "timm",
         }
         for other, to in ({reference: "reference"} | others).items():
             if other in rates and other != variant:
@@ -307,7 +300,7 @@ def compared(rates: Mapping[Variant, Sequence[float]], reference: Variant) -> It
                 yield {"name": f"{variant.name} / {other.name}", "to": to, "of": variant.name, **ratio, "unit": "×"}
 
 
-def report(job: Job, rows: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+def report(job: Job, rows: Sequence[Mapping[str, Any]]) -> None:
     """A job's tables, and a sentence for what is not in them."""
     steps = [row for row in rows if row["kind"] == "step"]
     if steps:
@@ -317,32 +310,29 @@ def report(job: Job, rows: Sequence[Mapping[str, Any]], say: Callable[[str], Non
         harness.show(f"Ratios, {about(job)}", ratios)
     for row in steps:
         if "other_layout" in row:
-            say(f"{row['name']}: {len(row['other_layout'])} modules got maps in the other layout, "
-                f"{row['other_layout'][0]} the first.")  # fmt: skip
+            found = row["other_layout"]
+            harness.say(f"{row['name']}: {len(found)} modules got maps in the other layout, {found[0]} the first.")
     failed: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "failed":
             failed.setdefault(row["failed"], []).append(row["name"])
     for why, names in failed.items():
-        say(f"Left out, {about(job)}: {'; '.join(names)}: {why}.")
+        harness.say(f"Left out, {about(job)}: {'; '.join(names)}: {why}.")
 
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    say = harness.say
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     until = None if options.seconds is None else time.time() + options.seconds
     gpu = torch.cuda.is_available()
     options = options.filled(gpu=gpu)
     for model in options.models:
         networks.check(model)
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
-    numbers = list(dict.fromkeys(numbers_of(precision, device) for precision in options.precisions))
-    ceilings = measure(device, numbers, options.rounds, threads, say, tiny=options.tiny)
+    numbers = list(dict.fromkeys(numbers_of(precision, device.type) for precision in options.precisions))
+    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
     rows = ceilings.rows()
     harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
     measuring = Measuring()
@@ -354,20 +344,17 @@ def main(options: Options) -> None:
             options.optimizer, options.rounds, options.steps, threads, until, "",
         )  # fmt: skip
         if measuring.stopped:
-            say(f"{about(job)} is left out: the benchmark was stopped.")
+            harness.say(f"{about(job)} is left out: the benchmark was stopped.")
             continue
-        say(f"{about(job)} …")
+        harness.say(f"{about(job)} …")
         found = rows_of(job, measuring(job), ceilings)
-        report(job, found, say)
+        report(job, found)
         rows += found
     out = harness.write(
         "step", rows, options.out, wandb=options.wandb, complete=not measuring.stopped, tiny=options.tiny
     )
-    say(f"written to {out}")
+    harness.say(f"written to {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"step.py: {mistake}") from None
+    script.run(main, Options)

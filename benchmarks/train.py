@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +28,11 @@ from typing import Any, Literal
 import harness
 import kappas
 import numpy as np
+import script
 import sources
 import targets
 import torch
-import tyro
+from flops import Mixer
 from halted import Halted
 from recipe import Case, Epoch, class_folders
 from recipes import Spec, make
@@ -113,9 +113,7 @@ class Contender(Halted):
             first: Epoch = self.ask("epoch")
         self.first = first
         if torch.cuda.is_available():
-            with _Utilisation() as seen:
-                self.ask("epoch")
-            self.gpu_use = seen.mean
+            self.gpu_use = _gpu_use(lambda: self.ask("epoch"))
         # Now, while no other is beside it, and because one that is stopped in its turn answers nothing any more.
         self.vram, self.about = self.ask("vram"), self.ask("about")
         self.ask("rest")
@@ -146,39 +144,24 @@ class Contender(Halted):
         return found if self.gpu_use is None else found | {"gpu_use": round(self.gpu_use, 3)}
 
 
-class _Utilisation:
-    """The mean share of the time in which the GPU had work, as `nvidia-smi` sees it."""
-
-    def __init__(self) -> None:
-        self.mean: float | None = None
-
-    def __enter__(self) -> _Utilisation:
-        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # its numbers are not those of CUDA_VISIBLE_DEVICES
-        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "-i", uuid]
+def _gpu_use(work: Callable[[], object]) -> float | None:
+    """The mean share of the time of some work in which the GPU had any, as `nvidia-smi` sees it; None without that."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # its numbers are not those of CUDA_VISIBLE_DEVICES
+    query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "-i", uuid]
+    with tempfile.TemporaryFile("w+") as seen:
         try:
-            self._process: subprocess.Popen[str] | None = subprocess.Popen(
-                ["nvidia-smi", *query], stdout=subprocess.PIPE, text=True
-            )
+            process = subprocess.Popen(["nvidia-smi", *query], stdout=seen)
         except OSError:  # no such tool: the figure is left out of the row
-            self._process = None
-        self._values: list[float] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        return self
-
-    def _read(self) -> None:
-        if self._process is not None and self._process.stdout is not None:
-            for line in self._process.stdout:
-                if line.strip().isdigit():
-                    self._values.append(float(line))
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            self._reader.join()
-        if self._values:
-            self.mean = float(np.mean(self._values)) / 100
+            work()
+            return None
+        try:
+            work()
+        finally:
+            process.terminate()
+            process.wait()
+        seen.seek(0)
+        values = [float(line) for line in seen if line.strip().isdigit()]
+    return float(np.mean(values)) / 100 if values else None
 
 
 def cases(options: Options, root: Path, side: int | None) -> list[tuple[Case, dict[str, Any]]]:
@@ -206,7 +189,7 @@ def describe(config: Config) -> str:
     """`ConvMixer 64/4 k5 p8`."""
     if config.model == "convmixer":
         wanted = config.convmixer
-        return f"ConvMixer {wanted.dim}/{wanted.depth} k{wanted.kernel_size} p{wanted.patch_size}"
+        return str(Mixer(wanted.dim, wanted.depth, wanted.kernel_size, wanted.patch_size))
     if config.model == "cnn":
         return f"CNN {config.cnn.blocks}×{config.cnn.width}"
     if config.model != "resnet":
@@ -299,15 +282,13 @@ def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
 def main(options: Options) -> None:
     """Measure, print and write."""
     say = harness.say
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: an interval wants at least 5.")
     if options.target_qwk and len(options.seeds) < 5:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: an interval wants at least 5.")
     gpu = torch.cuda.is_available()
     usual = (_GPU_KAPPA if gpu else _CPU_KAPPA) if options.target_qwk else (_GPU if gpu else _CPU)
     specs = [Spec.parse(text) for text in options.recipes or usual]
     part = "kappa" if options.target_qwk else None
-    harness.begin(options.out)
+    harness.begin(options.out, options.rounds)
     [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
@@ -345,7 +326,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except UserError as mistake:
-        raise SystemExit(f"train.py: {mistake}") from None
+    script.run(main, Options)

@@ -186,7 +186,7 @@ class Running:
         self.variant, self.job, self.run = variant, job, run
         self.clock = Clock(run.device)
         self.gpu = run.device.type == "cuda"
-        before = self._allocated()
+        before = torch.cuda.memory_allocated(run.device) if self.gpu else 0
         torch.manual_seed(0)
         network = networks.build(variant.model, job.image_size)
         mixer = networks.settings_of(variant.model, network)
@@ -222,9 +222,6 @@ class Running:
             self.about["other_layout"] = elsewhere
         if self.gpu:
             self.about["peak_bytes"] = torch.cuda.max_memory_allocated(run.device) - before
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.run.device) if self.gpu else 0
 
     def _batch(self) -> Batch:
         size, number, device = self.job.image_size, self.job.batch_size, self.run.device
@@ -354,15 +351,12 @@ def main(file: Path) -> None:
     torch._dynamo.config.recompile_limit = _RECOMPILATIONS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     def keep(records: list[dict[str, Any]]) -> None:
         with Path(job.records).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(records) + "\n")
 
     for number in range(job.first, len(job.heats)):
-        heat = Heat(number, job, run, say)
+        heat = Heat(number, job, run, partial(print, flush=True))
         try:
             heat.warm()
             keep(heat.race(keep))

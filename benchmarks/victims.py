@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from whole import ROOT, launcher
 
 from fastddr import checkpoints
 from fastddr.data import synthetic
+from fastddr.runs import RunFolder
 
-ROOT = Path(__file__).parents[1]
 #: In the environment of every process of a training: which run it is of.
 _MARK = "FASTDDR_FAULTS"
 #: A small model with all the state that training can have: moments, averages, warm-up, clipping, accumulation. On a GPU
@@ -52,11 +52,7 @@ class Runs:
         """A training that goes on in the background; what it says stands beside the run."""
         ranks = ranks or self._ranks
         script = [str(ROOT / "fastddr" / "train.py"), "--data", self.data, "--run-dir", str(run), *MODEL, *more]
-        launcher = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        ]  # fmt: skip
-        command = [*launcher, *script] if ranks > 1 else [sys.executable, *script]
+        command = [sys.executable, *(launcher(ranks) if ranks > 1 else ()), *script]
         environment = self._environment | {_MARK: run.name}
         if on_cpu(ranks):
             environment["CUDA_VISIBLE_DEVICES"] = ""  # by gloo
@@ -99,11 +95,7 @@ def _photographs(root: Path) -> Path:
 
 
 def status(run: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+    return RunFolder(run).status()
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:

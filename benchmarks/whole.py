@@ -42,6 +42,17 @@ def ending() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def launcher(ranks: int) -> list[str]:
+    """Python's arguments before a script that so many ranks run.
+
+    In full, since without a user's own settings `accelerate launch` takes all GPUs.
+    """
+    return [
+        "-m", "accelerate.commands.launch", *["--multi_gpu"] * (ranks > 1), "--num_machines", "1", "--num_processes",
+        str(ranks), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+
+
 def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
     """Bring a run to its end; what went wrong, in one sentence, or None.
 
@@ -52,17 +63,9 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     log, clock = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.time")
+    usual = ["-m", "accelerate.commands.launch"] if torch.cuda.device_count() > 1 else []
     script = str(ROOT / "fastddr" / "train.py")
-    launch = ["-m", "accelerate.commands.launch"]
-    launcher = launch if torch.cuda.device_count() > 1 else []
-    if ranks:
-        # In full, since without a user's own settings `accelerate launch` takes all GPUs.
-        many = ["--multi_gpu"] if ranks > 1 else []
-        launcher = [
-            *launch, *many, "--num_machines", "1", "--num_processes", str(ranks), "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0",
-        ]  # fmt: skip
-    command = [sys.executable, *launcher, script, *arguments, "--run-dir", str(folder)]
+    command = [sys.executable, *(launcher(ranks) if ranks else usual), script, *arguments, "--run-dir", str(folder)]
     whole = not folder.exists()
     began = time.perf_counter()
     with log.open("a", encoding="utf-8") as lines:
@@ -90,15 +93,14 @@ def evaluated(folder: Path, split: str, weights: str) -> dict[str, Any]:
     """
     kept = folder.with_name(f"{folder.name}.{split}-{weights}.json")
     if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+        return json.loads(kept.read_text(encoding="utf-8"))
     before = set((folder / "evaluations").glob("*"))
     with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as lines, redirect_stdout(lines):
         code = verb(["evaluate", str(folder), "--split", split, "--weights", weights])
     new = sorted(set((folder / "evaluations").glob("*")) - before)
     if code or not new:
         raise UserError(f"{folder}: its {weights} weights cannot be scored on {split}; see {folder.name}.log.")
-    figures: dict[str, Any] = json.loads((new[-1] / "metrics.json").read_text(encoding="utf-8"))[split]
+    figures = json.loads((new[-1] / "metrics.json").read_text(encoding="utf-8"))[split]
     kept.write_text(json.dumps(figures) + "\n", encoding="utf-8")
     return figures
 
@@ -118,8 +120,7 @@ def scored(folder: Path) -> dict[str, list[float | None]]:
 
 def figures(folder: Path) -> dict[str, dict[str, Any]]:
     """What a run's report says, by split: under the best weights, and `valid_last` under the last."""
-    found: dict[str, dict[str, Any]] = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
 
 
 def best_is_last(folder: Path) -> bool:

@@ -168,12 +168,7 @@ def test_a_compiled_step_is_held_against_the_plans_estimate(memory: Any, monkeyp
     assert memory.errors([rows[0]] * 5 + [rows[1]])[0]["configurations"] == 5
 
 
-def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        accounts = importlib.import_module("accounts")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def test_the_tables_say_what_was_held_against_what(memory: Any, load: Callable[[str], Any]) -> None:
     spread = {"low": 0.5, "high": 0.5, "n": 5}
     rows: list[dict[str, Any]] = [
         {"name": f"net {n}", "kind": "memory", "witness": "CPU allocator's record", "median": 0.5, **spread,
@@ -184,7 +179,7 @@ def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
     rows.append({"name": "largest batch, 8 GiB, net", "kind": "largest", "median": 64, "unit": "photographs",
                  "predicted": 60, "share": 60 / 64})  # fmt: skip
     rows.append({"name": "huge", "kind": "memory", "failed": "out of memory"})
-    texts = accounts.peaks(rows)
+    texts = load("accounts").peaks(rows)
     assert "| net 1 | CPU allocator's record | 512 | 502 | -2.0 % |" in texts[0]
     assert texts[1] == "Error of the prediction over these 5: median 2.0 %, worst 10 % (net 4)."
     assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[2]
@@ -194,9 +189,10 @@ def test_the_tables_say_what_was_held_against_what(memory: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- cards.py
 
 
-def test_the_largest_batch_by_card_is_the_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    cards, accounts, plots = (importlib.import_module(name) for name in ("cards", "accounts", "plots"))
+def test_the_largest_batch_by_card_is_the_plans(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cards, accounts, plots = map(load, ("cards", "accounts", "plots"))
     flags = ("--model", "cnn", "--cnn.width", "8", "--cnn.blocks", "2")
     monkeypatch.setattr(cards, "TRAININGS", {"small": flags})
     monkeypatch.setattr(cards.planning, "MOST", 300)

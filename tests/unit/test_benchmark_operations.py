@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,19 +22,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
-
-
-def test_ceilings_say_what_they_leave_out(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ceilings = benchmark("ceilings")
+def test_ceilings_say_what_they_leave_out(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = load("ceilings")
     product = ceilings._product
 
     def failing(clock: Any, kind: str, side: int) -> Any:
@@ -45,7 +33,8 @@ def test_ceilings_say_what_they_leave_out(benchmark: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ceilings, "_product", failing)
     said: list[str] = []
-    found = ceilings.measure(CPU, ("fp32", "bf16", "fp16"), 5, 1, said.append, tiny=True)
+    monkeypatch.setattr(ceilings.harness, "say", said.append)
+    found = ceilings.measure(CPU, ("fp32", "bf16", "fp16"), 5, 1, tiny=True)
     assert said == [
         "Matrix products in bf16 are left out: its products take too long here.",
         "Matrix products in fp16 are left out: no such product.",
@@ -84,9 +73,9 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return told
 
 
-def test_short_calls_wait_for_the_card_together(benchmark: Any, on_card: list[Any]) -> None:
+def test_short_calls_wait_for_the_card_together(load: Any, on_card: list[Any]) -> None:
     """Before the first event, so that neither the sleep nor Python's time to send them is measured."""
-    timing, card = benchmark("timing"), torch.device("cuda", 0)
+    timing, card = load("timing"), torch.device("cuda", 0)
     clock = timing.Clock(card, queued=True)
     assert clock.seconds(lambda: on_card.append("call"), 3) == pytest.approx(0.1 / 3)
     assert on_card == [3 * timing._SENT, "event", *["call"] * 3, "event"]
@@ -105,9 +94,9 @@ def test_short_calls_wait_for_the_card_together(benchmark: Any, on_card: list[An
 
 
 def test_the_kernel_alone_is_timed_behind_a_queue(
-    benchmark: Any, on_card: list[Any], monkeypatch: pytest.MonkeyPatch
+    load: Any, on_card: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = benchmark("stages")
+    stages = load("stages")
     warped: list[int] = []
     places: list[int] = []
 
@@ -129,28 +118,28 @@ def test_the_kernel_alone_is_timed_behind_a_queue(
     # 24 batches of 50 in a tenth of a second.
     assert stages.kernel(loader, 0.0) == pytest.approx([12_000.0] * stages.ROUNDS)
     assert warped == [batch % 5 for batch in range(5 + 24 * (stages.ROUNDS + 1))]
-    assert on_card[::3] == [24 * benchmark("timing")._SENT] * (stages.ROUNDS + 1)
+    assert on_card[::3] == [24 * load("timing")._SENT] * (stages.ROUNDS + 1)
     assert all(len(set(places[k : k + 3])) == 3 for k in range(5, len(places) - 2)), "none is written over a cached one"
 
 
-def test_shares_of_an_operation(benchmark: Any) -> None:
-    operations, ceilings = benchmark("operations"), benchmark("ceilings")
+def test_shares_of_an_operation(load: Any) -> None:
+    operations, ceilings = load("operations"), load("ceilings")
     limits = ceilings.Ceilings([100e9], {"fp32": [1e12]}, "cpu")
     about = {"dtype": "fp32"}
     bound_by_bytes = operations.Operation("depthwise forward", 3, "NCHW", int, flop=10**9, moved=10**9)
-    row = operations.row(bound_by_bytes, about, [0.02] * 5, limits, CPU, in_cache=False)
+    row = operations.row(bound_by_bytes, about, [0.02] * 5, limits, in_cache=False)
     assert (row["median"], row["unit"], row["kernel"], row["layout"]) == (pytest.approx(2e4), "µs", 3, "NCHW")
     assert (row["gigabytes_per_second"], row["share_of_copy"]) == (50, 0.5)
     assert (row["teraflop_per_second"], row["share_of_matmul"], row["roofline_share"]) == (0.05, 0.05, 0.5)
     bound_by_flop = operations.Operation("pointwise forward", None, "NCHW", int, flop=10**10, moved=10**9)
-    assert operations.row(bound_by_flop, about, [0.02] * 5, limits, CPU, in_cache=False)["roofline_share"] == 0.5
-    unknown = operations.row(bound_by_flop, {"dtype": "bf16"}, [0.02] * 5, limits, CPU, in_cache=False)
+    assert operations.row(bound_by_flop, about, [0.02] * 5, limits, in_cache=False)["roofline_share"] == 0.5
+    unknown = operations.row(bound_by_flop, {"dtype": "bf16"}, [0.02] * 5, limits, in_cache=False)
     assert "roofline_share" not in unknown
     assert "share_of_matmul" not in unknown
 
 
-def test_sentences_on_layouts_and_on_the_furthest(benchmark: Any) -> None:
-    operations = benchmark("operations")
+def test_sentences_on_layouts_and_on_the_furthest(load: Any) -> None:
+    operations = load("operations")
     about = {"dtype": "bf16", "batch_size": 64, "channels": 512, "side": 32}
     parts = ("forward", "data gradient", "weight gradient")
     rows, seconds = [], {}
@@ -177,8 +166,8 @@ def test_sentences_on_layouts_and_on_the_furthest(benchmark: Any) -> None:
     assert "40.0 times the least" in furthest
 
 
-def test_inputs_are_larger_than_the_cache(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    operations = benchmark("operations")
+def test_inputs_are_larger_than_the_cache(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = load("operations")
     monkeypatch.setattr(operations, "cache_bytes", lambda device: 3 * 4 * 64)
     shape = operations.Shape(1, 4, 4)
     inputs = operations.Inputs(shape, torch.float32, "NHWC", CPU)
@@ -200,8 +189,8 @@ def test_inputs_are_larger_than_the_cache(benchmark: Any, monkeypatch: pytest.Mo
     assert (len(inputs.maps), inputs.in_cache) == (2, True)
 
 
-def test_gradients_of_operations_are_right(benchmark: Any) -> None:
-    operations = benchmark("operations")
+def test_gradients_of_operations_are_right(load: Any) -> None:
+    operations = load("operations")
     inputs = operations.Inputs(operations.Shape(2, 4, 6), torch.float32, "NHWC", CPU)
     inputs.maps, inputs.gradients = inputs.maps[:1], inputs.gradients[:1]
     x, dy = inputs.maps[0].clone().requires_grad_(), inputs.gradients[0]

@@ -274,7 +274,7 @@ def test_what_is_not_measured_is_said(load: Callable[[str], Any], trained: Any) 
         said = block([], lambda path: path.name)
         assert len(said) == 1, name
         assert "ot measured yet: " in said[0], name
-    assert load("blocks").step([trained], lambda path: path.name) == [
+    assert load("blocks").BLOCKS["step"]([trained], lambda path: path.name) == [
         "**2-core CPU.** Not measured yet: `python benchmarks/step.py`.",
         "**GPU.** Not measured yet: `python benchmarks/step.py`.",
     ]

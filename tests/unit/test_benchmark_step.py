@@ -32,25 +32,14 @@ PUBLISHED = [
 ]
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of `benchmarks` by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
-
-
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
 @pytest.mark.parametrize(("name", "size", "gigaflop", "eager", "compiled"), PUBLISHED)
 def test_flop_and_bytes_are_the_published_ones(
-    benchmark: Any, name: str, size: int, gigaflop: float, eager: float, compiled: float
+    load: Any, name: str, size: int, gigaflop: float, eager: float, compiled: float
 ) -> None:
-    mixer = benchmark("networks").mixer(name)
+    mixer = load("networks").mixer(name)
     assert float(f"{mixer.training(size) / 1e9:.3g}") == gigaflop
     assert float(f"{mixer.moved(size, 2, compiled=False) / 1e9:.3g}") == eager
     assert float(f"{mixer.moved(size, 2, compiled=True) / 1e9:.3g}") == compiled
@@ -58,10 +47,10 @@ def test_flop_and_bytes_are_the_published_ones(
 
 @pytest.mark.parametrize("source", ["", "timm:"])
 @pytest.mark.parametrize("name", ["convmixer-512-12-k9-p8", "convmixer-24-3-k5-p7"])
-def test_formula_and_counter_agree_up_to_the_head(benchmark: Any, source: str, name: str) -> None:
+def test_formula_and_counter_agree_up_to_the_head(load: Any, source: str, name: str) -> None:
     if source:
         pytest.importorskip("timm")
-    flops, networks = benchmark("flops"), benchmark("networks")
+    flops, networks = load("flops"), load("networks")
     network = networks.build(source + name, 64)
     mixer = networks.settings_of(source + name, network)
     head = 2 * mixer.dim * networks.CLASSES
@@ -69,25 +58,25 @@ def test_formula_and_counter_agree_up_to_the_head(benchmark: Any, source: str, n
     assert not next(network.parameters()).is_meta
 
 
-def test_the_first_convolution_has_no_gradient_of_the_images(benchmark: Any) -> None:
+def test_the_first_convolution_has_no_gradient_of_the_images(load: Any) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=4))
     first, depthwise = 2 * 64 * 4 * 27, 2 * 64 * 4 * 9
-    assert benchmark("flops").training(network, 8) == 2 * first + 3 * depthwise
+    assert load("flops").training(network, 8) == 2 * first + 3 * depthwise
     with pytest.raises(ValueError, match="without a convolution"):
-        benchmark("flops").training(nn.Flatten(), 8)
+        load("flops").training(nn.Flatten(), 8)
 
 
-def test_settings_of_a_named_model_of_timm(benchmark: Any) -> None:
+def test_settings_of_a_named_model_of_timm(load: Any) -> None:
     pytest.importorskip("timm")
-    networks = benchmark("networks")
+    networks = load("networks")
     network = networks.build("timm:convmixer_768_32", 32)
     assert vars(networks.settings_of("timm:convmixer_768_32", network)) == {
         "dim": 768, "depth": 32, "kernel": 7, "patch": 7,
     }  # fmt: skip
 
 
-def test_the_roofline_is_the_longer_time(benchmark: Any) -> None:
-    least = benchmark("flops").least_seconds
+def test_the_roofline_is_the_longer_time(load: Any) -> None:
+    least = load("flops").least_seconds
     assert least(10.0, 3.0, 5.0, 2.0) == 2.0
     assert least(10.0, 6.0, 5.0, 2.0) == 3.0
 
@@ -97,10 +86,10 @@ def test_the_roofline_is_the_longer_time(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("name", ["convmixer-16-2-k3-p8", "timm:convmixer-16-2-k3-p8", "resnet,depth=10,width=16"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_maps_are_in_the_layout_that_is_named(benchmark: Any, name: str, layout: str) -> None:
+def test_maps_are_in_the_layout_that_is_named(load: Any, name: str, layout: str) -> None:
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    networks = benchmark("networks")
+    networks = load("networks")
     network = networks.lay_out(networks.build(name, 64), layout, CPU)
     images = torch.randn(2, 3, 64, 64)
     for given in networks.LAYOUTS:
@@ -112,8 +101,8 @@ def test_maps_are_in_the_layout_that_is_named(benchmark: Any, name: str, layout:
     assert elsewhere == []
 
 
-def test_unknown_networks_and_packages(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = benchmark("networks")
+def test_unknown_networks_and_packages(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = load("networks")
     for name in ("convmixer-16-2-k3-p8", "timm:convmixer-16-2-k3-p8", "cnn", "resnet,depth=40", "torchvision:resnet50"):
         networks.check(name)
     for name in ("convmixer_768_32", "keras:resnet50", "convmixer-16-2", "timm", "cnn:blocks=2"):
@@ -131,8 +120,8 @@ def a_job(variants: ModuleType, heats: list[list[Any]], records: str = "") -> An
     return variants.Job("fp32", 4, 32, heats, heats[0][0], "adam", 5, 1, 1, None, records)
 
 
-def test_variants_and_their_heats(benchmark: Any) -> None:
-    step = benchmark("step")
+def test_variants_and_their_heats(load: Any) -> None:
+    step = load("step")
     options = step.Options(
         models=("cnn", "convmixer-16-1-k3-p8", "timm:convmixer_768_32", "timm:convmixer-16-1-k3-p8"),
         modes=("eager", "compile"),
@@ -152,11 +141,11 @@ def test_variants_and_their_heats(benchmark: Any) -> None:
     assert heats[1][-1].name == "timm:convmixer-16-1-k3-p8, compile, NHWC, layout kept"
     assert step.Options().filled(gpu=True).modes == ("eager", "deterministic", "compile", "max-autotune")
     for model in (*step.MODELS, *step.CPU_MODELS, *step.TINY_MODELS):
-        benchmark("networks").check(model)
+        load("networks").check(model)
 
 
-def test_variants_are_not_one_to_the_compiler(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = benchmark("variants")
+def test_variants_are_not_one_to_the_compiler(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = load("variants")
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(torch, "compile", lambda network, options: asked.append(options) or network)
     network = nn.Flatten()
@@ -171,8 +160,8 @@ def test_variants_are_not_one_to_the_compiler(benchmark: Any, monkeypatch: pytes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Accelerate's precision and device are a process's for good")
-def test_a_compiled_variant_must_have_been_compiled(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = benchmark("variants")
+def test_a_compiled_variant_must_have_been_compiled(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = load("variants")
     threads = torch.get_num_threads()
     run = runtime.start(replace(fastddr.load_preset("quickstart"), precision="fp32", batch_size=4, threads=threads))
     eager, compiled = (
@@ -187,8 +176,8 @@ def test_a_compiled_variant_must_have_been_compiled(benchmark: Any, monkeypatch:
         variants.Running(compiled, job, run)
 
 
-def test_a_deterministic_variant_computes_as_training_does_and_the_others_do_not(benchmark: Any) -> None:
-    variants = benchmark("variants")
+def test_a_deterministic_variant_computes_as_training_does_and_the_others_do_not(load: Any) -> None:
+    variants = load("variants")
     modes = ("eager", variants.DETERMINISTIC)
     for mode in (*modes, *modes):
         with variants.numerics(variants.Variant("cnn", mode, "NCHW"), CPU):
@@ -197,8 +186,8 @@ def test_a_deterministic_variant_computes_as_training_does_and_the_others_do_not
         assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_variant_that_fails_is_said_and_the_others_go_on(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = benchmark("variants")
+def test_a_variant_that_fails_is_said_and_the_others_go_on(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = load("variants")
 
     asked: list[str] = []
 
@@ -233,15 +222,15 @@ def test_a_variant_that_fails_is_said_and_the_others_go_on(benchmark: Any, monke
     assert "breaks, eager, NCHW is left out: RuntimeError: Detected recompile." in said
 
 
-def test_no_variant_begins_when_the_time_is_up(benchmark: Any) -> None:
-    variants = benchmark("variants")
+def test_no_variant_begins_when_the_time_is_up(load: Any) -> None:
+    variants = load("variants")
     job = a_job(variants, [[variants.Variant("cnn", "eager", "NCHW")]])
     object.__setattr__(job, "until", 0.0)
     said: list[str] = []
     heat = variants.Heat(0, job, SimpleNamespace(device=CPU), said.append)
     heat.warm()
     [record] = heat.race()
-    assert record["failed"] == benchmark("harness").TIME_UP == "the time was up before its turn came"
+    assert record["failed"] == load("harness").TIME_UP == "the time was up before its turn came"
     assert said == ["cnn, eager, NCHW is left out: the time was up before its turn came."]
 
 
@@ -255,9 +244,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_that_dies_loses_the_heat_that_it_did_not_finish(
-    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, variants = benchmark("step"), benchmark("variants")
+    step, variants = load("step"), load("variants")
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
     job = a_job(variants, heats)
     monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", DIES))
@@ -301,9 +290,9 @@ for heat in range(job["first"], 4):
 
 
 def test_another_process_measures_the_heats_behind_one_that_died(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, variants = benchmark("step"), benchmark("variants")
+    step, variants = load("step"), load("variants")
     models = ("cnn", "resnet", "convmixer-16-1-k3-p8", "torchvision:resnet50")
     job = a_job(variants, [[variants.Variant(model, "eager", "NCHW")] for model in models])
     job.heats[1] += [variants.Variant("resnet", "eager", "NHWC"), variants.Variant("resnet", "compile", "NCHW", True)]
@@ -323,11 +312,11 @@ def test_another_process_measures_the_heats_behind_one_that_died(
     object.__setattr__(job, "until", 0.0)
     late = {record["heat"]: record.get("failed") for record in step.Measuring()(job)}
     assert late[0] is None
-    assert late[1] == late[2] == late[3] == benchmark("harness").TIME_UP
+    assert late[1] == late[2] == late[3] == load("harness").TIME_UP
 
 
-def test_the_rounds_of_a_heat_are_kept_as_they_come(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = benchmark("variants")
+def test_the_rounds_of_a_heat_are_kept_as_they_come(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = load("variants")
 
     class Running:
         def __init__(self, variant: Any, job: Any, run: Any) -> None:
@@ -348,9 +337,9 @@ def test_the_rounds_of_a_heat_are_kept_as_they_come(benchmark: Any, monkeypatch:
 
 @pytest.mark.parametrize("when", ["warm", "race"])
 def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
-    when: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+    when: str, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variants, problem = benchmark("variants"), ""
+    variants, problem = load("variants"), ""
 
     class Running:
         def __init__(self, variant: Any, job: Any, run: Any) -> None:
@@ -378,8 +367,8 @@ def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
         measure()
 
 
-def test_what_was_measured_before_a_stop_is_kept(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, variants = benchmark("step"), benchmark("variants")
+def test_what_was_measured_before_a_stop_is_kept(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, variants = load("step"), load("variants")
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
     measuring = step.Measuring()
     goes_on = DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getppid(), signal.SIGTERM)")
@@ -393,14 +382,14 @@ def test_what_was_measured_before_a_stop_is_kept(benchmark: Any, monkeypatch: py
     assert [record.get("failed") for record in records] == [None, "the benchmark was stopped"]
 
 
-def test_rows_and_ratios_of_records(benchmark: Any) -> None:
-    step, variants, ceilings = benchmark("step"), benchmark("variants"), benchmark("ceilings")
+def test_rows_and_ratios_of_records(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, variants, ceilings = load("step"), load("variants"), load("ceilings")
     name = "convmixer-16-1-k3-p8"
     ours, theirs = (variants.Variant(model, "eager", "NCHW") for model in (name, f"timm:{name}"))
     compiled = variants.Variant(name, "compile", "NCHW", True)
     other = variants.Variant("cnn", "eager", "NHWC")
     job = a_job(variants, [[ours, compiled, theirs], [other]])
-    mixer = vars(benchmark("networks").mixer(name))
+    mixer = vars(load("networks").mixer(name))
     mine = {"flop": 10**6, "parameters": 7, "mixer": mixer}
 
     def record(heat: int, variant: Any, rates: list[float], **more: Any) -> dict[str, Any]:
@@ -444,7 +433,8 @@ def test_rows_and_ratios_of_records(benchmark: Any) -> None:
     [failed] = [row for row in rows if row["kind"] == "failed"]
     assert (failed["name"], failed["failed"]) == ("cnn, compile, NHWC", "out of memory")
     said: list[str] = []
-    step.report(job, rows, said.append)
+    monkeypatch.setattr(step.harness, "say", said.append)
+    step.report(job, rows)
     assert said == [
         "cnn, eager, NHWC: 2 modules got maps in the other layout, norm the first.",
         "Left out, fp32, batch 4, 32 px: cnn, compile, NHWC: out of memory.",
@@ -452,8 +442,8 @@ def test_rows_and_ratios_of_records(benchmark: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
-def test_a_precision_that_the_machine_lacks(benchmark: Any, tmp_path: Path) -> None:
-    variants = benchmark("variants")
+def test_a_precision_that_the_machine_lacks(load: Any, tmp_path: Path) -> None:
+    variants = load("variants")
     job = variants.Job("fp16", 4, 32, [], variants.Variant("cnn", "eager", "NCHW"), "adam", 5, 1, 1, None, "")
     job.write(tmp_path / "job.json")
     with pytest.raises(UserError, match="fp16 needs a GPU"):

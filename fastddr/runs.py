@@ -193,16 +193,20 @@ def _append(file: Path, record: dict[str, Any]) -> None:
         lines.write((text if whole else "\n" + text).encode())
 
 
+def data_name(place: Path) -> str:
+    """What a data set is called: as its folder, or as the one above where that is DDR's own `DR_grading`."""
+    return place.parent.name if place.name == "DR_grading" and place.parent.name else place.name
+
+
 def new_name(preset: str, data: str, now: datetime) -> str:
     """PRESET-DATA-TIME, of characters that any file system takes."""
 
     def short(name: str) -> str:
         path = Path(name)
-        path = path.parent if path.name == "DR_grading" and path.parent.name else path
         stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
         return re.sub(r"[^\w.]+", "_", stem).strip("._") or "data"
 
-    folder = data if data == "synthetic" else str(Path(data).expanduser().absolute())
+    folder = data if data == "synthetic" else data_name(Path(data).expanduser().absolute())
     return f"{short(preset)}-{short(folder)}-{now:%Y%m%d-%H%M%S}"
 
 

@@ -13,7 +13,7 @@ import runpy
 import socket
 import sys
 
-from fastddr import ranks, trainer  # noqa: F401
+from fastddr import ranks, trainer  # noqa: F401  # the forks have what this imports
 
 
 def run(arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from fastddr.errors import UserError
 from fastddr.inference.formats import Deployed
 from fastddr.inference.restore import Restored
 from fastddr.reporting import tables
+from fastddr.runs import data_name
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,12 @@ def _data(restored: Restored) -> list[str]:
     head = ["split", *(names.get(grade, grade) for grade in grades)]
     body = [[split, *(f"{of_split[grade]:,}" for grade in grades)] for split, of_split in counts.items()]
     said = _used(restored.config)
-    data = in_markdown(name(restored.config))
+    data = in_markdown(data_name(Path(restored.config.data)))
     return [f"Data: {data}, fingerprint {restored.fingerprint}. {said}", tables.table(head, body)]
 
 
 def _used(config: Config) -> str:
     return "Grade 5 is a class." if config.num_classes > len(ICDR) else "Photographs of grade 5 were left out."
-
-
-def name(config: Config) -> str:
-    """The data folder's name, without the place of it."""
-    place = Path(config.data)
-    return place.parent.name if place.name == "DR_grading" and place.parent.name else place.name
 
 
 def _metrics(file: Path, restored: Restored) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fastddr.inference.flags import Evaluate
 from fastddr.loaders.run import scoring
 from fastddr.reporting import again, tables
 from fastddr.reporting.facts import facts
-from fastddr.runs import RunFolder, claim
+from fastddr.runs import RunFolder, claim, data_name
 
 
 def settings(asked: Evaluate) -> Config:
@@ -188,12 +188,10 @@ def _seen(split: str, found: Manifest, regression: bool) -> list[str]:
 
 def _others(trained: Config, fingerprint: str) -> str:
     """The sentence about photographs that are not the run's own; `fingerprint` is of those."""
-    place = Path(trained.data)
-    name = place.parent.name if place.name == "DR_grading" else place.name
     return (
-        f"By their fingerprint these are not the photographs that the run was trained on ({name}, fingerprint "
-        f"{fingerprint}): data, layout, grades and fingerprint below are of what was scored, and what was fitted "
-        "on valid was on the run's own."
+        "By their fingerprint these are not the photographs that the run was trained on "
+        f"({data_name(Path(trained.data))}, fingerprint {fingerprint}): data, layout, grades and "
+        "fingerprint below are of what was scored, and what was fitted on valid was on the run's own."
     )
 
 

@@ -43,6 +43,7 @@ from fastddr.loaders import canvases
 from fastddr.loaders.run import task
 from fastddr.meters import versions
 from fastddr.progress import terminal
+from fastddr.runs import data_name
 
 #: Most that a probability may differ from the run's own on any photograph of the check.
 ALLOWED = 1e-4
@@ -109,7 +110,10 @@ def export(asked: Export) -> Path:
             )
         about |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         trained = replace(restore.stored(asked.run), run_dir=None)
-        about |= {"versions": versions(), "config": asdict(trained) | {"data": card.name(config), "exclude": None}}
+        about |= {
+            "versions": versions(),
+            "config": asdict(trained) | {"data": data_name(Path(config.data)), "exclude": None},
+        }
         (part / "model_card.md").write_text(card.markdown(restored, known, deployed, recipe, about), encoding="utf-8")
         (part / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _keep(part, out, asked.overwrite)

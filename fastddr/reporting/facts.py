@@ -16,6 +16,7 @@ from fastddr.config import Config
 from fastddr.config.sections import POLICIES, AugmentConfig, LossConfig
 from fastddr.data.manifest import Manifest
 from fastddr.meters import MEMORY, RATE, WAIT, code_state, of_training, versions
+from fastddr.runs import data_name
 from fastddr.runtime import Runtime
 
 
@@ -54,7 +55,7 @@ def facts(
         "Model": {"name": config.model, **config.model_settings, "parameters": f"{parameters:,}"},
         "Begins at": (began_at or config.init or "random weights").removeprefix("init "),
         "Preset": config.preset,
-        "Data": manifest.root.parent.name if manifest.root.name == "DR_grading" else manifest.root.name,
+        "Data": data_name(manifest.root),
         "Layout": manifest.layout,
         "Photographs by grade 0-5": {
             split: " / ".join(map(str, counts)) for split, counts in manifest.counts().items()

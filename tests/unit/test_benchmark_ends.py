@@ -1,4 +1,4 @@
-"""Benchmarks that are stopped, and of which a part fails or dies: the figures of the rest are kept."""
+"""Benchmarks that are stopped, that cannot write, or of which a part is missing: what is kept and what is told."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import environment, task
+from tests_support import environment
 
-from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 
@@ -198,112 +197,6 @@ def test_folders_of_killed_benchmarks_are_removed(load: Any, tmp_path: Path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, again.name, *left])
 
 
-class Turns:
-    """A loader or a training loop that takes turns, and fails where it is told to."""
-
-    def __init__(self, spec: Any, wanted: Any = None, fails_at: int | None = None) -> None:
-        self.spec, self.task, self.fails_at = spec, wanted, fails_at
-        self.turns, self.closed = 0, False
-        self.about = {"micro_batch_size": 4}
-        self.memory, self.warmth = (0, 0), SimpleNamespace(vram=None, first_epoch=None)
-        self.first = SimpleNamespace(images=8, seconds=1.0)
-
-    def __call__(self, seconds: float = 0) -> float:
-        self.turns += 1
-        if self.turns == self.fails_at:
-            raise RuntimeError("its process has died (-11)")
-        return 100.0
-
-    def warm(self) -> Any:
-        if self.fails_at == 0:
-            raise RuntimeError("its process has died (-11)")
-        return self.first
-
-    def row(self) -> dict[str, Any]:
-        return {}
-
-    def cpu_shares(self, cores: int) -> tuple[float, float]:
-        return 0.1, 0.0
-
-    def close(self) -> None:
-        self.closed = True
-
-
-ABOUT = {"photographs": "tiny", "policy": "report"}
-
-
-@pytest.fixture
-def panel(load: Any, tiny: Path) -> Any:
-    """Loaders that read a few small photographs, before any has begun."""
-    loader = load("loader")
-    return loader.Panel(task(manifest.read(tiny)), ABOUT, loader.Options(rounds=5))
-
-
-@pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl", "peer")])
-@pytest.mark.parametrize("fails_at", [0, 3])
-def test_a_loader_that_dies_does_not_take_the_others_along(
-    fails_at: int, dying: str, kind: str, load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader, trials = load("loader"), load("trials")
-    made: dict[str, Turns] = {}
-
-    def trial(spec: Any, wanted: Any) -> Turns:
-        made[spec.name] = Turns(spec, wanted, fails_at if spec.name == dying else None)
-        return made[spec.name]
-
-    assert loader.Panel._kind(dying) == kind
-    monkeypatch.setattr(loader, "Trial", trial)
-    for peer in ("torch-pil", "spdl"):
-        monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task: None)
-    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
-    panel.begin([trials.Spec(name) for name in ("dali", "torch-pil", dying, "torchvision-gpu")])
-    panel.race()
-    panel.compare()
-    found = {row["name"]: row["kind"] for row in panel.rows if row["kind"] not in ("ratio", "target")}
-    assert found == {"dali": "fastddr", "torch-pil": "peer", dying: "failed"}
-    assert [row["name"] for row in panel.rows if row["kind"] == "ratio"] == ["dali / torch-pil, the best peer"]
-    assert made[dying].closed
-    assert not made["dali"].closed
-    failed = next(row for row in panel.rows if row["kind"] == "failed")
-    assert failed["failed"] == "its process has died (-11)"
-
-
-def test_a_peer_that_is_not_installed_has_a_row(load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader, trials = load("loader"), load("trials")
-    monkeypatch.setattr(loader, "Trial", lambda *_: pytest.fail("it was begun"))
-    for peer, why in (("spdl", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
-                      ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
-        monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
-    panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
-    assert panel.rows == [
-        {"name": "spdl", "kind": "failed", **ABOUT, "failed": "SPDL is not installed"},
-        {"name": "torchcodec", "kind": "failed", **ABOUT, "failed": "TorchCodec cannot be loaded (why)"},
-    ]
-
-
-@pytest.mark.parametrize("fails_at", [0, 3])
-def test_a_training_loop_that_dies_does_not_take_the_others_along(
-    fails_at: int, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train, recipes = load("train"), load("recipes")
-    specs = [recipes.Spec.parse(text) for text in ("fastddr", "report", "timm")]
-    made: dict[str, Turns] = {}
-
-    def contender(spec: Any, case: Any) -> Turns:
-        made[spec.name] = Turns(spec, fails_at=fails_at if spec.name == "report" else None)
-        return made[spec.name]
-
-    monkeypatch.setattr(train, "Contender", contender)
-    said: list[str] = []
-    about = {"model": "m", "precision": "fp32", "image_size": 32, "batch_size": 8, "device": "cpu"}
-    rows = train.race(specs, None, about, 5, None, said.append)
-    by_name = {row["name"]: row for row in rows}
-    assert by_name["report"]["failed"] == "its process has died (-11)"
-    assert by_name["fastddr"]["n"] == by_name["timm"]["n"] == 5
-    assert all(runner.closed for runner in made.values())
-    assert "report is left out: its process has died (-11)." in said
-
-
 def test_without_dali_there_is_no_decoder_to_compare(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,117 +232,11 @@ def test_two_ranks_that_have_one_card_train_on_the_cpu(
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == [seen, "7"]
 
 
-def test_a_loop_that_breaks_has_a_row_in_the_race_to_a_kappa(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kappas, recipes = load("kappas"), load("recipes")
-
-    def trained(spec: Any, case: Any, seed: int, highest: float) -> Any:
-        if spec.name == "report":
-            raise RuntimeError("its process has died (-9)")
-        return kappas.Curve(qwk=[0.6], seconds=[2.0])
-
-    monkeypatch.setattr(kappas, "train", trained)
-    specs = [recipes.Spec.parse(text) for text in ("fastddr", "report")]
-    case = SimpleNamespace(config=SimpleNamespace(epochs=3))
-    *_, rows = kappas.race(specs, case, {}, [0.5], [0, 1, 2, 3, 4], lambda line: None)
-    assert {row["name"]: row.get("failed") for row in rows} == {
-        "fastddr: to kappa 0.5": None,
-        "report": "its process has died (-9)",
-    }
-
-
 def test_errors_are_one_line(load: Any) -> None:
     harness = load("harness")
     assert harness.sentence(UserError("no\n room.")) == "no room"
     assert harness.sentence(AssertionError()) == "AssertionError"
     assert os.linesep not in harness.sentence(RuntimeError("a\nb"))
-
-
-@pytest.mark.parametrize("ending", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("stopped_in", [3, 5])
-def test_training_loops_that_are_stopped_keep_their_whole_rounds(
-    ending: type[BaseException], stopped_in: int, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train, recipes = load("train"), load("recipes")
-
-    class Stopped(Turns):
-        def __call__(self, seconds: float = 0) -> float:
-            if self.spec.name == "report" and self.turns + 1 == stopped_in:
-                raise ending
-            return super().__call__(seconds)
-
-    monkeypatch.setattr(train, "Contender", lambda spec, case: Stopped(spec))
-    specs = [recipes.Spec.parse(text) for text in ("fastddr", "report")]
-    about = {"model": "m", "precision": "fp32", "image_size": 32, "batch_size": 8, "device": "cpu"}
-    kept: list[dict[str, Any]] = []
-    with pytest.raises(ending):
-        train.race(specs, None, about, 5, None, lambda line: None, kept.extend)
-    found = {row["name"]: row["n"] for row in kept}
-    assert found == ({"fastddr": 4, "report": 4, "fastddr / report": 4} if stopped_in == 5 else {}), "two are too few"
-
-
-def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is stopped in the midst of a turn answers no question any more."""
-    train, recipes = load("train"), load("recipes")
-    asked: list[str] = []
-
-    def ask(self: Any, question: str, *arguments: object) -> Any:
-        asked.append(question)
-        said = {"epoch": load("recipe").Epoch(8, 1.0, 0.5), "vram": {}, "about": {"loader": "dali"}, "rest": None}
-        return said[question]
-
-    def begin(self: Any, *_: object) -> None:
-        self.memory, self._process = (0, 0), SimpleNamespace(pid=os.getpid())
-
-    monkeypatch.setattr(train.Halted, "__init__", begin)
-    monkeypatch.setattr(train.Halted, "ask", ask)
-    contender = train.Contender(recipes.Spec.parse("fastddr"), None)
-    contender.warm()
-    contender()
-    assert asked == ["epoch", "vram", "about", "rest", "epoch", "rest"], "others have the card while it is halted"
-    before = len(asked)
-    row = contender.row()
-    assert (row["loader"], row["data_wait"]) == ("dali", 0.5)
-    assert len(asked) == before
-
-
-def test_loaders_that_are_stopped_keep_their_whole_rounds(
-    load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader, trials = load("loader"), load("trials")
-
-    class Stopped(Turns):
-        def __call__(self, seconds: float = 0) -> float:
-            if self.spec.name == "replay" and self.turns == 3:
-                raise SystemExit(143)
-            return super().__call__(seconds)
-
-    monkeypatch.setattr(loader, "Trial", Stopped)
-    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
-    with pytest.raises(SystemExit):
-        loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
-    assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
-
-
-@pytest.mark.parametrize("problem", [RuntimeError("its process\nhas died"), UserError("OSError: no cache.")])
-def test_a_loader_whose_profile_fails_is_said_and_the_rest_goes_on(
-    problem: Exception, load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    loader, trials = load("loader"), load("trials")
-
-    class Asked(Turns):
-        def ask(self, question: str, *arguments: object) -> Any:
-            if self.spec.name == "resident":
-                raise problem
-            return load("stages").Stages({"read": [100.0] * 5}, [])
-
-    monkeypatch.setattr(loader, "Trial", Asked)
-    monkeypatch.setattr(panel, "limits", lambda: None)
-    loader.measure(panel, [trials.Spec(name) for name in ("resident", "torchvision")])
-    names = [row["name"] for row in panel.rows]
-    assert {"resident", "torchvision", "torchvision: read"} <= set(names)
-    said = capsys.readouterr().out
-    for what in ("the profile of resident", "resident kernel alone", "resident store alone, uint8"):
-        assert f"{what} is left out: {load('harness').sentence(problem)}." in said
 
 
 def test_of_two_ranks_on_one_card_it_is_said_that_they_trained_on_the_cpu(

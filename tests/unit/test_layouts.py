@@ -186,9 +186,11 @@ def test_a_folder_that_cannot_be_read_below_a_table_is_told(tmp_path: Path, monk
 
 def test_a_server_that_is_away_for_a_moment_makes_no_other_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path)
-    unlistable(monkeypatch, tmp_path / "train", errno.ESTALE, once=True)
-    with pytest.raises(OSError, match="train"):
-        layouts.find(tmp_path)
+    for away in ("train", "train/2"):
+        with monkeypatch.context() as patch:
+            unlistable(patch, tmp_path / away, errno.ESTALE, once=True)
+            with pytest.raises(OSError, match=away):
+                layouts.find(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from fastddr import files, ranks
-from fastddr.data import cache, crop
+from fastddr.data import cache, crop, photograph
 from fastddr.data.crop import Format, Recipe
 from fastddr.data.layouts.common import PREPARED
 from fastddr.data.photograph import BadPhotograph
@@ -146,11 +146,15 @@ def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:
 
 
 def _one(file: str, folder: str, recipe: Recipe) -> Made:
-    about = os.stat(file)
+    try:
+        about = photograph.about(file)  # it may be gone since it was looked at first
+    except BadPhotograph as bad:
+        return Made(file, "", bad.kind, bad.reason)
     named = os.fsencode(f"{os.path.realpath(file)}\0{about.st_size}\0{about.st_mtime_ns}")
     key = hashlib.sha256(named).hexdigest()[:32]
     target = os.path.join(folder, f"{key}.{'jpg' if recipe.format == 'jpeg' else 'png'}")
-    if os.path.exists(target):  # whole, since it was renamed; and made of a photograph that decoded to its end
+    # Whole, since it was renamed (but where the power failed then), and made of a photograph that decoded to its end.
+    if os.path.exists(target) and os.path.getsize(target):
         return Made(file, target)
     try:
         content = crop.master(file, recipe, whole=False).content

@@ -124,6 +124,42 @@ def test_a_bad_photograph_keeps_its_place_and_gets_its_reason(folder: Path) -> N
         )
 
 
+def test_a_photograph_that_goes_while_others_are_prepared_is_a_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something else empties the folder, or its server is away at one try."""
+    paths, make = [str(folder / name) for name in ("a.JPG", "b.jpg")], masters.make
+
+    def later(*given: Any) -> Any:
+        os.unlink(paths[0])
+        return make(*given)
+
+    monkeypatch.setattr(masters, "make", later)
+    found, _ = photos.ready(paths, RECIPE, silent)
+    assert [(photo.kind, photo.reason) for photo in found] == [("missing", "there is no such photograph"), ("", "")]
+    monkeypatch.undo()
+    look, tries = os.stat, list[str]()
+
+    def away(place: Any, *given: Any, **more: Any) -> Any:
+        if place == paths[1]:
+            tries.append(place)
+            if len(tries) == 1:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), place)
+        return look(place, *given, **more)
+
+    monkeypatch.setattr(os, "stat", away)
+    assert masters.make(paths[1:], RECIPE)[paths[1]].kind == ""
+    assert len(tries) > 1
+
+
+def test_a_master_that_lost_its_bytes_with_the_power_is_made_again(folder: Path) -> None:
+    (made,) = masters.make([str(folder / "b.jpg")], RECIPE).values()
+    before = Path(made.master).read_bytes()
+    os.truncate(made.master, 0)
+    assert masters.make([str(folder / "b.jpg")], RECIPE) == {made.file: made}
+    assert Path(made.master).read_bytes() == before
+
+
 def test_masters_are_those_of_prepare_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = official(tmp_path / "raw")
     prepare.run(str(source), tmp_path / "masters", Recipe(48), sheet=0, workers=1)

@@ -182,7 +182,9 @@ def rows_of(file: str | Path, name: str) -> tuple[list[list[str]], int | None]:
             stream.seek(0)
             mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
             headed = any(_is_path(cell.replace('"', "")) for cell in first.split(mark))
-            mark = mark if headed else ","  # one of a list that is just paths is part of them
+            if not headed:
+                # Rows of a list of ours are in quotes; of a list that is just paths a line is one, with its commas.
+                mark = "," if '"' in first else "\x1f"
             # Spaces after the marks of the header are after those of the rows too.
             found = csv.reader(stream, delimiter=mark, skipinitialspace=headed and f"{mark} " in first, strict=True)
             rows = [row for row in found if row]

@@ -56,8 +56,8 @@ def test_folders_globs_files_and_lists(folder: Path) -> None:
     assert names(photos.find([str(folder / "spaced.csv")]), folder) == ["b.jpg", "below/c.png"]
     assert read_list(folder / "spaced.csv") == {"b.jpg", "below/c.png"}
     assert names(photos.find([f"{folder}/s*.csv"]), folder) == ["b.jpg", "below/c.png", "gone.jpg"], "lists"
-    (folder / "bare.csv").write_text("b.jpg\na.JPG\n")
-    assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG"]
+    (folder / "bare.csv").write_text("b.jpg\na.JPG\nclinic 1, left.jpg\n")
+    assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG", "clinic 1, left.jpg"]
 
 
 def test_heat_maps_below_the_photographs_are_passed_over(folder: Path) -> None:

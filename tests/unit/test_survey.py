@@ -541,8 +541,11 @@ def test_a_list_holds_any_name(tmp_path_factory: pytest.TempPathFactory, found: 
 
 
 def test_a_plain_list_of_paths(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("train/a.jpg\n\ntrain/b c.jpg\n")
-    assert problems.read_list(tmp_path / "list.txt") == {"train/a.jpg", "train/b c.jpg"}
+    (tmp_path / "list.txt").write_text("train/a.jpg\n\ntrain/b c.jpg\nclinic 1, left.jpg\n")
+    assert problems.read_list(tmp_path / "list.txt") == {"train/a.jpg", "train/b c.jpg", "clinic 1, left.jpg"}
+    rows = problems.write_list([Problem("a, b.jpg", "empty", "the file is empty")]).splitlines()[1:]
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    assert problems.read_list(tmp_path / "list.txt") == {"a, b.jpg"}, "rows that were picked from a list"
     with pytest.raises(UserError, match="cannot be read"):
         problems.read_list(tmp_path / "nowhere.csv")
     (tmp_path / "list.txt").write_text("path\ntrain/a.jpg\n", encoding="utf-16")

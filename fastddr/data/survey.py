@@ -197,7 +197,9 @@ class Survey:
 
     def learn(self, found: dict[str, Record], *, keep: bool = True) -> str | None:
         """Take over what was found, here or on another rank. Says why it could not be kept for the next start."""
-        self.records.update(found)
+        # The time of change stays this machine's own: another one's copy of the file may have another.
+        own = {path: record._replace(changed=self.records[path].changed) for path, record in found.items()}
+        self.records.update(own)
         return _keep(self.root, self.records, cache.load(self.root)) if keep else None
 
 

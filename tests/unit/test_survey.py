@@ -377,6 +377,14 @@ def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.Mon
     assert len(survey.take(data).undecoded()) == len(SET) - 9
 
 
+def test_what_another_machine_decoded_is_known_of_the_copy_here(data: Path) -> None:
+    """Whose files may have other times of change."""
+    there = survey.take(data)
+    found = there.decode(there.undecoded(), 1, keep=False)
+    survey.take(data).learn({path: record._replace(changed=record.changed + 1) for path, record in found.items()})
+    assert survey.take(data).undecoded() == []
+
+
 def test_of_many_photographs_few_wait_and_what_is_slow_to_save_is_saved_less_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -200,7 +200,9 @@ class _Main:
         faulty = {problem.path for problem in bad}
         kept = [Kept(e, crop.name_of(e.path, self.recipe.format)) for e in seen.entries if e.path not in faulty]
         if not kept:
-            raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {self.data}` tells why.")
+            raise UserError(
+                f"{seen.root}: none of its photographs can be used; `fastddr check {seen.asked}` tells why."
+            )
         rows = []
         for entry, path in kept:
             row_ = self._row(path, entry.path)
@@ -302,7 +304,7 @@ class _Main:
             raise UserError(
                 one_line(
                     f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
-                    f"leave out what is bad with --on-bad exclude; {lister(self.data)} lists all."
+                    f"leave out what is bad with --on-bad exclude; {lister(self.seen.asked)} lists all."
                 )
             )
 

@@ -13,11 +13,12 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastddr import ranks
@@ -49,8 +50,8 @@ _OUTER = ("missing", "broken-link", "outside", "unreadable", "unreadable-now", "
 class Survey:
     """A data set as it is. Made by `take`."""
 
-    data: str
-    """What the user called it."""
+    asked: str
+    """What the user called it, and the flags that it was looked at with, as they stand on a command line."""
     root: Path
     layout: str
     entries: list[Entry]
@@ -256,7 +257,7 @@ def take(
     fence = Fence(located(data), follow_links)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(
-        data=str(data),
+        asked=_asked(data, splitting or SplitConfig(), follow_links),
         root=listing.root,
         layout=listing.layout,
         entries=kept,
@@ -266,6 +267,12 @@ def take(
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
     )
+
+
+def _asked(data: str | Path, splitting: SplitConfig, follow_links: bool) -> str:
+    changed = sorted(asdict(splitting).items() - asdict(SplitConfig()).items())
+    flags = [f"--splitting.{key.replace('_', '-')} {value}" for key, value in changed]
+    return " ".join([shlex.quote(str(data)), *(["--follow-links"] if follow_links else []), *flags])
 
 
 def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:

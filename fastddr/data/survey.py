@@ -127,15 +127,15 @@ class Survey:
         is no file. The same as the manifest's where every photograph can be used."""
         return fingerprint((e.path, self.records[e.path].size, e.grade, e.split or "") for e in self.entries)
 
-    def counts(self, bad: frozenset[str] = frozenset()) -> dict[str, dict[str, int]]:
-        """Photographs of each grade, by split, without those whose path is `bad`; "unknown" only where there are."""
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Photographs of each grade, by split; "unknown" only where there are."""
         found = {
             split: {str(grade): 0 for grade in range(UNGRADABLE + 1)}
             for split in SPLITS
             if any(entry.split == split for entry in self.entries)
         }
         for entry in self.entries:
-            if entry.path not in bad and entry.split is not None:
+            if entry.split is not None:
                 grade = "unknown" if entry.grade == UNKNOWN else str(entry.grade)
                 found[entry.split][grade] = found[entry.split].get(grade, 0) + 1
         return found

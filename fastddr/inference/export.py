@@ -74,7 +74,7 @@ def export(asked: Export) -> Path:
     restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
     recipe: Recipe | str | None
     try:
-        recipe = masters.of_run(restored.run.manifest, config.data)
+        recipe = masters.of_run(restored.run.manifest)
     except UserError:  # the file can be checked on any photographs; the card says what is not known
         recipe = "as the run's were, which is not known any more"
     known = card.read(restored)

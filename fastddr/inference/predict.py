@@ -133,7 +133,7 @@ def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
     if asked.preparation == "none":
         return None
     if asked.preparation == "auto":
-        return masters.of_run(restored.run.manifest, restored.config.data)
+        return masters.of_run(restored.run.manifest)
     if not asked.preparation.isdecimal():
         raise UserError(f"--preparation {asked.preparation}: give auto, none, or a side in pixels such as 512.")
     return Recipe(int(asked.preparation))

@@ -248,12 +248,12 @@ def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> No
     for data, wanted in ((source, None), (tmp_path / "out", RECIPE)):
         file = tmp_path / "manifest.csv"
         file.write_text(manifest.read(data).to_csv())
-        assert masters.of_run(file, "gone") == wanted
+        assert masters.of_run(file) == wanted
         text = file.read_text()
         file.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("# prep")))
-        assert masters.of_run(file, str(data)) == wanted, "an older run's data folder tells"
-        with pytest.raises(UserError, match="does not say whether"):
-            masters.of_run(file, str(tmp_path / "gone"))
+        for silent_one in (file, tmp_path / "gone.csv"):
+            with pytest.raises(UserError, match="does not say whether"):
+                masters.of_run(silent_one)
     assert len(list(csv.reader(text.splitlines()))) == text.count("\n")
 
 
@@ -262,10 +262,10 @@ def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> No
               {"size": float("nan")}, {"prepare": "x"}],
 )  # fmt: skip
 def test_a_manifest_chooses_neither_places_nor_memory(wrong: dict[str, Any], tmp_path: Path) -> None:
-    told = {"prepare": 2, "version": 2, "size": 48, "format": "jpeg"} | wrong
+    told = {"prepare": 2, "size": 48, "format": "jpeg"} | wrong
     (tmp_path / "manifest.csv").write_text(f"# prepared: {json.dumps(told)}\npath\n")
     with pytest.raises(UserError, match=r"manifest\.csv: what it says of `fastddr prepare` cannot be read"):
-        masters.of_run(tmp_path / "manifest.csv", "synthetic")
+        masters.of_run(tmp_path / "manifest.csv")
 
 
 def test_masters_of_another_version_are_refused(folder: Path) -> None:

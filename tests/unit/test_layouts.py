@@ -282,8 +282,6 @@ def test_a_pipe_is_no_table_and_a_long_line_is_cut(tmp_path: Path) -> None:
          "DDR-dataset.zip lies there in parts: join them (`cat DDR-dataset.zip.0* > DDR-dataset.zip`) and unpack it"),
         (["ddr.tar.gz", "notes.txt"], "ddr.tar.gz is an archive: unpack it"),
         (["labels.csv", "a.jpg"], "the header of labels.csv is name;DR level, which is none of those"),
-        (["a.JPG"], "photographs lie in it, and no labels beside them"),
-        (["lesion_segmentation"], "DDR's part with lesions, and the photographs with grades are in its DR_grading"),
         (["notes.txt"], "like train/0/ or train/mild/."),
     ],
 )  # fmt: skip

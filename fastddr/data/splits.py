@@ -33,8 +33,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
     entries = there + (listing.absent if all(entry.split is None for entry in there) else [])
     given = {entry.split for entry in entries}
     pool = [entry for entry in entries if entry.split in (None, "train")]
-    by = "patient by patient where known" if any(entry.patient for entry in pool) else "photograph by photograph"
-    what = f"by chance (seed {config.seed}), stratified by grade, {by}"
+    what = f"by chance (seed {config.seed}), stratified by grade, {_by(pool)}"
     share = config.valid_share / (1 - config.test_share)
     if given <= {None}:
         notes = []
@@ -57,7 +56,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         else:
             test = _cut(entries, called, config.test_share, config.seed, "test")
             notes.append(f"The set has no splits: {config.test_share:.0%} for test were drawn {what}.")
-            notes += _nearly_ddr(entries)
+            notes += _nearly_ddr(entries) + _alike(listing, pool, called)
         rest = [entry for entry in entries if entry.path not in test]
         valid = _cut(rest, called, share, config.seed, "valid")
         notes.append(f"Of the rest, {share:.0%} for valid were drawn {what}.")
@@ -74,6 +73,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         called = _called(pool)
         valid = _cut(pool, called, share, config.seed, "valid")
         notes = [f"The set has no valid split: {share:.0%} of train were drawn for it {what}."]
+        notes += _alike(listing, pool, called)
         found = [e._replace(split="valid") if e.path in valid else e for e in entries]
     else:
         notes = [] if config == SplitConfig() else [UNUSED]
@@ -115,6 +115,14 @@ def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:
     return frozenset(found)
 
 
+def _by(entries: Sequence[Entry]) -> str:
+    """Whether patients or photographs are drawn; of how many photographs the patient is known, where not of all."""
+    known = sum(bool(entry.patient) for entry in entries)
+    if known in (0, len(entries)):
+        return "patient by patient" if known else "photograph by photograph"
+    return f"patient by patient (known of {known} of {len(entries)} photographs; the others one by one)"
+
+
 def _bare(path: str) -> str:
     return os.path.splitext(path.rpartition("/")[2])[0]
 
@@ -137,6 +145,19 @@ def _called(entries: Sequence[Entry]) -> dict[str, str]:
         return bare if bearers[bare] == 1 else os.path.splitext("/".join(path.split("/")[shared:]))[0]
 
     return {path: name(path) for path in alone}
+
+
+def _alike(listing: Listing, entries: Sequence[Entry], called: dict[str, str]) -> list[str]:
+    """The sentence about a set without patients in which most names repeat: its folders may be patients."""
+    bearers = Counter(map(_bare, called))
+    many = sum(bearers[_bare(path)] > 1 for path in called)
+    # Class folders are none.
+    if listing.layout == "folders" or len(called) < len(entries) or 2 * many <= len(entries):
+        return []
+    return [
+        f"{many} photographs bear names that others bear too, in other folders: if a folder is a patient, name it in a "
+        "column patient of a label table, or one patient's photographs fall into several splits."
+    ]
 
 
 def _cut(entries: Sequence[Entry], called: dict[str, str], share: float, seed: int, purpose: str) -> frozenset[str]:

@@ -139,17 +139,25 @@ def test_a_prepared_copy_is_drawn_into_the_same_splits() -> None:
 def test_names_that_repeat_in_folders_are_drawn_by_chance_all_the_same() -> None:
     """`007/fundus.jpg`: by names alone the hash would be one, and the order of folders would draw."""
 
-    def drawn(below: str, seed: int, ending: str = ".tif") -> set[int]:
+    def drawn(below: str, seed: int, ending: str = ".tif") -> tuple[set[int], list[str]]:
         alike = [Entry(f"{below}{number:03d}/fundus{ending}", 0) for number in range(100)]
         unlike = [Entry(f"{below}{number % 7}/x{number}{ending}", 1) for number in range(60)]
-        found, _ = splits.assign(Listing("csv", Path("/nowhere"), alike + unlike), SplitConfig(seed=seed))
-        return {place for place, entry in enumerate(found) if entry.split == "test"}
+        found, notes = splits.assign(Listing("csv", Path("/nowhere"), alike + unlike), SplitConfig(seed=seed))
+        return {place for place, entry in enumerate(found) if entry.split == "test"}, notes
 
-    test = drawn("", 0)
+    test, notes = drawn("", 0)
     of_alike = sorted(test & set(range(100)))
     assert len(of_alike) == 30
     assert of_alike[-1] > 80, "not the first in alphabetical order"
     assert of_alike[0] < 20
-    assert drawn("", 1) & set(range(100)) != set(of_alike)
-    assert drawn("photographs/all/", 0, ".jpg") == test, "a prepared copy falls into the same split"
+    assert drawn("", 1)[0] & set(range(100)) != set(of_alike)
+    assert drawn("photographs/all/", 0, ".jpg")[0] == test, "a prepared copy falls into the same split"
     assert sorted(test - set(of_alike))[:5] == [102, 103, 105, 106, 108], "names that do not repeat keep their places"
+    assert sum("100 photographs bear names that others bear too" in note for note in notes) == 1
+
+
+def test_of_how_many_photographs_the_patient_is_known() -> None:
+    entries = [Entry(f"x{number}.jpg", number % 5) for number in range(50)]
+    listing = Listing("csv", Path("/nowhere"), [*entries, Entry("10_left.jpg", 0, None, "10")])
+    notes = splits.assign(listing, SplitConfig())[1]
+    assert "patient by patient (known of 1 of 51 photographs; the others one by one)" in notes[0]

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,14 +87,7 @@ def table(rows: Iterable[Sequence[Any]], delimiter: str = ",", *, quoted: bool =
     return text.getvalue()
 
 
-def put(
-    path: Path,
-    content: bytes,
-    *,
-    sync: bool = False,
-    ending: str = ".part",
-    check: Callable[[], object] | None = None,
-) -> None:
+def put(path: Path, content: bytes, *, sync: bool = False, ending: str = ".part") -> None:
     """Write a file as a whole or not at all, with the rights of the one that it replaces.
 
     It is written beside under a name that nobody can know before, and only if nothing is there: not through a link.
@@ -102,8 +95,6 @@ def put(
     Args:
         sync: wait until the disk has it.
         ending: of the name beside, which a kill leaves behind.
-        check: asked where something bears the name already, perhaps only since the work began: raises what says that it
-            stays. By default all is replaced.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it.
@@ -121,28 +112,8 @@ def put(
             if sync:
                 stream.flush()
                 os.fsync(stream.fileno())
-        if check is None or not _named(beside, path):
-            if check is not None:
-                check()
-            os.replace(beside, path)
+        os.replace(beside, path)
     except BaseException:
         with suppress(OSError):
             beside.unlink()
         raise
-
-
-def _named(beside: Path, path: Path) -> bool:
-    """Give a finished file its name if nothing bears it, and say whether that was so."""
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: there the name is taken first; what else is wrong is met again
-        try:
-            path.open("xb").close()
-        except FileExistsError:
-            return False
-        os.replace(beside, path)
-        return True
-    beside.unlink()
-    return True

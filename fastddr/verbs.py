@@ -103,9 +103,9 @@ class Check:
                 file.write_text(problems.write_list(bad), encoding="utf-8", errors="surrogateescape")
             return
         kept, gone = problems.kept_rows(file, bad, exclude)
+        problems.own_list(file)
         # Where it is a link, what it leads to.
-        content = problems.write_list(bad, kept).encode("utf-8", "surrogateescape")
-        output.put(file.resolve(), content, lambda: problems.own_list(file))
+        output.put(file.resolve(), problems.write_list(bad, kept).encode("utf-8", "surrogateescape"))
         if kept:
             console.print(f"note: {len(kept)} rows of the list that was there stay, behind the errors.")
         if gone:

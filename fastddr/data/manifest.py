@@ -165,12 +165,12 @@ def of(
     """
     problems = seen.problems()
     if on_bad == "raise":
-        refuse(problems, seen.root, seen.data)
+        refuse(problems, seen.root, seen.asked)
     bad = errors(problems)
     paths = survey.bad_paths(problems)
     entries = [entry for entry in seen.entries if entry.path not in paths]
     if not entries:
-        raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {seen.data}` tells why.")
+        raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {seen.asked}` tells why.")
     for needed in ("train", "valid") if trains else ():
         if all(entry.split != needed for entry in entries):
             named = " and ".join(split for split in SPLITS if any(entry.split == split for entry in entries))
@@ -188,8 +188,9 @@ def of(
     split = tuple(entry.split or "" for entry in entries)
     notes += _of_ungradable(grades, split, ungradable, trains)
     classes = UNGRADABLE + (ungradable == "class")
-    tested = [entry.grade for entry in entries if entry.split == "test"]
-    if tested and not any(0 <= grade < classes for grade in tested):
+    # Where all of it was left out it is missing as well.
+    tested = any(entry.split == "test" for entry in (*seen.entries, *seen.absent))
+    if tested and not any(entry.split == "test" and 0 <= entry.grade < classes for entry in entries):
         notes.append("The test split holds no gradable photograph, so nothing is scored on it.")
     records = [seen.records[entry.path] for entry in entries]
     return Manifest(

@@ -14,13 +14,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 from fastddr import files, ranks
-from fastddr.data import cache, crop
+from fastddr.data import cache, crop, photograph
 from fastddr.data.crop import Format, Recipe
 from fastddr.data.layouts.common import PREPARED
 from fastddr.data.photograph import BadPhotograph
@@ -57,14 +56,15 @@ def of_folder(folder: Path) -> Recipe | None:
 
 def line(recipe: Recipe | None) -> str:
     """The line of manifest.csv that says how the photographs of a run were prepared."""
-    return _LINE + json.dumps(recipe and {"prepare": recipe.version, "version": recipe.version} | asdict(recipe))
+    told = recipe and {"prepare": recipe.version, "size": recipe.size, "format": recipe.format}
+    return _LINE + json.dumps(told)
 
 
-def of_run(manifest: Path, data: str) -> Recipe | None:
-    """How a run's photographs were prepared, by its manifest.csv, or by its data folder where that does not say it.
+def of_run(manifest: Path) -> Recipe | None:
+    """How a run's photographs were prepared, by its manifest.csv.
 
     Raises:
-        UserError: neither tells.
+        UserError: it is gone, or does not tell.
     """
     try:
         with manifest.open("rb") as stream:
@@ -75,14 +75,11 @@ def of_run(manifest: Path, data: str) -> Recipe | None:
                     said = text.removeprefix(_LINE.encode())
                     return None if said.strip() == b"null" else _recipe(manifest, said)
     except FileNotFoundError:
-        pass  # then the data folder is asked
-    folder = Path(data).expanduser().absolute()
-    if data != "synthetic" and not folder.exists():
-        raise UserError(
-            f"{manifest}: it does not say whether the photographs were prepared, and {folder} is no longer there; say "
-            "it with --preparation none, or with --preparation 512 for masters of that size."
-        )
-    return None if data == "synthetic" else of_folder(folder if folder.is_dir() else folder.parent)
+        pass  # it does not tell either
+    raise UserError(
+        f"{manifest}: it does not say whether the photographs were prepared; say it with --preparation none, or with "
+        "--preparation 512 for masters of that size."
+    )
 
 
 def _recipe(file: Path, text: bytes) -> Recipe:
@@ -106,7 +103,7 @@ def make(
     """The master of each photograph, made where the cache has none; on all ranks of a job the same call and answer.
 
     Args:
-        files: absolute paths of photographs that can be stat'ed.
+        files: absolute paths of photographs.
         recipe: what masters are made with.
         on_progress: called with (done, total) of this rank's part.
 
@@ -146,11 +143,15 @@ def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:
 
 
 def _one(file: str, folder: str, recipe: Recipe) -> Made:
-    about = os.stat(file)
+    try:
+        about = photograph.about(file)  # it may be gone since it was looked at first
+    except BadPhotograph as bad:
+        return Made(file, "", bad.kind, bad.reason)
     named = os.fsencode(f"{os.path.realpath(file)}\0{about.st_size}\0{about.st_mtime_ns}")
     key = hashlib.sha256(named).hexdigest()[:32]
     target = os.path.join(folder, f"{key}.{'jpg' if recipe.format == 'jpeg' else 'png'}")
-    if os.path.exists(target):  # whole, since it was renamed; and made of a photograph that decoded to its end
+    # Whole, since it was renamed (but where the power failed then), and made of a photograph that decoded to its end.
+    if os.path.exists(target) and os.path.getsize(target):
         return Made(file, target)
     try:
         content = crop.master(file, recipe, whole=False).content

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
@@ -302,8 +302,8 @@ def check_place(out: Path, flag: str = "--out") -> None:
         raise UserError(f"{flag} {out}: nothing can be written there ({error.strerror}); give a place.") from None
 
 
-def put(path: Path, content: bytes, check: Callable[[], object] | None = None) -> None:
-    """Write a small file at once or not at all; one that holds the same is left as it is. `check`: as in `files.put`.
+def put(path: Path, content: bytes) -> None:
+    """Write a small file at once or not at all; one that holds the same is left as it is.
 
     Raises:
         UserError: it cannot be written.
@@ -314,6 +314,6 @@ def put(path: Path, content: bytes, check: Callable[[], object] | None = None) -
     except FileNotFoundError:
         pass
     try:
-        files.put(path, content, ending=crop.PART, check=check)
+        files.put(path, content, ending=crop.PART)
     except OSError as error:
         raise crop.cannot_write(path, error) from None

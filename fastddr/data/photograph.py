@@ -119,7 +119,13 @@ def strict_sizes() -> Iterator[None]:
 
 
 def status(file: str) -> tuple[int, int]:
-    """(bytes, time of change in ns) of a file. Raises `BadPhotograph` where it is not there."""
+    """(bytes, time of change in ns) of a file. Raises `BadPhotograph` as `about`."""
+    found = about(file)
+    return found.st_size, found.st_mtime_ns
+
+
+def about(file: str) -> os.stat_result:
+    """What the file system says of a file. Raises `BadPhotograph` where it is not there, or may not be read."""
     try:
         found = again(os.stat, file)
     except OSError as error:
@@ -135,7 +141,7 @@ def status(file: str) -> tuple[int, int]:
     # Size and time of change would not tell. Most may be read by everybody, which saves asking.
     if found.st_mode & 0o444 != 0o444 and not os.access(file, os.R_OK):
         raise BadPhotograph("unreadable", "it cannot be read (no right to)")
-    return found.st_size, found.st_mtime_ns
+    return found
 
 
 def header(file: str) -> Header:

@@ -200,7 +200,9 @@ class _Main:
         faulty = {problem.path for problem in bad}
         kept = [Kept(e, crop.name_of(e.path, self.recipe.format)) for e in seen.entries if e.path not in faulty]
         if not kept:
-            raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {self.data}` tells why.")
+            raise UserError(
+                f"{seen.root}: none of its photographs can be used; `fastddr check {seen.asked}` tells why."
+            )
         rows = []
         for entry, path in kept:
             row_ = self._row(path, entry.path)
@@ -208,7 +210,10 @@ class _Main:
                 raise UserError(f"{output.out / path}: it was changed or removed meanwhile; run again.")
             rows.append(row_)
         rows.sort()
-        labels = relabel.labels(seen.root, kept, sorted({entry.label for entry in seen.entries if entry.label}))
+        # An empty table stays, since the others' splits may go by its being there. Of the official layout's text files
+        # one without lines is an error, and one that is not there a set without test.
+        whole = {entry.label for entry in seen.entries if entry.label and seen.layout != "official"}
+        labels = relabel.labels(seen.root, kept, sorted(whole))
         now, _ = splits.assign(layouts.find(self.data, self.follow_links), SplitConfig())
         relabel.refuse_changed(seen.root, kept, now)
         pages = self._sheets(rows)
@@ -299,7 +304,7 @@ class _Main:
             raise UserError(
                 one_line(
                     f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
-                    f"leave out what is bad with --on-bad exclude; {lister(self.data)} lists all."
+                    f"leave out what is bad with --on-bad exclude; {lister(self.seen.asked)} lists all."
                 )
             )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,22 +107,28 @@ def errors(problems: Iterable[Problem]) -> list[Problem]:
     return [problem for problem in problems if problem.severity == "error"]
 
 
-def refuse(problems: Sequence[Problem], root: Path, data: str | Path) -> None:
-    """Raise `UserError` if one of the problems is an error: the first, and how many more there are."""
+def refuse(problems: Sequence[Problem], root: Path, asked: str) -> None:
+    """Raise `UserError` if one of the problems is an error: the first, and how many more there are.
+
+    `asked`: as of `Survey`.
+    """
     bad = errors(problems)
     if not bad:
         return
     more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
     raise UserError(
         one_line(
-            f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude; {lister(data)} lists all."
+            f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude; {lister(asked)} lists all."
         )
     )
 
 
-def lister(data: str | Path) -> str:
-    """The command that lists every error of a set; without a list `fastddr check` shows the first of each kind."""
-    return f"`fastddr check {shlex.quote(str(data))} --fix-list bad.csv`"
+def lister(asked: str) -> str:
+    """The command that lists every error of a set; without a list `fastddr check` shows the first of each kind.
+
+    `asked`: as of `Survey`. With other flags it would list other errors.
+    """
+    return f"`fastddr check {asked} --fix-list bad.csv`"
 
 
 def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:
@@ -182,7 +187,9 @@ def rows_of(file: str | Path, name: str) -> tuple[list[list[str]], int | None]:
             stream.seek(0)
             mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
             headed = any(_is_path(cell.replace('"', "")) for cell in first.split(mark))
-            mark = mark if headed else ","  # one of a list that is just paths is part of them
+            if not headed:
+                # Rows of a list of ours are in quotes; of a list that is just paths a line is one, with its commas.
+                mark = "," if '"' in first else "\x1f"
             # Spaces after the marks of the header are after those of the rows too.
             found = csv.reader(stream, delimiter=mark, skipinitialspace=headed and f"{mark} " in first, strict=True)
             rows = [row for row in found if row]

@@ -13,11 +13,12 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastddr import ranks
@@ -49,8 +50,8 @@ _OUTER = ("missing", "broken-link", "outside", "unreadable", "unreadable-now", "
 class Survey:
     """A data set as it is. Made by `take`."""
 
-    data: str
-    """What the user called it."""
+    asked: str
+    """What the user called it, and the flags that it was looked at with, as they stand on a command line."""
     root: Path
     layout: str
     entries: list[Entry]
@@ -126,15 +127,15 @@ class Survey:
         is no file. The same as the manifest's where every photograph can be used."""
         return fingerprint((e.path, self.records[e.path].size, e.grade, e.split or "") for e in self.entries)
 
-    def counts(self, bad: frozenset[str] = frozenset()) -> dict[str, dict[str, int]]:
-        """Photographs of each grade, by split, without those whose path is `bad`; "unknown" only where there are."""
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Photographs of each grade, by split; "unknown" only where there are."""
         found = {
             split: {str(grade): 0 for grade in range(UNGRADABLE + 1)}
             for split in SPLITS
             if any(entry.split == split for entry in self.entries)
         }
         for entry in self.entries:
-            if entry.path not in bad and entry.split is not None:
+            if entry.split is not None:
                 grade = "unknown" if entry.grade == UNKNOWN else str(entry.grade)
                 found[entry.split][grade] = found[entry.split].get(grade, 0) + 1
         return found
@@ -197,7 +198,9 @@ class Survey:
 
     def learn(self, found: dict[str, Record], *, keep: bool = True) -> str | None:
         """Take over what was found, here or on another rank. Says why it could not be kept for the next start."""
-        self.records.update(found)
+        # The time of change stays this machine's own: another one's copy of the file may have another.
+        own = {path: record._replace(changed=self.records[path].changed) for path, record in found.items()}
+        self.records.update(own)
         return _keep(self.root, self.records, cache.load(self.root)) if keep else None
 
 
@@ -254,7 +257,7 @@ def take(
     fence = Fence(located(data), follow_links)
     records = _headers(listing.root, [entry.path for entry in kept], on_progress, afresh, fence)
     return Survey(
-        data=str(data),
+        asked=_asked(data, splitting or SplitConfig(), follow_links),
         root=listing.root,
         layout=listing.layout,
         entries=kept,
@@ -264,6 +267,12 @@ def take(
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
     )
+
+
+def _asked(data: str | Path, splitting: SplitConfig, follow_links: bool) -> str:
+    changed = sorted(asdict(splitting).items() - asdict(SplitConfig()).items())
+    flags = [f"--splitting.{key.replace('_', '-')} {value}" for key, value in changed]
+    return " ".join([shlex.quote(str(data)), *(["--follow-links"] if follow_links else []), *flags])
 
 
 def _leaks(same: Sequence[Entry], kind: str, what: str) -> Iterable[Problem]:

@@ -246,14 +246,13 @@ def default_root(
     counts: Mapping[str, Sequence[int]] = DEFAULT_COUNTS,
     size: int = DEFAULT_SIZE,
     seed: int = DEFAULT_SEED,
-    quality: int = 95,
 ) -> Path:
     """Where `ensure` keeps that set: in $FASTDDR_CACHE, else in the user's cache folder.
 
     The folder's name tells the generator's version and everything that the files depend on.
     """
     text = ";".join(f"{split}={','.join(map(str, counts[split]))}" for split in sorted(counts))
-    digest = hashlib.sha256(f"{text};quality={quality}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return cache.folder() / f"synthetic-v{VERSION}-seed{seed}-{size}px-{digest}"
 
 

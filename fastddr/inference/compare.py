@@ -9,7 +9,6 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +345,8 @@ def main(asked: Compare) -> int:
             text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
         else:
             text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
+        _refuse_others(asked.out)
         # A link stays one.
-        output.put(asked.out.resolve(), text.encode(), partial(_refuse_others, asked.out))
+        output.put(asked.out.resolve(), text.encode())
     show(compared, body, asked.split)
     return 0

@@ -162,8 +162,8 @@ def _prepared(asked: Evaluate, run: RunFolder, config: Config, found: Manifest) 
     if asked.data is None:
         return []
     try:
-        own = masters.of_run(run.manifest, restore.stored(run.path).data)
-    except UserError:  # an older run, whose data are gone: nobody knows
+        own = masters.of_run(run.manifest)
+    except UserError:  # nobody knows
         return []
     here = masters.of_folder(found.root)
     if own == here:

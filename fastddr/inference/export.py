@@ -9,7 +9,6 @@ All of it is written beside OUT and renamed when the file, read back, gives the 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -75,7 +74,7 @@ def export(asked: Export) -> Path:
     restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
     recipe: Recipe | str | None
     try:
-        recipe = masters.of_run(restored.run.manifest, config.data)
+        recipe = masters.of_run(restored.run.manifest)
     except UserError:  # the file can be checked on any photographs; the card says what is not known
         recipe = "as the run's were, which is not known any more"
     known = card.read(restored)
@@ -224,7 +223,7 @@ def _keep(part: Path, out: Path, overwrite: bool) -> None:
     """Put the finished folder in its place; an earlier export is removed after that.
 
     Raises:
-        UserError: something came there since it was looked at, perhaps another export; it stays.
+        UserError: something came there since the work began, perhaps another export; it stays.
     """
     _check_place(out, overwrite)
     old = part.with_name(f"{part.name}.old")
@@ -232,12 +231,10 @@ def _keep(part: Path, out: Path, overwrite: bool) -> None:
         os.rename(out, old)
     try:
         os.rename(part, out)  # replaces nothing but an empty folder
-    except OSError as error:
+    except OSError:
         with suppress(OSError):  # where the place is taken, or nothing was there
             os.rename(old, out)
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise UserError(f"--out {out}: something else came there meanwhile; give another folder.") from None
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -133,7 +133,7 @@ def _recipe(asked: Predict, restored: Restored) -> Recipe | None:
     if asked.preparation == "none":
         return None
     if asked.preparation == "auto":
-        return masters.of_run(restored.run.manifest, restored.config.data)
+        return masters.of_run(restored.run.manifest)
     if not asked.preparation.isdecimal():
         raise UserError(f"--preparation {asked.preparation}: give auto, none, or a side in pixels such as 512.")
     return Recipe(int(asked.preparation))
@@ -196,12 +196,9 @@ def _explain(
     def keep(id_: int, sheet: Image.Image) -> None:
         content, place = io.BytesIO(), places[id_]
         sheet.save(content, "png")
-
-        def stays() -> None:
-            if not asked.overwrite:
-                raise UserError(f"{place}: it came meanwhile; give another --explain, or --overwrite.")
-
-        files.put(place, content.getvalue(), check=stays)
+        if place.exists() and not asked.overwrite:
+            raise UserError(f"{place}: it came meanwhile; give another --explain, or --overwrite.")
+        files.put(place, content.getvalue())
 
     loading = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
     with closing(loading) as loader, EpochBar(console, "explaining", len(usable)) as bar:
@@ -252,7 +249,8 @@ def _write(asked: Predict, answer: Answer, classes: int) -> None:
     """The table as a whole or not at all; not over one that another command has written meanwhile."""
     out = asked.out.resolve()  # a link stays one
     content = files.table(rows(answer, classes)).encode("utf-8", "surrogateescape")
-    files.put(out, content, sync=True, check=lambda: _check_table(asked))
+    _check_table(asked)
+    files.put(out, content, sync=True)
 
 
 def _sum_up(asked: Predict, answer: Answer, restored: Restored, console: Console) -> None:

@@ -63,16 +63,17 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
     if not bad:
         console.print(f"No errors: every photograph decodes{_taken(seen)}", style="green", soft_wrap=True)
         return
-    data = shlex.quote(seen.data)
     console.print(
         f"{len(bad):,} errors. Training stops at them; mend them, or leave them out with --on-bad exclude.", style="red"
     )
     if fix_list is None:
-        console.print(f"To see all or to edit the list first: fastddr check {data} --fix-list bad.csv", soft_wrap=True)
+        console.print(
+            f"To see all or to edit the list first: fastddr check {seen.asked} --fix-list bad.csv", soft_wrap=True
+        )
     else:
         listed = shlex.quote(str(fix_list))
         console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)
-        console.print(f"accelerate launch -m fastddr train --data {data} --exclude {listed}", soft_wrap=True)
+        console.print(f"accelerate launch -m fastddr train --data {seen.asked} --exclude {listed}", soft_wrap=True)
 
 
 def _taken(seen: Survey) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from photographs import LAYOUTS, SET, draw, folders, labelled, official
 
 from fastddr.__main__ import main
-from fastddr.data import manifest, problems
+from fastddr.config import SplitConfig
+from fastddr.data import manifest, prepare, problems, survey
+from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
 
@@ -105,6 +108,58 @@ def test_the_command_that_a_refusal_names_lists_all(
     assert main(command[1:]) == 1
     said = capsys.readouterr().out + "".join(path.read_text() for path in tmp_path.glob("*.csv"))
     assert {path for path in bad if path in said} == bad
+
+
+def lists(command: str, list_: Path) -> frozenset[str]:
+    """What the command lists that a sentence names."""
+    _, *words = shlex.split(command)
+    main([*words[: words.index("--fix-list")], "--fix-list", str(list_)])
+    return problems.read_list(list_)
+
+
+def test_commands_that_are_named_look_beyond_the_same_links(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without `--follow-links` all photographs behind them would be errors."""
+    shutil.copytree(data, tmp_path / "set", copy_function=lambda source, target: os.symlink(source, target))
+    for label in (tmp_path / "set" / "DR_grading").glob("*.txt"):
+        label.unlink()
+        shutil.copy(data / "DR_grading" / label.name, label)
+    torn = "train/007-0000-000.jpg"
+    (data / "DR_grading" / torn).write_bytes(b"")
+    links, bad = str(tmp_path / "set"), tmp_path / "bad.csv"
+    for do in (
+        lambda: manifest.of(survey.take(links, follow_links=True)),
+        lambda: prepare.run(links, tmp_path / "out", Recipe(48), follow_links=True, sheet=0, workers=1),
+    ):
+        with pytest.raises(UserError, match="lists all") as refused:
+            do()
+        assert lists(str(refused.value).split("`")[1], bad) == {torn}
+    capsys.readouterr()
+    assert check(links, "--follow-links") == 1
+    assert lists(capsys.readouterr().out.splitlines()[-1].partition(": ")[2], bad) == {torn}
+    assert check(links, "--follow-links", "--fix-list", bad) == 1
+    assert f"train --data {links} --follow-links --exclude {bad}" in capsys.readouterr().out
+
+
+def test_the_command_that_a_refusal_names_draws_the_same_splits(tmp_path: Path) -> None:
+    """Which copies of a picture stand in two splits depends on the draw."""
+    data = labelled(tmp_path / "set")
+    rows = (data / "labels.csv").read_text().splitlines()
+    (data / "labels.csv").write_text("\n".join(row.rpartition(",")[0] for row in rows))
+    for number in range(0, len(SET) - 1, 2):
+        draw(data / "photographs" / SET[number + 1].name, SET[number].number)
+    told = []
+    for seed in (0, 1):
+        splitting = SplitConfig(seed=seed, test_share=0.4)
+        seen = survey.take(data, splitting)
+        seen.decode(seen.undecoded(), 1)
+        with pytest.raises(UserError, match="lists all") as refused:
+            manifest.of(seen)
+        wanted = survey.bad_paths(seen.problems())
+        assert lists(str(refused.value).split("`")[1], tmp_path / f"{seed}.csv") == wanted
+        told.append(wanted)
+    assert told[0] != told[1]
 
 
 def test_a_check_looks_again_though_size_and_time_are_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

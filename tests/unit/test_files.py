@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import os
 from collections.abc import Callable
@@ -74,17 +73,8 @@ def test_a_file_is_made_anew_with_the_rights_of_the_old_one_or_not_at_all(
     assert old.read_text() == "new"
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_what_came_to_bear_a_files_name_meanwhile_stays(
-    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Since the place was looked at, which may be hours ago. Not every file system has hard links."""
-
-    def none(*_: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    if not links:
-        monkeypatch.setattr(os, "link", none)
+def test_what_came_to_bear_a_files_name_meanwhile_stays(tmp_path: Path) -> None:
+    """Since the place was looked at, which may be hours ago."""
     new, other = tmp_path / "new.csv", tmp_path / "other.csv"
     graded(new)
     with pytest.raises(UserError, match="it is there already; give another name, or --overwrite"):

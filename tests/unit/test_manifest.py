@@ -127,6 +127,16 @@ def test_a_test_split_without_a_gradable_photograph_is_a_note(copy: Path) -> Non
     assert any("no gradable photograph" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("by", ["on_bad", "exclude"])
+def test_a_test_split_that_was_left_out_whole_is_a_note(by: str, copy: Path) -> None:
+    photographs = sorted((copy / "DR_grading" / "test").iterdir())
+    exclude = frozenset(f"test/{file.name}" for file in photographs if by == "exclude")
+    for file in photographs if by == "on_bad" else ():
+        file.write_bytes(b"")
+    notes = manifest.read(copy, on_bad="exclude", exclude=exclude).notes
+    assert sum("so nothing is scored on it" in note for note in notes) == 1
+
+
 def test_fingerprint_changes_with_name_grade_bytes_and_split(copy: Path) -> None:
     folder = copy / "DR_grading"
     seen = {manifest.read(copy).fingerprint}

@@ -56,8 +56,8 @@ def test_folders_globs_files_and_lists(folder: Path) -> None:
     assert names(photos.find([str(folder / "spaced.csv")]), folder) == ["b.jpg", "below/c.png"]
     assert read_list(folder / "spaced.csv") == {"b.jpg", "below/c.png"}
     assert names(photos.find([f"{folder}/s*.csv"]), folder) == ["b.jpg", "below/c.png", "gone.jpg"], "lists"
-    (folder / "bare.csv").write_text("b.jpg\na.JPG\n")
-    assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG"]
+    (folder / "bare.csv").write_text("b.jpg\na.JPG\nclinic 1, left.jpg\n")
+    assert names(photos.find([str(folder / "bare.csv")]), folder) == ["b.jpg", "a.JPG", "clinic 1, left.jpg"]
 
 
 def test_heat_maps_below_the_photographs_are_passed_over(folder: Path) -> None:
@@ -122,6 +122,42 @@ def test_a_bad_photograph_keeps_its_place_and_gets_its_reason(folder: Path) -> N
         assert [(photo.width, photo.height) for photo in found if not photo.kind] == (
             [(40, 32), (40, 32)] if recipe is None else [(48, 48), (48, 48)]
         )
+
+
+def test_a_photograph_that_goes_while_others_are_prepared_is_a_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something else empties the folder, or its server is away at one try."""
+    paths, make = [str(folder / name) for name in ("a.JPG", "b.jpg")], masters.make
+
+    def later(*given: Any) -> Any:
+        os.unlink(paths[0])
+        return make(*given)
+
+    monkeypatch.setattr(masters, "make", later)
+    found, _ = photos.ready(paths, RECIPE, silent)
+    assert [(photo.kind, photo.reason) for photo in found] == [("missing", "there is no such photograph"), ("", "")]
+    monkeypatch.undo()
+    look, tries = os.stat, list[str]()
+
+    def away(place: Any, *given: Any, **more: Any) -> Any:
+        if place == paths[1]:
+            tries.append(place)
+            if len(tries) == 1:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), place)
+        return look(place, *given, **more)
+
+    monkeypatch.setattr(os, "stat", away)
+    assert masters.make(paths[1:], RECIPE)[paths[1]].kind == ""
+    assert len(tries) > 1
+
+
+def test_a_master_that_lost_its_bytes_with_the_power_is_made_again(folder: Path) -> None:
+    (made,) = masters.make([str(folder / "b.jpg")], RECIPE).values()
+    before = Path(made.master).read_bytes()
+    os.truncate(made.master, 0)
+    assert masters.make([str(folder / "b.jpg")], RECIPE) == {made.file: made}
+    assert Path(made.master).read_bytes() == before
 
 
 def test_masters_are_those_of_prepare_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,12 +248,12 @@ def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> No
     for data, wanted in ((source, None), (tmp_path / "out", RECIPE)):
         file = tmp_path / "manifest.csv"
         file.write_text(manifest.read(data).to_csv())
-        assert masters.of_run(file, "gone") == wanted
+        assert masters.of_run(file) == wanted
         text = file.read_text()
         file.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("# prep")))
-        assert masters.of_run(file, str(data)) == wanted, "an older run's data folder tells"
-        with pytest.raises(UserError, match="does not say whether"):
-            masters.of_run(file, str(tmp_path / "gone"))
+        for silent_one in (file, tmp_path / "gone.csv"):
+            with pytest.raises(UserError, match="does not say whether"):
+                masters.of_run(silent_one)
     assert len(list(csv.reader(text.splitlines()))) == text.count("\n")
 
 
@@ -226,10 +262,10 @@ def test_a_manifest_says_how_its_photographs_were_prepared(tmp_path: Path) -> No
               {"size": float("nan")}, {"prepare": "x"}],
 )  # fmt: skip
 def test_a_manifest_chooses_neither_places_nor_memory(wrong: dict[str, Any], tmp_path: Path) -> None:
-    told = {"prepare": 2, "version": 2, "size": 48, "format": "jpeg"} | wrong
+    told = {"prepare": 2, "size": 48, "format": "jpeg"} | wrong
     (tmp_path / "manifest.csv").write_text(f"# prepared: {json.dumps(told)}\npath\n")
     with pytest.raises(UserError, match=r"manifest\.csv: what it says of `fastddr prepare` cannot be read"):
-        masters.of_run(tmp_path / "manifest.csv", "synthetic")
+        masters.of_run(tmp_path / "manifest.csv")
 
 
 def test_masters_of_another_version_are_refused(folder: Path) -> None:

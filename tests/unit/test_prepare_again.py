@@ -283,6 +283,21 @@ def test_bad_photographs_and_lines_are_left_out_and_listed(tmp_path: Path) -> No
         run(data, tmp_path / "out")
 
 
+@pytest.mark.parametrize("lost", ["missing", "truncated"])
+def test_a_test_split_that_is_lost_whole_is_left_out_with_its_label_file(lost: str, tmp_path: Path) -> None:
+    data = official(tmp_path / "data")
+    whole = told(data)
+    shutil.copytree(data / "DR_grading/test", tmp_path / "kept")
+    for file in (data / "DR_grading/test").iterdir():
+        file.unlink() if lost == "missing" else damage(file)
+    done = run(data, tmp_path / "out", on_bad="exclude")
+    assert ([problem.kind for problem in done.bad], done.done) == ([lost] * 2, 6)
+    assert told(tmp_path / "out") == {path: about for path, about in whole.items() if about[1] != "test"}
+    shutil.copytree(tmp_path / "kept", data / "DR_grading/test", dirs_exist_ok=True)
+    run(data, tmp_path / "out", on_bad="exclude")
+    assert told(tmp_path / "out") == whole
+
+
 def test_a_photograph_that_became_bad_is_removed(tmp_path: Path) -> None:
     data = folders(tmp_path / "data")
     run(data, tmp_path / "out")

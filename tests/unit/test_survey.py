@@ -377,6 +377,14 @@ def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.Mon
     assert len(survey.take(data).undecoded()) == len(SET) - 9
 
 
+def test_what_another_machine_decoded_is_known_of_the_copy_here(data: Path) -> None:
+    """Whose files may have other times of change."""
+    there = survey.take(data)
+    found = there.decode(there.undecoded(), 1, keep=False)
+    survey.take(data).learn({path: record._replace(changed=record.changed + 1) for path, record in found.items()})
+    assert survey.take(data).undecoded() == []
+
+
 def test_of_many_photographs_few_wait_and_what_is_slow_to_save_is_saved_less_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -541,8 +549,11 @@ def test_a_list_holds_any_name(tmp_path_factory: pytest.TempPathFactory, found: 
 
 
 def test_a_plain_list_of_paths(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("train/a.jpg\n\ntrain/b c.jpg\n")
-    assert problems.read_list(tmp_path / "list.txt") == {"train/a.jpg", "train/b c.jpg"}
+    (tmp_path / "list.txt").write_text("train/a.jpg\n\ntrain/b c.jpg\nclinic 1, left.jpg\n")
+    assert problems.read_list(tmp_path / "list.txt") == {"train/a.jpg", "train/b c.jpg", "clinic 1, left.jpg"}
+    rows = problems.write_list([Problem("a, b.jpg", "empty", "the file is empty")]).splitlines()[1:]
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    assert problems.read_list(tmp_path / "list.txt") == {"a, b.jpg"}, "rows that were picked from a list"
     with pytest.raises(UserError, match="cannot be read"):
         problems.read_list(tmp_path / "nowhere.csv")
     (tmp_path / "list.txt").write_text("path\ntrain/a.jpg\n", encoding="utf-16")

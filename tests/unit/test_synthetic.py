@@ -325,7 +325,6 @@ def test_the_cache_folder_tells_everything_that_the_files_depend_on(
         default_root(TINY),
         default_root(size=256),
         default_root(seed=1),
-        default_root(quality=80),
     ]
     monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
     roots.append(default_root())

@@ -40,8 +40,6 @@ __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
 _DEPTH = 3
 #: Of so many folders in one each is a patient's, not a set.
 _MANY = 100
-#: The folders of DDR's release that hold no grades.
-_LESIONS = {"lesion_segmentation", "lesion_detection"}
 #: Tables that are not read.
 _SHEETS = (".xls", ".xlsx", ".ods", ".tsv")
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz")
@@ -110,14 +108,8 @@ def _instead(folder: Path, fence: Fence) -> str:
     packed = _packed(names)
     if packed:
         return f"; {packed}"
-    if _LESIONS & {folder.name, *names}:
-        return "; this is DDR's part with lesions, and the photographs with grades are in its DR_grading"
     unread = _unread(folder, fence)
-    if unread is not None:
-        return f"; {unread}"
-    if any(name.lower().endswith(PHOTOGRAPHS) for name in names):
-        return "; photographs lie in it, and no labels beside them"
-    return ""
+    return "" if unread is None else f"; {unread}"
 
 
 def _unread(top: Path, fence: Fence) -> str | None:

@@ -94,7 +94,7 @@ def _class_folder(listing: Listing, folder: Path, split: str | None) -> None:
         with os.scandir(folder) as found:
             # A link to nothing, or to itself, is no file, but it was meant to be one.
             names = sorted(e.name for e in found if (e.is_symlink() or e.is_file()) and not e.name.startswith("."))
-    except OSError as error:
+    except PermissionError as error:  # of another one, as of a server that is away, nobody knows what is in it
         listing.problems.append(Problem(relative, "unreadable", f"this folder cannot be read ({error.strerror})"))
         return
     other = [f"{relative}/{name}" for name in names if not is_photograph(name)]

@@ -21,7 +21,7 @@ from fastddr.config import AugmentConfig
 from fastddr.config.sections import POLICIES
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import canvases, dali_decoder
+from fastddr.loaders import canvases, capacity, dali_decoder
 from fastddr.loaders.base import Batch, Task
 from fastddr.loaders.resident import ResidentLoader
 
@@ -167,6 +167,17 @@ def test_a_photograph_of_another_size_than_it_had_is_named_and_written_over_no_o
         with Image.open(wanted.files[id_]) as image:
             assert np.array_equal(loader._store.get(id_).numpy(), np.asarray(image))
     loader.close()
+
+
+@pytest.mark.parametrize(("ranks", "store"), [(1, "ram"), (8, "mmap")])
+def test_a_loader_of_ones_own_leaves_memory_to_the_other_processes(
+    ranks: int, store: str, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(capacity, "free_ram", lambda: 4 * 27 * 80 * 80 * 3)
+    for loader in (loaders.build("auto", task(found)), resident(task(found), "auto")):
+        assert (loader.name, loader.task.store) == ("resident", store)
+        loader.close()
 
 
 def test_the_first_step_waits_for_its_own_photographs_only(found: manifest.Manifest) -> None:

@@ -215,22 +215,6 @@ def _of_another_size(task: Task, id_: int, width: int, height: int) -> str:
     return f"{task.files[id_]}: DALI decodes it to {width} × {height} pixels, and {expected}"
 
 
-def too_large(task: Task, room: int) -> str | None:
-    """What to tell the user where photographs that are decoded whole may not fit into `room` bytes of the card."""
-    if task.device.type != "cuda" or by_region(task):
-        return None
-    # A batch is decoded while the one before it is warped. What photographs of the canvas take is no room here.
-    pixels = int(np.mean(task.widths[task.ids] * task.heights[task.ids]))
-    at_once = 2 * task.micro_batch_size * 3
-    whole = at_once * pixels
-    if whole - at_once * task.canvas**2 <= room:
-        return None
-    return (
-        f"note: photographs of this size are decoded whole, which takes about {whole / 2**30:.1f} GiB of the card at "
-        f"once, where {max(0, room) / 2**30:.1f} GiB may be left; `fastddr prepare` makes them small"
-    )
-
-
 def pipeline(task: Task, batch: int, depth: int) -> Any:
     """A pipeline for batches of so many photographs, `depth` of them on their way; its graph is still to be made."""
     from nvidia.dali import Pipeline

@@ -14,7 +14,7 @@ from fastddr import ranks
 from fastddr.config import Config
 from fastddr.config.augment import MAX_SHRINK
 from fastddr.data.manifest import Manifest
-from fastddr.loaders import build, dali_decoder, stores
+from fastddr.loaders import build, stores
 from fastddr.loaders.base import Loader, Task
 from fastddr.loaders.capacity import least, measure
 from fastddr.loaders.choosing import choose, streaming
@@ -49,9 +49,6 @@ class RunLoaders:
         self.choice = max(choices, key=lambda choice: _MODEST.index(choice.loader))
         place = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
         say(f"loader {self.choice.loader}{place}: {self.choice.reason}")
-        large = dali_decoder.too_large(tasks[0], free.vram - taken) if self.choice.loader == "dali" else None
-        if large is not None:
-            say(large)
         smaller = config.canvas / config.image_size
         if config.evaluation.field == "full" and smaller > MAX_SHRINK:
             say(

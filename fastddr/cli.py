@@ -59,6 +59,10 @@ def _unused(flag: str, config: Config) -> str | None:
         return f"the class weights `effective`, and they are `{config.loss.class_weights}`"
     if flag in ("--loading.store", "--loading.store-gib") and config.loader not in ("auto", "resident"):
         return f"the loader resident, and the loader is {config.loader}"
+    if flag == "--loading.regions" and config.loader in ("resident", "torchvision"):
+        return f"the loader dali, and the loader is {config.loader}"
+    if flag == "--loading.jpeg-engines" and config.loader == "torchvision":
+        return "the loaders dali and resident, and the loader is torchvision"
     return None
 
 

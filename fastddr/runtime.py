@@ -181,8 +181,9 @@ def keep_memory() -> None:
     for every 4 kB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+    # Older versions take no more than 32 MiB. Where both are refused the other stays as it is too: set alone, it would
+    # keep the threshold from growing by itself.
+    if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastddr.errors import UserError
-from fastddr.loaders import dali, stores
+from fastddr.loaders import dali
 from fastddr.loaders.base import Batch, Loader, Task
 from fastddr.loaders.capacity import Free, least, measure
-from fastddr.loaders.choosing import Choice, choose, streaming
+from fastddr.loaders.choosing import Choice, choose, settled, streaming
 from fastddr.loaders.replay import ReplayLoader
 from fastddr.loaders.resident import ResidentLoader
 from fastddr.loaders.vision import VisionLoader
@@ -23,7 +23,7 @@ def build(name: str, task: Task, say: Callable[[str], None] | None = None) -> Lo
     `say` is told what a user should know of the loading.
     """
     if name == "auto":
-        chosen = choose(name, [task], epochs=2, free=measure(task.device, 1, kept=stores.on_disk([task])))
+        chosen = settled(name, task)
         return build(chosen.loader, replace(task, store=chosen.store), say)
     match name:
         case "dali":

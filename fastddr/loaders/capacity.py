@@ -52,10 +52,12 @@ def measure(device: torch.device, local_ranks: int, taken: int = 0, kept: int = 
     """
     ram = free_ram()
     # Else the file of a run that filled its disk would have no room for itself when the run goes on.
-    disk = _free_disk(folder() / "resident", kept)
+    place = folder() / "resident"
+    disk = _free_disk(place, kept)
     vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     # A file larger than the page cache would be read from the disk in every epoch: slower than decoding on many.
-    return Free(vram=vram, ram=ram // local_ranks, mmap=min(ram, disk), taken=taken)
+    cached = ram + kept if _in_memory(place) else ram
+    return Free(vram=vram, ram=ram // local_ranks, mmap=min(cached, disk), taken=taken)
 
 
 def least(found: Sequence[Free]) -> Free:
@@ -106,6 +108,13 @@ def _free_disk(path: Path, kept: int) -> int:
         return shutil.disk_usage(path).free + kept if writable else 0
     except OSError:  # a folder on the way to it that may not be entered, for one
         return 0
+
+
+def _in_memory(path: Path) -> bool:
+    """Whether files there are themselves memory, which is then not free: elsewhere it is page cache, which is."""
+    kinds = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    place = Path(os.path.realpath(path))
+    return next((kinds[str(at)] for at in (place, *place.parents) if str(at) in kinds), "") in ("tmpfs", "ramfs")
 
 
 def decoding_ms(task: Task, most: int = 8) -> float:

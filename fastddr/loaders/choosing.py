@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from fastddr import ranks
 from fastddr.data.cache import folder
 from fastddr.errors import UserError
 from fastddr.kernels.warp import fails
 from fastddr.loaders import dali_decoder, stores
 from fastddr.loaders.base import StoreName, Task
-from fastddr.loaders.capacity import Free, Where, decoding_ms
+from fastddr.loaders.capacity import Free, Where, decoding_ms, measure
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ def choose(asked: str, tasks: Sequence[Task], epochs: int, free: Free) -> Choice
         return Choice(stream, "none", f"no resident on this GPU: {wrong}; {installed}")
     cost = decoding_ms(tasks[0])
     return Choice("resident", store, f"{fits}; decoding costs {cost:.1f} ms a photograph, once instead of every epoch")
+
+
+def settled(asked: str, task: Task) -> Choice:
+    """The choice for a task alone, as for many epochs, where every process of the machine has such a one.
+
+    Raises:
+        UserError: as `choose`.
+    """
+    free = measure(task.device, ranks.local_world(), kept=stores.on_disk([task]))
+    return choose(asked, [task], epochs=2, free=free)
 
 
 def streaming() -> tuple[str, str]:

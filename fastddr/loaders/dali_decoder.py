@@ -206,25 +206,13 @@ def name_refused(ids: Sequence[int], task: Task) -> str | None:
             return f"{task.files[id_]}: DALI cannot decode this photograph"
         height, width, _ = output.shape()[0]
         if (width, height) != (task.widths[id_], task.heights[id_]):
-            expected = f"{task.widths[id_]} × {task.heights[id_]} were expected"
-            return f"{task.files[id_]}: DALI decodes it to {width} × {height} pixels, and {expected}"
+            return _of_another_size(task, id_, width, height)
     return None
 
 
-def too_large(task: Task, room: int) -> str | None:
-    """What to tell the user where photographs that are decoded whole may not fit into `room` bytes of the card."""
-    if task.device.type != "cuda" or by_region(task):
-        return None
-    # A batch is decoded while the one before it is warped. What photographs of the canvas take is no room here.
-    pixels = int(np.mean(task.widths[task.ids] * task.heights[task.ids]))
-    at_once = 2 * task.micro_batch_size * 3
-    whole = at_once * pixels
-    if whole - at_once * task.canvas**2 <= room:
-        return None
-    return (
-        f"note: photographs of this size are decoded whole, which takes about {whole / 2**30:.1f} GiB of the card at "
-        f"once, where {max(0, room) / 2**30:.1f} GiB may be left; `fastddr prepare` makes them small"
-    )
+def _of_another_size(task: Task, id_: int, width: int, height: int) -> str:
+    expected = f"{task.widths[id_]} × {task.heights[id_]} were expected"
+    return f"{task.files[id_]}: DALI decodes it to {width} × {height} pixels, and {expected}"
 
 
 def pipeline(task: Task, batch: int, depth: int) -> Any:
@@ -280,7 +268,7 @@ class Canvases:
         """Yields (id, canvas (height, width, 3)) of some photographs at a time, on the device.
 
         Raises:
-            UserError: a photograph that cannot be decoded, by name.
+            UserError: a photograph that cannot be decoded, or has another size than it had, by name.
         """
         from nvidia.dali import fn, types
 
@@ -320,8 +308,20 @@ class Canvases:
                     if found is error:
                         raise
                     raise found from error
-                yield [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
+                made = [(int(id_), torch.from_dlpack(output[k])) for k, id_ in enumerate(chunk)]
+                for id_, pixels in made:
+                    self._check(id_, pixels)
+                yield made
         finally:
             output = None  # whose memory could else not be given back
             del decoder
             give_back(task)
+
+    def _check(self, id_: int, canvas: Tensor) -> None:
+        # A store has no room for another size: its neighbours would be written over.
+        height, width, _ = canvas.shape
+        if (width, height) != (self._width[id_], self._height[id_]):
+            raise UserError(
+                f"{_of_another_size(self._task, id_, width, height)}; put back the photograph that was there, or give "
+                "the command again (to train, in a new run)."
+            )

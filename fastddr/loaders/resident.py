@@ -26,8 +26,7 @@ from fastddr.errors import UserError
 from fastddr.kernels import warp as kernels
 from fastddr.loaders import canvases, dali_decoder, stores
 from fastddr.loaders.base import Loader, Requests, Task, sent
-from fastddr.loaders.capacity import measure
-from fastddr.loaders.choosing import choose
+from fastddr.loaders.choosing import settled
 from fastddr.loaders.finisher import Finisher
 from fastddr.loaders.ring import Ring
 
@@ -47,8 +46,7 @@ class ResidentLoader(Loader):
             UserError: the photographs do not fit where they shall be kept, or Triton does not run on a GPU.
         """
         if task.store == "auto":
-            free = measure(task.device, 1, kept=stores.on_disk([task]))
-            task = replace(task, store=choose("resident", [task], epochs=2, free=free).store)
+            task = replace(task, store=settled("resident", task).store)
         super().__init__(task)
         wrong = kernels.fails(task.device) if task.device.type == "cuda" else None
         if wrong is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fastddr import ranks
 from fastddr.config import Config
 from fastddr.config.augment import MAX_SHRINK
 from fastddr.data.manifest import Manifest
-from fastddr.loaders import build, dali_decoder, stores
+from fastddr.loaders import build, stores
 from fastddr.loaders.base import Loader, Task
 from fastddr.loaders.capacity import least, measure
 from fastddr.loaders.choosing import choose, streaming
@@ -48,9 +49,6 @@ class RunLoaders:
         self.choice = max(choices, key=lambda choice: _MODEST.index(choice.loader))
         place = f" in {self.choice.store}" if self.choice.loader == "resident" else ""
         say(f"loader {self.choice.loader}{place}: {self.choice.reason}")
-        large = dali_decoder.too_large(tasks[0], free.vram - taken) if self.choice.loader == "dali" else None
-        if large is not None:
-            say(large)
         smaller = config.canvas / config.image_size
         if config.evaluation.field == "full" and smaller > MAX_SHRINK:
             say(
@@ -71,10 +69,10 @@ class RunLoaders:
     def once(self, split: str) -> Loader:
         """A loader to score a split with, as validation does; close it after that."""
         task = self._task(split)
-        if self.choice.store != "mmap" or (split == "test" and not self._keeps_test):
-            # Nothing is kept of what is read once. A file is another matter: later runs read it too.
-            task = replace(task, store="none")
-        return self._open(task)
+        # Nothing is kept of what is read once. A file is another matter: later runs read it too. But what trained on
+        # another canvas lies in another file, and was not counted for this one.
+        there = self._keeps_test if split == "test" else task.canvas == self.train.task.canvas
+        return self._open(task if self.choice.store == "mmap" and there else replace(task, store="none"))
 
     def close(self) -> None:
         """Close them all. Safe to call again."""
@@ -87,9 +85,16 @@ class RunLoaders:
         if name == "replay" and not task.train:
             # An evaluation on one repeated batch would be a wrong figure, not a fast one.
             name, _ = streaming()
-        loader = build(name, task if task.store == "none" else replace(task, store=self.choice.store), self._say)
+        loader = build(name, task if task.store == "none" else replace(task, store=self.choice.store), self._tell)
         self._opened.append(loader)
         return loader
+
+    def _tell(self, line: str) -> None:
+        """What one rank alone has met, such as what a bad disk changed; the console is rank 0's."""
+        if self._runtime.rank == 0:
+            self._say(line)
+        else:
+            print(f"fastddr, rank {self._runtime.rank}: {line}", file=sys.stderr)
 
     def _task(self, split: str, train: bool = False) -> Task:
         return task(self._config, self._manifest, self._runtime, self._manifest.ids(split), train=train)

@@ -197,6 +197,21 @@ def test_what_lies_in_the_file_already_needs_no_room_again(
     assert stores.on_disk([replace(one, canvas=64) for one in tasks]) == 0
 
 
+@pytest.mark.parametrize(("kind", "allowed"), [("ext4", 100), ("tmpfs", 150)])
+def test_a_file_in_memory_is_room_for_itself_too(
+    kind: str, allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file on a disk takes of memory is page cache, which counts as free."""
+    monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(capacity, "free_ram", lambda: 100)
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    mounts = [("/", "tmpfs"), (str(tmp_path), kind), (str(tmp_path / "other"), "tmpfs")]
+    found = [SimpleNamespace(mountpoint=place, fstype=of) for place, of in mounts]
+    monkeypatch.setattr(capacity.psutil, "disk_partitions", lambda all: found)
+    free = capacity.measure(torch.device("cpu"), 2, kept=50)
+    assert (free.ram, free.mmap) == (50, allowed)
+
+
 def test_free_memory_is_measured() -> None:
     assert capacity.free_ram() > 10e6
 

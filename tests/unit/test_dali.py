@@ -73,23 +73,6 @@ def test_scratch_of_the_decoder_does_not_grow_with_the_threads(odd: manifest.Man
     assert "device_memory_padding" not in dali_decoder.decoding(task(odd))
 
 
-def test_photographs_that_are_decoded_whole_and_may_not_fit_are_told(
-    odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dali_decoder, "codecs", lambda: ("0.9.0",))
-    side = np.full(len(odd.files()), 3456)
-    wanted = replace(task(odd, batch_size=16), widths=side, heights=side, device=torch.device("cuda", 0))
-    said = dali_decoder.too_large(wanted, 2**30)
-    assert said is not None
-    assert "about 1.1 GiB" in said
-    assert "1.0 GiB may be left" in said
-    assert "fastddr prepare" in said
-    assert "0.0 GiB may be left" in (dali_decoder.too_large(wanted, -(2**30)) or "")
-    assert dali_decoder.too_large(wanted, 2 * 2**30) is None
-    assert dali_decoder.too_large(replace(wanted, regions="always"), 2**30) is None
-    assert dali_decoder.too_large(replace(wanted, device=torch.device("cpu")), 2**30) is None
-
-
 def test_a_decoder_without_memory_is_told_from_a_bad_photograph(
     odd: manifest.Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 from collections.abc import Generator
 from dataclasses import replace
@@ -19,7 +21,7 @@ from fastddr.config import AugmentConfig
 from fastddr.config.sections import POLICIES
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import canvases, dali_decoder
+from fastddr.loaders import canvases, capacity, dali_decoder
 from fastddr.loaders.base import Batch, Task
 from fastddr.loaders.resident import ResidentLoader
 
@@ -140,6 +142,42 @@ def test_what_a_bad_disk_changed_is_decoded_again_and_said(found: manifest.Manif
     assert len(said) == 1
     assert "1 photographs were not as they had been written" in said[0]
     again.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("side", [96, 64])
+@pytest.mark.parametrize("store", STORES)
+def test_a_photograph_of_another_size_than_it_had_is_named_and_written_over_no_other(
+    store: str, side: int, tiny: Path, tmp_path: Path
+) -> None:
+    wanted = task(manifest.read(shutil.copytree(tiny, tmp_path / "set")))
+    *others, changed = wanted.requests(0).id.ravel().tolist()
+    loader = resident(wanted, store)
+    epoch = loader.epoch(0)
+    next(epoch)
+    file = wanted.files[changed]
+    with Image.open(file) as image:
+        image.resize((side, side)).save(file)
+    said = rf"{re.escape(file)}: DALI decodes it to {side} × {side} pixels, and 80 × 80 were expected; put back"
+    with pytest.raises(UserError, match=said):
+        list(epoch)
+    kept = [id_ for id_ in others if not loader._store.missing(np.array([id_])).any()]
+    assert len(kept) == (0 if store == "none" else 20), "all but those of the batch"
+    for id_ in kept:
+        with Image.open(wanted.files[id_]) as image:
+            assert np.array_equal(loader._store.get(id_).numpy(), np.asarray(image))
+    loader.close()
+
+
+@pytest.mark.parametrize(("ranks", "store"), [(1, "ram"), (8, "mmap")])
+def test_a_loader_of_ones_own_leaves_memory_to_the_other_processes(
+    ranks: int, store: str, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(capacity, "free_ram", lambda: 4 * 27 * 80 * 80 * 3)
+    for loader in (loaders.build("auto", task(found)), resident(task(found), "auto")):
+        assert (loader.name, loader.task.store) == ("resident", store)
+        loader.close()
 
 
 def test_the_first_step_waits_for_its_own_photographs_only(found: manifest.Manifest) -> None:

@@ -14,7 +14,7 @@ from fastddr import loaders
 from fastddr.config import Config
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.loaders import dali_decoder
+from fastddr.loaders import dali_decoder, stores
 from fastddr.loaders import run as run_module
 from fastddr.loaders.capacity import Free
 from fastddr.loaders.choosing import Choice
@@ -27,14 +27,14 @@ def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "cache"))
 
 
-def opened(config: Config, data: Path, said: list[str]) -> RunLoaders:
+def opened(config: Config, data: Path, said: list[str], rank: int = 0) -> RunLoaders:
     runtime = Runtime(
         accelerator=Accelerator(cpu=True),
         device=torch.device("cpu"),
         precision="fp32",
         threads=1,
-        rank=0,
-        world=1,
+        rank=rank,
+        world=rank + 1,
         micro_batch_size=4,
         accumulation=2,
         decisions=(),
@@ -88,8 +88,48 @@ def test_test_is_kept_in_a_file_only_where_it_has_room(spare: float, store: str,
     flags = ["--loader", "resident", "--loading.store", "mmap", "--loading.store-gib", str(need)]
     loaders = opened(settings(tiny, tmp_path / "run", *flags), tiny, [])
     assert names(loaders)[2] == ("resident", store)
-    assert loaders.once("train").task.store == "mmap", "that is there already"
     loaders.close()
+
+
+@pytest.mark.parametrize(("field", "side", "store"), [("center", 80, "mmap"), ("full", 64, "none")])
+def test_train_is_scored_from_its_file_and_written_into_no_other(
+    field: str, side: int, store: str, tiny: Path, tmp_path: Path
+) -> None:
+    """Of another canvas it is not there, and nobody has asked whether there is room."""
+    need = 1.01 * (27 * 80 * 80 + (11 + 13) * side * side) * 3 / 2**30
+    flags = ["--loader", "resident", "--loading.store", "mmap", "--loading.store-gib", str(need)]
+    loaders = opened(settings(tiny, tmp_path / "run", *flags, "--evaluation.field", field), tiny, [])
+    for epoch in range(3):
+        list(loaders.train.epoch(epoch))
+    list(loaders.valid.epoch())
+    tasks = [loaders.train.task, loaders.valid.task]
+    before = stores.on_disk(tasks)
+    scored = loaders.once("train")
+    assert (scored.task.canvas, scored.task.store) == (side, store)
+    list(scored.epoch())
+    assert stores.on_disk(tasks) == before
+    loaders.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_bad_disk_changed_is_said_by_the_rank_that_met_it(
+    rank: int, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tiny, tmp_path / "run", "--loader", "resident", "--loading.store", "mmap")
+    first = opened(config, tiny, [])
+    list(first.train.epoch())
+    first.close()
+    said: list[str] = []
+    again = opened(config, tiny, said, rank)
+    store: Any = again.train._store  # type: ignore[attr-defined]
+    id_ = int(again.train.task.requests(0).id[0, 0])
+    store._write(store._begin + int(store.place.offset[id_]) + 5, b"\x00\xff\x00\xff")
+    list(again.train.epoch())
+    again.close()
+    words = "1 photographs were not as they had been written"
+    assert [words in line for line in said] == [False, True][: 2 - rank]
+    aloud = capsys.readouterr().err
+    assert (f"fastddr, rank 1: {store.path}: {words}" in aloud) == (rank == 1)
 
 
 def test_ctrl_c_while_the_second_opens_closes_the_first(

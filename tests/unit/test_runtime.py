@@ -510,3 +510,21 @@ def test_ranks_that_have_left_each_other_do_not_train_again(processes: int, monk
         alone.take(trainer)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     alone.take(trainer)
+
+
+@pytest.mark.parametrize(("most", "least"), [(2**30, 2**30), (2**25, 2**25), (0, None)])
+def test_memory_is_kept_as_far_as_glibc_lets_it(most: int, least: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the larger threshold older versions want nothing; alone, the other would only keep theirs from growing."""
+    done = {}
+
+    def mallopt(what: int, value: int) -> int:
+        if what == runtime._M_MMAP_THRESHOLD and value > most:
+            return 0
+        done[what] = value
+        return 1
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    runtime.keep_memory()
+    both = {runtime._M_MMAP_THRESHOLD: least, runtime._M_TRIM_THRESHOLD: 2**31 - 1}
+    assert done == (both if least else {})

@@ -126,6 +126,9 @@ def test_settings_of_a_model_that_is_not_trained_are_named(capsys: pytest.Captur
         (["--loss.beta", "0.5"], ["--loss.class-weights", "inverse"],
          "the class weights `effective`, and they are `inverse`"),
         (["--loading.store-gib=2"], ["--loader", "dali"], "the loader resident, and the loader is dali"),
+        (["--loading.regions", "never"], ["--loader", "resident"], "the loader dali, and the loader is resident"),
+        (["--loading.jpeg-engines"], ["--loader", "torchvision"],
+         "the loaders dali and resident, and the loader is torchvision"),
     ],
 )  # fmt: skip
 def test_a_flag_without_effect_is_named(

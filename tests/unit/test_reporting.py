@@ -338,6 +338,18 @@ def test_a_report_is_of_its_run_from_within_its_folder(run: Path, monkeypatch: p
     assert again.write(run) == again.write(Path()).absolute() == run
 
 
+def test_photographs_that_have_moved_are_found_below_the_folder_that_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their paths are relative to a folder in it where the set has one of its own, as DDR's DR_grading."""
+    shutil.copytree(run / "photos", tmp_path / "moved" / "photos")
+    monkeypatch.setattr(reporting, "write", lambda *_, root, **__: root)
+    for named in (tmp_path / "moved", tmp_path / "moved" / "photos"):
+        assert again.write(run, named) == tmp_path / "moved" / "photos"
+    with pytest.raises(UserError, match=r"none of the report's photographs lies there; give the folder of train/000"):
+        again.write(run, tmp_path)
+
+
 def test_a_report_made_again_is_the_same(run: Path, tmp_path: Path) -> None:
     """From what lies in the folder, without a model: to the last figure and picture."""
     copy = tmp_path / run.name

@@ -77,7 +77,7 @@ def markdown(
         parts += [
             "In brackets: 95 % intervals over the photographs, as the run's report has them"
             + ("" if about["window"] == about["reported"] else f", which graded by the window `{about['reported']}`")
-            + _averaged(found, restored)
+            + _averaged(found)
             + ". They hold for the split named; the splits of a data set differ in kind."
             + (f" {tables.FLATTERED}" if about["grading"] is not None else "")
         ]
@@ -133,10 +133,11 @@ def _input(deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, 
     return "\n".join(lines)
 
 
-def _averaged(found: Mapping[str, Any], restored: Restored) -> str:
-    """What is to be said where the run's report has the mean over several views."""
-    views = {_behind(values["weights"], restored) for values in found.values()} - {""}
-    return f"; the run took each photograph's {views.pop()} views, and this file sees one" if views else ""
+def _averaged(found: Mapping[str, Any]) -> str:
+    """What is to be said where the run's report has the mean over several views, as `views.told` has it."""
+    said = {values["weights"].rpartition(", ")[2] for values in found.values()}
+    views = [words for words in said if words.endswith(" averaged")]
+    return f"; the run took each photograph's {views[0]} views, and this file sees one" if views else ""
 
 
 def _data(restored: Restored) -> list[str]:
@@ -181,12 +182,5 @@ def _metrics(file: Path, restored: Restored) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     splits = [name for name in ("valid", "valid_last", "test") if name in found]
-    return {name: found[name] for name in splits if _behind(found[name]["weights"], restored) is not None}
-
-
-def _behind(weights: str, restored: Restored) -> str | None:
-    """What stands behind the name of the exported weights: how many views of a photograph the run took the mean of.
-    None where it names others.
-    """
-    own = restored.weights
-    return weights.removeprefix(own).strip(", ") if weights.startswith(own) else None
+    # Behind their name may stand why the last ones are the best, and of how many views the figures are.
+    return {name: found[name] for name in splits if found[name]["weights"].startswith(restored.weights)}

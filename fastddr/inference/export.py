@@ -79,7 +79,7 @@ def export(asked: Export) -> Path:
     except UserError:  # the file can be checked on any photographs; the card says what is not known
         recipe = "as the run's were, which is not known any more"
     known = card.read(restored)
-    seen, ids, said = _photographs(asked, config, console)
+    seen, ids, said = _photographs(asked, restored, console)
     deployed = Deployed(restored.model, config).eval()
 
     def rebuild() -> torch.nn.Module:
@@ -167,7 +167,7 @@ def _settings(asked: Export) -> Config:
     return restore.settings(wanted)
 
 
-def _photographs(asked: Export, config: Config, console: Console) -> tuple[Manifest, np.ndarray, str]:
+def _photographs(asked: Export, restored: Restored, console: Console) -> tuple[Manifest, np.ndarray, str]:
     """Photographs, the ids to check the file on, and what they are."""
     if asked.photographs is not None:
         listed, _ = photos.ready(photos.find([str(asked.photographs)]).paths, None, lambda what, done, total: None)
@@ -177,12 +177,14 @@ def _photographs(asked: Export, config: Config, console: Console) -> tuple[Manif
         found, ids, said = photos.as_manifest(usable), np.arange(len(usable)), "a folder that was given"
     else:
         try:
-            found = source.open_data(config, console)
+            found = source.open_data(restored.config, console)
         except UserError as error:
             raise UserError(
                 f"{str(error).rstrip('.')}; or check the export on other photographs, with --photographs FOLDER."
             ) from None
-        ids, said = found.ids("valid"), "of the valid split of its data"
+        own = found.fingerprint == restored.fingerprint
+        data = "its data" if own else "what lies in its data folder now, and is not what it was trained on"
+        ids, said = found.ids("valid"), f"of the valid split of {data}"
     if asked.count and asked.count < len(ids):
         ids = ids[np.linspace(0, len(ids) - 1, asked.count).round().astype(int)]
     return found, ids, said

@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -87,11 +86,11 @@ def export(asked: Export) -> Path:
         return grading.wrap(bare, config, grading.unwrap(restored.model)[1]).eval()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    # Its name is cut, since with more behind it a long one may be too long.
+    part = out.with_name(f".{out.name[:40]}.{uuid4().hex[:8]}")
+    part.mkdir()  # not by `tempfile`, whose folders are closed to the group
     with files.naming(out), ExitStack() as stack:
         stack.callback(shutil.rmtree, part, ignore_errors=True)
-        # In a folder that passes its group on, so does this one.
-        part.chmod(0o777 & ~_umask() | part.stat().st_mode & stat.S_ISGID)
         file = part / formats.FILES[asked.format]
         about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
         try:
@@ -241,13 +240,6 @@ def _keep(part: Path, out: Path, overwrite: bool) -> None:
             raise
         raise UserError(f"--out {out}: something else came there meanwhile; give another folder.") from None
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def main(asked: Export) -> int:

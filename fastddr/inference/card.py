@@ -6,12 +6,12 @@ import csv
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fastddr import files
 from fastddr.config import Config
+from fastddr.data import manifest
 from fastddr.data.crop import Recipe
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.problems import in_markdown
@@ -146,18 +146,15 @@ def _data(restored: Restored) -> list[str]:
     Raises:
         UserError: it is broken.
     """
+    if not restored.run.manifest.is_file():
+        return ["The run has no manifest.csv, so its photographs are not known."]
     try:
-        with restored.run.manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            first = [line for line in (next(stream, ""), next(stream, "")) if line and not line.startswith("#")]
-            rows = list(csv.DictReader(chain(first, stream)))
         counts: dict[str, Counter[str]] = {}
-        for photograph in rows:
+        for photograph in manifest.rows(restored.run.manifest):
             if None in photograph.values():
                 raise ValueError("a row is cut off")
             counts.setdefault(photograph["split"], Counter())[photograph["grade"]] += 1
         grades = sorted({grade for of_split in counts.values() for grade in of_split}, key=int)
-    except FileNotFoundError:
-        return ["The run has no manifest.csv, so its photographs are not known."]
     except (OSError, csv.Error, KeyError, ValueError):
         raise UserError(
             f"{restored.run.manifest}: this is no list of a run's photographs, or it is cut off; restore it, or move "

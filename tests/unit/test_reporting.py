@@ -30,7 +30,7 @@ from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import again, facts, final, plots, predictions, ranked, tables
 from fastddr.runs import Progress, RunFolder
 from fastddr.runtime import Runtime
-from fastddr.tracking import Tracker
+from fastddr.tracking import Tracker, read
 
 pytestmark = pytest.mark.pictures
 
@@ -513,11 +513,6 @@ def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
     assert "wandb" not in plain.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_torn_line_of_figures_is_not_read(run: Path) -> None:
-    assert len(reporting.read_metrics(run)) == 36
-    assert reporting.read_metrics(run / "nowhere") == []
-
-
 def test_the_end_of_a_run_tells_that_test_was_scored_and_the_memory_of_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,7 +547,7 @@ def test_the_end_of_a_run_tells_that_test_was_scored_and_the_memory_of_that(
     assert "| 0.80 GiB in training, 1.25 GiB with the scoring at its end |" in text
     assert "| 11.0 on the whole, 10.0 in the median step |" in text
     assert "| 89.9% on the whole, 90.0% in the median step |" in text
-    logged = reporting.read_metrics(tmp_path)[-1]
+    logged = read(folder.metrics)[-1]
     assert logged["final/peak_rss_gib"] == 1.25
     assert not [name for name in logged if name.startswith("memory/")], "W&B knows a line by its first name"
 

@@ -298,7 +298,9 @@ def claim(path: Path, named: bool) -> Path:
     Raises:
         UserError: it has no place there; or its file system has no symbolic links, which `best` and `last` are.
     """
-    found = _new(path, named)
+    if named:
+        path.mkdir(parents=True, exist_ok=True)
+    found = path if named else numbered(path)
     link = found / f".link.{os.getpid()}"
     try:
         link.symlink_to("step")
@@ -329,18 +331,20 @@ def seen(path: Path) -> None:
         time.sleep(0.2)
 
 
-def _new(path: Path, named: bool) -> Path:
-    if named:
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+def numbered(path: Path) -> Path:
+    """Make a new folder, with a number behind its name where others bear it.
+
+    Raises:
+        UserError: a thousand do.
+    """
     for number in range(1, 1000):
-        numbered = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        found = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
-            numbered.mkdir(parents=True)
+            found.mkdir(parents=True)
         except FileExistsError:
             continue
-        return numbered
-    raise UserError(f"{path}: a thousand runs bear this name; give another with --run-dir.")
+        return found
+    raise UserError(f"{path}: a thousand folders bear this name; move some, or give another with --run-dir.")
 
 
 def continue_from(config: Config, run: RunFolder, world: int) -> Config:

@@ -180,7 +180,6 @@ class Saver:
         main: bool,
         fingerprint: str,
         step: int,
-        wandb_id: str | None,
         before: Callable[[], None],
     ) -> None:
         """Of a run that begins, or goes on, at a step.
@@ -189,9 +188,7 @@ class Saver:
         checkpoint is written, in the thread that writes it.
         """
         self.config, self._run, self._training = config, run, training
-        self._about = {
-            "config": asdict(config), "fingerprint": fingerprint, "versions": versions(), "wandb_id": wandb_id,
-        }  # fmt: skip
+        self._about = {"config": asdict(config), "fingerprint": fingerprint, "versions": versions()}
         #: Step of the last checkpoint that was taken.
         self.step = step
         self._owed = False

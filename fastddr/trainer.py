@@ -150,7 +150,7 @@ class Trainer:
         )) or self.tracker  # fmt: skip
         self.saver = Saver(
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
-            wandb_id=self.tracker.wandb.id, before=self.tracker.sync,
+            before=self.tracker.sync,
         )  # fmt: skip
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,

@@ -25,7 +25,7 @@ from fastddr.data.splits import UNUSED
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "named", "of", "read", "splits_by_name"]
+__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "named", "of", "read", "rows", "splits_by_name"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
@@ -222,7 +222,7 @@ def commonest(file: Path, classes: int) -> int | None:
     None where there is no such file, or it tells of no such photograph.
     """
     grades, counted = [str(grade) for grade in range(classes)], [0] * classes
-    for row in _rows(file):
+    for row in rows(file):
         if row.get("split") == "train" and row.get("grade") in grades:
             counted[grades.index(row["grade"])] += 1
     return counted.index(max(counted)) if any(counted) else None
@@ -238,12 +238,12 @@ def splits_by_name(file: Path) -> dict[tuple[str, str], str]:
 
     Empty where there is no such file.
     """
-    rows = [(named(row.get("path") or "", row.get("grade") or ""), row.get("split") or "") for row in _rows(file)]
-    bearers = Counter(name for (name, _), _ in rows)
-    return {key: split for key, split in rows if bearers[key[0]] == 1}
+    photographs = [(named(row.get("path") or "", row.get("grade") or ""), row.get("split") or "") for row in rows(file)]
+    bearers = Counter(name for (name, _), _ in photographs)
+    return {key: split for key, split in photographs if bearers[key[0]] == 1}
 
 
-def _rows(file: Path) -> Iterator[dict[str, str]]:
+def rows(file: Path) -> Iterator[dict[str, str]]:
     """The rows of a file of `Manifest.to_csv`; none where there is no such file."""
     if file.is_file():
         with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:

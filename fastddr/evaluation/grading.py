@@ -117,15 +117,14 @@ def _grading(saved: Mapping[str, Any] | None) -> Grading:
     return Grading() if saved is None else Grading(tuple(saved["thresholds"]), saved["sigma"])
 
 
-def fit(values: Float[Tensor, " n"], grades: Int[Tensor, " n"], classes: int = len(ICDR)) -> Grading:
+def fit(values: Float[Tensor, " n"], grades: Int[Tensor, " n"]) -> Grading:
     """Thresholds of the highest kappa on these photographs, then the spread of the highest likelihood.
 
     Rounding stays where nothing is better, and where all photographs have one grade. A grade that no photograph should
     get has its two thresholds between the same two values.
     """
     x, y = values.double().cpu().numpy(), grades.cpu().numpy()
-    rounding = Grading(tuple(grade + 0.5 for grade in range(classes - 1)))
-    grading = replace(rounding, thresholds=_thresholds(x, y, rounding.thresholds))
+    grading = Grading(_thresholds(x, y, Grading().thresholds))
     # The square of the spread divides the logits, as a temperature does.
     sigma2 = temperature(grading.logits(values.cpu().float()[:, None]), grades, *(bound**2 for bound in _SIGMA))
     return replace(grading, sigma=sigma2**0.5)

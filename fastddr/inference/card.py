@@ -6,12 +6,12 @@ import csv
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fastddr import files
 from fastddr.config import Config
+from fastddr.data import manifest
 from fastddr.data.crop import Recipe
 from fastddr.data.grades import ICDR, REFERABLE
 from fastddr.data.problems import in_markdown
@@ -77,7 +77,7 @@ def markdown(
         parts += [
             "In brackets: 95 % intervals over the photographs, as the run's report has them"
             + ("" if about["window"] == about["reported"] else f", which graded by the window `{about['reported']}`")
-            + _averaged(found, restored)
+            + _averaged(found)
             + ". They hold for the split named; the splits of a data set differ in kind."
             + (f" {tables.FLATTERED}" if about["grading"] is not None else "")
         ]
@@ -133,10 +133,11 @@ def _input(deployed: Deployed, recipe: Recipe | str | None, about: Mapping[str, 
     return "\n".join(lines)
 
 
-def _averaged(found: Mapping[str, Any], restored: Restored) -> str:
-    """What is to be said where the run's report has the mean over several views."""
-    views = {_behind(values["weights"], restored) for values in found.values()} - {""}
-    return f"; the run took each photograph's {views.pop()} views, and this file sees one" if views else ""
+def _averaged(found: Mapping[str, Any]) -> str:
+    """What is to be said where the run's report has the mean over several views, as `views.told` has it."""
+    said = {values["weights"].rpartition(", ")[2] for values in found.values()}
+    views = [words for words in said if words.endswith(" averaged")]
+    return f"; the run took each photograph's {views[0]} views, and this file sees one" if views else ""
 
 
 def _data(restored: Restored) -> list[str]:
@@ -145,18 +146,15 @@ def _data(restored: Restored) -> list[str]:
     Raises:
         UserError: it is broken.
     """
+    if not restored.run.manifest.is_file():
+        return ["The run has no manifest.csv, so its photographs are not known."]
     try:
-        with restored.run.manifest.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            first = [line for line in (next(stream, ""), next(stream, "")) if line and not line.startswith("#")]
-            rows = list(csv.DictReader(chain(first, stream)))
         counts: dict[str, Counter[str]] = {}
-        for photograph in rows:
+        for photograph in manifest.rows(restored.run.manifest):
             if None in photograph.values():
                 raise ValueError("a row is cut off")
             counts.setdefault(photograph["split"], Counter())[photograph["grade"]] += 1
         grades = sorted({grade for of_split in counts.values() for grade in of_split}, key=int)
-    except FileNotFoundError:
-        return ["The run has no manifest.csv, so its photographs are not known."]
     except (OSError, csv.Error, KeyError, ValueError):
         raise UserError(
             f"{restored.run.manifest}: this is no list of a run's photographs, or it is cut off; restore it, or move "
@@ -181,12 +179,5 @@ def _metrics(file: Path, restored: Restored) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     splits = [name for name in ("valid", "valid_last", "test") if name in found]
-    return {name: found[name] for name in splits if _behind(found[name]["weights"], restored) is not None}
-
-
-def _behind(weights: str, restored: Restored) -> str | None:
-    """What stands behind the name of the exported weights: how many views of a photograph the run took the mean of.
-    None where it names others.
-    """
-    own = restored.weights
-    return weights.removeprefix(own).strip(", ") if weights.startswith(own) else None
+    # Behind their name may stand why the last ones are the best, and of how many views the figures are.
+    return {name: found[name] for name in splits if found[name]["weights"].startswith(restored.weights)}

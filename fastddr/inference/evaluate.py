@@ -26,7 +26,7 @@ from fastddr.inference.flags import Evaluate
 from fastddr.loaders.run import scoring
 from fastddr.reporting import again, tables
 from fastddr.reporting.facts import facts
-from fastddr.runs import RunFolder, claim, data_name
+from fastddr.runs import RunFolder, data_name, numbered
 
 
 def settings(asked: Evaluate) -> Config:
@@ -106,7 +106,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     multi = ["multi"] if config.evaluation.field == "multi" else []
     tta = [] if config.evaluation.tta == "none" else [config.evaluation.tta]
     label = "-".join([asked.split, asked.weights, *tta, *multi])
-    place = claim(run.path / "evaluations" / f"{label}-{datetime.now():%Y%m%d-%H%M%S}", named=False)
+    place = numbered(run.path / "evaluations" / f"{label}-{datetime.now():%Y%m%d-%H%M%S}")
     values = figures(result.logits, result.grades)
     if asked.split in ("test", "all") and found.has("test"):
         run.append_test_scoring("evaluate", result.weights, asked.split, values, found.fingerprint)

@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ def export(asked: Export) -> Path:
     except UserError:  # the file can be checked on any photographs; the card says what is not known
         recipe = "as the run's were, which is not known any more"
     known = card.read(restored)
-    seen, ids, said = _photographs(asked, config, console)
+    seen, ids, said = _photographs(asked, restored, console)
     deployed = Deployed(restored.model, config).eval()
 
     def rebuild() -> torch.nn.Module:
@@ -86,11 +85,11 @@ def export(asked: Export) -> Path:
         return grading.wrap(bare, config, grading.unwrap(restored.model)[1]).eval()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    # Its name is cut, since with more behind it a long one may be too long.
+    part = out.with_name(f".{out.name[:40]}.{uuid4().hex[:8]}")
+    part.mkdir()  # not by `tempfile`, whose folders are closed to the group
     with files.naming(out), ExitStack() as stack:
         stack.callback(shutil.rmtree, part, ignore_errors=True)
-        # In a folder that passes its group on, so does this one.
-        part.chmod(0o777 & ~_umask() | part.stat().st_mode & stat.S_ISGID)
         file = part / formats.FILES[asked.format]
         about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
         try:
@@ -166,7 +165,7 @@ def _settings(asked: Export) -> Config:
     return restore.settings(wanted)
 
 
-def _photographs(asked: Export, config: Config, console: Console) -> tuple[Manifest, np.ndarray, str]:
+def _photographs(asked: Export, restored: Restored, console: Console) -> tuple[Manifest, np.ndarray, str]:
     """Photographs, the ids to check the file on, and what they are."""
     if asked.photographs is not None:
         listed, _ = photos.ready(photos.find([str(asked.photographs)]).paths, None, lambda what, done, total: None)
@@ -176,12 +175,14 @@ def _photographs(asked: Export, config: Config, console: Console) -> tuple[Manif
         found, ids, said = photos.as_manifest(usable), np.arange(len(usable)), "a folder that was given"
     else:
         try:
-            found = source.open_data(config, console)
+            found = source.open_data(restored.config, console)
         except UserError as error:
             raise UserError(
                 f"{str(error).rstrip('.')}; or check the export on other photographs, with --photographs FOLDER."
             ) from None
-        ids, said = found.ids("valid"), "of the valid split of its data"
+        own = found.fingerprint == restored.fingerprint
+        data = "its data" if own else "what lies in its data folder now, and is not what it was trained on"
+        ids, said = found.ids("valid"), f"of the valid split of {data}"
     if asked.count and asked.count < len(ids):
         ids = ids[np.linspace(0, len(ids) - 1, asked.count).round().astype(int)]
     return found, ids, said
@@ -236,13 +237,6 @@ def _keep(part: Path, out: Path, overwrite: bool) -> None:
             os.rename(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def main(asked: Export) -> int:

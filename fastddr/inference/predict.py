@@ -82,10 +82,9 @@ def predict(asked: Predict) -> Answer:
     if usable:
         logits = _logits(asked, config, restored, began, usable, console)
         answer = _of_unchanged(runtime.from_main(lambda: photos.again(listed)), usable, logits)
-        usable = [photo for photo in answer.photos if not photo.kind]
     runtime.from_main(lambda: _write(asked, answer, config.num_classes))
     if asked.explain is not None and answer.logits is not None:
-        _explain(asked, asked.explain, config, restored, began, usable, answer.logits, console)
+        _explain(asked, asked.explain, config, restored, began, answer, answer.logits, console)
     if began.is_main:
         _sum_up(asked, answer, restored, console)
     return answer
@@ -165,15 +164,16 @@ def _explain(
     config: Config,
     restored: Restored,
     began: Runtime,
-    usable: Sequence[Photo],
+    answer: Answer,
     logits: Float[Tensor, "n C"],
     console: Console,
 ) -> None:
     """An overlay of each photograph, of the grade in the table. Under the model without test-time augmentation: the
     window is what it shows.
     """
+    usable = [photo for photo in answer.photos if not photo.kind]
     listed = photos.as_manifest(usable)
-    places = overlays(folder, usable)
+    places = overlays(folder, answer.photos)
 
     def make() -> None:
         _check_folder(asked, folder)  # it may have been filled while photographs were graded
@@ -207,25 +207,14 @@ def _explain(
     console.print(f"heat maps: {folder}")
 
 
-def overlays(folder: Path, usable: Sequence[Photo]) -> list[Path]:
-    """The file of each photograph's overlay: by its name, with a number where several bear it.
+def overlays(folder: Path, listed: Sequence[Photo]) -> list[Path]:
+    """The file of the overlay of each photograph that can be used: its number in the table, and its name.
 
     None is named as a photograph is: the folder may be one of photographs, where `photos.find` passes them over.
     """
-    taken: set[str] = set()
-    # Where to begin with the next of a name: all numbers below are taken.
-    free: dict[str, int] = {}
-    found = []
-    for photo in usable:
-        stem = Path(photo.path).stem
-        number = free.get(stem, 1)
-        # A file system may take two names for one that differ in capitals alone.
-        while (name := f"{stem}{'' if number == 1 else f'.{number}'}{photos.HEAT}").lower() in taken:
-            number += 1
-        free[stem] = number + 1
-        taken.add(name.lower())
-        found.append(folder / name)
-    return found
+    # Cut, since with more around it a long name may be too long.
+    names = [f"{row:05}-{Path(photo.path).stem[:40]}{photos.HEAT}" for row, photo in enumerate(listed, 1)]
+    return [folder / name for name, photo in zip(names, listed, strict=True) if not photo.kind]
 
 
 def rows(answer: Answer, classes: int) -> list[list[str]]:

@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.panel import Panel
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -31,11 +30,9 @@ from fastddr.reporting import predictions, tables
 from fastddr.reporting.predictions import LAST
 from fastddr.tracking import METRICS, read
 
-__all__ = ["ABOUT", "read_metrics", "summary", "write"]
+__all__ = ["ABOUT", "summary", "write"]
 
 ABOUT = "about.json"
-#: Columns that no summary takes.
-_WIDE = 1000
 
 
 def write(
@@ -83,7 +80,7 @@ def write(
         if commonest is not None and len(split.grades):
             share = float((split.grades == commonest).double().mean())
             found[name]["baseline"] = {"grade": commonest, "accuracy": share}
-    logged = read_metrics(run_dir)
+    logged = read(Path(run_dir) / METRICS)
     shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
     # Which epoch is the best is more than its kappa: of equal ones the loss decides, of six classes macro F1.
     told = (re.match(r"best \(step \d+, epoch (\d+)\)", split.weights) for split in splits.values())
@@ -156,7 +153,7 @@ def summary(
     report = folder or run_dir / "report"
     found = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
     title = json.loads((report / ABOUT).read_text(encoding="utf-8"))["run"]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in found:
         table.add_column(_column(name), justify="right", overflow="fold", min_width=len("100.0 %"))
@@ -167,23 +164,12 @@ def summary(
         commands.append(("curves", f"tensorboard --logdir {shlex.quote(str(run_dir.parent))}"))
     # To see an offline W&B run in the terminal, and to upload it.
     commands += [(word, command) for word, command in zip(("view", "upload"), wandb_commands, strict=True) if command]
-    next_lines = Text("\n").join(Text.assemble((f"{word:8}", "dim"), command) for word, command in commands)
+    next_lines = [Text.assemble((f"{word:8}", "dim"), command) for word, command in commands]
     constant = [Text(said, style="yellow") for said in tables.constant(found)]
-    body = Group(table, Text(), *_weights(found), *constant, Text(), Text(tables.DISCLAIMER, style="dim"))
-    panel = Panel(body, title=Text(title), title_align="left", expand=False, padding=(1, 2))
+    under = [*_weights(found), *constant, Text(), Text(tables.DISCLAIMER, style="dim"), *next_lines]
     console = console or Console(markup=False, emoji=False)
-    if console.measure(panel, options=console.options.update(max_width=_WIDE)).maximum <= console.width:
-        console.print(panel)
-    else:  # without the frame, so that nothing is cut off
-        table.padding = (0, 1, 0, 0)
-        console.print(panel.title, "", body, soft_wrap=True)
-    # Outside the frame and unbroken, so that they can be copied whole.
-    console.print(next_lines, soft_wrap=True)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of RUN/metrics.jsonl; none where there is no such file."""
-    return read(Path(run_dir) / METRICS)
+    # Unbroken, so that no figure is cut off, and commands can be copied whole.
+    console.print(Text(title), Text(), table, Text(), *under, sep="\n", soft_wrap=True)
 
 
 def _weights(found: Mapping[str, Mapping[str, Any]]) -> list[Text]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,17 +111,19 @@ def read_about(folder: Path) -> dict[str, Any]:
 def write(place: Path, root: Path | None = None, vector: str | None = None) -> Path:
     """Make the report of a run, or of an evaluation, again; the path of its report.md.
 
-    `root` is where the photographs lie now, by default where they lay then; `vector` as in `reporting.write`.
+    `root` is where the photographs lie now, or the folder above, by default where they lay then; `vector` as in
+    `reporting.write`.
 
     Raises:
-        UserError: there is no report, or what it was made of is broken.
+        UserError: there is no report, what it was made of is broken, or none of the photographs lies below `root`.
     """
     folder = folder_of(place)
     found = stored(folder)
     about = found.about
     order = ("train", "valid", "test", predictions.LAST, *found.splits)
     splits = {name: found.splits[name] for name in dict.fromkeys(order) if name in found.splits}
-    where = root or (None if about["root"] is None else Path(about["root"]))
+    before = None if about["root"] is None else Path(about["root"])
+    where = before if root is None else _found(root, before, splits.values())
     run = run_of(folder)  # only a run's own report shows the course of its training
     # The run may have another name by now; of what lies elsewhere the old one is all that is known.
     title = None if (run / "config.yaml").is_file() else about["run"]
@@ -129,3 +132,12 @@ def write(place: Path, root: Path | None = None, vector: str | None = None) -> P
         temperature=about["temperature"], fit=about["fit"], title=title, predicted=False,
         commonest=about["commonest"], vector=vector,
     )  # fmt: skip
+
+
+def _found(root: Path, before: Path | None, splits: Iterable[SplitResult]) -> Path:
+    """Where the photographs lie: a folder, or in it the one that is named as theirs was before, like DR_grading."""
+    paths = [path for split in splits for path in split.paths]
+    for place in (root, root / (before.name if before else "")):
+        if any((place / path).is_file() for path in paths):
+            return place
+    raise UserError(f"--data {root}: none of the report's photographs lies there; give the folder of {paths[0]}.")

@@ -16,7 +16,7 @@ from fastddr.reporting import tables
 from fastddr.reporting.facts import facts
 from fastddr.runs import Progress, RunFolder
 from fastddr.runtime import Runtime
-from fastddr.tracking import Answers, Mistake, Tracker
+from fastddr.tracking import Answers, Mistake, Tracker, read
 
 #: Mistakes that the trackers list.
 WORST = 50
@@ -55,9 +55,8 @@ def write_final(
         test = results["test"]
         run.append_test_scoring("train", weights, "test", figures(test.logits, test.grades), manifest.fingerprint)
     ordered = {name: results[name] for name in (*SPLITS, "valid_last") if name in results}
-    logged = reporting.read_metrics(run.path)
     about = facts(
-        config, manifest, runtime, parameters, logged, began_at=run.began_at(), grading=progress.grading,
+        config, manifest, runtime, parameters, read(run.metrics), began_at=run.began_at(), grading=progress.grading,
         ended=peaks, skipped=progress.skipped, overflowed=progress.overflowed, resumed=resumed,
     )  # fmt: skip
     notes = [*manifest.notes, *_changed(manifest), *([] if progress.grading is None else [tables.FLATTERED])]

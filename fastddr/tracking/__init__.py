@@ -79,11 +79,10 @@ class Tracker:
             if options.wandb:
                 tracker._start_wandb(run_dir, config)
             if options.tensorboard:
-                # Whatever it is: packages that do not fit each other raise anything.
-                with tracker._guard("TensorBoard", (Exception,)):
+                with tracker._guard("TensorBoard"):
                     from fastddr.tracking.boards import TensorBoard
 
-                    tracker._copies.append(TensorBoard(run_dir / "tensorboard", config, resume_step))
+                    tracker._copies.append(TensorBoard(run_dir / "tensorboard", config))
             # Each takes what it lacks: a killed process may have lost some of it, or there was no such tracker yet.
             for line in read(path):
                 known = {name: value for name, value in line.items() if name not in _HEAD and value is not None}
@@ -139,7 +138,7 @@ class Tracker:
         """Close everything; a second call does nothing. `failed` marks the W&B run as failed."""
         copies, self._copies = self._copies, []
         for copy in copies:
-            with self._guard(copy.name, copy.errors):
+            with self._guard(copy.name):
                 copy.finish(failed)
         lines, self._lines = self._lines, None
         if lines is not None:
@@ -150,25 +149,17 @@ class Tracker:
     def sync(self) -> None:
         """Bring what was logged to the disk itself: a checkpoint must not be later than the figures before it.
 
-        May be called in another thread than all else; a tracker that cannot do it will say so when it next logs.
-        Raises OSError where it cannot be done, and where `metrics.jsonl` was removed or replaced: lines still go to the
-        old file, which nobody finds any more.
+        May be called in another thread than all else. Raises OSError where it cannot be done, and where `metrics.jsonl`
+        was removed or replaced: lines still go to the old file, which nobody finds any more.
         """
         if self._lines is not None:
             if not os.path.samestat(os.fstat(self._lines.fileno()), os.stat(self._lines.name)):
                 raise FileNotFoundError(errno.ENOENT, "another file is in its place", self._lines.name)
             os.fsync(self._lines.fileno())
-        for copy in list(self._copies):
-            with contextlib.suppress(*copy.errors):
-                copy.sync()
 
     def _start_wandb(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        try:
+        with self._guard("W&B"):
             copy = WandbRun(run_dir, config, self._options)
-        except Exception as error:  # noqa: BLE001  # whatever it is, as with TensorBoard
-            self._say(f"W&B is off: {first_line(error)}")
-            return
-        with self._guard("W&B", copy.errors):
             begun = copy.start()
             if begun is not None:
                 self.wandb = begun
@@ -178,18 +169,20 @@ class Tracker:
     def _each(self, do: Callable[[Copy], None]) -> None:
         """Do something with each tracker, and end the one that fails at it."""
         for copy in list(self._copies):
-            with self._guard(copy.name, copy.errors, copy):
+            with self._guard(copy.name, copy):
                 do(copy)
 
     @contextlib.contextmanager
-    def _guard(self, name: str, errors: tuple[type[Exception], ...], copy: Copy | None = None) -> Iterator[None]:
+    def _guard(self, name: str, copy: Copy | None = None) -> Iterator[None]:
         try:
             yield
-        except errors as error:
+        # Whatever it is, for a copy of the figures must never stop a run: packages that do not fit each other raise
+        # anything, and W&B's errors derive from no class of its own.
+        except Exception as error:  # noqa: BLE001
             self._say(f"{name} is off from here on, {METRICS} goes on: {first_line(error)}")
             if copy is not None and copy in self._copies:
                 self._copies.remove(copy)
-                with contextlib.suppress(*copy.errors):  # what it lacks is told already
+                with contextlib.suppress(Exception):  # what it lacks is told already
                     copy.finish(failed=True)
 
 

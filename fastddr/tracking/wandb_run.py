@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -44,8 +43,6 @@ _READ_TIMEOUT = 120
 _TURNS = {"train": 0, "valid": 1, "final": 2}
 _OF_A_STEP = len(_TURNS)
 
-#: The artifact of fastddr's source.
-_CODE = "fastddr-code"
 #: Points of a curve at most; a chart holds 10,000 in all.
 POINTS = 500
 
@@ -56,7 +53,6 @@ class Begun:
 
     said: str = ""
     """The line to say."""
-    id: str | None = None
     commands: tuple[str | None, str | None] = (None, None)
     """What to type to see an offline run in the terminal, and to upload all its parts: every resume leaves one."""
 
@@ -75,15 +71,11 @@ class WandbRun:
     """
 
     name = "W&B"
-    errors: tuple[type[Exception], ...]
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], options: TrackingConfig) -> None:
         import wandb
 
         self._wandb = wandb
-        # All of them: wandb's derive from no class of its own (that of a lost service straight from Exception), and
-        # a copy of the figures must never stop a run. Each is said, and ends this tracker.
-        self.errors = (Exception,)
         self._run_dir, self._config, self._options = run_dir, config, options
         #: Of a sweep's run also the project and the entity that its agent gave it.
         self._kept = _read_id(run_dir / "wandb" / "id.txt")
@@ -107,7 +99,7 @@ class WandbRun:
         except BaseException:  # Ctrl-C too: nobody has this run yet to end it
             self._give_back()
             if self._run is not None:
-                with suppress(*self.errors):
+                with suppress(Exception):
                     self._run.finish(exit_code=1)
             raise
 
@@ -127,7 +119,7 @@ class WandbRun:
         earlier = _parts(folder, self._kept.id)
         try:
             self._run = self._init(mode)
-        except self.errors as error:
+        except Exception as error:
             if mode in ("offline", "dryrun"):
                 raise
             # The service still holds the run's id, and would refuse it to the offline run.
@@ -148,34 +140,14 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
         for metric, summary in SUMMARIES.items():
             self._run.define_metric(metric, step_metric="step", summary=summary)
-        if self._options.log_code:
-            self._log_code()
+        if self._options.log_code:  # W&B shows as a run's code that of its last part
+            self._run.log_code(root=str(Path(fastddr.__file__).parent), name="fastddr-code")
         if not self._run.offline:
-            return Begun(f"W&B: {self._run.url or mode}", self._run.id)
+            return Begun(f"W&B: {self._run.url or mode}")
         place = shlex.quote(short(folder))
         view, sync = f"wandb leet {place}", f"wandb sync {place}/offline-run-*"
         said = f"W&B: offline ({why}); see it with: {view}; upload later with: {sync}"
-        return Begun(said, self._run.id, (view, sync))
-
-    def _log_code(self) -> None:
-        """fastddr's source. Offline W&B copies it each time, so it is logged once, and again where it has changed or
-        where that part of the run is put aside, in another project, not whole, or was copied to another folder."""
-        source, folder = Path(fastddr.__file__).parent, self._run_dir / "wandb"
-        if not self._run.offline:  # its copies go as soon as they are uploaded
-            self._run.log_code(root=str(source), name=_CODE)
-            return
-        file = folder / "code.txt"
-        # W&B keeps where its copies lie from the root on.
-        state = [_hash_of(source, folder.resolve()), self._project]
-        words = file.read_text(encoding="utf-8", errors="replace").strip().split(maxsplit=2) if file.is_file() else []
-        part = folder / words[0] / f"run-{self._run.id}.wandb" if words[1:] == state else None
-        # W&B writes it after the code; a process that was killed may have written neither.
-        if part is not None and part.is_file() and b'"code_path"' in part.read_bytes():
-            # What W&B shows as a run's code is that of its last part.
-            self._run.config.update({"_wandb": {"code_path": _CODE}}, allow_val_change=True)
-            return
-        self._run.log_code(root=str(source), name=_CODE)
-        write_line(file, " ".join([Path(self._run.dir).parent.name, *state]))
+        return Begun(said, (view, sync))
 
     def log(self, values: Mapping[str, float], step: int, when: float) -> None:
         kind = next((name.partition("/")[0] for name in values if "/" in name), None)
@@ -248,9 +220,6 @@ class WandbRun:
         else:
             artifact.add_file(str(path))
         self._run.log_artifact(artifact, aliases=list(aliases))
-
-    def sync(self) -> None:
-        """Nothing: what W&B lost is logged again by whoever goes on."""
 
     def finish(self, failed: bool) -> None:
         self._give_back()
@@ -338,15 +307,6 @@ def choose_mode(wandb: Any) -> tuple[str, str]:
     except Exception:  # noqa: BLE001  # a key that is no key
         known = False
     return ("online", "") if known else ("offline", "not logged in")
-
-
-def _hash_of(source: Path, place: Path) -> str:
-    """Of the modules of a package, and of a place."""
-    found = hashlib.sha256(os.fsencode(place))
-    for file in sorted(source.rglob("*.py")):
-        content = file.read_bytes()
-        found.update(f"{file.relative_to(source)} {len(content)} ".encode() + content)
-    return found.hexdigest()
 
 
 def _writable(folder: Path) -> bool:

@@ -253,7 +253,7 @@ def counting(tmp_path: Path, *flags: str) -> Saver:
     config = cli.parse(["--epochs", "4", *flags], "test")
     model = torch.nn.Linear(1, 1)
     training = Training(model, None, torch.optim.SGD(model.parameters()), None)
-    about: dict[str, Any] = {"fingerprint": "", "step": 0, "wandb_id": None, "before": lambda: None}
+    about: dict[str, Any] = {"fingerprint": "", "step": 0, "before": lambda: None}
     return Saver(RunFolder(tmp_path), training, config, main=False, **about)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -150,6 +151,16 @@ def test_a_temperature_that_cannot_be_read_is_told_before_the_work(
     assert "has the temperature that was fitted on valid; put it back, or remove it" in capsys.readouterr().err
     assert (copy / "test_scorings.jsonl").read_text() == before
     assert set((copy / "evaluations").glob("*")) == there
+
+
+def test_an_evaluation_needs_no_links(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a run that was copied to a disk that has none."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert evaluated(run, "--split", "valid")[0]["valid"]["n"] == 11
 
 
 @pytest.mark.slow

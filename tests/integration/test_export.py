@@ -104,11 +104,14 @@ def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path)
     restored = restore.Restored(RunFolder(copy), restore.stored(run), torch.nn.Identity(), weights, fingerprint="")
     figures = json.loads((copy / "report" / "metrics.json").read_text())
     assert figures["valid_last"]["weights"] == weights
-    figures["valid_last"]["weights"] = f"{weights}, flips averaged"
-    (copy / "report" / "metrics.json").write_text(json.dumps(figures))
-    known = card.read(restored)
-    assert list(known.figures) == ["valid_last"]
-    assert "; the run took each photograph's flips averaged views" in card._averaged(known.figures, restored)
+    lost = f"{weights}, for the best ones are lost"  # as `saving.best` names them
+    for told, views in ((f"{weights}, flips averaged", True), (lost, False), (f"{lost}, flips averaged", True)):
+        figures["valid_last"]["weights"] = told
+        (copy / "report" / "metrics.json").write_text(json.dumps(figures))
+        known = card.read(restored)
+        assert list(known.figures) == ["valid_last"]
+        said = "; the run took each photograph's flips averaged views, and this file sees one"
+        assert card._averaged(known.figures) == (said if views else "")
     # What is torn is told before the export, which is long.
     for text in ("[]", '{"valid": []}', '{"valid": {"weights": 1}}', json.dumps({"valid": {"weights": weights}}), "{"):
         (copy / "report" / "metrics.json").write_text(text)
@@ -120,6 +123,23 @@ def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path)
         (copy / "manifest.csv").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.csv: this is no list of a run's photographs"):
             card.read(restored)
+
+
+def test_photographs_that_are_not_the_runs_any_more_are_not_called_so(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """They lie where its own did."""
+    data, copy = tmp_path / "data", Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    shutil.copytree(tiny, data)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace(str(tiny), str(data)))
+    one = next((data / "DR_grading" / "train").iterdir())
+    for changed in (False, True):
+        if changed:
+            one.write_bytes(one.read_bytes() + b"0")
+        asked = ["--format", "safetensors", "--out", str(tmp_path / f"out-{changed}"), "--count", "2"]
+        assert main(["export", str(copy), *asked]) == 0
+        card = (tmp_path / f"out-{changed}" / "model_card.md").read_text()
+        assert ("(of the valid split of its data)" in card) != changed
+        assert ("data folder now, and is not what it was trained on)" in card) == changed
 
 
 def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -219,15 +219,15 @@ def test_a_heat_map_for_each_photograph(
     named = [str(one), str(tmp_path / "other"), "--out", str(tmp_path / "g.csv"), "--explain", str(tmp_path / "heat")]
     assert main(["predict", str(run), *named]) == 0
     assert sorted(path.name for path in (tmp_path / "heat").iterdir()) == [
-        f"{one.stem}.2.heat.png", f"{one.stem}.heat.png",
+        f"00001-{one.stem}.heat.png", f"00002-{one.stem}.heat.png",
     ]  # fmt: skip
-    with Image.open(tmp_path / "heat" / f"{one.stem}.heat.png") as image:
+    with Image.open(tmp_path / "heat" / f"00001-{one.stem}.heat.png") as image:
         sheet = np.asarray(image.convert("RGB")).astype(int)
     side = (sheet.shape[1] - 4) // 2
     plain, heat = sheet[:side, :side], sheet[:side, side + 4 :]
     assert np.abs(plain - heat).max() > 30, "the one on the right is under its map"
     # Another command puts its own there while these are made.
-    there, overlay = tmp_path / "new" / f"{one.stem}.heat.png", explain.overlay
+    there, overlay = tmp_path / "new" / f"00001-{one.stem}.heat.png", explain.overlay
     monkeypatch.setattr(explain, "overlay", lambda *what: (there.write_text("theirs"), overlay(*what))[1])
     new = ["--out", str(tmp_path / "new.csv"), "--explain", str(there.parent)]
     assert main(["predict", str(run), str(one), *new]) == 2

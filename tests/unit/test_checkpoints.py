@@ -221,7 +221,7 @@ def test_what_the_disk_says_ends_a_run_in_one_sentence(
     run, (model, optimizer) = RunFolder(tmp_path / "run"), trained()
     saver = saving.Saver(
         run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
-        wandb_id=None, before=lambda: None,
+        before=lambda: None,
     )  # fmt: skip
     if code != errno.ENOENT:
         run.path.mkdir()
@@ -259,7 +259,7 @@ def test_what_is_in_the_place_of_a_run_that_was_moved_is_left_as_it_is(place: st
         run.set_status("running", 1)  # a hand took the lock for left over
         saver = saving.Saver(
             run, Training(model, None, optimizer, None), Config(), main=True, fingerprint="", step=1,
-            wandb_id=None, before=lambda: None,
+            before=lambda: None,
         )  # fmt: skip
         saver.flush()
         path.rename(tmp_path / "moved")

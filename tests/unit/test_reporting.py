@@ -30,7 +30,7 @@ from fastddr.evaluation.metrics import SplitResult, figures
 from fastddr.reporting import again, facts, final, plots, predictions, ranked, tables
 from fastddr.runs import Progress, RunFolder
 from fastddr.runtime import Runtime
-from fastddr.tracking import Tracker
+from fastddr.tracking import Tracker, read
 
 pytestmark = pytest.mark.pictures
 
@@ -338,6 +338,18 @@ def test_a_report_is_of_its_run_from_within_its_folder(run: Path, monkeypatch: p
     assert again.write(run) == again.write(Path()).absolute() == run
 
 
+def test_photographs_that_have_moved_are_found_below_the_folder_that_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their paths are relative to a folder in it where the set has one of its own, as DDR's DR_grading."""
+    shutil.copytree(run / "photos", tmp_path / "moved" / "photos")
+    monkeypatch.setattr(reporting, "write", lambda *_, root, **__: root)
+    for named in (tmp_path / "moved", tmp_path / "moved" / "photos"):
+        assert again.write(run, named) == tmp_path / "moved" / "photos"
+    with pytest.raises(UserError, match=r"none of the report's photographs lies there; give the folder of train/000"):
+        again.write(run, tmp_path)
+
+
 def test_a_report_made_again_is_the_same(run: Path, tmp_path: Path) -> None:
     """From what lies in the folder, without a model: to the last figure and picture."""
     copy = tmp_path / run.name
@@ -501,11 +513,6 @@ def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:
     assert "wandb" not in plain.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_torn_line_of_figures_is_not_read(run: Path) -> None:
-    assert len(reporting.read_metrics(run)) == 36
-    assert reporting.read_metrics(run / "nowhere") == []
-
-
 def test_the_end_of_a_run_tells_that_test_was_scored_and_the_memory_of_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -540,7 +547,7 @@ def test_the_end_of_a_run_tells_that_test_was_scored_and_the_memory_of_that(
     assert "| 0.80 GiB in training, 1.25 GiB with the scoring at its end |" in text
     assert "| 11.0 on the whole, 10.0 in the median step |" in text
     assert "| 89.9% on the whole, 90.0% in the median step |" in text
-    logged = reporting.read_metrics(tmp_path)[-1]
+    logged = read(folder.metrics)[-1]
     assert logged["final/peak_rss_gib"] == 1.25
     assert not [name for name in logged if name.startswith("memory/")], "W&B knows a line by its first name"
 

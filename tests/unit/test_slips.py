@@ -11,7 +11,7 @@ import torch
 
 from fastddr import __main__ as command
 from fastddr import cli, ranks
-from fastddr.data import layouts, output, photos, problems, survey
+from fastddr.data import layouts, output, problems, survey
 from fastddr.data.photos import Photo
 from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from fastddr.inference import predict
@@ -88,26 +88,10 @@ def test_a_list_may_be_of_a_spreadsheet(tiny: Path, tmp_path: Path) -> None:
     assert problems.read_list(tmp_path / "bad.csv") == {path}
 
 
-def test_no_two_heat_maps_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    photographs = [Photo(path=name) for name in ("a.jpg", "a.png", "a.2.jpg", "sub/A.jpg")]
+def test_a_heat_map_bears_the_number_of_its_photograph_in_the_table() -> None:
+    photographs = [Photo(path="a.jpg"), Photo(path="b.jpg", kind="empty"), Photo(path=f"{'long' * 60}.jpg")]
     found = [path.name for path in predict.overlays(Path("maps"), photographs)]
-    assert found == ["a.heat.png", "a.2.heat.png", "a.2.2.heat.png", "A.3.heat.png"]
-
-    class Tried(str):
-        """The ending of the names, which counts how many are made."""
-
-        times = 0
-
-        def __format__(self, how: str) -> str:
-            Tried.times += 1
-            return str.__format__(self, how)
-
-    monkeypatch.setattr(photos, "HEAT", Tried(photos.HEAT))
-    patients = [Photo(path=f"{number}/left.jpg") for number in range(3000)]
-    found = [path.name for path in predict.overlays(Path("maps"), [Photo(path="left.7.jpg"), *patients])]
-    numbers = ["", *(f".{number}" for number in range(2, 3002) if number != 7)]
-    assert found == ["left.7.heat.png", *(f"left{number}.heat.png" for number in numbers)]
-    assert Tried.times < 6000, "not from 1 for each"
+    assert found == ["00001-a.heat.png", f"00003-{'long' * 10}.heat.png"]
 
 
 def test_settings_of_a_model_that_is_not_trained_are_named(capsys: pytest.CaptureFixture[str]) -> None:

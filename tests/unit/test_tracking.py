@@ -331,7 +331,7 @@ def test_ctrl_c_while_wandb_begins_leaves_nothing_behind(
         run._run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code), id="a", url=None, offline=False)
         if place == "_start":
             raise KeyboardInterrupt
-        return wandb_run.Begun("W&B: online", "a")
+        return wandb_run.Begun("W&B: online")
 
     def log(*_: object) -> None:
         raise KeyboardInterrupt
@@ -394,7 +394,7 @@ def test_a_tracker_that_cannot_start_is_said_and_left(tmp_path: Path, monkeypatc
     tracker.finish()
     assert len(lines(tmp_path / "run")) == 1
     assert [line.split(":")[0] for line in said] == [
-        "W&B is off",
+        "W&B is off from here on, metrics.jsonl goes on",
         "TensorBoard is off from here on, metrics.jsonl goes on",
     ]
 

@@ -40,9 +40,7 @@ def test_wandb_offline_is_one_run_over_a_resume(tmp_path: Path, capfd: pytest.Ca
     tracker = start(run, said, wandb=True, log_code=True)
     tracker.log({"train/loss": 0.5}, step=4, epoch=1)
     tracker.finish()
-    staged = set(run.glob("wandb/artifacts/staging/*"))
     tracker = start(run, said, wandb=True, log_code=True, resume_step=4)
-    assert set(run.glob("wandb/artifacts/staging/*")) == staged != set(), "the code is copied once"
     tracker.log({"train/loss": 0.25, "train/nan": math.nan}, step=5, epoch=1)
     tracker.log_image("report/curves", picture, 5)
     tracker.log({"final/test_qwk": 0.5}, step=5, epoch=1)
@@ -128,32 +126,6 @@ def test_no_step_is_doubled_or_missing_in_a_tracker_after_a_kill(tmp_path: Path,
     ]
 
 
-def test_tensorboard_that_failed_has_no_gap_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two lives: in the second it fails before the step where the first ended, and the checkpoint is later."""
-    from fastddr.tracking.boards import TensorBoard
-
-    run = tmp_path / "run"
-    write = TensorBoard.log
-
-    def failing(at: int) -> Any:
-        def log(board: TensorBoard, values: Any, step: int, when: float) -> None:
-            if step >= at:
-                raise OSError("no room")
-            write(board, values, step, when)
-
-        return log
-
-    for fails_at, first, last, resume in ((99, 1, 6, None), (4, 3, 8, 2), (99, 9, 10, 8)):
-        monkeypatch.setattr(TensorBoard, "log", failing(fails_at))
-        tracker = start(run, tensorboard=True, resume_step=resume)
-        for step in range(first, last + 1):
-            tracker.log({"train/loss": float(step)}, step=step, epoch=0)
-        tracker.sync()  # of a checkpoint at the last step
-        tracker.finish()
-    found = [(event.step, event.value) for event in events(run).Scalars("train/loss")]
-    assert found == [(step, float(step)) for step in range(1, 11)]
-
-
 def test_no_validation_is_doubled_that_comes_again(tmp_path: Path) -> None:
     """The checkpoint was taken when the epoch had ended, before its validation was saved."""
     run = tmp_path / "run"
@@ -217,39 +189,6 @@ def test_another_project_has_none_of_the_rows(tmp_path: Path, monkeypatch: pytes
             copy = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=project))
             copy._run = SimpleNamespace(id="x")
             assert copy._known() == steps
-
-
-def test_code_is_logged_again_where_the_part_with_it_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    part, logged, shown = tmp_path / "wandb" / "offline-run-1-x", list[str](), list[Any]()
-    part.mkdir(parents=True)
-    run = SimpleNamespace(
-        offline=True, id="x", dir=str(part / "files"), log_code=lambda root, name: logged.append(name),
-        config=SimpleNamespace(update=lambda values, allow_val_change: shown.append(values)),
-    )  # fmt: skip
-
-    def again(project: str = "a") -> bool:
-        """Whether one more start logs it."""
-        copy, before = wandb_run.WandbRun(tmp_path, {}, TrackingConfig(project=project)), len(logged)
-        copy._run = run
-        copy._log_code()
-        return len(logged) > before
-
-    assert again()
-    assert again(), "a process that was killed had not written it"
-    (part / "run-x.wandb").write_bytes(b'... {"code_path": ...')
-    assert not again()
-    assert shown == [{"_wandb": {"code_path": "fastddr-code"}}]
-    assert [again("another project"), again("another project"), again()] == [True, False, True]
-    for changed in (lambda *_: "changed", wandb_run._hash_of):
-        monkeypatch.setattr(wandb_run, "_hash_of", changed)
-        assert [again(), again()] == [True, False]
-    assert wandb_run._hash_of(tmp_path, tmp_path) != wandb_run._hash_of(tmp_path, part), "the folder was moved"
-    wandb_run._put_aside([part / "run-x.wandb"])
-    assert again()
-    run.offline = False
-    assert [again(), again()] == [True, True], "the server knows it"
 
 
 def test_a_part_that_cannot_be_read_is_said_and_ends_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,10 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     try:
         if config.micro_batch_size == "auto":
             micro, said = checked(config, world, free, lambda size: one_step(config, size, world, device), allowance)
-            config = replace(config, micro_batch_size=min(ranks.gather([micro])))
+            least = min(ranks.gather([micro]))
+            if least < micro:
+                said.append(f"micro batch {least}: more does not fit on the card of another rank")
+            config = replace(config, micro_batch_size=least)
             _free()
             torch.cuda.reset_peak_memory_stats(device)
         if config.batch_size % world or int(config.micro_batch_size) * world > config.batch_size:

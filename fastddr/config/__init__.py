@@ -266,8 +266,12 @@ def load_preset(name: str | Path, changes: Mapping[str, Any] | None = None) -> C
     Raises:
         UserError: no such preset or file, or something in it is wrong.
     """
-    base = _preset(str(name))
-    return base if changes is None else from_mapping(changes, f"changes of preset {name}", base)
+    base, where = _preset(str(name)), f"changes of preset {name}"
+    if changes is None:
+        return base
+    changed = from_mapping(changes, where, base)
+    _no_base(changes, where)
+    return changed
 
 
 def _preset(name: str) -> Config:
@@ -278,8 +282,20 @@ def _preset(name: str) -> Config:
         if not Path(name).is_file():
             raise UserError(f"--preset {name}: there is no such file.")
         # Its folder is left behind: only an explicit --run-dir goes on with an earlier run.
-        return replace(from_mapping(strict.read_yaml(Path(name)), name), run_dir=None)
+        tree = strict.read_yaml(Path(name))
+        if "run_dir" not in tree:  # which every config.yaml has; there the preset is what the run was begun from
+            _no_base(tree, name)
+        return replace(from_mapping(tree, name), run_dir=None)
     raise UserError(f"--preset {name}: there is no such preset; {nearest(name, preset_names())}")
+
+
+def _no_base(tree: Mapping[str, Any], where: str) -> None:
+    """Raise `UserError` where a layer names a preset, as if it began at that one's values."""
+    if "preset" in tree:
+        raise UserError(
+            f"{where}: preset is {tree['preset']!r}, but a file or changes cannot begin at another preset; leave the "
+            "key out, and write down the values."
+        )
 
 
 def dump(config: Config) -> str:

@@ -200,6 +200,8 @@ def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
         ("seed: 0x_", "not YAML"),
         ("seed: !!int abc", "not YAML"),
         ("compile: !!bool maybe", "not YAML"),
+        ("epochs: !!int ''", "not YAML"),
+        ("preset: best\nlr: 0.001", "preset is 'best', but a file or changes cannot begin at another preset"),
         ("data: !!timestamp foo", "not YAML"),
         ("? [a]\n: 1", "unhashable"),
         ("loss: {label_smoothing: 1.5}", "label_smoothing"),
@@ -280,6 +282,8 @@ def test_a_preset_with_changes_is_what_a_preset_file_makes_of_them(tmp_path: Pat
     )
     with pytest.raises(UserError, match=r"changes of preset quickstart: unknown key 'epohcs'; did you mean 'epochs'"):
         load_preset("quickstart", {"epohcs": 3})
+    with pytest.raises(UserError, match=r"changes of preset quickstart: preset is 'best', but"):
+        load_preset("quickstart", {"preset": "best"})
     with pytest.raises(UserError, match=r"changes of preset quickstart: data is .* no UTF-8"):
         load_preset("quickstart", {"data": "a\ud800"})
     file = tmp_path / "config.yaml"

@@ -367,7 +367,8 @@ def check(config: Config, where: str) -> Config:
         need(getattr(config, key) >= 1, f"{key} is {getattr(config, key)}, but must be at least 1.")
     for key in (
         "save_every_steps", "save_every_epochs", "keep_checkpoints", "threads", "loading.threads", "loading.prefetch",
-        "evaluation.batch_size", "synthetic.photographs",
+        "evaluation.batch_size", "synthetic.photographs", "convmixer.dim", "convmixer.depth", "convmixer.kernel_size",
+        "convmixer.patch_size", "cnn.blocks", "cnn.width", "resnet.depth", "resnet.width",
     ):  # fmt: skip
         value = flat[key]
         need(value is None or value >= 1, f"{key} is {value}, but must be at least 1.")

@@ -139,7 +139,7 @@ class Training:
         self.model = self._mixed_precision(network)
         self.buckets = self._bucketed() if steps.ranks > 1 else []
         self._gradients()
-        self.criterion = losses.build("mse" if steps.classes == 1 else "cross_entropy")
+        self.criterion = losses.MeanSquare() if steps.classes == 1 else losses.CrossEntropy()
         self.tally = Tally.zeros(self.device)
         self._moments()
 

@@ -37,7 +37,7 @@ model = models.build("convmixer", num_classes=5, image_size=32, dim=16, depth=1,
 model = model.to(run.device)
 ema = optimizers.make_ema(model, 0.9)
 prepared, optimizer = run.accelerator.prepare(model, optimizers.build(model, name, lr=0.01))
-criterion, tally, watch = losses.build("cross_entropy"), Tally.zeros(run.device), Watch(run.device)
+criterion, tally, watch = losses.CrossEntropy(), Tally.zeros(run.device), Watch(run.device)
 done = 0
 
 def batch(value=None):

@@ -48,7 +48,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["fused"], group["foreach"] = fused, False if fused else None
         self.optimizer._step_supports_amp_scaling = fused  # type: ignore[attr-defined]  # as the constructor does
-        self.criterion: nn.Module = losses.build("cross_entropy")
+        self.criterion: nn.Module = losses.CrossEntropy()
         self.accelerator = Accelerator(cpu=True)
         if scaler is not None:
             # Float16 is for GPUs alone, but what follows from its scaler is the same on a CPU.

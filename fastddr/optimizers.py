@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastddr.config import Config, OptimizerConfig
 from fastddr.errors import UserError
@@ -132,23 +132,18 @@ class Parts:
         )
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+def make_ema(model: nn.Module) -> nn.Module:
     """A copy of the model, in evaluation mode, that `update_ema` keeps at the mean of its recent weights.
 
     Give it the bare model, before DDP or torch.compile wrap it. The copy stays on the model's device and in
-    its memory format and takes no gradient; `ema.module` is the model to evaluate or to save. Raises
-    UserError unless 0 < decay < 1.
+    its memory format and takes no gradient.
     """
-    if not 0 < decay < 1:
-        raise UserError(f"the averaged weights cannot have decay={decay}: set it to more than 0 and less than 1.")
-    # BatchNorm's statistics are averaged too: the latest ones do not belong to averaged weights.
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return ema.requires_grad_(False).eval()
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update_ema(
-    ema: AveragedModel,
+    ema: nn.Module,
     model: nn.Module,
     step: int,
     decay: float,
@@ -158,17 +153,17 @@ def update_ema(
 ) -> None:
     """After step 0, 1, …: average = d · average + (1 − d) · model, with d = `ema_decay(step, decay)`.
 
-    Floating-point parameters and buffers are averaged, counters copied. `model` may be wrapped by now. Where `skip`, a
-    flag on the device, is set, nothing moves: the step was left out. `asks` says whether the host looks at the flag,
-    which is what it does on a CPU alone. `parts` are those of `ema.module` and of `model`, where they are at hand.
-    `AveragedModel.update_parameters` is not used, for it copies its counter to the device at each call, which
-    makes the host wait for the device; this asks the device nothing.
+    Floating-point parameters and buffers are averaged, counters copied: the latest statistics of BatchNorm do not
+    belong to averaged weights. `model` may be wrapped by now. Where `skip`, a flag on the device, is set, nothing
+    moves: the step was left out. `asks` says whether the host looks at the flag, which is what it does on a CPU alone.
+    `parts` are those of `ema` and of `model`, where they are at hand. PyTorch's `AveragedModel` is not used, for it
+    copies its counter to the device at each call, which makes the host wait for the device; this asks it nothing.
     """
     if asks is None:
         asks = skip is not None and not skip.is_cuda
     if skip is not None and asks and bool(skip):
         return
-    ours, theirs = parts or (Parts.of(ema.module), Parts.of(model))
+    ours, theirs = parts or (Parts.of(ema), Parts.of(model))
     averages, values = [*ours.parameters, *ours.statistics], [*theirs.parameters, *theirs.statistics]
     if ours.counters:
         torch._foreach_copy_(ours.counters, theirs.counters)
@@ -180,4 +175,3 @@ def update_ema(
         moves = torch._foreach_sub(values, averages)
         torch._foreach_mul_(moves, torch.where(skip, 0.0, share))
         torch._foreach_add_(averages, moves)
-    ema.n_averaged += 1

@@ -38,7 +38,7 @@ def one_step(config: Config, micro: int, world: int, device: torch.device) -> No
         ).to(device)
     if not config.memory.channels_last:
         models.levers.keep_contiguous(network)
-    ema = optimizers.make_ema(network, 0.999) if case.steps.average else None
+    ema = optimizers.make_ema(network) if case.steps.average else None
     training = Training(network, case.steps, micro, ema=ema)
     try:
         with models.levers.compiling(config, lambda: None):

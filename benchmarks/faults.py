@@ -315,7 +315,7 @@ def _learnt(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of weights, averaged weights and moments, by name."""
     parts: dict[str, Any] = {"model": trainer.bare_model.state_dict()}
     if trainer.ema is not None:
-        parts["ema"] = trainer.ema.module.state_dict()
+        parts["ema"] = trainer.ema.state_dict()
     parts |= {f"moments {number}": held for number, held in enumerate(trainer.optimizer.state.values())}
     return {
         f"{part} {name}": torch.as_tensor(value).clone() for part, held in parts.items() for name, value in held.items()

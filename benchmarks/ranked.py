@@ -86,7 +86,7 @@ def main(job: Job, out: Path) -> None:
         ids = torch.arange(own, device=device)
         batch = Batch(image=image, grade=ids % networks.CLASSES, id=ids, valid=torch.ones_like(ids, dtype=torch.bool))
         turns[f"{kind}-{ranks}"] = (ranks, model, accelerator.prepare(optimizer), batch)
-    criterion, tally = losses.build("cross_entropy"), Tally.zeros(device)
+    criterion, tally = losses.CrossEntropy(), Tally.zeros(device)
 
     def turn(trial: str, shared: bool) -> float:
         """Seconds of a step."""

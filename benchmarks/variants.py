@@ -205,7 +205,7 @@ class Running:
         watched = networks.Watched(self.network, variant.layout) if eager else nullcontext()
         self.network = compiled(self.network, variant)
         self.parts = optimizers.Parts.of(self.network)
-        self.criterion, self.tally = losses.build("cross_entropy"), Tally.zeros(run.device)
+        self.criterion, self.tally = losses.CrossEntropy(), Tally.zeros(run.device)
         self.batch = self._batch()
         graphs = _graphs()
         with watched as elsewhere:

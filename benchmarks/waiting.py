@@ -62,7 +62,7 @@ def _share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int)
         patch_size=patch_size,
     ).to(task.device)  # fmt: skip
     network, optimizer = accelerator.prepare(network, optimizers.build(network, "adam", lr=1e-3))
-    criterion, tally = losses.build("cross_entropy"), Tally.zeros(task.device)
+    criterion, tally = losses.CrossEntropy(), Tally.zeros(task.device)
     loader = loaders.build(spec.name, spec.task(task))
     watch = Watch(task.device)
     shares: list[float] = []

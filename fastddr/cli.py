@@ -19,8 +19,10 @@ from fastddr.errors import EXIT_USER_ERROR, UserError, nearest, unusable
 T = TypeVar("T")
 
 
-def parse(arguments: Sequence[str], prog: str) -> Config:
+def parse(arguments: Sequence[str], prog: str, *, notes: bool = True) -> Config:
     """The configuration of a command line: its preset, with its flags laid over it.
+
+    `notes`: whether flags without effect are named.
 
     Raises:
         UserError: one sentence about the flag that is unknown or has a wrong value.
@@ -39,7 +41,7 @@ def parse(arguments: Sequence[str], prog: str) -> Config:
     checked = check(config, "command line")
     for flag in dict.fromkeys(argument.partition("=")[0].replace("_", "-") for argument in arguments):
         why = _unused(flag, config)
-        if why is not None and ranks.rank() == 0:
+        if notes and why is not None and ranks.rank() == 0:
             # No error: one command may hold settings for several models, and name another each time.
             sys.stderr.write(f"fastddr: {flag} is not used: it is of {why}\n")
     return checked

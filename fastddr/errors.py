@@ -37,6 +37,12 @@ class UserError(Exception):
     """
 
 
+def need(holds: bool, sentence: str) -> None:
+    """Raise `UserError` with the sentence unless what is said `holds`."""
+    if not holds:
+        raise UserError(sentence)
+
+
 def unusable(error: BaseException, where: object = None) -> str | None:
     """What to say of an error of the disk or of a folder, in one sentence; None of other errors.
 

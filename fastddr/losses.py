@@ -9,9 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fastddr.config import Config
-from fastddr.errors import UserError, nearest
-
-NAMES = ("cross_entropy", "mse")
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
@@ -63,24 +60,9 @@ def class_weights(kind: str, grades: Int[np.ndarray, " n"], classes: int, beta: 
 def from_config(config: Config, grades: Int[np.ndarray, " n"], device: torch.device) -> nn.Module:
     """The loss of a configuration; `grades` are those of the training photographs."""
     loss = config.loss
+    if loss.name == "mse":
+        return MeanSquare()
     weight = None
     if loss.class_weights != "none":
         weight = class_weights(loss.class_weights, grades, config.num_classes, loss.beta)
-    return build(loss.name, label_smoothing=loss.label_smoothing, weight=weight).to(device)
-
-
-def build(
-    name: str = "cross_entropy", *, label_smoothing: float = 0.0, weight: Float[Tensor, " classes"] | None = None
-) -> nn.Module:
-    """A module that takes logits (b, classes) and grades (b), or shares of them (b, classes), to one float32 number; of
-    `mse` the first are values (b, 1).
-
-    Raises UserError for an unknown loss and for a label smoothing that is not in [0, 1).
-    """
-    if name not in NAMES:
-        raise UserError(f"there is no loss {name!r}: {nearest(name, NAMES)}")
-    if not 0 <= label_smoothing < 1:
-        raise UserError(f"the loss cannot have label_smoothing={label_smoothing}: set it to 0 or more and less than 1.")
-    if name == "mse":
-        return MeanSquare()
-    return CrossEntropy(weight=weight, label_smoothing=label_smoothing)
+    return CrossEntropy(weight=weight, label_smoothing=loss.label_smoothing).to(device)

@@ -119,7 +119,7 @@ class Trainer:
         model.to(self.runtime.device)  # after the loaders, which look at how much of the card is free
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         decay = config.optimizer.ema_decay
-        self.ema = None if decay is None else optimizers.make_ema(model, decay)
+        self.ema = None if decay is None else optimizers.make_ema(model)
         optimizer = optimizers.from_config(model, config)
         self.criterion = losses.from_config(
             config, self.manifest.grade[self.train_loader.task.ids], self.runtime.device
@@ -127,9 +127,9 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = models.levers.compiled(self.model, config)
         self.bare_model, self.parts = model, optimizers.Parts.of(model)
-        self.ema_parts = None if self.ema is None else (optimizers.Parts.of(self.ema.module), self.parts)
+        self.ema_parts = None if self.ema is None else (optimizers.Parts.of(self.ema), self.parts)
 
-        training = Training(model, self.ema and self.ema.module, self.optimizer, self.accelerator.scaler)
+        training = Training(model, self.ema, self.optimizer, self.accelerator.scaler)
         is_main, fingerprint = self.runtime.is_main, self.manifest.fingerprint
         going_on: runs.Progress | None = None
         if resumed:
@@ -312,7 +312,7 @@ class Trainer:
     @property
     def _weights(self) -> nn.Module:
         """What is evaluated: the averaged weights where there are any."""
-        return self.ema.module if self.ema is not None else self.bare_model
+        return self.bare_model if self.ema is None else self.ema
 
     def _score(self, loader: loaders.Loader, weights: str, *, fit: bool = False) -> SplitResult:
         """A split; with `fit` it is valid, and a regression's grading is fitted to these weights."""

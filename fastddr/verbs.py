@@ -59,7 +59,7 @@ class Check:
         console, main = Console(stderr=True), ranks.rank() == 0
 
         def take() -> tuple[survey.Survey, frozenset[str]]:
-            check_splitting(self.splitting, "command line")
+            check_splitting(self.splitting)
             exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
             if self.fix_list and main:
                 problems.own_list(self.fix_list)

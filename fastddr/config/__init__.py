@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from fastddr.config import strict
 from fastddr.config.augment import check_augment
-from fastddr.config.losses import check_loss
 from fastddr.config.sections import (
     SIZES,
     AugmentConfig,
@@ -36,7 +35,7 @@ from fastddr.config.sections import (
     governed,
     sized,
 )  # fmt: skip
-from fastddr.errors import UserError, nearest
+from fastddr.errors import UserError, nearest, need
 
 #: Models of our own, each with a section of its name; `timm:` before a name is one of timm's.
 MODELS = ("convmixer", "cnn", "resnet")
@@ -266,8 +265,12 @@ def load_preset(name: str | Path, changes: Mapping[str, Any] | None = None) -> C
     Raises:
         UserError: no such preset or file, or something in it is wrong.
     """
-    base = _preset(str(name))
-    return base if changes is None else from_mapping(changes, f"changes of preset {name}", base)
+    base, where = _preset(str(name)), f"changes of preset {name}"
+    if changes is None:
+        return base
+    changed = from_mapping(changes, where, base)
+    _no_base(changes, where)
+    return changed
 
 
 def _preset(name: str) -> Config:
@@ -278,8 +281,20 @@ def _preset(name: str) -> Config:
         if not Path(name).is_file():
             raise UserError(f"--preset {name}: there is no such file.")
         # Its folder is left behind: only an explicit --run-dir goes on with an earlier run.
-        return replace(from_mapping(strict.read_yaml(Path(name)), name), run_dir=None)
+        tree = strict.read_yaml(Path(name))
+        if "run_dir" not in tree:  # which every config.yaml has; there the preset is what the run was begun from
+            _no_base(tree, name)
+        return replace(from_mapping(tree, name), run_dir=None)
     raise UserError(f"--preset {name}: there is no such preset; {nearest(name, preset_names())}")
+
+
+def _no_base(tree: Mapping[str, Any], where: str) -> None:
+    """Raise `UserError` where a layer names a preset, as if it began at that one's values."""
+    if "preset" in tree:
+        raise UserError(
+            f"{where}: preset is {tree['preset']!r}, but a file or changes cannot begin at another preset; leave the "
+            "key out, and write down the values."
+        )
 
 
 def dump(config: Config) -> str:
@@ -296,37 +311,61 @@ def check_text(value: str, what: str) -> None:
         raise UserError(f"{what} is {value!r}, which is no UTF-8; rename that folder or file, or give a link to it.")
 
 
-def check_splitting(parts: SplitConfig, where: str) -> None:
+def check_splitting(parts: SplitConfig) -> None:
     """Raise `UserError` unless the shares leave photographs for train and valid."""
-    if not (0 <= parts.test_share < 1 and 0 < parts.valid_share < 1 - parts.test_share):
-        raise UserError(
-            f"{where}: splitting.test_share is {parts.test_share} and splitting.valid_share {parts.valid_share}, but "
-            "they must leave photographs for train and valid; lower one."
-        )
+    need(
+        0 <= parts.test_share < 1 and 0 < parts.valid_share < 1 - parts.test_share,
+        f"splitting.test_share is {parts.test_share} and splitting.valid_share {parts.valid_share}, but they must "
+        "leave photographs for train and valid; lower one.",
+    )
 
 
-def check_model(config: Config, where: str) -> None:
+def _check_model(config: Config) -> None:
     """Raise `UserError` unless there may be such a model and its levers go together. What timm knows, it says later."""
     model, memory = config.model, config.memory
     family, _, size = model.partition("-")
-    if family == "convmixer" and size in SIZES:
-        raise UserError(f"{where}: model {model} is said as model convmixer and convmixer.size {size}.")
-    if model not in MODELS and not (model.startswith("timm:") and model != "timm:"):
-        raise UserError(f"{where}: there is no model {model!r}; {nearest(model, [*MODELS, 'timm:NAME'])}")
-    if config.init == "run:":
-        raise UserError(f"{where}: init is {config.init!r}, but must be imagenet, a file, or run:NAME.")
-    if not 0 < memory.activation_budget <= 1:
-        raise UserError(
-            f"{where}: memory.activation_budget is {memory.activation_budget}, but must be above 0 and at most 1."
+    need(
+        not (family == "convmixer" and size in SIZES),
+        f"model {model} is said as model convmixer and convmixer.size {size}.",
+    )
+    need(
+        model in MODELS or (model.startswith("timm:") and model != "timm:"),
+        f"there is no model {model!r}; {nearest(model, [*MODELS, 'timm:NAME'])}",
+    )
+    need(config.init != "run:", f"init is {config.init!r}, but must be imagenet, a file, or run:NAME.")
+    budget = memory.activation_budget
+    need(0 < budget <= 1, f"memory.activation_budget is {budget}, but must be above 0 and at most 1.")
+    need(
+        budget == 1 or config.compile,
+        "memory.activation_budget is the compiler's; set compile too, or take memory.checkpointing.",
+    )
+    need(
+        not (memory.checkpointing and config.compile),
+        "under compile the compiler chooses what is computed again; leave memory.checkpointing off and lower "
+        "memory.activation_budget.",
+    )
+
+
+def _check_loss(config: Config) -> None:
+    """Raise `UserError` unless the settings of the loss go together, and with what is graded."""
+    loss = config.loss
+    need(0 <= loss.label_smoothing < 1, "loss.label_smoothing must be from 0 to below 1.")
+    need(0 <= loss.beta < 1, f"loss.beta is {loss.beta}, but must be from 0 to below 1.")
+    if loss.name == "mse":
+        need(
+            config.ungradable == "exclude",
+            "loss.name mse places photographs on the scale of grades, on which ungradable is no step; set ungradable "
+            "to exclude, or loss.name to cross_entropy.",
         )
-    if memory.activation_budget < 1 and not config.compile:
-        raise UserError(
-            f"{where}: memory.activation_budget is the compiler's; set compile too, or take memory.checkpointing."
+        need(
+            config.evaluation.field != "multi",
+            "loss.name mse fits its thresholds to one window of each photograph; set evaluation.field to center or "
+            "full, and average windows afterwards with `fastddr evaluate --window multi`.",
         )
-    if memory.checkpointing and config.compile:
-        raise UserError(
-            f"{where}: under compile the compiler chooses what is computed again; leave memory.checkpointing off and "
-            "lower memory.activation_budget."
+        need(
+            loss.label_smoothing == 0 and loss.class_weights == "none",
+            "loss.label_smoothing and loss.class_weights are of cross-entropy; leave them out, or set loss.name to "
+            "cross_entropy.",
         )
 
 
@@ -336,22 +375,25 @@ def check(config: Config, where: str) -> Config:
     Raises:
         UserError: a value that cannot be, naming its key and where it was given.
     """
+    try:
+        _check(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return config
 
-    def need(holds: bool, sentence: str) -> None:
-        if not holds:
-            raise UserError(f"{where}: {sentence}")
 
+def _check(config: Config) -> None:
     flat = flatten(asdict(config))
     for key, value in flat.items():
         if isinstance(value, str):
-            check_text(value, f"{where}: {key}")
+            check_text(value, key)
     for key in ("data", "exclude", "run_dir", "init"):
         need(flat[key] != "", f"{key} is empty: leave it out, or see that the variable of the shell is set.")
-    for key in ("epochs", "batch_size", "image_size", "canvas"):
-        need(getattr(config, key) >= 1, f"{key} is {getattr(config, key)}, but must be at least 1.")
     for key in (
-        "save_every_steps", "save_every_epochs", "keep_checkpoints", "threads", "loading.threads", "loading.prefetch",
-        "evaluation.batch_size", "synthetic.photographs",
+        "epochs", "batch_size", "image_size", "canvas", "save_every_steps", "save_every_epochs", "keep_checkpoints",
+        "threads", "loading.threads", "loading.prefetch", "evaluation.batch_size", "synthetic.photographs",
+        "convmixer.dim", "convmixer.depth", "convmixer.kernel_size", "convmixer.patch_size", "cnn.blocks", "cnn.width",
+        "resnet.depth", "resnet.width",
     ):  # fmt: skip
         value = flat[key]
         need(value is None or value >= 1, f"{key} is {value}, but must be at least 1.")
@@ -368,21 +410,21 @@ def check(config: Config, where: str) -> Config:
         value = getattr(config, key)
         need(value is None or value > 0, f"{key} is {value}, but must be above 0.")
     need(config.rank_timeout_minutes <= 1e6, f"rank_timeout_minutes is {config.rank_timeout_minutes}, above 1e6.")
-    check_model(config, where)
+    _check_model(config)
     need(0 < config.lr < math.inf, f"lr is {config.lr}, but must be above 0.")
     need(0 <= config.seed < 2**63, f"seed is {config.seed}, but must be from 0 to 2^63 - 1.")
     store = config.loading.store_gib
     need(store is None or 0 < store <= 1e9, f"loading.store_gib is {store}, but must be above 0 and at most 1e9.")
-    check_splitting(config.splitting, where)
+    check_splitting(config.splitting)
     need(config.tracking.log_every_steps >= 1, "tracking.log_every_steps must be at least 1.")
-    check_augment(config.augment, config.image_size, config.canvas, where)
+    check_augment(config.augment, config.image_size, config.canvas)
     if config.augment.mixup or config.augment.cutmix:
         need(
             config.batch_size > 1 and micro != 1,
             "augment.mixup and augment.cutmix mix the photographs of a micro batch, so it cannot be 1; raise "
             f"{'micro_batch_size' if config.batch_size > 1 else 'batch_size'} or set both to 0.",
         )
-    check_loss(config.loss, config.ungradable == "class", config.evaluation.field == "multi", where)
+    _check_loss(config)
     ratio = config.optimizer.warmup_ratio
     need(0 <= ratio < 1, f"optimizer.warmup_ratio is {ratio}, but must be from 0 to below 1.")
     clip = config.optimizer.clip_norm
@@ -393,4 +435,3 @@ def check(config: Config, where: str) -> Config:
     need(0 <= momentum < 1, f"optimizer.momentum is {momentum}, but must be from 0 to below 1.")
     ema = config.optimizer.ema_decay
     need(ema is None or 0 < ema < 1, f"optimizer.ema_decay is {ema}, but must be between 0 and 1.")
-    return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastddr.config.sections import AugmentConfig
-from fastddr.errors import UserError
+from fastddr.errors import need
 
 #: Most canvas pixels that may fall on one image pixel, along any direction. Bilinear interpolation reads four
 #: neighbours; much beyond this it leaves out pixels, and what is left flickers from epoch to epoch.
@@ -23,16 +23,11 @@ def _elongation(augment: AugmentConfig) -> float:
     return max(augment.ratio[1], 1 / augment.ratio[0])
 
 
-def check_augment(augment: AugmentConfig, image_size: int, canvas: int, where: str) -> None:
+def check_augment(augment: AugmentConfig, image_size: int, canvas: int) -> None:
     """Raise `UserError` unless the values make sense together on windows of this size and canvases of this short side.
 
     Whatever passes draws maps (`fastddr.sampling.training_maps`) that shrink by at most `MAX_SHRINK`.
     """
-
-    def need(holds: bool, sentence: str) -> None:
-        if not holds:
-            raise UserError(f"{where}: {sentence}")
-
     # Comparisons are written so that NaN fails them.
     low, high = augment.scale
     need(

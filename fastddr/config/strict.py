@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
     except RecursionError:
         raise UserError(f"{path}: this is not YAML: it is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # the last two of `!!int abc` and `!!bool maybe`
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last two of `!!int abc` and `!!bool maybe`
         raise UserError(f"{path}: this is not YAML: {' '.join(str(error).split())}.") from None
     if tree is None:
         return {}

@@ -38,7 +38,7 @@ def one_step(config: Config, micro: int, world: int, device: torch.device) -> No
         ).to(device)
     if not config.memory.channels_last:
         models.levers.keep_contiguous(network)
-    ema = optimizers.make_ema(network, 0.999) if case.steps.average else None
+    ema = optimizers.make_ema(network) if case.steps.average else None
     training = Training(network, case.steps, micro, ema=ema)
     try:
         with models.levers.compiling(config, lambda: None):
@@ -131,7 +131,10 @@ def settle(config: Config, device: torch.device, world: int) -> Settled:
     try:
         if config.micro_batch_size == "auto":
             micro, said = checked(config, world, free, lambda size: one_step(config, size, world, device), allowance)
-            config = replace(config, micro_batch_size=min(ranks.gather([micro])))
+            least = min(ranks.gather([micro]))
+            if least < micro:
+                said.append(f"micro batch {least}: more does not fit on the card of another rank")
+            config = replace(config, micro_batch_size=least)
             _free()
             torch.cuda.reset_peak_memory_stats(device)
         if config.batch_size % world or int(config.micro_batch_size) * world > config.batch_size:

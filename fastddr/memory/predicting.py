@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from fastddr import models
 from fastddr.collector import no_collector
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder, keep
+from fastddr.errors import UserError
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
 from fastddr.memory.second import Second
 from fastddr.memory.tape import KINDS, Tape, rounded
-from fastddr.memory.tracing import Run, Steps, prime, run
+from fastddr.memory.tracing import Inexact, Run, Steps, prime, run
 from fastddr.memory.tracing import tape_of as from_runs
 from fastddr.runtime import DTYPES
 
@@ -160,7 +162,7 @@ def _traced(model: str, chosen: Chosen, steps: Steps) -> Tape:
         runs = {batch: found for question in questions for batch, found in _found(question).items()}
         return from_runs(list(runs.values()), list(runs), steps)
 
-    tape = kept(_key(model, chosen, steps), made)
+    tape = made() if _own(model) else kept(_key(model, chosen, steps), made)
     _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
     return tape
 
@@ -191,9 +193,15 @@ def _found(question: tuple[str, Chosen, Steps, int | None]) -> dict[int, Run]:
 
 def _run(model: str, chosen: Chosen, steps: Steps, batch: int | None) -> dict[int, Run]:
     """By batch, what was found with it; without one, with a prime, or with two where none will do."""
-    alone = _prime(model, chosen, steps.classes, steps.image_size) if batch is None else batch
     make = _maker(model, chosen, steps.classes, steps.image_size)
-    return {batch: run(make, steps, batch) for batch in ((2, 3) if alone is None else (alone,))}
+    try:
+        alone = _prime(model, chosen, steps.classes, steps.image_size) if batch is None else batch
+        return {batch: run(make, steps, batch) for batch in ((2, 3) if alone is None else (alone,))}
+    except models.zoo.FAILURES as error:
+        if model in MODELS or isinstance(error, Inexact):
+            raise
+        # Its code may ask for what a tensor without values cannot say, such as which of them are above 0.
+        raise Inexact(f"its step cannot be traced without values, {models.zoo.brief(error)}") from error
 
 
 def _key(model: str, chosen: Chosen, steps: Steps) -> str:
@@ -209,6 +217,15 @@ def _timm(model: str) -> str | None:
         return None
 
 
+def _own(model: str) -> bool:
+    """Whether a model is not timm's own but was registered with timm: its code may be another tomorrow."""
+    timm = sys.modules.get("timm")  # who has not imported it has registered nothing
+    name = model.removeprefix(models.zoo.PREFIX)
+    if timm is None or model in MODELS or not timm.is_model(name):
+        return False
+    return not timm.models.model_entrypoint(name).__module__.startswith("timm.")
+
+
 def _maker(model: str, chosen: Chosen, classes: int, size: int) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         # Built when it is first asked for: of a tape that is kept nobody asks.
@@ -216,7 +233,7 @@ def _maker(model: str, chosen: Chosen, classes: int, size: int) -> Callable[[], 
         try:
             return deepcopy(built)
         except RuntimeError:  # a model of timm's may hold a tensor that PyTorch does not copy
-            return models.build(model, num_classes=classes, image_size=size, **dict(chosen))
+            return _hollow(model, chosen, classes, size)
 
     return make
 
@@ -238,11 +255,26 @@ class _Valueless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _hollow(model: str, chosen: Chosen, classes: int, size: int) -> nn.Module:
+    """A new model without values: its tensors are on `meta`.
+
+    Raises:
+        UserError: it cannot be made, on the CPU either.
+    """
+    build = partial(models.build, model, num_classes=classes, image_size=size, **dict(chosen))
+    try:
+        with torch.device("meta"), _Valueless():
+            return build()
+    except UserError:
+        # Its code may ask for values while it is built, as for the rates of stochastic depth.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            return build().to("meta")
+
+
 @lru_cache(maxsize=4)
 def _built(model: str, chosen: Chosen, classes: int, size: int) -> nn.Module:
     """A model without values, to copy."""
-    with torch.device("meta"), _Valueless():
-        return models.build(model, num_classes=classes, image_size=size, **dict(chosen))
+    return _hollow(model, chosen, classes, size)
 
 
 def batch_normed(config: Config) -> bool:

@@ -22,6 +22,7 @@ from fastddr.memory.asked import Plan
 from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
 from fastddr.memory.second import apart
 from fastddr.memory.tape import KINDS
+from fastddr.memory.tracing import Inexact
 from fastddr.progress import terminal
 from fastddr.runtime import divide_batch
 
@@ -49,6 +50,8 @@ def run(asked: Plan, flags: list[str]) -> int:
         UserError: a flag that cannot be, in one sentence.
     """
     if asked.calibrate:
+        if flags:
+            raise UserError(f"--calibrate measures this machine's GPU and asks of no training; leave out {flags[0]}.")
         found, path = allowances.calibrate()
         sys.stdout.write(f"context {gib(found.context)}, workspaces {gib(found.workspaces)}; kept in {path}\n")
         return 0
@@ -71,8 +74,14 @@ def run(asked: Plan, flags: list[str]) -> int:
             raise UserError(f"--plot {asked.plot}: this file is no picture of `fastddr plan`; give a new name.")
         if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
             config = configured(flags, asked.depth)
-            with ahead():
-                return _question(asked, config, vram, limit, allowance)
+            try:
+                with ahead():
+                    return _question(asked, config, vram, limit, allowance)
+            except Inexact as problem:
+                raise UserError(
+                    f"--model {config.model}: its memory cannot be predicted ({problem}); train it with a small "
+                    "--micro-batch-size, and see in the report what it took."
+                ) from problem
         for flag, value in (("--plot", asked.plot), ("--depth", asked.depth)):
             if value is not None:
                 raise UserError(f"{flag} is of one training: name it with --model or --preset.")
@@ -116,9 +125,9 @@ def configured(flags: Sequence[str], depth: int | None = None, model: str | None
     """The training that flags ask for: by default the model's report preset, in the precision that a GPU would take.
 
     A canvas that is smaller than the image, and was not asked for, is made as large; `fastddr train` refuses that and
-    says so.
+    says so. With `model` it is a line of the table, whose flags are each of some of its models.
     """
-    flags = list(flags)
+    flags, notes = list(flags), model is None
     model = model or cli.last_value(flags, "--model")
     if cli.last_value(flags, "--preset") is None and model in MODELS:
         flags = ["--preset", f"report-{model}", *flags]
@@ -127,10 +136,12 @@ def configured(flags: Sequence[str], depth: int | None = None, model: str | None
     asked = cli.last_value(flags, "--canvas") is not None
     if not asked and size is not None and size.isdigit() and int(size) > base.canvas:
         flags += ["--canvas", size]
-    config = cli.parse(flags, "fastddr plan")
     if depth is not None:
-        key = "--cnn.blocks" if config.model == "cnn" else f"--{config.model}.depth"
-        config = cli.parse([*flags, key, str(depth)], "fastddr plan")
+        model = model or base.model
+        if model not in MODELS:
+            raise UserError(f"--depth is of {', '.join(MODELS)}, and the model is {model}; leave it out.")
+        flags += ["--cnn.blocks" if model == "cnn" else f"--{model}.depth", str(depth)]
+    config = cli.parse(flags, "fastddr plan", notes=notes)
     return replace(config, precision="bf16") if config.precision == "auto" else config
 
 
@@ -201,8 +212,12 @@ def lines(
     asked: Plan, flags: list[str], card: cards.Card | None, limit: int, allowance: allowances.Allowance
 ) -> list[planning.Line]:
     """The table's lines."""
-    size = cli.last_value(flags, "--image-size")
-    sides = SIZES if size is None else (cli.parse(["--image-size", size, "--canvas", size], "fastddr plan").image_size,)
+    size, canvas = cli.last_value(flags, "--image-size"), cli.last_value(flags, "--canvas")
+    # No larger than a canvas that is asked for; one that is no number is refused with the other flags.
+    most = max(1, int(canvas)) if canvas is not None and canvas.isdigit() else max(SIZES)
+    sides = tuple(dict.fromkeys(min(side, most) for side in SIZES))
+    if size is not None:
+        sides = (cli.parse(["--image-size", size, "--canvas", size], "fastddr plan").image_size,)
     asked_for = [
         configured(["--image-size", str(side), *flags, "--model", model], None, model)
         for model in MODELS

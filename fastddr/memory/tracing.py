@@ -26,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim.swa_utils import AveragedModel
 
 from fastddr import losses, optimizers
 from fastddr.loaders.base import Batch
@@ -121,7 +120,7 @@ class Training:
         steps: Steps,
         batch: int,
         recorder: Recorder | None = None,
-        ema: AveragedModel | None = None,
+        ema: nn.Module | None = None,
     ) -> None:
         """`batch` photographs at once; the network and its averaged weights, if there are any, are on their device."""
         self.steps, self.batch, self.recorder, self.network = steps, batch, recorder, network
@@ -139,7 +138,7 @@ class Training:
         self.model = self._mixed_precision(network)
         self.buckets = self._bucketed() if steps.ranks > 1 else []
         self._gradients()
-        self.criterion = losses.build("mse" if steps.classes == 1 else "cross_entropy")
+        self.criterion = losses.MeanSquare() if steps.classes == 1 else losses.CrossEntropy()
         self.tally = Tally.zeros(self.device)
         self._moments()
 
@@ -252,7 +251,7 @@ def run(make: Callable[[], nn.Module], steps: Steps, batch: int, *, fake: bool =
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta") if fake else nullcontext())
         network = make()
-        ema = optimizers.make_ema(network, 0.999) if steps.average else None
+        ema = optimizers.make_ema(network) if steps.average else None
         if fake:
             # Back to the CPU: what stands in for values is a shape, a layout and a storage without memory.
             stack.close()

@@ -49,7 +49,6 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
                 raise UserError(f"model {name!r} has no setting {key!r}: {nearest(key, known)}")
     else:
         raise UserError(f"there is no model {name!r}: {nearest(name, names())}")
-    levers.whole(name, num_classes=num_classes, image_size=image_size)
     model = builder(num_classes=num_classes, image_size=image_size, **settings)
     return single(model, weights.heads(model)).to(memory_format=torch.channels_last)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastddr.errors import UserError
-from fastddr.models.levers import Blocks, whole
+from fastddr.models.levers import Blocks
 
 
 class CNN(nn.Module):
@@ -45,7 +45,6 @@ class CNN(nn.Module):
 
 def cnn(*, num_classes: int, image_size: int, blocks: int = 2, width: int = 32) -> CNN:
     """A CNN whose map does not shrink to nothing; else UserError."""
-    whole("cnn", blocks=blocks, width=width)
     most = image_size.bit_length() - 1
     if blocks > most:
         raise UserError(

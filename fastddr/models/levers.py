@@ -1,4 +1,4 @@
-"""Levers of memory: activations that are computed again, `torch.compile`, the layout of maps; and whole settings."""
+"""Levers of memory: activations that are computed again, `torch.compile`, the layout of maps."""
 
 from __future__ import annotations
 
@@ -186,10 +186,3 @@ def compiling(config: Config, heard: Callable[[], None]) -> Iterator[None]:
             f"torch.compile cannot compile {config.model} here: {why}; leave --compile off, or set "
             "TORCHDYNAMO_VERBOSE=1 to see all of it."
         ) from error
-
-
-def whole(model: str, **settings: object) -> None:
-    """Raise UserError unless each setting is a whole number of at least 1."""
-    for key, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model {model!r} cannot have {key}={value!r}: set {key} to a whole number of at least 1.")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastddr.errors import UserError
-from fastddr.models.levers import Blocks, whole
+from fastddr.models.levers import Blocks
 
 #: Table 1: blocks in each stage.
 PUBLISHED = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -157,7 +157,6 @@ class ResNet(nn.Module):
 
 def resnet(*, num_classes: int, image_size: int, depth: int = 18, width: int = 64, stem: str = "standard") -> ResNet:
     """A ResNet of any depth that blocks can make; else UserError."""
-    whole("resnet", depth=depth, width=width)
     if stem not in STEMS:
         raise UserError(f"model 'resnet' cannot have stem={stem!r}: set stem to {' or '.join(STEMS)}.")
     if width < LEAST_WIDTH:

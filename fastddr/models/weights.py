@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -261,7 +262,12 @@ def _unpickled(path: Path, where: str) -> Any:
 def heads(model: nn.Module) -> tuple[str, ...]:
     """Names of the layers that give a model's logits, without the point before its tensors' names."""
     theirs = zoo.head(model)
-    return theirs or tuple(name for name in ("head", "fc") if hasattr(model, name))
+    return theirs or tuple(name for name in ("head", "fc") if _takes_one(getattr(model, name, None)))
+
+
+def _takes_one(layer: object) -> bool:
+    """Whether it is a layer of one argument: a model of one's own may call anything else `head`."""
+    return isinstance(layer, nn.Module) and len(inspect.signature(layer.forward).parameters) == 1
 
 
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:

@@ -35,9 +35,9 @@ config = replace(load_preset("quickstart"), precision=precision, batch_size=8, i
 run = runtime.start(config)
 model = models.build("convmixer", num_classes=5, image_size=32, dim=16, depth=1, kernel_size=3, patch_size=8)
 model = model.to(run.device)
-ema = optimizers.make_ema(model, 0.9)
+ema = optimizers.make_ema(model)
 prepared, optimizer = run.accelerator.prepare(model, optimizers.build(model, name, lr=0.01))
-criterion, tally, watch = losses.build("cross_entropy"), Tally.zeros(run.device), Watch(run.device)
+criterion, tally, watch = losses.CrossEntropy(), Tally.zeros(run.device), Watch(run.device)
 done = 0
 
 def batch(value=None):
@@ -60,7 +60,7 @@ def state():
     kept = {f"{i}.{key}": value for i, values in moments.items() for key, value in values.items()}
     # BatchNorm counts batches in an integer, which nothing reads.
     kept |= {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
-    kept |= {f"ema.{key}": value for key, value in ema.module.state_dict().items() if value.is_floating_point()}
+    kept |= {f"ema.{key}": value for key, value in ema.state_dict().items() if value.is_floating_point()}
     return {key: torch.as_tensor(value).clone() for key, value in kept.items()}
 
 good = 0

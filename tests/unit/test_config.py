@@ -138,6 +138,14 @@ def test_a_saved_configuration_is_a_preset(tmp_path: Path) -> None:
         (["--model", "timm:"], "timm:", "timm:NAME"),
         (["--convmixer.size", "xl"], "xl", "xs"),
         (["--convmixer.activation", "silu"], "silu", "gelu"),
+        (["--convmixer.dim", "0"], "convmixer.dim is 0", "at least 1"),
+        (["--cnn.blocks", "-1"], "cnn.blocks is -1", "at least 1"),
+        (["--resnet.stem", "stride2"], "stride2", "stride1"),
+        (["--loss.label-smoothing", "1"], "loss.label_smoothing", "below 1"),
+        (["--loss.name", "mae"], "mae", "mse"),
+        (["--optimizer.warmup-ratio", "1"], "optimizer.warmup_ratio", "below 1"),
+        (["--optimizer.ema-decay", "1"], "optimizer.ema_decay", "between 0 and 1"),
+        (["--optimizer.schedule", "cosin"], "cosin", "cosine"),
         (["--init", "run:"], "run:", "run:NAME"),
         (["--memory.activation-budget", "0.5"], "activation_budget", "compile"),
         (["--compile", "--memory.activation-budget", "0"], "activation_budget", "above 0"),
@@ -200,6 +208,8 @@ def test_what_is_just_at_a_limit_is_taken(arguments: list[str]) -> None:
         ("seed: 0x_", "not YAML"),
         ("seed: !!int abc", "not YAML"),
         ("compile: !!bool maybe", "not YAML"),
+        ("epochs: !!int ''", "not YAML"),
+        ("preset: best\nlr: 0.001", "preset is 'best', but a file or changes cannot begin at another preset"),
         ("data: !!timestamp foo", "not YAML"),
         ("? [a]\n: 1", "unhashable"),
         ("loss: {label_smoothing: 1.5}", "label_smoothing"),
@@ -280,6 +290,8 @@ def test_a_preset_with_changes_is_what_a_preset_file_makes_of_them(tmp_path: Pat
     )
     with pytest.raises(UserError, match=r"changes of preset quickstart: unknown key 'epohcs'; did you mean 'epochs'"):
         load_preset("quickstart", {"epohcs": 3})
+    with pytest.raises(UserError, match=r"changes of preset quickstart: preset is 'best', but"):
+        load_preset("quickstart", {"preset": "best"})
     with pytest.raises(UserError, match=r"changes of preset quickstart: data is .* no UTF-8"):
         load_preset("quickstart", {"data": "a\ud800"})
     file = tmp_path / "config.yaml"

@@ -32,7 +32,7 @@ def test_a_step_never_waits_and_mixes_no_devices(card: Card, precision: Any, opt
     """Promise 5: the host queues a step and learns later what became of it."""
     model = network(outputs)
     steps = Steps(16, outputs, precision, optimizer, average=True, accumulated=True, mixed=True, recomputed=True)
-    training = Training(model, steps, 4, ema=optimizers.make_ema(model, 0.9))
+    training = Training(model, steps, 4, ema=optimizers.make_ema(model))
     watch = Watch(CUDA)
     card.waits.clear()
     for number in range(2):

@@ -311,7 +311,7 @@ for how, share in ("eager", None), ("compiled", 0.3):
     image = torch.randn(4, 3, 32, 32)
     batch = Batch(image, torch.tensor([0, 1, 2, 4]), torch.arange(4), torch.ones(4, dtype=torch.bool))
     for _ in range(2):
-        bad = training_step(accelerator, model, [batch], losses.build("cross_entropy"), optimizer,
+        bad = training_step(accelerator, model, [batch], losses.CrossEntropy(), optimizer,
                             Tally.zeros(torch.device("cpu")), 1.0)
         assert not bad.any()
     found[how] = {

@@ -335,6 +335,20 @@ def test_a_card_gives_less_than_its_name_says(card: cards.Card) -> None:
     assert 0.9 * most < card.memory < most
 
 
+@pytest.mark.parametrize("others", [4, 12])
+def test_that_another_rank_holds_less_is_said(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X 9")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * GIB, 24 * GIB))
+    monkeypatch.setattr(fitting, "numerics", lambda deterministic, cpu: None)
+    monkeypatch.setattr(fitting, "one_step", lambda *_: None)
+    monkeypatch.setattr(fitting.ranks, "gather", lambda found: [12, others] if found == [12] else found)
+    found = fitting.settle(config(), torch.device("cuda", 0), 2)
+    assert found.config.micro_batch_size == others
+    assert ("micro batch 4: more does not fit on the card of another rank" in found.said) == (others == 4)
+
+
 def test_a_cpu_run_stays_as_it_is() -> None:
     given_ = config()
     assert fitting.settle(given_, torch.device("cpu"), 1) == fitting.Settled(given_, None, 0, ())
@@ -518,8 +532,23 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--convmixer.dim", "16", "--convmixer.depth", "2", "--cnn.width", "8", "--resnet.depth", "10",
              "--resnet.width", "16")  # fmt: skip
     assert verbs.main("plan", ["--vram", "8", "--tbps", "1", "--tflops", "100", "--image-size", "64", *small]) == 0
-    said = capsys.readouterr().out
+    said, notes = capsys.readouterr()
     assert [name in said for name in ("convmixer", "cnn", "resnet", "64 of 512")] == [True] * 4
+    assert notes == "", "each of these flags is of one of the models"
+
+
+@pytest.mark.parametrize(("canvas", "sides"), [(288, [256, 288]), (96, [96])])
+def test_the_table_has_no_image_larger_than_the_canvas(
+    canvas: int, sides: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "line", lambda case, *_: planning.Line("", case.config.image_size, canvas, 0))
+    assert verbs.main("plan", ["--vram", "8", "--canvas", str(canvas), "--json"]) == 0
+    assert [line["image_size"] for line in json.loads(capsys.readouterr().out)] == 3 * sides
+
+
+def test_a_flag_without_effect_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    questions.configured(["--model", "resnet", "--cnn.width", "8"], 40)
+    assert capsys.readouterr().err.count("--cnn.width is not used") == 1
 
 
 @pytest.mark.parametrize(
@@ -536,6 +565,8 @@ def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--vram", "8", "--image-size", "wide"], "--image-size"),
         (["--vram", "8", "--model", "cnn", "--plot", __file__], "no picture of `fastddr plan`; give a new name"),
         (["--vram", "8", "--model", "resnet", "--depht", "3"], "unknown argument"),
+        (["--vram", "8", "--model", "timm:test_vit", "--depth", "3"], "--depth is of convmixer, cnn, resnet, and the"),
+        (["--calibrate", "--wrogn", "3"], "--calibrate measures this machine's GPU and asks of no training; leave out"),
         (["--card", "H9000"], "known are"),
         (["--card", "RTX 4060", "--tbps", "0.27", "--tflops", "60"], "Or leave it out and give --vram (GiB), and"),
         (["--vram", "8GB"], "--vram 8GB: give a number alone, like 8 or 0.5."),

@@ -235,7 +235,7 @@ def _trained(*mixes: Any) -> tuple[torch.Tensor, Tally]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     bare = _model()
     model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
-    criterion, tally = losses.build(label_smoothing=0.1), Tally.zeros(torch.device("cpu"))
+    criterion, tally = losses.CrossEntropy(label_smoothing=0.1), Tally.zeros(torch.device("cpu"))
     for mix in mixes:
         training_step(accelerator, model, _batches(), criterion, optimizer, tally, 1.0, mix)
     return bare[1].weight.detach(), tally
@@ -263,7 +263,7 @@ def test_the_model_sees_mixed_photographs_and_the_loss_their_shares() -> None:
     total = torch.zeros(())
     for microstep, batch in enumerate(_batches()):
         image, target = mix(microstep, batch.image, batch.grade)
-        total = total + losses.build(label_smoothing=0.1)(model(image), target) / 2
+        total = total + losses.CrossEntropy(label_smoothing=0.1)(model(image), target) / 2
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.SGD(model.parameters(), lr=0.1).step()

@@ -258,7 +258,7 @@ def geometries(draw: st.DrawFn) -> tuple[AugmentConfig, int, int]:
 def _refusal(augment: AugmentConfig, image: int, canvas: int) -> str:
     """What the check says; empty where it has nothing to say."""
     try:
-        check_augment(augment, image, canvas, "test")
+        check_augment(augment, image, canvas)
     except UserError as error:
         return str(error)
     return ""
@@ -395,7 +395,7 @@ def test_a_box_holds_resized_windows_too(seed: int, width: int, height: int) -> 
 def test_a_canvas_as_small_as_the_image_shows_the_full_field(name: str) -> None:
     """The short side is seen whole, turned about its middle; a longer one is looked along."""
     augment = POLICIES[name]
-    check_augment(augment, 96, 96, name)
+    check_augment(augment, 96, 96)
     rows = sampling.numbers(200, 0, 0)
     size = np.full(200, 130), np.full(200, 96)
     maps = sampling.training_maps(rows, *size, 96, augment)

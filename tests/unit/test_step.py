@@ -48,7 +48,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["fused"], group["foreach"] = fused, False if fused else None
         self.optimizer._step_supports_amp_scaling = fused  # type: ignore[attr-defined]  # as the constructor does
-        self.criterion: nn.Module = losses.build("cross_entropy")
+        self.criterion: nn.Module = losses.CrossEntropy()
         self.accelerator = Accelerator(cpu=True)
         if scaler is not None:
             # Float16 is for GPUs alone, but what follows from its scaler is the same on a CPU.
@@ -120,7 +120,7 @@ def test_a_step_is_the_one_by_hand_without_walking_the_modules(fused: bool, monk
     """Nor does it look for a package on the disk, as Accelerate's optimizer does before each step."""
     given = [batch(1), batch(2), batch(3, float("nan")), batch(4)]
     step, hand = Stepper("adam", fused, None), Stepper("adam", fused, None)
-    ema, average = optimizers.make_ema(step.model, 0.9), copy.deepcopy(hand.model)
+    ema, average = optimizers.make_ema(step.model), copy.deepcopy(hand.model)
     inner = hand.optimizer.optimizer  # type: ignore[attr-defined]  # of Accelerate's wrapper
     means = [*average.parameters(), *average.buffers()]
     for number, one in enumerate(given):
@@ -139,7 +139,7 @@ def test_a_step_is_the_one_by_hand_without_walking_the_modules(fused: bool, monk
         inner.zero_grad()
 
     step.parts = optimizers.Parts.of(step.model)
-    parts = (optimizers.Parts.of(ema.module), step.parts)
+    parts = (optimizers.Parts.of(ema), step.parts)
     with monkeypatch.context() as patch:
         for owner, name in ((nn.Module, "named_modules"), (accelerate.optimizer, "is_lomo_available")):
             patch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(name))
@@ -148,7 +148,7 @@ def test_a_step_is_the_one_by_hand_without_walking_the_modules(fused: bool, monk
             told.append(step(one))
             optimizers.update_ema(ema, step.model, number, 0.9, torch.tensor(told[-1]), parts=parts)
     assert told == [False, False, True, False]
-    for ours, theirs in ((step.model, hand.model), (ema.module, average)):
+    for ours, theirs in ((step.model, hand.model), (ema, average)):
         expected = theirs.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
 

@@ -109,6 +109,8 @@ class RunFolder:
         except FileNotFoundError:
             # Also a hand may have taken it for left over.
             return os.path.isdir(self.path) and not os.path.isfile(self.config)
+        except OSError:  # nobody can tell now; whoever writes there meets the same
+            return False
 
     def check_place(self) -> None:
         """Raise `FileNotFoundError` where another folder is in the place of this one: its files are not ours."""
@@ -193,6 +195,18 @@ def _append(file: Path, record: dict[str, Any]) -> None:
         lines.write((text if whole else "\n" + text).encode())
 
 
+def expanded(place: str | Path) -> Path:
+    """A path with `~` and `~user` as the folders that they stand for.
+
+    Raises:
+        UserError: there is no such user, or no home.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise UserError(f"{place}: there is no home folder for this `~` here; give the path without it.") from None
+
+
 def data_name(place: Path) -> str:
     """What a data set is called: as its folder, or as the one above where that is DDR's own `DR_grading`."""
     return place.parent.name if place.name == "DR_grading" and place.parent.name else place.name
@@ -206,7 +220,7 @@ def new_name(preset: str, data: str, now: datetime) -> str:
         stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
         return re.sub(r"[^\w.]+", "_", stem).strip("._") or "data"
 
-    folder = data if data == "synthetic" else data_name(Path(data).expanduser().absolute())
+    folder = data if data == "synthetic" else data_name(expanded(data).absolute())
     return f"{short(preset)}-{short(folder)}-{now:%Y%m%d-%H%M%S}"
 
 
@@ -218,7 +232,7 @@ def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
     """
     if config.run_dir is None:
         return Path("runs") / new_name(config.preset, config.data, now), None
-    path = Path(config.run_dir).expanduser()
+    path = expanded(config.run_dir)
     if (path / "config.yaml").is_file():
         return path, (path / "config.yaml").read_text(encoding="utf-8")
     if path.exists() and not path.is_dir():
@@ -236,7 +250,7 @@ def placed(config: Config) -> dict[str, str]:
     """
     given = {"data": config.data, "exclude": config.exclude}
     found = {
-        key: str(Path(path).expanduser().absolute())
+        key: str(expanded(path).absolute())
         for key, path in given.items() if path is not None and path != "synthetic"
     }  # fmt: skip
     for key, path in found.items():

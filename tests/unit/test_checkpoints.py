@@ -214,22 +214,34 @@ def test_progress_of_another_version_is_one_sentence(tmp_path: Path) -> None:
         saving.resume(run, Training(model, None, optimizer, None), "f", print)
 
 
-@pytest.mark.parametrize("code", [*sorted(PASSING), errno.ENXIO, errno.ENOSPC, errno.ENOENT])
+@pytest.mark.parametrize("code", [*sorted(PASSING), errno.EACCES, errno.ENXIO, errno.ENOSPC, errno.ENOENT])
 def test_what_the_disk_says_ends_a_run_in_one_sentence(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, (model, optimizer) = RunFolder(tmp_path / "run"), trained()
-    saver = saving.Saver(
-        run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
-        wandb_id=None, before=lambda: None,
-    )  # fmt: skip
-    if code != errno.ENOENT:
-        run.path.mkdir()
-        write(run.checkpoints, 1)
-    if code == errno.EMFILE:
-        unlistable(monkeypatch, run.checkpoints, code)
-    with pytest.raises(UserError) as told, saver.readable(Progress(step=2)):
-        raise OSError(code, os.strerror(code))
+    path, (model, optimizer) = tmp_path / "run", trained()
+    path.mkdir()
+    with runs.hold(path, print) as lock:
+        run, asked = RunFolder(path, lock), os.stat
+        saver = saving.Saver(
+            run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
+            wandb_id=None, before=lambda: None,
+        )  # fmt: skip
+        if code == errno.ENOENT:
+            shutil.rmtree(path)
+        else:
+            write(run.checkpoints, 1)
+        if code == errno.EMFILE:
+            unlistable(monkeypatch, run.checkpoints, code)
+
+        def answered(place: Any, *arguments: Any, **more: Any) -> os.stat_result:
+            if place == path / ".lock":
+                raise OSError(code, os.strerror(code))
+            return asked(place, *arguments, **more)
+
+        monkeypatch.setattr(os, "stat", answered)
+        with pytest.raises(UserError) as told, saver.readable(Progress(step=2)):
+            raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(os, "stat", asked)
     said, again = str(told.value), f"give the same command with --run-dir {run.path}."
     assert said.startswith(f"{run.path}: {os.strerror(code)}; the run ends at step 2, ")
     if code == errno.ENOENT:

@@ -26,6 +26,7 @@ from fastddr.data.layouts.common import PREPARED
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.workers import each
 from fastddr.errors import UserError
+from fastddr.runs import expanded
 
 _LINE = "# prepared: "
 
@@ -76,7 +77,7 @@ def of_run(manifest: Path, data: str) -> Recipe | None:
                     return None if said.strip() == b"null" else _recipe(manifest, said)
     except FileNotFoundError:
         pass  # then the data folder is asked
-    folder = Path(data).expanduser().absolute()
+    folder = expanded(data).absolute()
     if data != "synthetic" and not folder.exists():
         raise UserError(
             f"{manifest}: it does not say whether the photographs were prepared, and {folder} is no longer there; say "

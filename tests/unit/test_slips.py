@@ -14,7 +14,7 @@ from fastddr import cli, ranks
 from fastddr.data import layouts, output, photos, problems, survey
 from fastddr.data.photos import Photo
 from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from fastddr.inference import predict
+from fastddr.inference import predict, restore
 from fastddr.inference.flags import Predict
 
 
@@ -80,6 +80,38 @@ def test_a_list_that_matches_nothing_is_an_error(text: str, tiny: Path, tmp_path
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(UserError, match="none of its 1 paths is a photograph of"):
         survey.take(str(tiny), exclude=problems.read_list(tmp_path / "bad.csv"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --data {}",
+        "train --data . --run-dir {}",
+        "train --data . --run-dir run --init {}",
+        "train --data . --run-dir run --init run:{}",
+        "train --data . --run-dir run --exclude {}",
+        "check {}",
+        "prepare {} masters",
+        "prepare . {}",
+    ],
+)
+def test_a_home_that_is_none_is_one_sentence(
+    arguments: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = "~nobody-of-this-name/x"
+    monkeypatch.chdir(tiny)
+    assert command.main(arguments.format(place).split()) == EXIT_USER_ERROR
+    said = f"fastddr: {place}: there is no home folder for this `~` here; give the path without it.\n"
+    assert capsys.readouterr().err == said
+    assert not Path("run").exists()
+    with pytest.raises(UserError, match="no home folder"):
+        restore.load(place)
+
+
+def test_a_list_lies_where_the_tilde_says(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.csv").write_text(survey.take(str(tiny)).entries[0].path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert problems.read_list("~/bad.csv") == {survey.take(str(tiny)).entries[0].path}
 
 
 def test_a_list_may_be_of_a_spreadsheet(tiny: Path, tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ class Trainer:
         results = {"valid_last": self._score(self.valid_loader, f"last ({progress.at}){tta}")}
         assert self.saver is not None
         self.saver.flush()
-        ranks.meet()
+        ranks.wait()  # for rank 0's disk
         best, weights = saving.best(self.run, progress, self.console.print)
         checkpoints.load_weights(self._weights, best.weights, best.path)
         progress.grading = best.state["progress"].get("grading")

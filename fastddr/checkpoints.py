@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,6 @@ from fastddr.serializing import plain, serialized
 #: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
 _NAME = re.compile(r"step-\d{8}(\.\d\d)?")
 _BESIDE = re.compile(r"\.step-\d{8}(\.\d\d)?\.\d+")
-#: Seconds after which a disk that failed is asked again.
-_PATIENCE = 2.0
 #: A file that is not there, or is none.
 _NONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -204,15 +201,13 @@ def _load(path: Path) -> Checkpoint:
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over.
 
-    One that the disk fails to read twice (EIO, a bad sector) is not whole.
-
     Raises:
         UserError: one cannot be read now: to pass over it might throw away hours of work.
         OSError: the folder cannot be listed.
     """
     for path in reversed(standing(folder)):
         try:
-            return load_patiently(path)
+            return load(path)
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
         except OSError as error:
@@ -221,22 +216,6 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
                 f"command again, or where that does not help, move {path} elsewhere: the one before is taken then."
             ) from error
     return None
-
-
-def load_patiently(path: Path) -> Checkpoint:
-    """As `load`, but what the disk fails to read twice (EIO) is a checkpoint that is not whole."""
-    try:
-        return load(path)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-    time.sleep(_PATIENCE)
-    try:
-        return load(path)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise UserError(f"{error.filename}: {error.strerror}, twice.") from error
 
 
 def standing(folder: Path) -> list[Path]:

@@ -125,7 +125,7 @@ def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> 
     """Whether the best checkpoint that training knows of is there; else its link goes."""
     link = run.checkpoints / "best"
     try:
-        found = checkpoints.load_patiently(link).state["progress"]["step"]
+        found = checkpoints.load(link).state["progress"]["step"]
     except (UserError, KeyError) as error:
         why = str(error)
     else:
@@ -149,7 +149,7 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> tupl
     def choose() -> Any:
         for name in ("best", "last"):
             try:
-                return _seen_by_all(run, checkpoints.load_patiently(run.checkpoints / name).path)
+                return _seen_by_all(run, checkpoints.load(run.checkpoints / name).path)
             except UserError as error:
                 problem = error
                 say(f"the {name} checkpoint is lost: {error}")

@@ -325,31 +325,26 @@ def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: p
     assert checkpoints.load(tmp_path / "last").path.name == "step-00000002"
 
 
-@pytest.mark.parametrize(("code", "times", "taken"), [(errno.ESTALE, 1, None), (errno.EIO, 1, 2), (errno.EIO, 9, 1)])
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
 def test_a_part_that_cannot_be_read_now_is_not_passed_over(
-    code: int, times: int, taken: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server may be away for a moment. On a disk with a bad sector the one before is taken."""
+    """The server may be away for a moment; on a disk with a bad sector the folder is moved away by hand."""
     write(tmp_path, 1)
-    write(tmp_path, 2, keep=2)
-    whole, failed = checkpoints._sha256, 0
+    newest, whole = write(tmp_path, 2, keep=2), checkpoints._sha256
 
     def bad_sector(file: Path) -> str:
-        nonlocal failed
-        if file.parent.name == "step-00000002" and failed < times:
-            failed += 1
+        if file.parent == newest:
             raise OSError(code, os.strerror(code))
         return whole(file)
 
     monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
-    if taken is None:
-        with pytest.raises(UserError, match=r"step-00000002: .*, so nobody .* move .*step-00000002 elsewhere"):
-            checkpoints.load_newest(tmp_path)
-    else:
-        found = checkpoints.load_newest(tmp_path)
-        assert found is not None
-        assert found.state["progress"]["step"] == taken
+    with pytest.raises(UserError, match=r"step-00000002: .*, so nobody .* move .*step-00000002 elsewhere"):
+        checkpoints.load_newest(tmp_path)
+    newest.rename(tmp_path / "elsewhere")
+    found = checkpoints.load_newest(tmp_path)
+    assert found is not None
+    assert found.state["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
@@ -386,24 +381,6 @@ def test_the_best_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, m
     assert told.value.filename == str(best)
     monkeypatch.undo()
     assert checkpoints.load(run.checkpoints / "best").path == best
-
-
-def test_a_best_one_on_a_bad_sector_is_lost_and_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, whole, said = RunFolder(tmp_path), checkpoints._sha256, list[str]()
-    bad = write(run.checkpoints, 1, best=True)
-    write(run.checkpoints, 2, progress={"step": 2, "epoch": 2})
-
-    def bad_sector(file: Path) -> str:
-        if file.parent.samefile(bad):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
-        return whole(file)
-
-    monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
-    found, label = saving.best(run, Progress(step=2, best_step=1), said.append)
-    assert (found.state["progress"]["step"], label[:4]) == (2, "last")
-    assert "Input/output error, twice" in said[0]
-    assert not saving._is_best(run, Progress(step=2, best_step=1), said.append)
 
 
 def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     def newest() -> Any:
         found = checkpoints.load_newest(run.checkpoints, say)
         if found is not None:
-            return _seen_by_all(run, found.path)
+            return found.path
         if checkpoints.standing(run.checkpoints):
             # To begin anew would throw away the figures, and these folders, in which a reader may find more than we.
             raise UserError(
@@ -114,13 +114,6 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     return progress
 
 
-def _seen_by_all(run: RunFolder, found: Path) -> Path:
-    """A checkpoint by the path of the run that was given: where links on the way lead may be rank 0's machine's own."""
-    # Also by its name there, which says its step: the folder that a link leads to may have any.
-    there = (*checkpoints.standing(run.checkpoints), run.checkpoints / found.name)
-    return next((path for path in there if path.exists() and path.samefile(found)), found)
-
-
 def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> bool:
     """Whether the best checkpoint that training knows of is there; else its link goes."""
     link = run.checkpoints / "best"
@@ -146,16 +139,17 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> tupl
         UserError: on every rank, neither is whole, or one cannot be read now.
     """
 
-    def choose() -> Any:
+    def choose() -> str:
         for name in ("best", "last"):
             try:
-                return _seen_by_all(run, checkpoints.load(run.checkpoints / name).path)
+                checkpoints.load(run.checkpoints / name)
+                return name
             except UserError as error:
                 problem = error
                 say(f"the {name} checkpoint is lost: {error}")
         raise problem
 
-    found = checkpoints.load(runtime.from_main(choose))
+    found = checkpoints.load(run.checkpoints / runtime.from_main(choose))
     known = found.state["progress"]
     at, is_best = f"(step {known['step']}, epoch {known['epoch']})", known["step"] == progress.best_step
     progress.best_step, progress.best_epoch = known["step"], known["epoch"]

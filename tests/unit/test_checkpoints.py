@@ -152,7 +152,7 @@ def test_what_was_passed_over_is_kept_and_the_users_folders_too(tmp_path: Path) 
     (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"half")
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "keep")
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-mine")
-    (tmp_path / ".step-00000004.77").mkdir()
+    (tmp_path / ".writing").mkdir()
     found = checkpoints.load_newest(tmp_path)
     assert found is not None
     assert found.path.name == "step-00000002", "and not step-mine"

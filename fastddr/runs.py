@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -168,20 +167,6 @@ class RunFolder:
         """One more line of `bad_steps.jsonl`."""
         self.check_place()
         _append(self.bad_steps, record)
-
-    def cut_bad_steps(self, step: int) -> None:
-        """Leave out the lines of later steps than this one, which come again."""
-        if self.bad_steps.is_file():
-            lines = self.bad_steps.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            self.write(self.bad_steps, "".join(line for line in lines if _step(line) <= step))
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity of one that is not whole, because a process was killed in it."""
-    try:
-        return int(files.parse(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _append(file: Path, record: dict[str, Any]) -> None:

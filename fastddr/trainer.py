@@ -84,7 +84,7 @@ class Trainer:
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             runs.seen(where)
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
-            if saving.finished(run, config, self.console):
+            if runtime.from_main(lambda: run.status().get("state")) == "done":
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return
@@ -173,7 +173,6 @@ class Trainer:
             lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
             self.run = runs.RunFolder(self.run.path, lock)
         if self.runtime.is_main:
-            self.run.cut_bad_steps(-1)  # of a start that ended before its first checkpoint
             self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
         runs.seen(self.run.path)
 

@@ -209,23 +209,23 @@ def new_name(preset: str, data: str, now: datetime) -> str:
     return f"{short(preset)}-{short(folder)}-{now:%Y%m%d-%H%M%S}"
 
 
-def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
-    """Folder of the run, and the text of its config.yaml if it is an earlier run that goes on.
+def locate(config: Config, now: datetime) -> tuple[Path, bool]:
+    """Folder of the run, and whether it is an earlier run that goes on.
 
     Raises:
         UserError: the folder holds something else than a run.
     """
     if config.run_dir is None:
-        return Path("runs") / new_name(config.preset, config.data, now), None
+        return Path("runs") / new_name(config.preset, config.data, now), False
     path = expanded(config.run_dir)
     if (path / "config.yaml").is_file():
-        return path, (path / "config.yaml").read_text(encoding="utf-8")
+        return path, True
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path}: this is a file; give a folder.")
     # A start that was killed may have left a hidden file of ours, and who asks a run to stop may be early.
     if path.is_dir() and any(not entry.name.startswith(".") and entry.name != "STOP" for entry in path.iterdir()):
         raise UserError(f"--run-dir {path}: this folder holds something that is not a run; give a new or empty one.")
-    return path, None
+    return path, False
 
 
 def placed(config: Config) -> dict[str, str]:

@@ -76,8 +76,7 @@ class Trainer:
     def _set_up(self) -> None:
         config, state = self.config, runtime.join()
         self.console = terminal(quiet=not state.is_main_process)
-        where, stored = runtime.from_main(lambda: runs.locate(config, datetime.now()))
-        resumed = stored is not None
+        where, resumed = runtime.from_main(lambda: runs.locate(config, datetime.now()))
         self.run = run = runs.RunFolder(where)
         if resumed:
             self.run = run = runs.RunFolder(where, runtime.on_main(lambda: runs.hold(where, self.console.print)))

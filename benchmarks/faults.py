@@ -109,12 +109,12 @@ def kills(options: Options, runs: Runs) -> list[dict[str, Any]]:
         step = rng.randrange(4, options.steps - 4)
         runs.wait(lambda run=run, step=step: status(run).get("step", 0) >= step, process, run)
         if number % 2:
-            runs.wait(lambda folder=folder: any(folder.glob(".step-*")), process, run)
+            runs.wait(lambda folder=folder: any(folder.glob(".writing")), process, run)
         else:
             time.sleep(rng.random() * 0.1)
         kill(run)
         process.wait()
-        writing += any(folder.glob(".step-*"))
+        writing += any(folder.glob(".writing"))
         told: list[str] = []
         found = checkpoints.load_newest(folder, told.append)
         unloadable += len(told)

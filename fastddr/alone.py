@@ -6,7 +6,6 @@ and Accelerate does not let them meet again.
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 
 from accelerate.state import PartialState
@@ -14,7 +13,6 @@ from torch import distributed
 
 from fastddr.errors import UserError
 
-_lock = threading.Lock()
 #: The Trainer that is open. Weak: one that nobody can close any more is in nobody's way.
 _open: weakref.ref[object] | None = None
 
@@ -49,9 +47,8 @@ def take(trainer: object, closed: bool = False) -> None:
             "of several ranks a process has one Trainer in its life, and this one has had it: its ranks have left each "
             "other; start the command again for the next one."
         )
-    with _lock:
-        check()
-        _open = weakref.ref(trainer)
+    check()
+    _open = weakref.ref(trainer)
 
 
 def _imports_a_script() -> bool:
@@ -63,6 +60,5 @@ def _imports_a_script() -> bool:
 def let_go(trainer: object) -> None:
     """It is closed. Of one that was not open nothing happens."""
     global _open
-    with _lock:
-        if _open is not None and _open() is trainer:
-            _open = None
+    if _open is not None and _open() is trainer:
+        _open = None

@@ -18,9 +18,8 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,11 @@ from fastddr import files
 from fastddr.errors import UserError
 from fastddr.serializing import plain, serialized
 
-#: What a checkpoint's folder is called, and while it is written, beside; anything else in there is the user's.
+#: What a checkpoint's folder is called; what has another name in there is the user's, but for the two below.
 _NAME = re.compile(r"step-\d{8}(\.\d\d)?")
-_BESIDE = re.compile(r"\.step-\d{8}(\.\d\d)?\.\d+")
-#: Seconds after which a disk that failed is asked again.
-_PATIENCE = 2.0
+#: What is written beside, before it gets its name. One process is at a run (`runs.hold`), so what lies there is left by
+#: a kill, and goes when the next is written.
+_WRITING, _LINK = ".writing", ".link"
 #: A file that is not there, or is none.
 _NONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -122,7 +121,7 @@ def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Pat
     # A step that stands already is not written over but beside, and goes away when it is not kept any more.
     names = (f"step-{snapshot.step:08d}{suffix}" for suffix in ("", *(f".{n:02d}" for n in range(1, 100))))
     final = next(folder / name for name in names if not (folder / name).exists())
-    temporary = folder / f".{final.name}.{os.getpid()}"
+    temporary = folder / _WRITING
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -142,7 +141,7 @@ def write(folder: Path, snapshot: Snapshot, *, best: bool, keep: int = 1) -> Pat
 def point(folder: Path, checkpoint: Path, best: bool) -> None:
     """Let `last`, and `best` too if it is, name a checkpoint. A resume repeats it: a kill may have come before."""
     for name in ("last", "best") if best else ("last",):
-        temporary = folder / f".{name}.{os.getpid()}"
+        temporary = folder / _LINK
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(checkpoint.name)
         _unfollow(folder / name)
@@ -202,9 +201,9 @@ def _load(path: Path) -> Checkpoint:
 
 
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The checkpoint with the most steps that is whole, or None; `say` hears of each that is passed over.
+    """The checkpoint with the most steps that is whole, by its path in this folder, or None.
 
-    One that the disk fails to read twice (EIO, a bad sector) is not whole.
+    `say` hears of each that is passed over.
 
     Raises:
         UserError: one cannot be read now: to pass over it might throw away hours of work.
@@ -212,7 +211,7 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
     """
     for path in reversed(standing(folder)):
         try:
-            return load_patiently(path)
+            return replace(load(path), path=path)  # where links lead may be of this machine alone
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
         except OSError as error:
@@ -221,22 +220,6 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
                 f"command again, or where that does not help, move {path} elsewhere: the one before is taken then."
             ) from error
     return None
-
-
-def load_patiently(path: Path) -> Checkpoint:
-    """As `load`, but what the disk fails to read twice (EIO) is a checkpoint that is not whole."""
-    try:
-        return load(path)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-    time.sleep(_PATIENCE)
-    try:
-        return load(path)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise UserError(f"{error.filename}: {error.strerror}, twice.") from error
 
 
 def standing(folder: Path) -> list[Path]:
@@ -336,17 +319,13 @@ def _sync(path: Path) -> None:
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
-    there = files.listed(folder)  # once: of two listings one may lack what the other has
-    ours = [path for path in there if _NAME.fullmatch(path.name)]
+    ours = standing(folder)  # once: of two listings one may lack what the other has
     # By where they lead: somebody who sets a link anew may spell it otherwise than we do.
     led_to = {files.end(folder / name) for name in ("last", "best")} - {None}
     kept = {newest} | {path.name for path in ours if files.end(path) in led_to}
     kept |= set([path.name for path in ours if path.name <= newest][-keep:])
-    for path in there:
-        if path.is_symlink():
-            if path.name.startswith((".last.", ".best.")):  # left by a kill
-                path.unlink(missing_ok=True)
-        elif path.name not in kept and (_NAME.fullmatch(path.name) or _BESIDE.fullmatch(path.name)):
+    for path in ours:
+        if path.name not in kept and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 

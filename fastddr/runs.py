@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -109,6 +108,8 @@ class RunFolder:
         except FileNotFoundError:
             # Also a hand may have taken it for left over.
             return os.path.isdir(self.path) and not os.path.isfile(self.config)
+        except OSError:  # nobody can tell now; whoever writes there meets the same
+            return False
 
     def check_place(self) -> None:
         """Raise `FileNotFoundError` where another folder is in the place of this one: its files are not ours."""
@@ -167,20 +168,6 @@ class RunFolder:
         self.check_place()
         _append(self.bad_steps, record)
 
-    def cut_bad_steps(self, step: int) -> None:
-        """Leave out the lines of later steps than this one, which come again."""
-        if self.bad_steps.is_file():
-            lines = self.bad_steps.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            self.write(self.bad_steps, "".join(line for line in lines if _step(line) <= step))
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity of one that is not whole, because a process was killed in it."""
-    try:
-        return int(files.parse(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
 
 def _append(file: Path, record: dict[str, Any]) -> None:
     with file.open("a+b") as lines:
@@ -191,6 +178,18 @@ def _append(file: Path, record: dict[str, Any]) -> None:
         # Behind half a line this one would be lost with it.
         text = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
         lines.write((text if whole else "\n" + text).encode())
+
+
+def expanded(place: str | Path) -> Path:
+    """A path with `~` and `~user` as the folders that they stand for.
+
+    Raises:
+        UserError: there is no such user, or no home.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise UserError(f"{place}: there is no home folder for this `~` here; give the path without it.") from None
 
 
 def data_name(place: Path) -> str:
@@ -206,27 +205,27 @@ def new_name(preset: str, data: str, now: datetime) -> str:
         stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
         return re.sub(r"[^\w.]+", "_", stem).strip("._") or "data"
 
-    folder = data if data == "synthetic" else data_name(Path(data).expanduser().absolute())
+    folder = data if data == "synthetic" else data_name(expanded(data).absolute())
     return f"{short(preset)}-{short(folder)}-{now:%Y%m%d-%H%M%S}"
 
 
-def locate(config: Config, now: datetime) -> tuple[Path, str | None]:
-    """Folder of the run, and the text of its config.yaml if it is an earlier run that goes on.
+def locate(config: Config, now: datetime) -> tuple[Path, bool]:
+    """Folder of the run, and whether it is an earlier run that goes on.
 
     Raises:
         UserError: the folder holds something else than a run.
     """
     if config.run_dir is None:
-        return Path("runs") / new_name(config.preset, config.data, now), None
-    path = Path(config.run_dir).expanduser()
+        return Path("runs") / new_name(config.preset, config.data, now), False
+    path = expanded(config.run_dir)
     if (path / "config.yaml").is_file():
-        return path, (path / "config.yaml").read_text(encoding="utf-8")
+        return path, True
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path}: this is a file; give a folder.")
     # A start that was killed may have left a hidden file of ours, and who asks a run to stop may be early.
     if path.is_dir() and any(not entry.name.startswith(".") and entry.name != "STOP" for entry in path.iterdir()):
         raise UserError(f"--run-dir {path}: this folder holds something that is not a run; give a new or empty one.")
-    return path, None
+    return path, False
 
 
 def placed(config: Config) -> dict[str, str]:
@@ -236,7 +235,7 @@ def placed(config: Config) -> dict[str, str]:
     """
     given = {"data": config.data, "exclude": config.exclude}
     found = {
-        key: str(Path(path).expanduser().absolute())
+        key: str(expanded(path).absolute())
         for key, path in given.items() if path is not None and path != "synthetic"
     }  # fmt: skip
     for key, path in found.items():

@@ -8,16 +8,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fastddr import checkpoints, runs, runtime
+from fastddr import checkpoints, runtime
 from fastddr.checkpoints import Snapshot, Training
-from fastddr.config import Config, from_mapping
-from fastddr.config.strict import read_yaml
-from fastddr.data import manifest, source
+from fastddr.config import Config
 from fastddr.errors import CANNOT_USE, PASSING, UserError
 from fastddr.meters import versions
 from fastddr.runs import Progress, RunFolder
@@ -30,28 +25,6 @@ def told(what: str, say: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         say(f"{what} could not be written: {error}")
-
-
-def finished(run: RunFolder, config: Config, console: Console) -> bool:
-    """Whether an earlier run is done. To be called by all ranks.
-
-    Its data may be gone by now, but data that lie elsewhere must be the same photographs, as for a run that goes on.
-
-    Raises:
-        UserError: on every rank, the data are others, or cannot be read.
-    """
-
-    def began_with() -> str | None:
-        """The fingerprint of the data that it began with; None where they are named as they were."""
-        stored = from_mapping(read_yaml(run.config), str(run.config))
-        return None if runs.placed(config) == runs.placed(stored) else manifest.fingerprint_in(run.manifest)
-
-    if runtime.from_main(lambda: run.status().get("state")) != "done":
-        return False
-    began = runtime.from_main(began_with)
-    if began is not None:
-        _same_data(run, began, source.open_data(config, console).fingerprint)
-    return True
 
 
 def _same_data(run: RunFolder, began: str, now: str) -> None:
@@ -77,7 +50,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     def newest() -> Any:
         found = checkpoints.load_newest(run.checkpoints, say)
         if found is not None:
-            return _seen_by_all(run, found.path)
+            return found.path
         if checkpoints.standing(run.checkpoints):
             # To begin anew would throw away the figures, and these folders, in which a reader may find more than we.
             raise UserError(
@@ -101,7 +74,6 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     training.restore(saved)
 
     def mended() -> bool:
-        run.cut_bad_steps(progress.step)
         checkpoints.put_aside(run.checkpoints, path, say)
         checkpoints.point(run.checkpoints, path, best=progress.best_step == progress.step)
         return progress.best_step in (0, progress.step) or _is_best(run, progress, say)
@@ -114,18 +86,11 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
     return progress
 
 
-def _seen_by_all(run: RunFolder, found: Path) -> Path:
-    """A checkpoint by the path of the run that was given: where links on the way lead may be rank 0's machine's own."""
-    # Also by its name there, which says its step: the folder that a link leads to may have any.
-    there = (*checkpoints.standing(run.checkpoints), run.checkpoints / found.name)
-    return next((path for path in there if path.exists() and path.samefile(found)), found)
-
-
 def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> bool:
     """Whether the best checkpoint that training knows of is there; else its link goes."""
     link = run.checkpoints / "best"
     try:
-        found = checkpoints.load_patiently(link).state["progress"]["step"]
+        found = checkpoints.load(link).state["progress"]["step"]
     except (UserError, KeyError) as error:
         why = str(error)
     else:
@@ -146,16 +111,17 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> tupl
         UserError: on every rank, neither is whole, or one cannot be read now.
     """
 
-    def choose() -> Any:
+    def choose() -> str:
         for name in ("best", "last"):
             try:
-                return _seen_by_all(run, checkpoints.load_patiently(run.checkpoints / name).path)
+                checkpoints.load(run.checkpoints / name)
+                return name
             except UserError as error:
                 problem = error
                 say(f"the {name} checkpoint is lost: {error}")
         raise problem
 
-    found = checkpoints.load(runtime.from_main(choose))
+    found = checkpoints.load(run.checkpoints / runtime.from_main(choose))
     known = found.state["progress"]
     at, is_best = f"(step {known['step']}, epoch {known['epoch']})", known["step"] == progress.best_step
     progress.best_step, progress.best_epoch = known["step"], known["epoch"]

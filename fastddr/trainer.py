@@ -76,15 +76,14 @@ class Trainer:
     def _set_up(self) -> None:
         config, state = self.config, runtime.join()
         self.console = terminal(quiet=not state.is_main_process)
-        where, stored = runtime.from_main(lambda: runs.locate(config, datetime.now()))
-        resumed = stored is not None
+        where, resumed = runtime.from_main(lambda: runs.locate(config, datetime.now()))
         self.run = run = runs.RunFolder(where)
         if resumed:
             self.run = run = runs.RunFolder(where, runtime.on_main(lambda: runs.hold(where, self.console.print)))
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             runs.seen(where)
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
-            if saving.finished(run, config, self.console):
+            if runtime.from_main(lambda: run.status().get("state")) == "done":
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return
@@ -173,7 +172,6 @@ class Trainer:
             lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
             self.run = runs.RunFolder(self.run.path, lock)
         if self.runtime.is_main:
-            self.run.cut_bad_steps(-1)  # of a start that ended before its first checkpoint
             self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
         runs.seen(self.run.path)
 
@@ -374,7 +372,7 @@ class Trainer:
         results = {"valid_last": self._score(self.valid_loader, f"last ({progress.at}){tta}")}
         assert self.saver is not None
         self.saver.flush()
-        ranks.meet()
+        ranks.wait()  # for rank 0's disk
         best, weights = saving.best(self.run, progress, self.console.print)
         checkpoints.load_weights(self._weights, best.weights, best.path)
         progress.grading = best.state["progress"].get("grading")

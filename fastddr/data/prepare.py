@@ -38,6 +38,7 @@ from fastddr.data.relabel import Kept
 from fastddr.data.survey import Progress, Survey
 from fastddr.data.workers import each
 from fastddr.errors import UserError
+from fastddr.runs import expanded
 
 T = TypeVar("T")
 
@@ -348,7 +349,7 @@ def _inner(seen: Survey) -> str:
 
 
 def _resolved(path: Path) -> Path:
-    return path.expanduser().resolve()
+    return expanded(path).resolve()
 
 
 def _refuse_overlap(out: Path, sources: Iterable[Path]) -> None:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from fastddr import files
 from fastddr.errors import UserError
+from fastddr.runs import expanded
 
 Severity = Literal["error", "note"]
 
@@ -213,7 +214,7 @@ def read_list(file: str | Path) -> frozenset[str]:
     Raises:
         UserError: the file cannot be read as such.
     """
-    rows, named = rows_of(file, f"--exclude {file}")
+    rows, named = rows_of(expanded(file), f"--exclude {file}")
     column = named or 0
     short = next((number for number, row in enumerate(rows, 1) if len(row) <= column), None)
     if short is not None:

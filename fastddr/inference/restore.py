@@ -25,7 +25,7 @@ from fastddr.evaluation import grading, views
 from fastddr.evaluation.metrics import SplitResult
 from fastddr.inference.flags import Scoring, Weights
 from fastddr.progress import terminal
-from fastddr.runs import RunFolder
+from fastddr.runs import RunFolder, expanded
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def load(run: str | Path, weights: Weights = "best", device: str | torch.device 
     Raises:
         UserError: there is no such run, checkpoint or device, or the checkpoint is damaged.
     """
-    run = Path(run).expanduser()
+    run = expanded(run)
     if weights not in get_args(Weights):
         raise UserError(f"fastddr.load: there are no weights {weights!r}; take {' or '.join(get_args(Weights))}.")
     config = stored(run)

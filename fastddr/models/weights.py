@@ -33,6 +33,7 @@ from fastddr.errors import UserError
 from fastddr.models import zoo
 from fastddr.models.convmixer import ConvMixer, our_name
 from fastddr.models.resnet import PUBLISHED
+from fastddr.runs import expanded
 
 #: The ConvMixers that the paper trained on ImageNet: dim, depth, kernel, patch and activation, to timm's name.
 CONVMIXERS = {
@@ -145,7 +146,7 @@ def source(config: Config, best: Callable[[Path], dict[str, Tensor]]) -> Source:
         return Source(_imagenet(config), normalisation=(IMAGENET_MEAN, IMAGENET_STD) if ours else None)
     if init.startswith("run:"):
         return _run(init, best)
-    return _file(Path(init).expanduser())
+    return _file(expanded(init))
 
 
 def _imagenet(config: Config) -> dict[str, Tensor]:
@@ -190,7 +191,7 @@ def _torchvision(name: str, why: str) -> dict[str, Tensor]:
 
 def _run(init: str, best: Callable[[Path], dict[str, Tensor]]) -> Source:
     name = init.removeprefix("run:")
-    folder = Path("runs") / name if "/" not in name else Path(name).expanduser()
+    folder = Path("runs") / name if "/" not in name else expanded(name)
     checkpoint = folder / "checkpoints" / "best"
     if not checkpoint.exists():
         what = "this run has no best checkpoint yet" if (folder / "config.yaml").is_file() else "there is no run"

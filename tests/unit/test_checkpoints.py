@@ -152,7 +152,7 @@ def test_what_was_passed_over_is_kept_and_the_users_folders_too(tmp_path: Path) 
     (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"half")
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "keep")
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-mine")
-    (tmp_path / ".step-00000004.77").mkdir()
+    (tmp_path / ".writing").mkdir()
     found = checkpoints.load_newest(tmp_path)
     assert found is not None
     assert found.path.name == "step-00000002", "and not step-mine"
@@ -214,22 +214,34 @@ def test_progress_of_another_version_is_one_sentence(tmp_path: Path) -> None:
         saving.resume(run, Training(model, None, optimizer, None), "f", print)
 
 
-@pytest.mark.parametrize("code", [*sorted(PASSING), errno.ENXIO, errno.ENOSPC, errno.ENOENT])
+@pytest.mark.parametrize("code", [*sorted(PASSING), errno.EACCES, errno.ENXIO, errno.ENOSPC, errno.ENOENT])
 def test_what_the_disk_says_ends_a_run_in_one_sentence(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, (model, optimizer) = RunFolder(tmp_path / "run"), trained()
-    saver = saving.Saver(
-        run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
-        before=lambda: None,
-    )  # fmt: skip
-    if code != errno.ENOENT:
-        run.path.mkdir()
-        write(run.checkpoints, 1)
-    if code == errno.EMFILE:
-        unlistable(monkeypatch, run.checkpoints, code)
-    with pytest.raises(UserError) as told, saver.readable(Progress(step=2)):
-        raise OSError(code, os.strerror(code))
+    path, (model, optimizer) = tmp_path / "run", trained()
+    path.mkdir()
+    with runs.hold(path, print) as lock:
+        run, asked = RunFolder(path, lock), os.stat
+        saver = saving.Saver(
+            run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0,
+            before=lambda: None,
+        )  # fmt: skip
+        if code == errno.ENOENT:
+            shutil.rmtree(path)
+        else:
+            write(run.checkpoints, 1)
+        if code == errno.EMFILE:
+            unlistable(monkeypatch, run.checkpoints, code)
+
+        def answered(place: Any, *arguments: Any, **more: Any) -> os.stat_result:
+            if place == path / ".lock":
+                raise OSError(code, os.strerror(code))
+            return asked(place, *arguments, **more)
+
+        monkeypatch.setattr(os, "stat", answered)
+        with pytest.raises(UserError) as told, saver.readable(Progress(step=2)):
+            raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(os, "stat", asked)
     said, again = str(told.value), f"give the same command with --run-dir {run.path}."
     assert said.startswith(f"{run.path}: {os.strerror(code)}; the run ends at step 2, ")
     if code == errno.ENOENT:
@@ -313,31 +325,26 @@ def test_a_reader_follows_a_training_that_goes_on(tmp_path: Path, monkeypatch: p
     assert checkpoints.load(tmp_path / "last").path.name == "step-00000002"
 
 
-@pytest.mark.parametrize(("code", "times", "taken"), [(errno.ESTALE, 1, None), (errno.EIO, 1, 2), (errno.EIO, 9, 1)])
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
 def test_a_part_that_cannot_be_read_now_is_not_passed_over(
-    code: int, times: int, taken: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server may be away for a moment. On a disk with a bad sector the one before is taken."""
+    """The server may be away for a moment; on a disk with a bad sector the folder is moved away by hand."""
     write(tmp_path, 1)
-    write(tmp_path, 2, keep=2)
-    whole, failed = checkpoints._sha256, 0
+    newest, whole = write(tmp_path, 2, keep=2), checkpoints._sha256
 
     def bad_sector(file: Path) -> str:
-        nonlocal failed
-        if file.parent.name == "step-00000002" and failed < times:
-            failed += 1
+        if file.parent == newest:
             raise OSError(code, os.strerror(code))
         return whole(file)
 
     monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
-    if taken is None:
-        with pytest.raises(UserError, match=r"step-00000002: .*, so nobody .* move .*step-00000002 elsewhere"):
-            checkpoints.load_newest(tmp_path)
-    else:
-        found = checkpoints.load_newest(tmp_path)
-        assert found is not None
-        assert found.state["progress"]["step"] == taken
+    with pytest.raises(UserError, match=r"step-00000002: .*, so nobody .* move .*step-00000002 elsewhere"):
+        checkpoints.load_newest(tmp_path)
+    newest.rename(tmp_path / "elsewhere")
+    found = checkpoints.load_newest(tmp_path)
+    assert found is not None
+    assert found.state["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
@@ -374,24 +381,6 @@ def test_the_best_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, m
     assert told.value.filename == str(best)
     monkeypatch.undo()
     assert checkpoints.load(run.checkpoints / "best").path == best
-
-
-def test_a_best_one_on_a_bad_sector_is_lost_and_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, whole, said = RunFolder(tmp_path), checkpoints._sha256, list[str]()
-    bad = write(run.checkpoints, 1, best=True)
-    write(run.checkpoints, 2, progress={"step": 2, "epoch": 2})
-
-    def bad_sector(file: Path) -> str:
-        if file.parent.samefile(bad):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
-        return whole(file)
-
-    monkeypatch.setattr(checkpoints, "_sha256", bad_sector)
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
-    found, label = saving.best(run, Progress(step=2, best_step=1), said.append)
-    assert (found.state["progress"]["step"], label[:4]) == (2, "last")
-    assert "Input/output error, twice" in said[0]
-    assert not saving._is_best(run, Progress(step=2, best_step=1), said.append)
 
 
 def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:

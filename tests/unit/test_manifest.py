@@ -250,9 +250,8 @@ def test_a_wrong_set_is_one_sentence_that_names_the_offender(copy: Path, what: s
 def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         manifest.read(tmp_path / "nowhere")
-    for name in ("x" * 5000, "~nobody-of-this-name/x"):
-        with pytest.raises(UserError, match="cannot be opened"):
-            manifest.read(name)
+    with pytest.raises(UserError, match="cannot be opened"):
+        manifest.read("x" * 5000)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="this is a file"):
         manifest.read(tmp_path / "file")

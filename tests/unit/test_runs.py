@@ -55,7 +55,7 @@ def test_a_run_is_called_by_preset_data_and_time(preset: str, data: str, name: s
     config = replace(load_preset("quickstart"), preset=preset, data=data)
     found, earlier = locate(config, datetime(2026, 3, 4, 5, 6, 7))
     assert found == Path("runs") / f"{name}-20260304-050607"
-    assert earlier is None
+    assert not earlier
 
 
 def test_other_settings_are_refused_with_the_way_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fastddr import cli, ranks
 from fastddr.data import layouts, output, problems, survey
 from fastddr.data.photos import Photo
 from fastddr.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from fastddr.inference import predict
+from fastddr.inference import predict, restore
 from fastddr.inference.flags import Predict
 
 
@@ -58,21 +58,15 @@ def test_a_list_of_errors_replaces_no_other_file(
     problems.own_list(own)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--epochs", "3x"], "--epochs 3x: give a whole number alone, like 8."),
-        (["--loading.threads", "2 x"], "--loading.threads 2 x: give a whole number alone, like 8."),
-        (["--micro-batch-size", "1.5"], "--micro-batch-size 1.5: give a whole number alone, like 8, or auto."),
-        (["--lr", "abc"], "--lr abc: give a number alone, like 8 or 0.5."),
-        (["--max-hours", "2'h"], "--max-hours 2'h: give a number alone, like 8 or 0.5."),
-        (["--optimizer.betas", "0.9", "x"], "--optimizer.betas 0.9 x: give numbers alone, like 0.9 0.999."),
-    ],
-)
-def test_what_is_no_number_is_told_in_plain_words(flags: list[str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        cli.parse(flags, "test")
-    assert str(caught.value) == said
+@pytest.mark.parametrize("flags", ["--epochs 3x", "--loading.threads 2_x", "--optimizer.betas 0.9 x"])
+def test_what_is_no_number_is_one_line(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["train", *flags.split()]) == EXIT_USER_ERROR
+    flag, *values = flags.split()
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastddr: Error parsing {flag}: ")
+    assert repr(values[-1]) in said
+    assert said.endswith(".\n")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["other.jpg\n", "path;kind\nother.jpg;truncated\n"])
@@ -80,6 +74,38 @@ def test_a_list_that_matches_nothing_is_an_error(text: str, tiny: Path, tmp_path
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(UserError, match="none of its 1 paths is a photograph of"):
         survey.take(str(tiny), exclude=problems.read_list(tmp_path / "bad.csv"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --data {}",
+        "train --data . --run-dir {}",
+        "train --data . --run-dir run --init {}",
+        "train --data . --run-dir run --init run:{}",
+        "train --data . --run-dir run --exclude {}",
+        "check {}",
+        "prepare {} masters",
+        "prepare . {}",
+    ],
+)
+def test_a_home_that_is_none_is_one_sentence(
+    arguments: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = "~nobody-of-this-name/x"
+    monkeypatch.chdir(tiny)
+    assert command.main(arguments.format(place).split()) == EXIT_USER_ERROR
+    said = f"fastddr: {place}: there is no home folder for this `~` here; give the path without it.\n"
+    assert capsys.readouterr().err == said
+    assert not Path("run").exists()
+    with pytest.raises(UserError, match="no home folder"):
+        restore.load(place)
+
+
+def test_a_list_lies_where_the_tilde_says(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.csv").write_text(survey.take(str(tiny)).entries[0].path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert problems.read_list("~/bad.csv") == {survey.take(str(tiny)).entries[0].path}
 
 
 def test_a_list_may_be_of_a_spreadsheet(tiny: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from fastddr.data.layouts.folders import folders
 from fastddr.data.layouts.lines import gdrbench, official
 from fastddr.data.layouts.table import table, tables, unknown_header
 from fastddr.errors import UserError
-from fastddr.runs import RunFolder
+from fastddr.runs import RunFolder, expanded
 
 __all__ = ["PHOTOGRAPHS", "SPLITS", "Entry", "Listing", "find"]
 
@@ -55,9 +55,8 @@ def find(data: str | Path, follow_links: bool = False) -> Listing:
         UserError: no such place, no known layout, more than one, or labels that cannot be read.
     """
     try:
-        place = Path(data).expanduser()
-        there = place.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a user that is none, no right to look
+        there = expanded(data).exists()
+    except OSError as error:  # a name too long, no right to look
         raise UserError(f"--data {data}: this folder cannot be opened ({error}).") from None
     if not there:
         raise UserError(f"--data {data}: there is no such folder; give the one that holds the photographs.")

@@ -16,6 +16,7 @@ from fastddr import files
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.problems import Problem, one_line
 from fastddr.errors import PASSING, UserError
+from fastddr.runs import expanded
 
 SPLITS = ("train", "valid", "test")
 #: Where `fastddr prepare` keeps its tables and sheets.
@@ -137,7 +138,7 @@ def folded(name: str) -> str:
 
 def located(data: str | Path) -> Path:
     """Where what the user gave really lies; but a label table that is a link is read where the link is."""
-    place = Path(data).expanduser()
+    place = expanded(data)
     own = place.parent.resolve() / place.name
     return own if own.suffix.lower() == ".csv" and own.is_file() else place.resolve()
 

@@ -43,6 +43,7 @@ class Fastddr(Recipe):
         config = replace(
             case.config,
             data=case.root,
+            follow_links=True,  # of `class_folders`, where the file system has no other
             loader=options.get("loader", "auto"),  # type: ignore[arg-type]  # `loaders.build` refuses others
             run_dir=os.path.join(self.folder, "run"),
             # Every run has checked its photographs once; that is not what is measured.

@@ -293,7 +293,6 @@ def main(options: Options) -> None:
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
     until = None if options.seconds is None else time.monotonic() + options.seconds
-    # Beside the photographs, where they can be linked to, if that place can be written.
     with (
         tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder,
         harness.writing("train", rows, options.out, part=part, wandb=options.wandb) as written,

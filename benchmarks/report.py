@@ -195,6 +195,8 @@ def main(options: Options) -> int:
         raise UserError(f"--arms {' '.join(sorted(unknown))}: known are {', '.join(arm.key for arm in story.ARMS)}.")
     if options.quick and options.data != "synthetic":
         raise UserError("--quick is on the synthetic set; leave --data or --quick out.")
+    if options.quick and options.tuned != Options.tuned:
+        raise UserError("--quick tunes its small ConvMixer itself; leave --tuned or --quick out.")
     name = "quick" if options.quick else Path(options.data).name
     folder = options.folder or Path("runs") / f"report-{name}"
     need_test(options, folder)

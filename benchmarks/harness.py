@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -403,8 +404,8 @@ def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Pat
 
 
 def _public(argument: str) -> str:
-    flag, equals, value = argument.rpartition("=")
-    return f"{flag}{equals}{Path(value).name if '/' in value else value}"
+    """An argument, which may hold flags itself, with each path in it cut to its last name."""
+    return re.sub(r"[^\s=:]*/[^\s=:]*", lambda path: Path(path[0]).name, argument)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:

@@ -162,6 +162,22 @@ def written(harness: Any, out: Path, argv: list[str], monkeypatch: pytest.Monkey
     return place
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("--data=/data/masters/", "--data=masters"),
+        ("--flags=--data /data/masters --lr=0.1", "'--flags=--data masters --lr=0.1'"),
+        ("wide: --init /m/best.pth --lr 0.001", "'wide: --init best.pth --lr 0.001'"),
+        ("run:~/runs/a", "run:a"),
+    ],
+)
+def test_of_a_command_nothing_but_places_is_left_out(
+    given: str, kept: str, harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = written(harness, tmp_path / "r.json", [given], monkeypatch)
+    assert json.loads(out.read_text())["command"] == f"python benchmarks/train.py {kept}"
+
+
 def test_what_is_not_complete_takes_the_place_of_nothing_that_is(
     harness: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,8 +254,11 @@ class Panel:
         seconds = min(self.options.seconds / 4, 0.5)
         files = limits.spaced(self.task.files, 64)
         if all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
-            rates = limits.decoded(files, seconds, rounds)
-            self._limit(f"libjpeg-turbo, whole photographs, one core × {cores}", [cores * rate for rate in rates])
+            try:
+                rates = limits.decoded(files, seconds, rounds)
+                self._limit(f"libjpeg-turbo, whole photographs, one core × {cores}", [cores * rate for rate in rates])
+            except UserError as problem:
+                harness.say(f"The limit of libjpeg-turbo is left out: {harness.sentence(problem)}.")
         bandwidth = limits.copied(self.task.device, cores, rounds)
         cost = limits.bytes_moved(self.task.image_size, self.task.dtype)
         gigabytes = round(float(np.median(bandwidth)) / 1e9, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +204,22 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
     with pytest.raises(SystemExit):
         loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
     assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
+
+
+def test_of_damaged_photographs_libjpeg_has_a_limit_and_of_others_none(
+    load: Any, panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all loaders pass over must not end a measurement, nor what only some can read."""
+    monkeypatch.setattr(load("limits"), "copied", lambda *_: [1e9] * 5)
+    whole, file = Path(panel.task.files[0]).read_bytes(), tmp_path / "p.jpg"
+    panel.task, panel.options = replace(panel.task, files=[str(file)]), replace(panel.options, seconds=0.01)
+    for content, limits in ((whole[:-2] + bytes(9) + whole[-2:], 2), (b"\x89PNG", 1)):
+        file.write_bytes(content)
+        panel.rows.clear()
+        panel.limits()
+        assert len(panel.rows) == limits
+        said = f"The limit of libjpeg-turbo is left out: {file} cannot be decoded by libjpeg-turbo ("
+        assert (said in capsys.readouterr().out) == (limits == 1)
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("its process\nhas died"), UserError("OSError: no cache.")])

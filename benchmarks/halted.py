@@ -116,15 +116,15 @@ class Halted:
                 os.killpg(self._process.pid, number)
 
     def ask(self, question: str, *arguments: object) -> Any:
-        """Let it go on, and answer by its method of this name; then halt it."""
+        """Let it go on, and answer by its method of this name; then halt it, also where it fails or this is stopped."""
         self._signal(signal.SIGCONT)
         try:
             self._pipe.send((question, arguments))
+            return self._receive()
         except OSError:  # it was ended, or is closed
             raise RuntimeError(f"the process of {self.label} is not there any more") from None
-        answer = self._receive()
-        self._signal(signal.SIGSTOP)
-        return answer
+        finally:
+            self._signal(signal.SIGSTOP)
 
     @contextmanager
     def watched(self) -> Generator[None, None, None]:

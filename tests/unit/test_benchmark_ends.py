@@ -102,6 +102,12 @@ def test_where_no_run_is_asked_for_nothing_is_written(load: Any, tmp_path: Path)
     assert not out.exists()
 
 
+def test_runs_that_are_too_short_to_be_killed_are_refused(load: Any, tmp_path: Path) -> None:
+    faults = load("faults")
+    with pytest.raises(UserError, match="--steps 8: give at least 9"):
+        faults.main(faults.Options(steps=8, out=tmp_path / "r.json"))
+
+
 def test_a_rehearsal_is_not_published(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness = load("harness")
     monkeypatch.chdir(tmp_path)
@@ -138,12 +144,16 @@ def test_a_trial_that_fails_is_left_out_of_the_rounds(load: Any) -> None:
 #: Asks an object in a process of its own for what goes well, for what fails, and for what ends its process.
 HALTING = """
 import os
+import signal
+import time
+import psutil
 from halted import Halted
 from fastddr.errors import UserError
 
 class Thing:
     def fine(self, number): return number + 1
     def wrong(self): raise ValueError("a wrong\\n value")
+    def slow(self): time.sleep(1)
     def die(self): os._exit(7)
     def close(self): pass
 
@@ -156,11 +166,30 @@ def attempt(do):
     except (UserError, RuntimeError) as problem:
         return f"{type(problem).__name__}: {problem}"
 
+def stopped_while_asking(thing):
+    def stop(*_): raise SystemExit(143)
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        thing.ask("slow")
+    except SystemExit:
+        return halted(thing)
+
+def halted(thing):
+    process, ends = psutil.Process(thing._process.pid), time.monotonic() + 10
+    while process.status() != "stopped" and time.monotonic() < ends:
+        time.sleep(0.01)
+    return process.status()
+
 if __name__ == "__main__":
     thing = Halted("thing", Thing)
     print(attempt(lambda: thing.ask("fine", 1)))
     print(attempt(lambda: thing.ask("wrong")))
+    print(halted(thing))
     print(attempt(lambda: thing.ask("fine", 2)))
+    print(stopped_while_asking(thing))
+    thing._signal(signal.SIGCONT)
+    print(thing._receive())
     print(attempt(lambda: thing.ask("die")))
     thing.close()
     print(attempt(lambda: thing.ask("fine", 3)))
@@ -175,7 +204,10 @@ def test_what_fails_in_a_halted_process_is_told_and_not_the_end(tmp_path: Path) 
     assert done.stdout.splitlines() == [
         "2",
         "UserError: ValueError: a wrong value",
+        "stopped",
         "3",
+        "stopped",
+        "None",
         "RuntimeError: the process of thing has died (7)",
         "RuntimeError: the process of thing is not there any more",
         "UserError: OSError: no such card",

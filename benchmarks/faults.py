@@ -167,10 +167,7 @@ def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
         saved.append(time.monotonic() - began)
         process.wait()
         ended.append(time.monotonic() - began)
-        if (
-            state(run)
-            and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != status(run)["step"]
-        ):
+        if checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != status(run)["step"]:
             raise RuntimeError(f"{run.name} did not save the step at which it stopped")
         shutil.rmtree(run)
     return [
@@ -346,6 +343,8 @@ def main(options: Options) -> None:
     unknown = [part for part in options.only if part not in PARTS]
     if unknown:
         raise UserError(f"--only {unknown[0]}: known are {', '.join(PARTS)}.")
+    if options.steps < 9:
+        raise UserError(f"--steps {options.steps}: give at least 9, so that a run can be killed within them.")
     do: dict[str, Callable[[Options, Runs], list[dict[str, Any]]]] = {
         "kills": kills, "stops": stops, "saves": saves, "disk": disk, "bad": bad, "ranks": ranks,
     }  # fmt: skip

@@ -310,6 +310,8 @@ def test_targets_are_judged(load: Any) -> None:
         targets.sentence(next(r for r in rows if "target" in r))
         == "target: dali / torch-pil ≥ 3.00: 3.50 (3.50-3.50), met"
     )
+    rows = targets.of(speeds, kinds, about | {"photographs": "DDR-masters"}, gpu=False)
+    assert [row["target"] for row in rows if row["name"] == "dali / torch-pil" and "target" in row] == [1.7]
     kernel = {"resident kernel alone": [5e5] * 5, "copying": [1e6] * 5}
     rows = targets.of(kernel, {}, about, gpu=True)
     assert [targets.sentence(row).partition("), ")[2] for row in rows] == ["NOT met (either of two is enough)", "met"]

@@ -42,7 +42,7 @@ _MEGABYTES, _TINY_MEGABYTES = 256, 16
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Measure copying, matrix products and decoding."""
 
     data: Path | None = None
@@ -61,10 +61,6 @@ class Options:
     """CPU threads; by default all cores."""
     tiny: bool = False
     """Small sizes and 60 synthetic photographs: a rehearsal."""
-    out: Path | None = None
-    """The JSON; by default results/ceilings_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ PARTS = ("kills", "stops", "saves", "disk", "bad", "ranks")
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Break training in every way, and count what is lost."""
 
     data: str | None = None
@@ -66,10 +66,6 @@ class Options:
     """Which parts to run."""
     seed: int = 0
     """Of the moments."""
-    out: Path | None = None
-    """The JSON; by default results/faults_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def _count(name: str, good: int, of: int, **more: Any) -> dict[str, Any]:

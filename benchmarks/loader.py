@@ -44,8 +44,8 @@ from fastddr.ranks import available_cores
 
 
 @dataclass
-class Options:
-    """Compare loaders."""
+class Options(script.Output):
+    """Compare loaders. The picture of the result lies beside it."""
 
     data: Path | None = None
     """Folder of photographs; by default synthetic ones, in the user's cache."""
@@ -83,10 +83,6 @@ class Options:
     """ConvMixer for that: width, depth, kernel, patch. On a CPU take a small one."""
     steps: int = 30
     """Counted steps of that, after 5 that are not."""
-    out: Path | None = None
-    """The JSON; by default results/loader_HARDWARE_DATE.json. The picture lies beside it."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 STORE_ALONE = "resident store alone, uint8"

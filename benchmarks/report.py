@@ -40,7 +40,7 @@ from fastddr.runs import RunFolder
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Train the report's models and account for them."""
 
     data: str = "synthetic"
@@ -64,11 +64,8 @@ class Options:
     last: bool = True
     """Also score train and test at the last epoch."""
     folder: Path | None = None
-    """Where everything goes; by default runs/report-DATA, or runs/report-quick. A second start goes on there."""
-    out: Path | None = None
-    """The JSON; by default results/report_HARDWARE_DATE.json, with --quick in the folder."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
+    """Where everything goes, with --quick the JSON too; by default runs/report-DATA, or runs/report-quick. A second
+    start goes on there."""
 
     @property
     def weights(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -12,6 +13,16 @@ import tyro
 from fastddr.errors import UserError
 
 Options = TypeVar("Options")
+
+
+@dataclass
+class Output:
+    """Where the figures go: the first options of every script that measures."""
+
+    out: Path | None = None
+    """The JSON; by default results/NAME_HARDWARE_DATE.json."""
+    wandb: bool = False
+    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def run(main: Callable[[Options], int | None], options: type[Options]) -> NoReturn:

@@ -63,7 +63,7 @@ WORKER = (sys.executable, str(Path(__file__).parent / "variants.py"))
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Time training steps."""
 
     models: tuple[str, ...] = ()
@@ -94,10 +94,6 @@ class Options:
     """CPU threads; by default all cores."""
     tiny: bool = False
     """Width 16, depth 1, 4 images of 32 px, NCHW, eager and compiled, where nothing else is asked for: a rehearsal."""
-    out: Path | None = None
-    """The JSON; by default results/step_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
     def filled(self, *, gpu: bool) -> Options:
         """With the defaults that depend on the device, where nothing was asked for."""

@@ -45,7 +45,7 @@ from fastddr.ranks import available_cores
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Compare training loops, end to end."""
 
     data: Path | None = None
@@ -73,13 +73,10 @@ class Options:
     """No further recipe is begun after so many."""
     target_qwk: tuple[float, ...] = ()
     """Measure the time to these quadratic-weighted kappas on valid instead, from the first batch on, validation
-    included; every training begins anew and ends with the preset's epochs at the latest."""
+    included; every training begins anew and ends with the preset's epochs at the latest. The JSON is
+    results/train-kappa_...."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """For that: of the weights and of the order."""
-    out: Path | None = None
-    """The JSON; by default results/train_HARDWARE_DATE.json, with `--target-qwk` results/train-kappa_...."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 #: fastddr's own loaders apart, and of the peers the forms that may be their fastest.

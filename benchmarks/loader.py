@@ -362,7 +362,7 @@ def main(options: Options) -> None:
             if panel.rows:
                 report(panel.rows)
             written.save()  # should the next panel never end
-    if rows:
+    if written.path is not None:
         harness.say(f"drawn: {plot.beside(stored.read(written.path)).name}")
 
 

@@ -157,7 +157,7 @@ def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Out
     file = folder / harness.place(part.name).name
     log = folder / f"{part.name}.log"
     command = [sys.executable, str(HERE / f"{part.name}.py"), *arguments, "--out", str(file)]
-    # In a folder that is used again an earlier result of this day may stay, and what this part has goes beside it.
+    # In a folder that is used again an earlier result of this day may stay.
     places = (file, harness.incomplete(file))
     before = [_written(place) for place in places]
     began = time.perf_counter()

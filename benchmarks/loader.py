@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py                                       # synthetic 512² JPEGs
     python benchmarks/loader.py --data DDR-masters --policies report  # your own
-    python benchmarks/loader.py --loaders dali resident:mmap torchvision:workers=0 spdl
+    python benchmarks/loader.py --loaders dali resident:mmap torchvision:workers=0 torchcodec
     python benchmarks/loader.py --step dali resident                  # and how long a training step waits for data
 
 Every loader lives in processes of its own (`trials`), which are halted while another one's turn is measured. In each

@@ -57,7 +57,7 @@ def panel(load: Any, tiny: Path) -> Any:
     return loader.Panel(task(manifest.read(tiny)), ABOUT, loader.Options(rounds=5))
 
 
-@pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl", "peer")])
+@pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl-decode-jpeg", "peer")])
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_loader_that_dies_does_not_take_the_others_along(
     fails_at: int, dying: str, kind: str, load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
@@ -71,7 +71,7 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
 
     assert loader.Panel._kind(dying) == kind
     monkeypatch.setattr(loader, "Trial", trial)
-    for peer in ("torch-pil", "spdl"):
+    for peer in ("torch-pil", "spdl-decode-jpeg"):
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     panel.begin([trials.Spec(name) for name in ("dali", "torch-pil", dying, "torchvision-gpu")])
@@ -89,12 +89,14 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
 def test_a_peer_that_is_not_installed_has_a_row(load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, trials = load("loader"), load("trials")
     monkeypatch.setattr(loader, "Trial", lambda *_: pytest.fail("it was begun"))
-    for peer, why in (("spdl", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
-                      ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
+    for peer, why in (
+        ("spdl-decode-jpeg", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
+        ("torchvision-gpu", "it decodes on a GPU"),
+    ):  # fmt: skip
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
-    panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
+    panel.begin([trials.Spec(name) for name in ("spdl-decode-jpeg", "torchvision-gpu", "torchcodec")])
     assert panel.rows == [
-        {"name": "spdl", "kind": "failed", **ABOUT, "failed": "SPDL is not installed"},
+        {"name": "spdl-decode-jpeg", "kind": "failed", **ABOUT, "failed": "SPDL is not installed"},
         {"name": "torchcodec", "kind": "failed", **ABOUT, "failed": "TorchCodec cannot be loaded (why)"},
     ]
 

@@ -227,7 +227,7 @@ def loaders_of(load: Callable[[str], Any], photographs: str, policy: str, best: 
             *([("dali / torch-pil", "ratio", 5.0)] if best != "torch-pil" else []),
         )
     ]  # fmt: skip
-    rows.append({"name": "spdl", "kind": "failed", **about, "failed": "it is not there"})
+    rows.append({"name": "spdl-decode-jpeg", "kind": "failed", **about, "failed": "it is not there"})
     path = Path("/a/b/c/benchmarks/results/loader_2-core-cpu_2026-12-01.json")
     return load("loaders_told").loader_all([load("stored").Result("loader", path, training() | {
         "benchmark": "loader", "rows": rows})], lambda path: path.name)  # fmt: skip
@@ -241,7 +241,7 @@ def test_what_loaders_differ_in_is_told(load: Callable[[str], Any]) -> None:
     assert "\n| fastddr's `torchvision` | " in table
     assert table.count("the best of these peers") == 1
     assert "| `dali` / DataLoader with Pillow, the best of these peers | 3.0×" in table
-    assert failed == "Without a figure: spdl (`fundus`): it is not there."
+    assert failed == "Without a figure: spdl-decode-jpeg (`fundus`): it is not there."
     about, table, *_ = loaders_of(load, "fundus960", "report", "torchcodec")
     assert "are larger than the canvas and not square: peers resample the whole photograph" in about
     assert "hue" not in about

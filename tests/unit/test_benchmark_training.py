@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import elsewhere
 
 from fastddr.errors import UserError
 
@@ -210,7 +211,7 @@ def test_peers_compute_in_the_precision_that_their_rows_say(load: Any, tiny: Pat
 def test_peers_train_on_every_photograph_and_learn(
     load: Any, tiny: Path, tmp_path: Path, name: str, layout: str
 ) -> None:
-    recipes, watched = load("recipes"), load("networks").Watched
+    recipes = load("recipes")
     spec = recipes.Spec.parse(f"{name}:workers=0{',channels_last' * (layout == 'NHWC')}")
     if recipes.RECIPES[spec.name].missing() is not None:
         pytest.skip("timm is not installed")
@@ -218,18 +219,17 @@ def test_peers_train_on_every_photograph_and_learn(
     recipe = recipes.make(spec, wanted)
     try:
         before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
-        with watched(recipe.model, layout) as elsewhere:
-            epoch = recipe.epoch()
-        assert set(elsewhere) <= {"patches"}, "fastddr's patches are cut by a matrix product, in any layout"
+        found = elsewhere(recipe.model, load("networks").LAYOUTS[layout])
+        epoch = recipe.epoch()
+        assert set(found) <= {"patches"}, "fastddr's patches are cut by a matrix product, in any layout"
         photographs = sum(1 for _ in Path(wanted.root, "train").rglob("*.jpg"))
         # timm leaves out the last, partial batch.
         assert epoch.images == (photographs // 8 * 8 if spec.name == "timm" else photographs)
         assert 0 <= epoch.waited <= epoch.seconds
         after = list(recipe.model.parameters())
         assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-        with watched(recipe.model, layout) as elsewhere:
-            assert -1 <= recipe.score() <= 1
-        assert set(elsewhere) <= {"patches"}
+        assert -1 <= recipe.score() <= 1
+        assert set(found) <= {"patches"}
         image, _ = next(iter(recipe.loader))
         assert tuple(image.shape[1:]) == (3, 32, 32)
     finally:

@@ -85,8 +85,8 @@ class Halted:
 
     def __init__(self, label: str, make: Callable[..., Any], *arguments: Any) -> None:
         self.label = label
-        self.memory: tuple[int, int] = (0, 0)
-        """As `harness.memory`, the most that `watched` has seen."""
+        self.memory = 0
+        """Bytes, as `harness.memory`: the most that `watched` has seen."""
         # A fresh interpreter: a forked one would have this one's threads and CUDA context by halves.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()

@@ -18,8 +18,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,45 +150,38 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _processes(group: int) -> dict[int, list[str]]:
-    """The processes of a process group, each with the fields of its /proc/PID/stat from the third on.
-
-    All zeros where there is no /proc: macOS.
-    """
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            # The second field is a name in brackets, which may hold blanks and brackets itself.
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(fields[2]) == group:
-            found[int(folder.name)] = fields
-    return found
+def _processes(group: int) -> Iterator[psutil.Process]:
+    for number in psutil.pids():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended meanwhile
+            if os.getpgid(number) == group:
+                yield psutil.Process(number)
 
 
 def cpu_seconds(group: int) -> float:
-    """Processor time of a group's processes, in user mode and in the kernel; of ended ones, what was waited for."""
-    ticks = sum(sum(map(int, fields[11:15])) for fields in _processes(group).values())
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Processor time of a group's processes, in user mode and in the kernel.
 
-
-def memory(group: int) -> tuple[int, int]:
-    """(Bytes of memory that the processes of a group hold, how many of these are pages of files).
-
-    A page that several processes map counts for each by its share (PSS), so that nothing is counted twice. Pages of
-    files (libraries, a memory-mapped store) are the system's to drop when memory is short.
+    On Linux also that of ended ones which were waited for; macOS does not tell it.
     """
-    whole = of_files = 0
+    taken = 0.0
     for process in _processes(group):
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines[1:]}
-        whole += int(kilobytes.get("Pss", 0)) * 1024
-        of_files += int(kilobytes.get("Pss_File", 0)) * 1024
-    return whole, of_files
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            taken += times.user + times.system + times.children_user + times.children_system
+    return taken
+
+
+def memory(group: int) -> int:
+    """Bytes of memory that the processes of a group hold.
+
+    On Linux a page that several processes map counts for each by its share (PSS), so that nothing is counted twice; on
+    macOS only those pages count that a process has for itself (USS).
+    """
+    held = 0
+    for process in _processes(group):
+        with suppress(psutil.Error):
+            found = process.memory_full_info()
+            held += getattr(found, "pss", found.uss)
+    return held
 
 
 def versions() -> dict[str, str]:

@@ -195,15 +195,13 @@ class Panel:
     def _cost(self, trial: Trial | None) -> dict[str, Any]:
         if trial is None:
             return {}
-        whole, files = trial.memory
         mine, others = trial.cpu_shares(available_cores())
         found: dict[str, Any] = {
             "loader": trial.spec.name,
             **trial.spec.options,
             "cpu_share": round(mine, 3),
             "others_cpu_share": round(others, 3),
-            "ram_gib": round(whole / 2**30, 2),
-            "ram_of_files_gib": round(files / 2**30, 2),
+            "ram_gib": round(trial.memory / 2**30, 2),
         }
         if trial.warmth.vram is not None:
             found["vram_gib"] = round(trial.warmth.vram / 2**30, 2)
@@ -310,7 +308,7 @@ def waits(panel: Panel, specs: Sequence[Spec]) -> None:
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
     """A panel's tables of speeds and limits, of ratios, and its targets."""
     title = f"{rows[0]['photographs']}, {rows[0]['policy']}"
-    columns = ("cpu_share", "ram_gib", "ram_of_files_gib", "vram_gib", "first_epoch_seconds")
+    columns = ("cpu_share", "ram_gib", "vram_gib", "first_epoch_seconds")
     speeds = [row for row in rows if row["kind"] in ("fastddr", "store", "peer", "ceiling", "limit")]
     harness.show(title, speeds, [column for column in columns if any(column in row for row in speeds)])
     others = [row for row in rows if row["kind"] in ("ratio", "wait")]

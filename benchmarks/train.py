@@ -133,7 +133,7 @@ class Contender(Halted):
             "images": self.turns[0][0].images,
             "data_wait": round(sum(epoch.waited for epoch, _ in self.turns) / seconds, 4),
             "cpu_share": round(sum(cpu for _, cpu in self.turns) / seconds / available_cores(), 3),
-            "ram_gib": round(self.memory[0] / 2**30, 2),
+            "ram_gib": round(self.memory / 2**30, 2),
             "first_epoch_seconds": round(self.first.seconds, 2) if self.first else None,
         }
         for name, size in self.vram.items():

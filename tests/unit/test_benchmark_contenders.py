@@ -23,7 +23,7 @@ class Turns:
         self.spec, self.task, self.fails_at = spec, wanted, fails_at
         self.turns, self.closed = 0, False
         self.about = {"micro_batch_size": 4}
-        self.memory, self.warmth = (0, 0), SimpleNamespace(vram=None, first_epoch=None)
+        self.memory, self.warmth = 0, SimpleNamespace(vram=None, first_epoch=None)
         self.first = SimpleNamespace(images=8, seconds=1.0)
 
     def __call__(self, seconds: float = 0) -> float:
@@ -176,7 +176,7 @@ def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch
         return said[question]
 
     def begin(self: Any, *_: object) -> None:
-        self.memory, self._process = (0, 0), SimpleNamespace(pid=os.getpid())
+        self.memory, self._process = 0, SimpleNamespace(pid=os.getpid())
 
     monkeypatch.setattr(train.Halted, "__init__", begin)
     monkeypatch.setattr(train.Halted, "ask", ask)

@@ -317,11 +317,13 @@ def test_targets_are_judged(load: Any) -> None:
     assert [targets.sentence(row).partition("), ")[2] for row in rows] == ["NOT met (either of two is enough)", "met"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_memory_and_processor_time_of_a_group(load: Any) -> None:
     harness = load("harness")
-    whole, files = harness.memory(os.getpgid(0))
-    assert whole > files > 0
+    assert harness.memory(os.getpgid(0)) > 50 * 2**20, "PyTorch alone"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, process_group=0) as alone:
+        assert 0 < harness.memory(alone.pid) < harness.memory(os.getpgid(0)), "another group"
+        alone.communicate(b"\n")
+    assert harness.memory(alone.pid) == harness.cpu_seconds(alone.pid) == 0, "there is none any more"
     before = harness.cpu_seconds(os.getpgid(0))
     while harness.cpu_seconds(os.getpgid(0)) < before + 0.05:
         pass

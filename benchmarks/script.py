@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -31,3 +31,16 @@ def run(main: Callable[[Options], int | None], options: type[Options]) -> NoRetu
         sys.exit(main(tyro.cli(options)))
     except UserError as mistake:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {mistake}") from None
+
+
+def named(flag: str, text: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
+    """`NAME[:OPTION[,OPTION]]` as the name and its options; of one that is a word alone the value is empty.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    name, _, rest = text.partition(":")
+    if name not in known:
+        raise UserError(f"{flag} {text}: known are {', '.join(known)}.")
+    pairs = (option.partition("=") for option in rest.split(",") if option)
+    return name, {key: value for key, _, value in pairs}

@@ -164,7 +164,7 @@ def cpu_seconds(group: int) -> float:
     """
     taken = 0.0
     for process in _processes(group):
-        with suppress(psutil.Error):
+        with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             taken += times.user + times.system + times.children_user + times.children_system
     return taken
@@ -174,11 +174,11 @@ def memory(group: int) -> int:
     """Bytes of memory that the processes of a group hold.
 
     On Linux a page that several processes map counts for each by its share (PSS), so that nothing is counted twice; on
-    macOS only those pages count that a process has for itself (USS).
+    macOS only those pages count that a process has for itself (USS), and none where the system keeps them secret.
     """
     held = 0
     for process in _processes(group):
-        with suppress(psutil.Error):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             found = process.memory_full_info()
             held += getattr(found, "pss", found.uss)
     return held

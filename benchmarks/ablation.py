@@ -59,7 +59,7 @@ CHANGES: dict[str, Callable[[Config], list[str]]] = {
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Run a baseline and one change at a time."""
 
     data: str = "synthetic"
@@ -80,10 +80,6 @@ class Options:
     """Of every run; by default the preset's."""
     folder: Path | None = None
     """Where the runs go; by default runs/ablation-DATA. A second start goes on there."""
-    out: Path | None = None
-    """The JSON; by default results/ablation_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def baseline(options: Options) -> list[str]:

@@ -43,15 +43,11 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], float]] = {
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Time the answers of `fastddr`."""
 
     rounds: int = 5
     """How often each is asked, at least 5."""
-    out: Path | None = None
-    """The JSON; by default results/answers_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def seconds(arguments: tuple[str, ...], cache: Path) -> float:

@@ -7,7 +7,6 @@ What is not measured yet is said in one sentence a machine.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -103,7 +102,8 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
     for result in machines.of(results, "train"):
         different, same = split(result.rows, ("photographs", *_CASE))
         # A peer has several forms, which go by its name and a comma.
-        peers = dict.fromkeys(row["name"].partition(",")[0] for row in result.rows if row["kind"] == "peer")
+        forms = [row["name"] for row in result.rows if row["kind"] == "peer"]
+        peers = dict.fromkeys(form.partition(",")[0] for form in forms)
         lines = []
         for rows in _cases(result.rows):
             ours = [row for row in rows if row["name"] == "fastddr"]
@@ -118,7 +118,7 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             "95 % intervals."
         )
         texts += [
-            " ".join([about, *_decoded(result), *_loops(peers), *_layouts(results, result, link)]),
+            " ".join([about, *_decoded(result), *_loops(forms)]),
             table(headings, lines),
             f"Measured by {source(result, link)}",
         ]
@@ -135,51 +135,18 @@ def _decoded(result: Result) -> list[str]:
     return []
 
 
-def _loops(peers: Iterable[str]) -> list[str]:
+def _loops(forms: Sequence[str]) -> list[str]:
     """What the peers are, and how fastddr's speed is put beside theirs."""
-    told = [f"`{peer}` is {_LOOPS[peer]}" for peer in peers if peer in _LOOPS]
+    told = []
+    for peer in dict.fromkeys(form.partition(",")[0] for form in forms):
+        if peer in _LOOPS:
+            both = any(form.split(", ")[0] == peer and "channels_last" in form for form in forms)
+            told.append(f"`{peer}` is {_LOOPS[peer]}{', in the default layout (NCHW) alone' * (not both)}")
     ratios = (
         "`times X` is fastddr's images a second divided by X's, round by round, with X in the fastest of its forms "
         "that were run."
     )
     return [f"{words(told)}.", ratios] if told else []
-
-
-def _layouts(results: Sequence[Result], result: Result, link: Link) -> list[str]:
-    """In which layout peers ran that were run in one alone, and what the other is worth to the same model, if known.
-
-    No table's row may say the opposite: where a step of this model is slower in the other layout, that is what is said.
-
-    Nothing is said of peers that were not run, or in channels_last too.
-    """
-    forms = [row["name"].split(", ") for row in result.measured if row["kind"] == "peer"]
-    peers = [
-        name for name in ("report", "torchvision")
-        if any(form[0] == name for form in forms)
-        and not any(form[0] == name and "channels_last" in form for form in forms)
-    ]  # fmt: skip
-    if not peers:
-        return []
-    verb, their, them = ("runs", "its", "it") if len(peers) == 1 else ("run", "their", "them")
-    text = (f"{words(f'`{name}`' for name in peers)} {verb} in PyTorch's default layout (NCHW), as {their} users run "
-            f"{them}")  # fmt: skip
-    models = {re.sub(r"[ /]+", "-", row["model"].lower()) for row in result.measured if "model" in row}
-    steps = [
-        row
-        for step in machines.of(results, "step") if step.hardware == result.hardware
-        for row in step.measured
-        if row.get("to") == "reference" and row["of"] in {f"{model}, eager, NHWC" for model in models}
-    ]  # fmt: skip
-    faster = [row["of"] for row in steps if row["low"] > 1]
-    slower = [row["of"] for row in steps if row["high"] < 1]
-    if not (faster or slower):
-        return [f"{text}; channels_last (NHWC) may be faster for {them}."]
-    place = f"{link(result.path.parents[2] / 'docs' / 'benchmarks.md')}#the-training-step"
-    where = f"in the row {words(f'`{of}`' for of in faster or slower)} of [the step's table]({place})"
-    if faster:
-        gain = "by how much a step of this model gains from it is"
-        return [f"{text}. channels_last (NHWC) would be faster for {them}: {gain} {where}."]
-    return [f"{text}. A step of this model is slower in channels_last (NHWC): by how much is {where}."]
 
 
 def _cases(rows: Iterable[Row]) -> list[list[Row]]:
@@ -224,10 +191,7 @@ def _ratio(rows: Iterable[Row], others: Sequence[str]) -> str:
 def train_all(results: Sequence[Result], link: Link) -> list[str]:
     """All rows of whole training."""
 
-    def more(result: Result) -> str:
-        return " ".join([*_decoded(result), *_layouts(results, result, link)])
-
-    return machines.listed(results, link, "train", "Whole training", more)
+    return machines.listed(results, link, "train", "Whole training", lambda result: " ".join(_decoded(result)))
 
 
 def train_kappa(results: Sequence[Result], link: Link) -> list[str]:
@@ -286,21 +250,6 @@ def _to_first(named: Mapping[str, Row], loop: str, first: str, target: float) ->
     return "1" if loop == first else figure(ratio) if ratio else "-"
 
 
-def deterministic(results: Sequence[Result], link: Link) -> list[str]:
-    """What deterministic algorithms cost on GPUs, whose step was measured with and without them."""
-    texts = []
-    for result in machines.of(results, "step"):
-        layouts = {row["name"]: f"{row['model']} in {row['layout']}" for row in result.measured
-                   if row.get("mode") == "deterministic"}  # fmt: skip
-        ratios = [row for row in result.measured if row.get("to") == "eager" and row["of"] in layouts]
-        shares = [f"{figure(row)} with {layouts[row['of']]} ({said(row, ('precision', 'image_size', 'batch_size'))})"
-                  for row in ratios]  # fmt: skip
-        if result.gpu and shares:
-            texts.append(f"O{on(result)[1:]} a step with `--deterministic` trains so many times as fast as without: "
-                         f"{words(shares)}; {source(result, link)}")  # fmt: skip
-    return texts or ["What `--deterministic` costs on a GPU is not measured yet: `python benchmarks/step.py`."]
-
-
 #: Benchmarks of which a text is nothing but all rows, and what these are.
 _LISTED = {
     "step": "The training step alone",
@@ -322,7 +271,6 @@ BLOCKS: dict[str, Callable[[Sequence[Result], Link], list[str]]] = {
     "train": train,
     "train-all": train_all,
     "train-kappa": train_kappa,
-    "deterministic": deterministic,
     **{name: partial(machines.listed, name=name, what=what) for name, what in _LISTED.items()},
     "scaling": outcomes.scaling,
     "scaling-paper": outcomes.scaling_paper,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import accounts
@@ -37,17 +36,13 @@ TRAININGS = {
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Predict the largest batch of cards."""
 
     cards: tuple[float, ...] = (4, 6, 8, 12, 16, 24, 48, 80)
     """Sizes in GiB."""
     image_sizes: tuple[int, ...] = (256, 512)
     """Sides of the images in pixels."""
-    out: Path | None = None
-    """The JSON; by default results/cards_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
 
 def rows_of(name: str, flags: tuple[str, ...], options: Options, allowance: Allowance) -> Iterator[dict[str, Any]]:

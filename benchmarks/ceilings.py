@@ -28,6 +28,7 @@ import script
 import torch
 from timing import Clock
 
+from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
 #: Sides of the matrices.
@@ -41,7 +42,7 @@ _MEGABYTES, _TINY_MEGABYTES = 256, 16
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Measure copying, matrix products and decoding."""
 
     data: Path | None = None
@@ -60,10 +61,6 @@ class Options:
     """CPU threads; by default all cores."""
     tiny: bool = False
     """Small sizes and 60 synthetic photographs: a rehearsal."""
-    out: Path | None = None
-    """The JSON; by default results/ceilings_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,11 @@ def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
             harness.say(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
             continue
-        rates = limits.decoded(limits.spaced(files, 64), 0.05 if options.tiny else 0.5, options.rounds)
+        try:
+            rates = limits.decoded(limits.spaced(files, 64), 0.05 if options.tiny else 0.5, options.rounds)
+        except UserError as problem:
+            harness.say(f"Decoding of {name} is left out: {harness.sentence(problem)}.")
+            continue
         about = {"name": f"decode, {name}, one core × {cores}", "kind": "ceiling", "photographs": name}
         yield about | harness.spread([cores * rate for rate in rates]) | {"unit": "images/s"}
 

@@ -6,17 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import harness
+from wording import NUMBERS, SHARES
 
-_HEADINGS = {
-    "ms_a_step": "ms/step",
-    "gigabytes_per_second": "GB/s",
-    "teraflop_per_second": "TFLOP/s",
-    "share_of_copy": "of copy",
-    "share_of_matmul": "of matmul",
-    "roofline_share": "of roofline",
-    "peak_gib": "GiB",
-    "to_reference": "× reference",
-}
+_HEADINGS = NUMBERS | SHARES | {"peak_gib": "GiB"}
 
 
 def figure(value: float) -> float:

@@ -37,13 +37,11 @@ _FIELDS = {
 
 
 def busy_seconds() -> float:
-    """Processor time that all processes of the machine have taken since it started; 0 where there is no /proc."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _idle, _wait, *rest = map(int, stat.read_text().splitlines()[0].split()[1:])
-    # Interrupts and what the host of a virtual machine took for others; guests are in `user` already.
-    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
+    """Processor time that all processes of the machine have taken since it started."""
+    times = psutil.cpu_times()
+    # Interrupts and what the host of a virtual machine took for others, where the system tells them; guests are in
+    # `user` already.
+    return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 def take(*, before: bool) -> dict[str, Any]:
@@ -53,13 +51,13 @@ def take(*, before: bool) -> dict[str, Any]:
         before: whether the benchmark has yet to begin. Its own work is still seen in the cards' utilisation afterwards,
             so that is judged only before.
 
-    `others_cpu_share` is in shares of the cores of this process, and None where there is no /proc. `gpus` is None
-    without a card, and a text with the reason where nothing is known about them.
+    `others_cpu_share` is in shares of the cores of this process. `gpus` is None without a card, and a text with the
+    reason where nothing is known about them.
     """
     share = _others_cpu_share()
     gpus = _gpus()
     why = []
-    if share is not None and share > DISTURBED:
+    if share > DISTURBED:
         why.append(f"other processes take {100 * share:.0f} % of the cores")
     for gpu in gpus if isinstance(gpus, list) else []:
         others = gpu["other_processes_mib"]
@@ -69,7 +67,7 @@ def take(*, before: bool) -> dict[str, Any]:
         elif before and (gpu["utilisation_percent"] or 0) > 100 * DISTURBED:
             why.append(f"GPU {gpu['index']} is {gpu['utilisation_percent']:.0f} % busy")
     return {
-        "others_cpu_share": None if share is None else round(share, 3),
+        "others_cpu_share": round(share, 3),
         "load_average": round(os.getloadavg()[0], 2),
         "gpus": gpus,
         "disturbed": bool(why),
@@ -84,9 +82,7 @@ def sentence(found: Mapping[str, Any], when: str) -> str | None:
     return f"{when} the machine is busy ({' and '.join(found['why'])}): measure again on an idle one."
 
 
-def _others_cpu_share() -> float | None:
-    if busy_seconds() == 0:
-        return None
+def _others_cpu_share() -> float:
     busy, own, began = busy_seconds(), time.process_time(), time.perf_counter()
     time.sleep(_SAMPLE)
     took = time.perf_counter() - began

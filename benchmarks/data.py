@@ -34,7 +34,7 @@ from fastddr.data import crop, manifest, prepare, survey, synthetic
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Measure reading, checking and preparing."""
 
     data: Path | None = None
@@ -45,10 +45,6 @@ class Options:
     """Photographs of the set that is only read."""
     size: int = 512
     """Side of the prepared photographs in pixels."""
-    out: Path | None = None
-    """The JSON; by default results/data_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 #: In a process of its own, as at the start of a run; without the imports.

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import harness
@@ -29,7 +28,7 @@ MOST_LEVELS = 16.0
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Compare the decoder with Pillow."""
 
     photographs: int = 256
@@ -49,10 +48,6 @@ class Options:
     on a CPU."""
     limit: float = 60.0
     """Seconds that one trial may take."""
-    out: Path | None = None
-    """The JSON; by default results/decode_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 #: Ways to decode on a GPU besides that of training.

@@ -31,8 +31,6 @@ REMEDIES = {
     "`--batch-size` feeds more at once",
     "Python": "feeding the loader from Python: a larger `--batch-size` feeds more at once",
 }
-#: Share of its ceiling that training should come to, on a GPU and on a CPU.
-CEILING = {True: 0.98, False: 0.90}
 #: Degrees Celsius from which on a card may slow itself down.
 HOT = 83.0
 
@@ -114,9 +112,8 @@ def _loading(found: Results) -> Iterator[str]:
         return
     result = found["train"]
     for row in result.measured:
-        if row["kind"] in ("ratio", "target") and row["name"] == "fastddr / fastddr, replay":
-            least = CEILING[result.gpu]
-            if row["high"] < least:
+        if row["kind"] == "target" and row["name"] == "fastddr / fastddr, replay":
+            if row["high"] < row["target"]:
                 ours = next(one for one in result.measured if one["name"] == "fastddr" and _same_case(one, row))
                 yield (f"{row['model']} trains at {row['median']:.2f} of its ceiling{_lost(row['median'], ours)}"
                        f"{_stage(found, ours)}")  # fmt: skip

@@ -49,7 +49,7 @@ PARTS = ("kills", "stops", "saves", "disk", "bad", "ranks")
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Break training in every way, and count what is lost."""
 
     data: str | None = None
@@ -66,10 +66,6 @@ class Options:
     """Which parts to run."""
     seed: int = 0
     """Of the moments."""
-    out: Path | None = None
-    """The JSON; by default results/faults_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def _count(name: str, good: int, of: int, **more: Any) -> dict[str, Any]:
@@ -167,10 +163,7 @@ def stops(options: Options, runs: Runs) -> list[dict[str, Any]]:
         saved.append(time.monotonic() - began)
         process.wait()
         ended.append(time.monotonic() - began)
-        if (
-            state(run)
-            and checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != status(run)["step"]
-        ):
+        if checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] != status(run)["step"]:
             raise RuntimeError(f"{run.name} did not save the step at which it stopped")
         shutil.rmtree(run)
     return [
@@ -346,6 +339,8 @@ def main(options: Options) -> None:
     unknown = [part for part in options.only if part not in PARTS]
     if unknown:
         raise UserError(f"--only {unknown[0]}: known are {', '.join(PARTS)}.")
+    if options.steps < 9:
+        raise UserError(f"--steps {options.steps}: give at least 9, so that a run can be killed within them.")
     do: dict[str, Callable[[Options, Runs], list[dict[str, Any]]]] = {
         "kills": kills, "stops": stops, "saves": saves, "disk": disk, "bad": bad, "ranks": ranks,
     }  # fmt: skip

@@ -85,8 +85,8 @@ class Halted:
 
     def __init__(self, label: str, make: Callable[..., Any], *arguments: Any) -> None:
         self.label = label
-        self.memory: tuple[int, int] = (0, 0)
-        """As `harness.memory`, the most that `watched` has seen."""
+        self.memory = 0
+        """Bytes, as `harness.memory`: the most that `watched` has seen."""
         # A fresh interpreter: a forked one would have this one's threads and CUDA context by halves.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
@@ -116,15 +116,15 @@ class Halted:
                 os.killpg(self._process.pid, number)
 
     def ask(self, question: str, *arguments: object) -> Any:
-        """Let it go on, and answer by its method of this name; then halt it."""
+        """Let it go on, and answer by its method of this name; then halt it, also where it fails or this is stopped."""
         self._signal(signal.SIGCONT)
         try:
             self._pipe.send((question, arguments))
+            return self._receive()
         except OSError:  # it was ended, or is closed
             raise RuntimeError(f"the process of {self.label} is not there any more") from None
-        answer = self._receive()
-        self._signal(signal.SIGSTOP)
-        return answer
+        finally:
+            self._signal(signal.SIGSTOP)
 
     @contextmanager
     def watched(self) -> Generator[None, None, None]:

@@ -13,12 +13,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ import torch
 from conditions import busy_seconds as busy_seconds
 from rich.console import Console
 from rich.table import Table
-from stored import RESULTS, hardware_name, holds_figures, read
+from stored import RESULTS, hardware_name, holds_figures
 
 from fastddr import files
 from fastddr.errors import UserError
@@ -46,8 +47,6 @@ TIME_UP = "the time was up before its turn came"
 LEAST_ROUNDS = 3
 #: The conditions before the measurement, once `begin` was called.
 _before: dict[str, Any] | None = None
-#: What was said of where a result goes.
-_told: set[str] = set()
 
 
 def begin(out: Path | None = None, rounds: int = 5) -> dict[str, Any]:
@@ -151,45 +150,38 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _processes(group: int) -> dict[int, list[str]]:
-    """The processes of a process group, each with the fields of its /proc/PID/stat from the third on.
-
-    All zeros where there is no /proc: macOS.
-    """
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            # The second field is a name in brackets, which may hold blanks and brackets itself.
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(fields[2]) == group:
-            found[int(folder.name)] = fields
-    return found
+def _processes(group: int) -> Iterator[psutil.Process]:
+    for number in psutil.pids():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended meanwhile
+            if os.getpgid(number) == group:
+                yield psutil.Process(number)
 
 
 def cpu_seconds(group: int) -> float:
-    """Processor time of a group's processes, in user mode and in the kernel; of ended ones, what was waited for."""
-    ticks = sum(sum(map(int, fields[11:15])) for fields in _processes(group).values())
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Processor time of a group's processes, in user mode and in the kernel.
 
-
-def memory(group: int) -> tuple[int, int]:
-    """(Bytes of memory that the processes of a group hold, how many of these are pages of files).
-
-    A page that several processes map counts for each by its share (PSS), so that nothing is counted twice. Pages of
-    files (libraries, a memory-mapped store) are the system's to drop when memory is short.
+    On Linux also that of ended ones which were waited for; macOS does not tell it.
     """
-    whole = of_files = 0
+    taken = 0.0
     for process in _processes(group):
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines[1:]}
-        whole += int(kilobytes.get("Pss", 0)) * 1024
-        of_files += int(kilobytes.get("Pss_File", 0)) * 1024
-    return whole, of_files
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            taken += times.user + times.system + times.children_user + times.children_system
+    return taken
+
+
+def memory(group: int) -> int:
+    """Bytes of memory that the processes of a group hold.
+
+    On Linux a page that several processes map counts for each by its share (PSS), so that nothing is counted twice; on
+    macOS only those pages count that a process has for itself (USS), and none where the system keeps them secret.
+    """
+    held = 0
+    for process in _processes(group):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            found = process.memory_full_info()
+            held += getattr(found, "pss", found.uss)
+    return held
 
 
 def versions() -> dict[str, str]:
@@ -212,13 +204,8 @@ class Written:
     rows: Sequence[Mapping[str, Any]]
     failures: bool = False
     """Whether rows that failed are worth a file of their own."""
-    beside: Path | None = None
-    """Where the result was last written, if that is not `out`."""
-
-    @property
-    def path(self) -> Path:
-        """Where the result lies."""
-        return self.beside or self.out
+    path: Path | None = None
+    """Where the result lies, once it was written."""
 
     @property
     def worth(self) -> bool:
@@ -227,12 +214,10 @@ class Written:
 
     def save(self, *, wandb: bool = False, complete: bool = False) -> None:
         """Write what there is now, if there is a figure: what is yet to come may never end."""
-        if not self.worth:
-            return
-        path = write(self.benchmark, self.rows, self.out, wandb=wandb, complete=complete, failures=self.failures)
-        if self.beside is not None and path != self.beside:
-            self.beside.unlink(missing_ok=True)
-        self.beside = None if path == self.out else path
+        if self.worth:
+            self.path = write(
+                self.benchmark, self.rows, self.out, wandb=wandb, complete=complete, failures=self.failures
+            )
 
 
 def end_with_parent() -> None:
@@ -293,16 +278,17 @@ def write(
 ) -> Path:  # fmt: skip
     """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json.
 
-    One that is not `complete` is not published, nor is one that `--seconds` cut short. It takes the place of no file
-    that could be, but goes beside that, as NAME-incomplete_.... A complete one does take it, and says so where the file
-    is of another command. `tiny` ones lie in runs/benchmarks/ by default. With `wandb` the figures become a W&B run as
-    well (`tracked`); whatever happens to that, the JSON is there.
+    One that is not `complete`, that `--seconds` cut short or that has no figure is not published: it goes to
+    NAME-incomplete_... and so takes the place of no file that could be; a later one that is takes that away. `tiny`
+    ones lie in runs/benchmarks/ by default. With `wandb` the figures become a W&B run as well (`tracked`); whatever
+    happens to that, the JSON is there.
 
     Raises:
         UserError: no row has a figure; with `failures` there may be none.
     """
     out = out or place(benchmark, tiny=tiny)
-    if not failures and not holds_figures(benchmark, rows):
+    figures = holds_figures(benchmark, rows)
+    if not (figures or failures):
         raise _nothing(out)
     now = datetime.now(UTC)
     hardware = machine()
@@ -321,10 +307,14 @@ def write(
         "complete": complete,
         "rows": list(rows),
     }
-    out = _without_loss(out, record)
+    beside = incomplete(out)
+    if not (complete and figures):
+        out = beside
     out.parent.mkdir(parents=True, exist_ok=True)
     # Who reads it meanwhile, or after a kill, finds a whole one.
     files.put(out, f"{json.dumps(record, indent=1)}\n".encode())
+    if out != beside:
+        beside.unlink(missing_ok=True)
     if wandb:
         # Here, because each loader's process imports this file.
         import tracked
@@ -333,48 +323,11 @@ def write(
     return out
 
 
-def _without_loss(out: Path, record: Mapping[str, Any]) -> Path:
-    """Where the record may be written to, so that no result is lost that could be published and this one could not."""
-    try:
-        there = read(out)
-    except UserError:  # none, or no result
-        return out
-    if not there.publishable:
-        return out
-    if record["complete"] and holds_figures(record["benchmark"], record["rows"]):
-        command = there.record["command"]
-        if _asked(command) != _asked(record["command"]):
-            _say_once(f"{out.name} is there, of another command ({command}); this result takes its place.")
-        return out
-    beside = incomplete(out)
-    _say_once(f"{out.name} is there and complete, and this result is not: it goes to {beside.name}.")
-    return beside
-
-
 def incomplete(out: Path) -> Path:
-    """Where a result goes that must not take the place of a complete one."""
+    """Where a result goes that is not, or not yet, complete."""
     # As `stored.read` takes a name apart: another word behind NAME is another measurement.
     name, *rest = out.stem.rsplit("_", 2) if out.stem.count("_") >= 2 else [out.stem]
     return out.with_name(f"{'_'.join([f'{name}-incomplete', *rest])}{out.suffix}")
-
-
-def _asked(command: str) -> list[str]:
-    """A command's words without where its result goes."""
-    words = iter(shlex.split(command))
-    found = []
-    for word in words:
-        if word == "--out":
-            next(words, None)
-        elif not word.startswith("--out=") and word not in ("--wandb", "--no-wandb"):
-            found.append(word)
-    return found
-
-
-def _say_once(line: str) -> None:
-    """A result may be written several times in the course of its measurement."""
-    if line not in _told:
-        _told.add(line)
-        say(line)
 
 
 def check_out(out: Path) -> None:
@@ -403,8 +356,8 @@ def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Pat
 
 
 def _public(argument: str) -> str:
-    flag, equals, value = argument.rpartition("=")
-    return f"{flag}{equals}{Path(value).name if '/' in value else value}"
+    """An argument, which may hold flags itself, with each path in it cut to its last name."""
+    return re.sub(r"[^\s=:]*/[^\s=:]*", lambda path: Path(path[0]).name, argument)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:

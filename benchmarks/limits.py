@@ -16,19 +16,30 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
+from timing import Clock
+
+from fastddr.errors import UserError
 
 
 def decoded(files: Sequence[str], seconds: float, rounds: int) -> list[float]:
     """Whole photographs a second that libjpeg-turbo decodes to RGB in one thread, once a round.
 
     Its default settings, which are those of PIL, torchvision and DALI: the accurate inverse transform, smooth chroma.
+
+    Raises:
+        UserError: one of them is no JPEG that it makes RGB of.
     """
     encoded = [Path(file).read_bytes() for file in files]
     rates, place = [], 0
     for _ in range(rounds + 1):
         count, began = 0, time.perf_counter()
         while (took := time.perf_counter() - began) < seconds:
-            simplejpeg.decode_jpeg(encoded[place % len(encoded)], colorspace="RGB", fastdct=False, fastupsample=False)
+            file = place % len(encoded)
+            try:
+                # What only draws a warning of libjpeg's is no failure in any loader either.
+                simplejpeg.decode_jpeg(encoded[file], colorspace="RGB", fastdct=False, fastupsample=False, strict=False)
+            except ValueError as problem:
+                raise UserError(f"{files[file]} cannot be decoded by libjpeg-turbo ({problem}).") from None
             count, place = count + 1, place + 1
         rates.append(count / took)
     return rates[1:]  # the first one warms up
@@ -41,23 +52,14 @@ def copied(device: torch.device, threads: int, rounds: int, megabytes: int = 256
     """
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    gpu = device.type == "cuda"
+    clock, times = Clock(device), 200 if device.type == "cuda" else 4
     before = torch.get_num_threads()
     torch.set_num_threads(max(threads, 1))
-    times, rates = 200 if gpu else 4, []
     try:
-        for _ in range(rounds + 1):
-            if gpu:
-                torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            for _ in range(times):
-                target.copy_(source)
-            if gpu:
-                torch.cuda.synchronize(device)
-            rates.append(2 * times * len(source) / (time.perf_counter() - began))
+        took = [clock.seconds(lambda: target.copy_(source), times) for _ in range(rounds + 1)]
     finally:
         torch.set_num_threads(before)
-    return rates[1:]
+    return [2 * len(source) / seconds for seconds in took[1:]]
 
 
 def bytes_moved(image_size: int, dtype: torch.dtype = torch.float32) -> int:

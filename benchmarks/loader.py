@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py                                       # synthetic 512² JPEGs
     python benchmarks/loader.py --data DDR-masters --policies report  # your own
-    python benchmarks/loader.py --loaders dali resident:mmap torchvision:workers=0 spdl
+    python benchmarks/loader.py --loaders dali resident:mmap torchvision:workers=0 torchcodec
     python benchmarks/loader.py --step dali resident                  # and how long a training step waits for data
 
 Every loader lives in processes of its own (`trials`), which are halted while another one's turn is measured. In each
@@ -44,8 +44,8 @@ from fastddr.ranks import available_cores
 
 
 @dataclass
-class Options:
-    """Compare loaders."""
+class Options(script.Output):
+    """Compare loaders. The picture of the result lies beside it."""
 
     data: Path | None = None
     """Folder of photographs; by default synthetic ones, in the user's cache."""
@@ -83,10 +83,6 @@ class Options:
     """ConvMixer for that: width, depth, kernel, patch. On a CPU take a small one."""
     steps: int = 30
     """Counted steps of that, after 5 that are not."""
-    out: Path | None = None
-    """The JSON; by default results/loader_HARDWARE_DATE.json. The picture lies beside it."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 STORE_ALONE = "resident store alone, uint8"
@@ -199,15 +195,13 @@ class Panel:
     def _cost(self, trial: Trial | None) -> dict[str, Any]:
         if trial is None:
             return {}
-        whole, files = trial.memory
         mine, others = trial.cpu_shares(available_cores())
         found: dict[str, Any] = {
             "loader": trial.spec.name,
             **trial.spec.options,
             "cpu_share": round(mine, 3),
             "others_cpu_share": round(others, 3),
-            "ram_gib": round(whole / 2**30, 2),
-            "ram_of_files_gib": round(files / 2**30, 2),
+            "ram_gib": round(trial.memory / 2**30, 2),
         }
         if trial.warmth.vram is not None:
             found["vram_gib"] = round(trial.warmth.vram / 2**30, 2)
@@ -254,8 +248,11 @@ class Panel:
         seconds = min(self.options.seconds / 4, 0.5)
         files = limits.spaced(self.task.files, 64)
         if all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
-            rates = limits.decoded(files, seconds, rounds)
-            self._limit(f"libjpeg-turbo, whole photographs, one core × {cores}", [cores * rate for rate in rates])
+            try:
+                rates = limits.decoded(files, seconds, rounds)
+                self._limit(f"libjpeg-turbo, whole photographs, one core × {cores}", [cores * rate for rate in rates])
+            except UserError as problem:
+                harness.say(f"The limit of libjpeg-turbo is left out: {harness.sentence(problem)}.")
         bandwidth = limits.copied(self.task.device, cores, rounds)
         cost = limits.bytes_moved(self.task.image_size, self.task.dtype)
         gigabytes = round(float(np.median(bandwidth)) / 1e9, 1)
@@ -311,7 +308,7 @@ def waits(panel: Panel, specs: Sequence[Spec]) -> None:
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
     """A panel's tables of speeds and limits, of ratios, and its targets."""
     title = f"{rows[0]['photographs']}, {rows[0]['policy']}"
-    columns = ("cpu_share", "ram_gib", "ram_of_files_gib", "vram_gib", "first_epoch_seconds")
+    columns = ("cpu_share", "ram_gib", "vram_gib", "first_epoch_seconds")
     speeds = [row for row in rows if row["kind"] in ("fastddr", "store", "peer", "ceiling", "limit")]
     harness.show(title, speeds, [column for column in columns if any(column in row for row in speeds)])
     others = [row for row in rows if row["kind"] in ("ratio", "wait")]
@@ -363,7 +360,7 @@ def main(options: Options) -> None:
             if panel.rows:
                 report(panel.rows)
             written.save()  # should the next panel never end
-    if rows:
+    if written.path is not None:
         harness.say(f"drawn: {plot.beside(stored.read(written.path)).name}")
 
 

@@ -17,7 +17,6 @@ _PEERS = {
     "torch-decode-jpeg": "DataLoader with torchvision's decoder",
     "torchcodec": "DataLoader with TorchCodec",
     "torchvision-gpu": "torchvision's decoder for GPUs",
-    "spdl": "SPDL",
     "spdl-decode-jpeg": "SPDL with torchvision's decoder",
     "dali-plain": "plain DALI pipeline",
 }

@@ -59,7 +59,8 @@ class Loop(Recipe):
         """torchvision's ImageFolder of a split."""
         from torchvision.datasets import ImageFolder
 
-        return ImageFolder(os.path.join(self.case.root, split), transform)
+        # A grade that a split lacks has a folder all the same.
+        return ImageFolder(os.path.join(self.case.root, split), transform, allow_empty=True)
 
     def window_share(self) -> tuple[float, float]:
         """The `scale` of a random resized crop that cuts the windows of the configuration: their share of the area."""

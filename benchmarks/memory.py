@@ -33,7 +33,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import harness
@@ -95,7 +94,7 @@ class Trial:
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Measure peak memory."""
 
     models: tuple[str, ...] = ()
@@ -112,10 +111,6 @@ class Options:
     """Sizes in GiB of cards to emulate, on a GPU that is no smaller."""
     tiny: bool = False
     """Small models on small images: a rehearsal in a minute."""
-    out: Path | None = None
-    """The JSON; by default results/memory_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
 
 def trials(options: Options, *, gpu: bool) -> list[Trial]:

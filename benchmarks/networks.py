@@ -10,12 +10,11 @@ torchvision:resnet50          a model of torchvision's
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from flops import Mixer
-from torch import Tensor, nn
+from torch import nn
 
 from fastddr import models
 from fastddr.errors import UserError
@@ -99,30 +98,3 @@ def lay_out(network: nn.Module, layout: str, device: torch.device) -> nn.Module:
     if layout == "NCHW" and patches is not None:
         patches.register_forward_hook(lambda module, inputs, output: output.contiguous())
     return network
-
-
-class Watched:
-    """Within it, which convolutions and BatchNorms get a map that is not in the layout that was meant."""
-
-    def __init__(self, network: nn.Module, layout: str) -> None:
-        self.network, self.format = network, LAYOUTS[layout]
-        self.other: list[str] = []
-
-    def __enter__(self) -> list[str]:
-        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                if not inputs[0].is_contiguous(memory_format=self.format):
-                    self.other.append(name)
-
-            return look
-
-        self._hooks = [
-            module.register_forward_pre_hook(watch(name))
-            for name, module in self.network.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
-        ]
-        return self.other
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()

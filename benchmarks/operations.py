@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import columns
@@ -58,7 +57,7 @@ _GRADIENTS = {"data gradient": [True, False, False], "weight gradient": [False, 
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Time single operations."""
 
     batch: int | None = None
@@ -79,10 +78,6 @@ class Options:
     """CPU threads; by default all cores."""
     tiny: bool = False
     """4 images of 32 channels and 16² places, whatever else is asked for: a rehearsal."""
-    out: Path | None = None
-    """The JSON; by default results/operations_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def memory(results: Sequence[Result], link: Link) -> list[str]:
     """Measured peaks beside predicted ones."""
     texts = []
     for result in machines.of(results, "memory"):
-        # A rehearsal is of other models than those that people train.
-        small = "" if result.gpu or "--tiny" not in result.record["command"] else " of small models on a CPU"
+        # There the models are others than those that people train, where none are named.
+        small = "" if result.gpu or "--models" in result.record["command"] else " of small models on a CPU"
         what = f"Peak memory of a training step{small}"
         texts.append(f"**{result.hardware}.** {what}, measured by {source(result, link)}")
         texts += accounts.peaks(result.rows)

@@ -6,9 +6,9 @@ shuffled, epoch after epoch. Windows and turns come from the peer's own random n
 window is cut before it is turned, which is the least work: the corners get black, where fastddr's loaders show what is
 there. Number of workers and batch are the same for all, and prefetch is what each has by default, two batches.
 
-`pip install -e ".[peers]"` installs what can be had from the registry. SPDL's own decoder also wants FFmpeg's libraries
-(4 to 9), which its wheels do not bring: `apt install ffmpeg` on Debian and Ubuntu. FFCV is not here: it installs from
-source only, against OpenCV's and libturbojpeg's headers, and reads a file of its own form instead of photographs.
+`pip install -e ".[peers]"` installs what can be had from the registry. FFCV is not here: it installs from source only,
+against OpenCV's and libturbojpeg's headers, and reads a file of its own form instead of photographs. Nor is SPDL's own
+decoder, which is FFmpeg's and has no jitter of colours: its pipeline runs around torchvision's.
 """
 
 from __future__ import annotations
@@ -173,14 +173,17 @@ def _tensor_transform(task: Task, *, normalises: bool = True) -> Callable[[Any],
 # ------------------------------------------------------------------------------------------------------ SPDL, threads
 
 
-class _InThreads(Peer):
-    """A `spdl.pipeline`: whole batches, as many at once as there are workers, each in a thread.
+class SpdlDecodeJpeg(Peer):
+    """A `spdl.pipeline` around torchvision's decoder and transforms, which let go of the GIL.
 
-    The threads stay and the source never ends, so no epoch waits for the next. Inside a thread PyTorch gets one core.
-    For a GPU a batch is sent as uint8 by `spdl.io.transfer_tensor_h2d` in a thread of its own, as its documentation has
-    it ("Parallelism": custom multi-threading), which pins it and copies it while the model computes; the GPU normalises
-    it.
+    Its documentation's first step of a migration: any function that lets go of the GIL may be a stage. Whole batches,
+    as many at once as there are workers, each in a thread. The threads stay and the source never ends, so no epoch
+    waits for the next. Inside a thread PyTorch gets one core. For a GPU a batch is sent as uint8 by
+    `spdl.io.transfer_tensor_h2d` in a thread of its own, as its documentation has it ("Parallelism": custom
+    multi-threading), which pins it and copies it while the model computes; the GPU normalises it.
     """
+
+    name = "spdl-decode-jpeg"
 
     @classmethod
     def missing(cls, task: Task) -> str | None:
@@ -194,16 +197,14 @@ class _InThreads(Peer):
 
         workers = max(1, task.threads)
         torch.set_num_threads(1)
-        # (3, 1, 1)
-        self.mean = (255 * torch.tensor(task.augment.mean))[:, None, None]
-        self.std = (255 * torch.tensor(task.augment.std))[:, None, None]
+        self.sends = task.device.type == "cuda"
+        self.transform = _tensor_transform(task, normalises=not self.sends)
         builder: Any = PipelineBuilder()
         builder = (
             builder.add_source(self._paths())
             .aggregate(task.batch_size)
             .pipe(self._batch, concurrency=workers, name=f"load_{self.name}")
         )
-        self.sends = task.device.type == "cuda"
         self.sender = ThreadPoolExecutor(max_workers=1)
         if self.sends:
             import spdl.io
@@ -216,87 +217,21 @@ class _InThreads(Peer):
         while True:
             yield from random.sample(self.files, len(self.files))
 
-    @abstractmethod
     def _batch(self, files: list[str]) -> Tensor:
-        """The images of these files (b, 3, h, w), normalised; where they are sent, uint8."""
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        """From uint8, wherever they are."""
-        return images.float().sub_(self.mean.to(images.device)).div_(self.std.to(images.device))
+        return torch.stack([self.transform(TorchDecodeJpeg.load(file)) for file in files])
 
     def batches(self) -> Iterator[Tensor]:
-        if self.sends:
-            self.mean, self.std = self.mean.to(self.task.device), self.std.to(self.task.device)
+        # (3, 1, 1)
+        mean, std = (
+            (255 * torch.tensor(values))[:, None, None].to(self.task.device)
+            for values in (self.task.augment.mean, self.task.augment.std)
+        )
         for images in self.pipeline:
-            yield self._normalised(images) if self.sends else images
+            yield images.float().sub_(mean).div_(std) if self.sends else images
 
     def close(self) -> None:
         self.pipeline.stop()
         self.sender.shutdown()
-
-
-class Spdl(_InThreads):
-    """SPDL as its documentation has it for images: `spdl.io`, that is FFmpeg's decoder and filters, in threads.
-
-    Window and flips are FFmpeg filters, applied before the conversion to RGB ("Using filters for augmentation"); FFmpeg
-    lays the window on even pixels where chroma is subsampled. `convert_frames` makes one contiguous batch ("Migrating
-    from PyTorch DataLoader").
-    """
-
-    name = "spdl"
-
-    @classmethod
-    def missing(cls, task: Task) -> str | None:
-        absent = super().missing(task)
-        if absent is not None:
-            return absent
-        import spdl.io.utils
-
-        try:
-            spdl.io.utils.get_ffmpeg_versions()
-        except RuntimeError:
-            return "SPDL finds none of FFmpeg's libraries, which its wheels do not bring; `apt install ffmpeg`"
-        if not (task.only_crops and task.only_normalises):
-            return "its filters have no jitter of colours that would be the same work, so it runs `report` only"
-        return None
-
-    def _batch(self, files: list[str]) -> Tensor:
-        import spdl.io
-
-        frames = [spdl.io.decode_packets(spdl.io.demux_image(file), filter_desc=self._filters()) for file in files]
-        # Of (b, h, w, 3).
-        images: Tensor = spdl.io.to_torch(spdl.io.convert_frames(frames)).permute(0, 3, 1, 2)
-        return images if self.sends else self._normalised(images)
-
-    def _filters(self) -> str | None:
-        import spdl.io
-
-        size, augment = self.task.image_size, self.task.augment
-        filters = []
-        if not self.task.canvas_is_source:
-            short = self.task.canvas
-            filters.append(f"scale='if(gt(iw,ih),-1,{short})':'if(gt(iw,ih),{short},-1)'")
-        filters.append(f"crop={size}:{size}:{random.random():.4f}*(iw-ow):{random.random():.4f}*(ih-oh)")
-        filters += ["hflip"] * (augment.hflip and random.random() < 0.5)
-        filters += ["vflip"] * (augment.vflip and random.random() < 0.5)
-        description: str | None = spdl.io.get_video_filter_desc(filter_desc=",".join(filters), pix_fmt="rgb24")
-        return description
-
-
-class SpdlDecodeJpeg(_InThreads):
-    """SPDL's pipeline around torchvision's decoder and transforms, which let go of the GIL.
-
-    Its documentation's first step of a migration: any function that lets go of the GIL may be a stage.
-    """
-
-    name = "spdl-decode-jpeg"
-
-    def __init__(self, task: Task) -> None:
-        self.transform = _tensor_transform(task, normalises=task.device.type != "cuda")
-        super().__init__(task)
-
-    def _batch(self, files: list[str]) -> Tensor:
-        return torch.stack([self.transform(TorchDecodeJpeg.load(file)) for file in files])
 
 
 # ---------------------------------------------------------------------------------------------- torchvision, on a GPU
@@ -355,5 +290,5 @@ class TorchvisionGpu(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (TorchPil, TorchDecodeJpeg, TorchCodec, Spdl, SpdlDecodeJpeg, TorchvisionGpu, DaliPlain)
+    peer.name: peer for peer in (TorchPil, TorchDecodeJpeg, TorchCodec, SpdlDecodeJpeg, TorchvisionGpu, DaliPlain)
 }

@@ -39,7 +39,7 @@ from fastddr.trainer import Trainer
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Compare `fastddr predict` with a plain loop."""
 
     data: Path | None = None
@@ -52,10 +52,6 @@ class Options:
     """Photographs that are graded together."""
     rounds: int = 5
     """Turns of each way, at least 5."""
-    out: Path | None = None
-    """The JSON; by default results/predict_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def trained(folder: Path) -> Path:

@@ -27,15 +27,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Time the quickstart."""
 
     seeds: int = 3
     """How many runs."""
-    out: Path | None = None
-    """The JSON; by default results/quickstart_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def main(options: Options) -> None:

@@ -123,8 +123,10 @@ def class_folders(root: Path, target: Path, length: int) -> int:
     files = found.files()
     sizes = {}
     for split in ("train", "valid", "test"):
+        if not found.has(split):
+            continue
         ids = [int(id_) for id_ in found.ids(split)]
-        times = max(1, -(-length // len(ids))) if split == "train" and ids else 1
+        times = max(1, -(-length // len(ids))) if split == "train" else 1
         for grade in range(UNGRADABLE):
             (target / split / str(grade)).mkdir(parents=True)
         for turn in range(times):

@@ -21,9 +21,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import script
 from loops import Report, Timm, Torchvision
 from recipe import Case, Recipe
 
@@ -43,6 +44,7 @@ class Fastddr(Recipe):
         config = replace(
             case.config,
             data=case.root,
+            follow_links=True,  # of `class_folders`, where the file system has no other
             loader=options.get("loader", "auto"),  # type: ignore[arg-type]  # `loaders.build` refuses others
             run_dir=os.path.join(self.folder, "run"),
             # Every run has checked its photographs once; that is not what is measured.
@@ -93,7 +95,7 @@ class Spec:
     """A recipe and its options."""
 
     name: str
-    options: tuple[tuple[str, str], ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Spec:
@@ -102,30 +104,24 @@ class Spec:
         Raises:
             UserError: there is no such recipe or option.
         """
-        name, _, rest = text.partition(":")
-        if name not in RECIPES:
-            raise UserError(f"--recipes {text}: known are {', '.join(RECIPES)}.")
-        found = []
-        for option in filter(None, rest.split(",")):
-            key, _, value = option.partition("=")
-            known = RECIPES[name].options
-            if key not in known or (key == "workers" and not value.isdigit()):
-                raise UserError(f"--recipes {text}: options of {name} are {', '.join(known)}; workers is a number.")
-            found.append((key, value))
-        return cls(name, tuple(found))
+        name, options = script.named("--recipes", text, RECIPES)
+        known = RECIPES[name].options
+        if not options.keys() <= set(known) or not options.get("workers", "0").isdigit():
+            raise UserError(f"--recipes {text}: options of {name} are {', '.join(known)}; workers is a number.")
+        return cls(name, options)
 
     @property
     def label(self) -> str:
         """How it is called in tables."""
         return ", ".join([self.name, *(value if key in ("loader", "store") else "=".join(filter(None, (key, value)))
-                                       for key, value in self.options)])  # fmt: skip
+                                       for key, value in self.options.items())])  # fmt: skip
 
     @property
     def kind(self) -> str:
         """Of its rows: `fastddr`, `ceiling` (one batch again and again), or `peer`."""
         if self.name != "fastddr":
             return "peer"
-        return "ceiling" if dict(self.options).get("loader") == "replay" else "fastddr"
+        return "ceiling" if self.options.get("loader") == "replay" else "fastddr"
 
 
 def make(spec: Spec, case: Case) -> Recipe:
@@ -140,4 +136,4 @@ def make(spec: Spec, case: Case) -> Recipe:
         raise UserError(missing)
     # A peer's progress bars and loggers are nothing to read here; its errors are.
     sys.stdout.flush()
-    return recipe(case, dict(spec.options))
+    return recipe(case, spec.options)

@@ -40,7 +40,7 @@ from fastddr.runs import RunFolder
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Train the report's models and account for them."""
 
     data: str = "synthetic"
@@ -64,11 +64,8 @@ class Options:
     last: bool = True
     """Also score train and test at the last epoch."""
     folder: Path | None = None
-    """Where everything goes; by default runs/report-DATA, or runs/report-quick. A second start goes on there."""
-    out: Path | None = None
-    """The JSON; by default results/report_HARDWARE_DATE.json, with --quick in the folder."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
+    """Where everything goes, with --quick the JSON too; by default runs/report-DATA, or runs/report-quick. A second
+    start goes on there."""
 
     @property
     def weights(self) -> str:
@@ -195,6 +192,8 @@ def main(options: Options) -> int:
         raise UserError(f"--arms {' '.join(sorted(unknown))}: known are {', '.join(arm.key for arm in story.ARMS)}.")
     if options.quick and options.data != "synthetic":
         raise UserError("--quick is on the synthetic set; leave --data or --quick out.")
+    if options.quick and options.tuned != Options.tuned:
+        raise UserError("--quick tunes its small ConvMixer itself; leave --tuned or --quick out.")
     name = "quick" if options.quick else Path(options.data).name
     folder = options.folder or Path("runs") / f"report-{name}"
     need_test(options, folder)

@@ -41,7 +41,7 @@ WORKER = Path(__file__).parent / "ranked.py"
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Measure scaling."""
 
     ranks: tuple[int, ...] = ()
@@ -60,11 +60,7 @@ class Options:
     steps: int | None = None
     """Steps of a turn; by default 20, on a CPU 4."""
     paper: bool = False
-    """Measure nothing; work out larger machines from published figures."""
-    out: Path | None = None
-    """The JSON; by default results/scaling_HARDWARE_DATE.json, with --paper scaling-paper_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
+    """Measure nothing; work out larger machines from published figures, as results/scaling-paper_...."""
 
 
 def job(options: Options) -> Job:
@@ -84,8 +80,6 @@ def job(options: Options) -> Job:
         )
     if ranks == (1,):
         raise UserError("there is one GPU here, and scaling is measured over several; run it where there are more.")
-    if options.rounds < 5:
-        raise UserError(f"--rounds {options.rounds}: take at least 5, for an interval of the median.")
     batch = options.batch_size or (64 if gpus else 16)
     if any(batch % count for count in ranks):
         raise UserError(f"--batch-size {batch} cannot be divided by each of {', '.join(map(str, ranks))} ranks.")
@@ -150,7 +144,7 @@ def main(options: Options) -> None:
         harness.show("Scaling on paper", worked)
     else:
         wanted, worked, part = job(options), [], None
-        harness.begin(options.out)
+        harness.begin(options.out, options.rounds)
     with harness.writing("scaling", worked, options.out, part=part, wandb=options.wandb):
         if not options.paper:
             worked += rows(wanted, measured(wanted))

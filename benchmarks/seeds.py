@@ -32,7 +32,7 @@ from fastddr.ranks import available_cores
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Train on several numbers of ranks with several seeds."""
 
     ranks: tuple[int, ...] = ()
@@ -45,10 +45,6 @@ class Options:
     """Further flags of `train.py` for all runs: --flags="--data masters"."""
     folder: Path = Path("runs/seeds")
     """Where the runs go. A second start goes on there."""
-    out: Path | None = None
-    """The JSON; by default results/seeds_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def numbers(options: Options) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ WORKER = (sys.executable, str(Path(__file__).parent / "variants.py"))
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Time training steps."""
 
     models: tuple[str, ...] = ()
@@ -94,10 +94,6 @@ class Options:
     """CPU threads; by default all cores."""
     tiny: bool = False
     """Width 16, depth 1, 4 images of 32 px, NCHW, eager and compiled, where nothing else is asked for: a rehearsal."""
-    out: Path | None = None
-    """The JSON; by default results/step_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run."""
 
     def filled(self, *, gpu: bool) -> Options:
         """With the defaults that depend on the device, where nothing was asked for."""
@@ -281,8 +277,6 @@ def costs(variant: Variant, record: Mapping[str, Any], job: Job, ceilings: Ceili
             found["roofline_share"] = figure(rate * flops.least_seconds(flop, moved, peak, ceilings.bandwidth))
     if "peak_bytes" in record:
         found["peak_gib"] = round(record["peak_bytes"] / 2**30, 2)
-    if "other_layout" in record:
-        found["other_layout"] = record["other_layout"]
     return found
 
 
@@ -308,10 +302,6 @@ def report(job: Job, rows: Sequence[Mapping[str, Any]]) -> None:
     ratios = [row for row in rows if row["kind"] == "ratio" and row["to"] != "reference"]
     if ratios:
         harness.show(f"Ratios, {about(job)}", ratios)
-    for row in steps:
-        if "other_layout" in row:
-            found = row["other_layout"]
-            harness.say(f"{row['name']}: {len(found)} modules got maps in the other layout, {found[0]} the first.")
     failed: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "failed":

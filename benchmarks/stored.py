@@ -94,7 +94,7 @@ def read(path: Path) -> Result:
     if missing:
         raise UserError(f"{path} is no result of a benchmark: it lacks {', '.join(missing)}.")
     name = path.stem.rsplit("_", 2)[0] if path.stem.count("_") >= 2 else record["benchmark"]
-    return Result(name, path, record)
+    return Result(name.removesuffix("-incomplete"), path, record)
 
 
 def newest(folder: Path = RESULTS) -> list[Result]:

@@ -46,7 +46,7 @@ class Part:
     seconds: float | None = None
     """Of a script with `--seconds`, after which it begins nothing new: this share of its time."""
     gpus: int = 0
-    """How many GPUs it needs, except in a rehearsal."""
+    """How many GPUs it needs, except in a rehearsal on a CPU."""
 
     def arguments(self, *, gpu: bool, tiny: bool) -> tuple[str, ...]:
         """What its script is given."""
@@ -157,7 +157,7 @@ def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Out
     file = folder / harness.place(part.name).name
     log = folder / f"{part.name}.log"
     command = [sys.executable, str(HERE / f"{part.name}.py"), *arguments, "--out", str(file)]
-    # In a folder that is used again an earlier result of this day may stay, and what this part has goes beside it.
+    # In a folder that is used again an earlier result of this day may stay.
     places = (file, harness.incomplete(file))
     before = [_written(place) for place in places]
     began = time.perf_counter()
@@ -230,12 +230,13 @@ def verdict(found: Mapping[str, stored.Result], results: Path, *, tiny: bool) ->
 def main(options: Options) -> int:
     """Run all parts; exit code 1 if one failed."""
     say = harness.say
-    parts = [part for part in chosen(options.parts) if options.tiny or part.gpus <= torch.cuda.device_count()]
+    gpu = torch.cuda.is_available()
+    rehearsed = options.tiny and not gpu
+    parts = [part for part in chosen(options.parts) if rehearsed or part.gpus <= torch.cuda.device_count()]
     if options.minutes <= 0:
         raise UserError(f"--minutes {options.minutes:g}: give it some time, ten are enough for most machines.")
     folder = options.out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
-    gpu = torch.cuda.is_available()
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
     say(f"{harness.hardware_name(record['environment']['machine'])}, into {folder}")
     ends = time.perf_counter() + 60 * options.minutes

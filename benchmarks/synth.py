@@ -25,7 +25,7 @@ from fastddr.data import synthetic
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Time the generator of synthetic photographs."""
 
     photographs: int = 480
@@ -36,10 +36,6 @@ class Options:
     """Proportions of the grades: DDR's, or the flatter ones of the quickstart's set."""
     rounds: int = 7
     """Counted rounds."""
-    out: Path | None = None
-    """The JSON; by default results/synth_HARDWARE_DATE.json."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 def _counts(proportions: str, total: int) -> dict[str, tuple[int, ...]]:

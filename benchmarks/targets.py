@@ -54,7 +54,7 @@ def of(
                     alone(name, 200_000)
         _kernel(speeds, rows, aim)
         return rows
-    against("dali", baseline, 3.0 if plain and "quality 100" not in about["photographs"] else 1.7)
+    against("dali", baseline, 3.0 if plain and "quality 95" in about["photographs"] else 1.7)
     against("dali", best, 1.0, ", the best peer")
     if plain:
         for name in ours:

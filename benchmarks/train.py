@@ -45,7 +45,7 @@ from fastddr.ranks import available_cores
 
 
 @dataclass
-class Options:
+class Options(script.Output):
     """Compare training loops, end to end."""
 
     data: Path | None = None
@@ -73,13 +73,10 @@ class Options:
     """No further recipe is begun after so many."""
     target_qwk: tuple[float, ...] = ()
     """Measure the time to these quadratic-weighted kappas on valid instead, from the first batch on, validation
-    included; every training begins anew and ends with the preset's epochs at the latest."""
+    included; every training begins anew and ends with the preset's epochs at the latest. The JSON is
+    results/train-kappa_...."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """For that: of the weights and of the order."""
-    out: Path | None = None
-    """The JSON; by default results/train_HARDWARE_DATE.json, with `--target-qwk` results/train-kappa_...."""
-    wandb: bool = False
-    """Also keep the figures as a W&B run of job type `benchmark`."""
 
 
 #: fastddr's own loaders apart, and of the peers the forms that may be their fastest.
@@ -136,7 +133,7 @@ class Contender(Halted):
             "images": self.turns[0][0].images,
             "data_wait": round(sum(epoch.waited for epoch, _ in self.turns) / seconds, 4),
             "cpu_share": round(sum(cpu for _, cpu in self.turns) / seconds / available_cores(), 3),
-            "ram_gib": round(self.memory[0] / 2**30, 2),
+            "ram_gib": round(self.memory / 2**30, 2),
             "first_epoch_seconds": round(self.first.seconds, 2) if self.first else None,
         }
         for name, size in self.vram.items():
@@ -293,7 +290,6 @@ def main(options: Options) -> None:
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
     until = None if options.seconds is None else time.monotonic() + options.seconds
-    # Beside the photographs, where they can be linked to, if that place can be written.
     with (
         tempfile.TemporaryDirectory(prefix="fastddr-benchmark-") as folder,
         harness.writing("train", rows, options.out, part=part, wandb=options.wandb) as written,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import harness
+import script
 import stages
 import torch
 from halted import Halted
@@ -41,15 +42,13 @@ class Spec:
         Raises:
             UserError: there is no such loader or option.
         """
-        name, _, rest = text.partition(":")
-        if name not in OURS and name not in PEERS:
-            raise UserError(f"--loaders {text}: known are {', '.join([*OURS, *PEERS])}.")
+        name, given = script.named("--loaders", text, (*OURS, *PEERS))
         options = {}
-        for option in filter(None, rest.split(",")):
-            key, equals, value = option.partition("=")
-            if not equals and name == "resident" and option in STORES:
-                key, value = "store", option
-            elif key not in ("workers", "prefetch", "store_gib") or not value.replace(".", "", 1).isdigit():
+        for key, value in given.items():
+            if name == "resident" and key in STORES and not value:
+                options["store"] = key
+                continue
+            if key not in ("workers", "prefetch", "store_gib") or not value.replace(".", "", 1).isdigit():
                 raise UserError(f"--loaders {text}: options are workers=N, prefetch=N, store_gib=X and, of resident, "
                                 f"{', '.join(STORES)}.")  # fmt: skip
             options[key] = value

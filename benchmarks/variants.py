@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -202,14 +202,12 @@ class Running:
         # It would hold on to all networks of the process; nothing that a step does asks it for them.
         run.accelerator.free_memory()
         eager = MODES[variant.mode] is None
-        watched = networks.Watched(self.network, variant.layout) if eager else nullcontext()
         self.network = compiled(self.network, variant)
         self.parts = optimizers.Parts.of(self.network)
         self.criterion, self.tally = losses.CrossEntropy(), Tally.zeros(run.device)
         self.batch = self._batch()
         graphs = _graphs()
-        with watched as elsewhere:
-            self._step()
+        self._step()
         if not eager and _graphs() == graphs:
             raise RuntimeError("nothing was compiled for it")
         if self.gpu:
@@ -218,8 +216,6 @@ class Running:
         for _ in range(_WARM):
             self._step()
         self.clock.synchronize()
-        if elsewhere:
-            self.about["other_layout"] = elsewhere
         if self.gpu:
             self.about["peak_bytes"] = torch.cuda.max_memory_allocated(run.device) - before
 

@@ -6,26 +6,30 @@ started again. How long it took is known only of a run that one start brought to
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastddr import cli
 from fastddr.__main__ import main as verb
 from fastddr.errors import UserError
 from fastddr.meters import RATE, of_training
-from fastddr.runs import RunFolder
+from fastddr.runs import RunFolder, continue_from
 
 ROOT = Path(__file__).parents[1]
 #: Peak memory in `metrics.jsonl`: of the GPU where there is one, else of the process.
 _MEMORY = ("memory/peak_allocated_gib", "memory/peak_rss_gib")
+#: In a run's folder: how long it took, where one start brought it to its end.
+_CLOCK = "seconds.json"
 
 
 @contextmanager
@@ -56,13 +60,21 @@ def launcher(ranks: int) -> list[str]:
 def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
     """Bring a run to its end; what went wrong, in one sentence, or None.
 
-    By default all GPUs train it together; `ranks` is another number. What it says goes to FOLDER.log, how long it took
-    to FOLDER.time.
+    By default all GPUs train it together; `ranks` is another number. What it says goes to FOLDER.log. One that is done
+    with other settings is refused, as the trainer refuses one that is not done.
     """
-    if RunFolder(folder).status().get("state") == "done":
+    run = RunFolder(folder)
+    if run.status().get("state") == "done":
+        try:
+            # Which flags have no effect stands in its log.
+            with redirect_stderr(io.StringIO()):
+                asked = cli.parse([*arguments, "--run-dir", str(folder)], "train.py")
+            continue_from(asked, run, ranks or max(torch.cuda.device_count(), 1))
+        except UserError as other:
+            return str(other)
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log, clock = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.time")
+    log = folder.with_name(f"{folder.name}.log")
     usual = ["-m", "accelerate.commands.launch"] if torch.cuda.device_count() > 1 else []
     script = str(ROOT / "fastddr" / "train.py")
     command = [sys.executable, *(launcher(ranks) if ranks else usual), script, *arguments, "--run-dir", str(folder)]
@@ -76,9 +88,9 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if code == 0 and RunFolder(folder).status().get("state") == "done":
+    if code == 0 and run.status().get("state") == "done":
         if whole:
-            clock.write_text(json.dumps({"seconds": time.perf_counter() - began}) + "\n")
+            (folder / _CLOCK).write_text(json.dumps({"seconds": time.perf_counter() - began}) + "\n")
         return None
     said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ours = [line for line in said if line.startswith("fastddr: ")]
@@ -91,7 +103,7 @@ def evaluated(folder: Path, split: str, weights: str) -> dict[str, Any]:
     Raises:
         UserError: they cannot be scored.
     """
-    kept = folder.with_name(f"{folder.name}.{split}-{weights}.json")
+    kept = folder / f"{split}-{weights}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     before = set((folder / "evaluations").glob("*"))
@@ -138,7 +150,7 @@ def costs(folder: Path) -> dict[str, float]:
         if peaks := [line[key] for line in lines if line.get(key) is not None]:
             found["peak_gib"] = max(peaks)
             break
-    clock = folder.with_name(f"{folder.name}.time")
+    clock = folder / _CLOCK
     if clock.is_file():
         found["minutes"] = json.loads(clock.read_text())["seconds"] / 60
     return found

@@ -19,11 +19,11 @@ SETTINGS = {
     "batch_size": "batches of {}", "policy": "policy `{}`",
 }  # fmt: skip
 #: What rows tell beside their figure: shares of one, and plain numbers; all that ends with `_gib` comes after them.
-_SHARES = {
+SHARES = {
     "data_wait": "data wait", "cpu_share": "CPU", "gpu_use": "GPU", "share_of_copy": "of copy",
     "share_of_matmul": "of matmul", "roofline_share": "of roofline",
 }  # fmt: skip
-_NUMBERS = {
+NUMBERS = {
     "ms_a_step": "ms a step", "gigabytes_per_second": "GB/s", "teraflop_per_second": "TFLOP/s",
     "to_reference": "× reference", "largest_levels": "largest difference, levels",
     "mean_levels": "mean difference, levels",
@@ -143,7 +143,7 @@ def _listing(rows: Sequence[Row], unit: str) -> tuple[str, str]:
     different, same = split(rows)
     # A name may hold some of its settings.
     different = [key for key in different if not all(str(row.get(key, "")) in row["name"] for row in rows)]
-    extra = {name: heading for name, heading in (_SHARES | _NUMBERS).items() if _any(rows, name)}
+    extra = {name: heading for name, heading in (SHARES | NUMBERS).items() if _any(rows, name)}
     extra |= {name: _size(name) for row in rows for name in row if name.endswith("_gib") and _any(rows, name)}
     headings = ["", *(name.replace("_", " ") for name in different), {"×": "times", "": "value"}.get(unit, unit)]
     lines = []
@@ -161,7 +161,7 @@ def _any(rows: Iterable[Row], name: str) -> bool:
 def _extra(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{number(100 * value)} %" if name in _SHARES else number(value)
+    return f"{number(100 * value)} %" if name in SHARES else number(value)
 
 
 def _size(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from fastddr import checkpoints, cli, loaders
 from fastddr.config import AugmentConfig, Config
@@ -202,3 +203,18 @@ def warm_for_running_ahead(loader: loaders.Loader) -> None:
 def same(one: loaders.Batch, other: loaders.Batch) -> bool:
     """To the bit."""
     return all(torch.equal(getattr(one, f), getattr(other, f)) for f in ("image", "grade", "id", "valid"))
+
+
+def elsewhere(network: nn.Module, layout: torch.memory_format) -> list[str]:
+    """The names of convolutions and BatchNorms that get a map in another layout; it grows as the network is used."""
+    found: list[str] = []
+    names = {module: name for name, module in network.named_modules()}
+
+    def look(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if not given[0].is_contiguous(memory_format=layout):
+            found.append(names[module])
+
+    for module in names:
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_pre_hook(look)
+    return found

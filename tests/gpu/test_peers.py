@@ -19,7 +19,7 @@ CARD = torch.device("cuda", 0)
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
-@pytest.mark.parametrize("name", ["torch-pil", "torch-decode-jpeg", "spdl", "spdl-decode-jpeg", "torchvision-gpu"])
+@pytest.mark.parametrize("name", ["torch-pil", "torch-decode-jpeg", "spdl-decode-jpeg", "torchvision-gpu"])
 def test_peers_give_normalised_batches_on_the_card(name: str, load: Callable[[str], Any], tiny: Path) -> None:
     peers = load("peers")
     wanted = task(manifest.read(tiny), device=CARD, threads=1, batch_size=4, image_size=32)

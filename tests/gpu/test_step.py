@@ -55,5 +55,4 @@ def test_steps_in_all_modes(tmp_path: Path, precision: str) -> None:
         assert row["median"] > 0
         assert row["peak_gib"] >= 0
         assert "share_of_matmul" in row
-        assert "other_layout" not in row
     assert {row["numbers"] for row in rows if "numbers" in row} == {"tf32" if precision == "fp32" else precision}

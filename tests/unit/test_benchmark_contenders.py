@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ class Turns:
         self.spec, self.task, self.fails_at = spec, wanted, fails_at
         self.turns, self.closed = 0, False
         self.about = {"micro_batch_size": 4}
-        self.memory, self.warmth = (0, 0), SimpleNamespace(vram=None, first_epoch=None)
+        self.memory, self.warmth = 0, SimpleNamespace(vram=None, first_epoch=None)
         self.first = SimpleNamespace(images=8, seconds=1.0)
 
     def __call__(self, seconds: float = 0) -> float:
@@ -56,7 +57,7 @@ def panel(load: Any, tiny: Path) -> Any:
     return loader.Panel(task(manifest.read(tiny)), ABOUT, loader.Options(rounds=5))
 
 
-@pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl", "peer")])
+@pytest.mark.parametrize(("dying", "kind"), [("replay", "ceiling"), ("spdl-decode-jpeg", "peer")])
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_loader_that_dies_does_not_take_the_others_along(
     fails_at: int, dying: str, kind: str, load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
@@ -70,7 +71,7 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
 
     assert loader.Panel._kind(dying) == kind
     monkeypatch.setattr(loader, "Trial", trial)
-    for peer in ("torch-pil", "spdl"):
+    for peer in ("torch-pil", "spdl-decode-jpeg"):
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task: None)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     panel.begin([trials.Spec(name) for name in ("dali", "torch-pil", dying, "torchvision-gpu")])
@@ -88,12 +89,14 @@ def test_a_loader_that_dies_does_not_take_the_others_along(
 def test_a_peer_that_is_not_installed_has_a_row(load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, trials = load("loader"), load("trials")
     monkeypatch.setattr(loader, "Trial", lambda *_: pytest.fail("it was begun"))
-    for peer, why in (("spdl", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
-                      ("torchvision-gpu", "it decodes on a GPU")):  # fmt: skip
+    for peer, why in (
+        ("spdl-decode-jpeg", "SPDL is not installed."), ("torchcodec", "TorchCodec cannot be loaded (why)"),
+        ("torchvision-gpu", "it decodes on a GPU"),
+    ):  # fmt: skip
         monkeypatch.setattr(trials.PEERS[peer], "missing", lambda task, why=why: why)
-    panel.begin([trials.Spec(name) for name in ("spdl", "torchvision-gpu", "torchcodec")])
+    panel.begin([trials.Spec(name) for name in ("spdl-decode-jpeg", "torchvision-gpu", "torchcodec")])
     assert panel.rows == [
-        {"name": "spdl", "kind": "failed", **ABOUT, "failed": "SPDL is not installed"},
+        {"name": "spdl-decode-jpeg", "kind": "failed", **ABOUT, "failed": "SPDL is not installed"},
         {"name": "torchcodec", "kind": "failed", **ABOUT, "failed": "TorchCodec cannot be loaded (why)"},
     ]
 
@@ -173,7 +176,7 @@ def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch
         return said[question]
 
     def begin(self: Any, *_: object) -> None:
-        self.memory, self._process = (0, 0), SimpleNamespace(pid=os.getpid())
+        self.memory, self._process = 0, SimpleNamespace(pid=os.getpid())
 
     monkeypatch.setattr(train.Halted, "__init__", begin)
     monkeypatch.setattr(train.Halted, "ask", ask)
@@ -203,6 +206,22 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
     with pytest.raises(SystemExit):
         loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
     assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
+
+
+def test_of_damaged_photographs_libjpeg_has_a_limit_and_of_others_none(
+    load: Any, panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all loaders pass over must not end a measurement, nor what only some can read."""
+    monkeypatch.setattr(load("limits"), "copied", lambda *_: [1e9] * 5)
+    whole, file = Path(panel.task.files[0]).read_bytes(), tmp_path / "p.jpg"
+    panel.task, panel.options = replace(panel.task, files=[str(file)]), replace(panel.options, seconds=0.01)
+    for content, limits in ((whole[:-2] + bytes(9) + whole[-2:], 2), (b"\x89PNG", 1)):
+        file.write_bytes(content)
+        panel.rows.clear()
+        panel.limits()
+        assert len(panel.rows) == limits
+        said = f"The limit of libjpeg-turbo is left out: {file} cannot be decoded by libjpeg-turbo ("
+        assert (said in capsys.readouterr().out) == (limits == 1)
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("its process\nhas died"), UserError("OSError: no cache.")])

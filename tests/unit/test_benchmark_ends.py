@@ -35,7 +35,7 @@ from pathlib import Path
 import harness
 rows, (out, how) = [], sys.argv[1:]
 with harness.writing("x", rows, Path(out)) as written:
-    assert written.path == Path(out)
+    assert written.path is None
     if how == "nothing":
         rows.append({"name": "a", "kind": "x", "failed": "why"})
         written.save()
@@ -71,9 +71,10 @@ def test_what_was_measured_is_written_however_it_ends(how: str, code: int, rows:
     assert process.returncode == code, error
     assert ("it broke" in error) == (how in ("fails", "at once"))
     assert (f"Nothing was measured, so no result is written to {out}." in after + error) == (rows == 0)
-    assert [path.name for path in tmp_path.iterdir() if "json" in path.name] == ["r.json"] * rows
+    place = out if how == "done" else tmp_path / "r-incomplete.json"
+    assert [path for path in tmp_path.iterdir() if "json" in path.name] == [place] * rows
     if rows:
-        record = json.loads(out.read_text())
+        record = json.loads(place.read_text())
         assert len(record["rows"]) == rows
         assert record["complete"] == (how == "done")
 
@@ -100,6 +101,12 @@ def test_where_no_run_is_asked_for_nothing_is_written(load: Any, tmp_path: Path)
         with pytest.raises(UserError, match=r"^--\w+ 0: (give it at least 1|an interval wants at least 5)"):
             module.main(module.Options(out=out, **nothing))
     assert not out.exists()
+
+
+def test_runs_that_are_too_short_to_be_killed_are_refused(load: Any, tmp_path: Path) -> None:
+    faults = load("faults")
+    with pytest.raises(UserError, match="--steps 8: give at least 9"):
+        faults.main(faults.Options(steps=8, out=tmp_path / "r.json"))
 
 
 def test_a_rehearsal_is_not_published(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +145,16 @@ def test_a_trial_that_fails_is_left_out_of_the_rounds(load: Any) -> None:
 #: Asks an object in a process of its own for what goes well, for what fails, and for what ends its process.
 HALTING = """
 import os
+import signal
+import time
+import psutil
 from halted import Halted
 from fastddr.errors import UserError
 
 class Thing:
     def fine(self, number): return number + 1
     def wrong(self): raise ValueError("a wrong\\n value")
+    def slow(self): time.sleep(1)
     def die(self): os._exit(7)
     def close(self): pass
 
@@ -156,11 +167,30 @@ def attempt(do):
     except (UserError, RuntimeError) as problem:
         return f"{type(problem).__name__}: {problem}"
 
+def stopped_while_asking(thing):
+    def stop(*_): raise SystemExit(143)
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        thing.ask("slow")
+    except SystemExit:
+        return halted(thing)
+
+def halted(thing):
+    process, ends = psutil.Process(thing._process.pid), time.monotonic() + 10
+    while process.status() != "stopped" and time.monotonic() < ends:
+        time.sleep(0.01)
+    return process.status()
+
 if __name__ == "__main__":
     thing = Halted("thing", Thing)
     print(attempt(lambda: thing.ask("fine", 1)))
     print(attempt(lambda: thing.ask("wrong")))
+    print(halted(thing))
     print(attempt(lambda: thing.ask("fine", 2)))
+    print(stopped_while_asking(thing))
+    thing._signal(signal.SIGCONT)
+    print(thing._receive())
     print(attempt(lambda: thing.ask("die")))
     thing.close()
     print(attempt(lambda: thing.ask("fine", 3)))
@@ -175,7 +205,10 @@ def test_what_fails_in_a_halted_process_is_told_and_not_the_end(tmp_path: Path) 
     assert done.stdout.splitlines() == [
         "2",
         "UserError: ValueError: a wrong value",
+        "stopped",
         "3",
+        "stopped",
+        "None",
         "RuntimeError: the process of thing has died (7)",
         "RuntimeError: the process of thing is not there any more",
         "UserError: OSError: no such card",
@@ -205,9 +238,8 @@ def test_without_dali_there_is_no_decoder_to_compare(
     monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     monkeypatch.setattr(decode, "in_process", lambda *_: pytest.fail("a process was begun for it"))
     decode.main(decode.Options(out=tmp_path / "r.json"))
-    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert row["failed"] == "NVIDIA DALI is not installed"
-    found = load("stored").read(tmp_path / "r.json")
+    found = load("stored").read(tmp_path / "r-incomplete.json")
+    assert [row["failed"] for row in found.rows] == ["NVIDIA DALI is not installed"]
     assert not [sentence for sentence in load("diagnosis").tell({"decode": found}, []) if "decoder" in sentence]
 
 

@@ -184,6 +184,15 @@ def test_the_tables_say_what_was_held_against_what(memory: Any, load: Callable[[
     assert texts[1] == "Error of the prediction over these 5: median 2.0 %, worst 10 % (net 4)."
     assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[2]
     assert texts[3] == "Without a figure: huge: out of memory"
+    for gpu, flags, small in (
+        (None, "", True), (None, " --tiny", True), (None, " --models resnet", False), ("NVIDIA H200", "", False),
+    ):  # fmt: skip
+        record = {
+            "benchmark": "memory", "machine": {"cpu": "some", "cores": 2, "gpu": gpu}, "versions": {"torch": "2"},
+            "date": "2026-01-01", "command": f"python benchmarks/memory.py{flags}", "rows": rows,
+        }  # fmt: skip
+        about, *_ = load("outcomes").memory([load("stored").Result("memory", Path("memory.json"), record)], str)
+        assert ("of small models on a CPU" in about) == small
 
 
 # ------------------------------------------------------------------------------------------------------------- cards.py

@@ -203,27 +203,16 @@ def test_all_rows_are_listed_with_their_costs(load: Callable[[str], Any], traine
     assert "Without a figure: timm (synthetic, ConvMixer, fp32 precision, 224 px, batches of 32): no memory." in text
 
 
-def test_the_layout_of_peers_is_told(load: Callable[[str], Any], trained: Any, tmp_path: Path) -> None:
-    blocks, stored = load("blocks"), load("stored")
-    about = blocks.train([trained], lambda path: path.name)[0]
-    assert "`report` runs in PyTorch's default layout (NCHW), as its users run it; channels_last (NHWC) may" in about
-    assert "torchvision" not in about, "it was not run"
-    ratio = {"name": "x", "kind": "ratio", "of": "convmixer, eager, NHWC", "to": "reference", "unit": "×", "n": 5}
-    path = tmp_path / "step_2-core-cpu_2026-12-01.json"
-    row = "in the row `convmixer, eager, NHWC` of [the step's table]"
-    for low, high, said in (
-        (0.9, 3.0, "NHWC) may be faster"),
-        (1.5, 3.0, f"NHWC) would be faster for it: by how much a step of this model gains from it is {row}"),
-        (0.4, 0.6, f". A step of this model is slower in channels_last (NHWC): by how much is {row}"),
-    ):
-        rows = [ratio | {"median": (low + high) / 2, "low": low, "high": high}]
-        path.write_text(json.dumps(training() | {"benchmark": "step", "rows": rows}))
-        for block in (blocks.train, blocks.train_all):
-            assert said in " ".join(block([trained, stored.read(path)], lambda path: path.name)), low
+def test_peers_in_one_layout_alone_are_told(load: Callable[[str], Any], trained: Any) -> None:
+    blocks, (about, *_) = load("blocks"), load("blocks").train([trained], lambda path: path.name)
+    assert "Adam, float32), in the default layout (NCHW) alone and `timm`" in about
     both = training()
     both["rows"] += [both["rows"][2] | {"name": "report, channels_last, workers=0"}]
     trained.path.write_text(json.dumps(both))
-    assert "NCHW" not in " ".join(blocks.train_all([stored.read(trained.path)], lambda path: path.name))
+    about, *_ = blocks.train([load("stored").read(trained.path)], lambda path: path.name)
+    assert "Adam, float32) and `timm` is the loop of timm's training script, in the default layout (NCHW) alone." in (
+        about
+    )
 
 
 def loaders_of(load: Callable[[str], Any], photographs: str, policy: str, best: str) -> list[str]:
@@ -238,7 +227,7 @@ def loaders_of(load: Callable[[str], Any], photographs: str, policy: str, best: 
             *([("dali / torch-pil", "ratio", 5.0)] if best != "torch-pil" else []),
         )
     ]  # fmt: skip
-    rows.append({"name": "spdl", "kind": "failed", **about, "failed": "it is not there"})
+    rows.append({"name": "spdl-decode-jpeg", "kind": "failed", **about, "failed": "it is not there"})
     path = Path("/a/b/c/benchmarks/results/loader_2-core-cpu_2026-12-01.json")
     return load("loaders_told").loader_all([load("stored").Result("loader", path, training() | {
         "benchmark": "loader", "rows": rows})], lambda path: path.name)  # fmt: skip
@@ -252,7 +241,7 @@ def test_what_loaders_differ_in_is_told(load: Callable[[str], Any]) -> None:
     assert "\n| fastddr's `torchvision` | " in table
     assert table.count("the best of these peers") == 1
     assert "| `dali` / DataLoader with Pillow, the best of these peers | 3.0×" in table
-    assert failed == "Without a figure: spdl (`fundus`): it is not there."
+    assert failed == "Without a figure: spdl-decode-jpeg (`fundus`): it is not there."
     about, table, *_ = loaders_of(load, "fundus960", "report", "torchcodec")
     assert "are larger than the canvas and not square: peers resample the whole photograph" in about
     assert "hue" not in about
@@ -382,24 +371,3 @@ def test_the_times_to_a_kappa_of_several_models_are_told_apart(
     path.write_text(json.dumps(training() | {"rows": [failed]}))
     (only,) = blocks.BLOCKS["train-kappa"]([stored.read(path)], str)
     assert "No loop could run" in only
-
-
-def test_what_deterministic_algorithms_cost_is_told_of_gpus(load: Callable[[str], Any], tmp_path: Path) -> None:
-    step, variants, ceilings = load("step"), load("variants"), load("ceilings")
-    plain, same = (variants.Variant("cnn", mode, "NHWC") for mode in ("eager", "deterministic"))
-    job = variants.Job("bf16", 4, 32, [[plain, same]], plain, "adam", 5, 1, 1, None, "")
-    about = {"parameters": 1, "flop": 1, "mixer": None}
-    records = [
-        {"heat": 0, "variant": vars(variant), "rates": [rate] * 5, **about}
-        for variant, rate in ((plain, 10.0), (same, 8.0))
-    ]
-    rows = step.rows_of(job, records, ceilings.Ceilings([1e9], {}, "cpu"))
-    path = tmp_path / "step_h200_2026-12-01.json"
-    block = load("blocks").BLOCKS["deterministic"]
-    share = "as fast as without: 0.80 (0.80-0.80) with cnn in NHWC (bf16 precision, 32 px, batches of 4)"
-    for gpu, said in ((None, "is not measured yet"), ("NVIDIA H200", share)):
-        record = training() | {"rows": rows}
-        record["machine"] = record["machine"] | {"gpu": gpu}
-        path.write_text(json.dumps(record))
-        (text,) = block([load("stored").read(path)], str)
-        assert said in text

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import elsewhere
 from torch import nn
 
 import fastddr
@@ -92,13 +93,14 @@ def test_maps_are_in_the_layout_that_is_named(load: Any, name: str, layout: str)
     networks = load("networks")
     network = networks.lay_out(networks.build(name, 64), layout, CPU)
     images = torch.randn(2, 3, 64, 64)
+    found = elsewhere(network, networks.LAYOUTS[layout])
     for given in networks.LAYOUTS:
-        with networks.Watched(network, layout) as elsewhere:
-            network(images.contiguous(memory_format=networks.LAYOUTS[given]))
-        assert bool(elsewhere) == (given != layout) or name.startswith("convmixer"), (given, elsewhere)
-    with networks.Watched(network, layout) as elsewhere:
-        network(images.contiguous(memory_format=networks.LAYOUTS[layout]))
-    assert elsewhere == []
+        found.clear()
+        network(images.contiguous(memory_format=networks.LAYOUTS[given]))
+        assert bool(found) == (given != layout) or name.startswith("convmixer"), (given, found)
+    found.clear()
+    network(images.contiguous(memory_format=networks.LAYOUTS[layout]))
+    assert found == []
 
 
 def test_unknown_networks_and_packages(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +403,7 @@ def test_rows_and_ratios_of_records(load: Any, monkeypatch: pytest.MonkeyPatch) 
         record(0, theirs, [50.0, 100.0, 50.0, 50.0, 50.0]),
         # A slow minute: the ratio is to the reference of this heat.
         record(1, ours, [10.0] * 5),
-        record(1, other, [20.0] * 5, mixer=None, other_layout=["norm", "head"]),
+        record(1, other, [20.0] * 5, mixer=None),
         {"heat": 2, "variant": vars(ours), "failed": "the time was up"},
         {"heat": 1, "variant": vars(variants.Variant("cnn", "compile", "NHWC", True)), "failed": "out of memory"},
     ]
@@ -436,7 +438,6 @@ def test_rows_and_ratios_of_records(load: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(step.harness, "say", said.append)
     step.report(job, rows)
     assert said == [
-        "cnn, eager, NHWC: 2 modules got maps in the other layout, norm the first.",
         "Left out, fp32, batch 4, 32 px: cnn, compile, NHWC: out of memory.",
     ]
 
@@ -476,7 +477,6 @@ def test_a_run_of_steps(tmp_path: Path) -> None:
         assert row["low"] <= row["median"] <= row["high"]
         assert ("roofline_share" in row) == ("convmixer" in row["name"])
         assert ("to_reference" in row) == (row["name"] != f"{ours}, eager, NCHW")
-        assert "other_layout" not in row
     failed = {row["name"]: row["failed"] for row in rows if row["kind"] == "failed"}
     assert list(failed) == [f"torchvision:no_such_model, eager, {layout}" for layout in ("NCHW", "NHWC")]
     assert all("no_such_model" in why for why in failed.values())

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fastddr import cli
+from fastddr.config import dump
 from fastddr.data.grades import DDR
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
@@ -72,6 +74,8 @@ def test_the_story_is_the_reports_and_every_command_line_can_be(load: Callable[[
         report.main(report.Options(arms=("vgg",)))
     with pytest.raises(UserError, match="--quick is on the synthetic set"):
         report.main(report.Options(quick=True, data="DDR-dataset"))
+    with pytest.raises(UserError, match="leave --tuned or --quick out"):
+        report.main(report.Options(quick=True, tuned="--lr 0.001"))
 
 
 def test_what_has_no_test_is_refused_before_hours_of_training(
@@ -254,11 +258,44 @@ def test_the_generated_texts_have_both(load: Callable[[str], Any], tmp_path: Pat
 
 
 def test_a_run_that_is_done_is_not_made_again_and_a_failure_is_a_sentence(
-    load: Callable[[str], Any], tmp_path: Path
+    load: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = load("whole")
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "status.json").write_text(json.dumps({"state": "done", "step": 1, "reason": ""}))
-    assert whole.train(tmp_path / "done", ["--no-such-flag"]) is None
+    whole, done, flags = load("whole"), tmp_path / "done", ["--preset", "quickstart", "--cnn.width", "8"]
+    done.mkdir()
+    (done / "status.json").write_text(json.dumps({"state": "done", "step": 1, "reason": ""}))
+    (done / "config.yaml").write_text(dump(cli.parse([*flags, "--epochs", "3", "--run-dir", str(done)], "test")))
+    capsys.readouterr()
+    assert whole.train(done, [*flags, "--epochs", "3"]) is None
+    assert "cannot go on with other settings: epochs was 3 and is now 4" in whole.train(done, [*flags, "--epochs", "4"])
     assert not (tmp_path / "done.log").exists()
-    assert "unknown argument '--no-such-flag'" in whole.train(tmp_path / "new", ["--no-such-flag"])
+    assert capsys.readouterr() == ("", ""), "that the width is of no use stands in the log of the training"
+    for folder in (done, tmp_path / "new"):
+        assert "unknown argument '--no-such-flag'" in whole.train(folder, ["--no-such-flag"])
+
+
+def test_what_is_kept_of_a_run_goes_with_its_folder(
+    load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run, accuracies = load("whole"), tmp_path / "cnn-2", iter([0.25, 0.5])
+
+    def trained(*_: Any, **__: Any) -> Any:
+        run.mkdir()
+        (run / "status.json").write_text(json.dumps({"state": "done", "step": 1, "reason": ""}))
+        (run / "metrics.jsonl").touch()
+        return SimpleNamespace(wait=lambda: 0, poll=lambda: 0)
+
+    def evaluate(arguments: list[str]) -> int:
+        folder = run / "evaluations" / "train-last"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"train": {"accuracy": next(accuracies)}}))
+        return 0
+
+    monkeypatch.setattr(whole.subprocess, "Popen", trained)
+    monkeypatch.setattr(whole, "verb", evaluate)
+    assert whole.train(run, []) is None
+    assert [whole.evaluated(run, "train", "last") for _ in range(2)] == [{"accuracy": 0.25}] * 2
+    assert whole.costs(run).keys() == {"minutes"}
+    shutil.rmtree(run)
+    trained()
+    assert whole.evaluated(run, "train", "last") == {"accuracy": 0.5}
+    assert whole.costs(run) == {}, "how long this one took is not known"

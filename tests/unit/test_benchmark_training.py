@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import elsewhere
 
 from fastddr.errors import UserError
 
@@ -47,6 +49,9 @@ def test_class_folders_repeat_the_training_split(load: Any, tiny: Path, tmp_path
     for split, times in (("train", 2), ("valid", 1), ("test", 1)):
         grades = sorted(linked.grade[linked.ids(split)].tolist())
         assert grades == sorted(times * found.grade[found.ids(split)].tolist()), split
+    shutil.rmtree(tmp_path / "more" / "test")
+    assert load("recipe").class_folders(tmp_path / "more", tmp_path / "again", 0) == 2 * wanted
+    assert not manifest.read(tmp_path / "again").has("test"), "training needs none"
 
 
 def test_targets_of_training(load: Any) -> None:
@@ -82,6 +87,42 @@ def case(load: Any, tiny: Path, tmp_path: Path) -> Any:
     preset.write_text(SMALL)
     load("recipe").class_folders(tiny, tmp_path / "photographs", 0)
     return load("recipe").Case(str(tmp_path / "photographs"), load_preset(str(preset)), resized=True)
+
+
+def test_photographs_of_another_file_system_are_trained_on_by_fastddr_too(
+    load: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are only symbolic links, and they lead out of the folder that it is given."""
+    from rich.console import Console
+
+    from fastddr.data import source
+
+    def link(*_: Any) -> None:
+        raise OSError("Invalid cross-device link")
+
+    class Trainer:
+        def __init__(self, config: Any) -> None:
+            self.found = source.open_data(config, Console(quiet=True))
+
+        def __enter__(self) -> Any:
+            return self
+
+    monkeypatch.setattr(load("recipe"), "os", SimpleNamespace(link=link))
+    monkeypatch.setattr("fastddr.trainer.Trainer", Trainer)
+    wanted = case(load, tiny, tmp_path)
+    recipe = load("recipes").Fastddr(wanted, {})
+    recipe.silence.close()
+    shutil.rmtree(recipe.folder)
+    assert len(recipe.trainer.found.ids("train")) == sum(1 for _ in Path(wanted.root, "train").rglob("*.jpg"))
+
+
+def test_a_split_that_lacks_a_grade_is_no_matter_to_the_loops_of_others(load: Any, tiny: Path, tmp_path: Path) -> None:
+    wanted = case(load, tiny, tmp_path)
+    for file in Path(wanted.root, "valid", "4").iterdir():
+        file.unlink()
+    recipe = load("recipes").make(load("recipes").Spec.parse("report:workers=0"), wanted)
+    assert len(recipe.valid.dataset.classes) == 5
+    recipe.close()
 
 
 def test_a_loop_at_rest_leaves_the_card_to_others(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +211,7 @@ def test_peers_compute_in_the_precision_that_their_rows_say(load: Any, tiny: Pat
 def test_peers_train_on_every_photograph_and_learn(
     load: Any, tiny: Path, tmp_path: Path, name: str, layout: str
 ) -> None:
-    recipes, watched = load("recipes"), load("networks").Watched
+    recipes = load("recipes")
     spec = recipes.Spec.parse(f"{name}:workers=0{',channels_last' * (layout == 'NHWC')}")
     if recipes.RECIPES[spec.name].missing() is not None:
         pytest.skip("timm is not installed")
@@ -178,18 +219,17 @@ def test_peers_train_on_every_photograph_and_learn(
     recipe = recipes.make(spec, wanted)
     try:
         before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
-        with watched(recipe.model, layout) as elsewhere:
-            epoch = recipe.epoch()
-        assert set(elsewhere) <= {"patches"}, "fastddr's patches are cut by a matrix product, in any layout"
+        found = elsewhere(recipe.model, load("networks").LAYOUTS[layout])
+        epoch = recipe.epoch()
+        assert set(found) <= {"patches"}, "fastddr's patches are cut by a matrix product, in any layout"
         photographs = sum(1 for _ in Path(wanted.root, "train").rglob("*.jpg"))
         # timm leaves out the last, partial batch.
         assert epoch.images == (photographs // 8 * 8 if spec.name == "timm" else photographs)
         assert 0 <= epoch.waited <= epoch.seconds
         after = list(recipe.model.parameters())
         assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-        with watched(recipe.model, layout) as elsewhere:
-            assert -1 <= recipe.score() <= 1
-        assert set(elsewhere) <= {"patches"}
+        assert -1 <= recipe.score() <= 1
+        assert set(found) <= {"patches"}
         image, _ = next(iter(recipe.loader))
         assert tuple(image.shape[1:]) == (3, 32, 32)
     finally:

@@ -157,50 +157,45 @@ def test_without_nvidia_smi_it_is_unknown(card: Callable[..., Any], tmp_path: Pa
 def written(harness: Any, out: Path, argv: list[str], monkeypatch: pytest.MonkeyPatch, **more: Any) -> Path:
     """Where a result of one row goes, of a benchmark that was started so."""
     monkeypatch.setattr(sys, "argv", ["benchmarks/train.py", *argv])
-    monkeypatch.setattr(harness, "_told", set())
     place: Path = harness.write("train", ROWS[:1], out, **more)
     return place
 
 
-def test_what_is_not_complete_takes_the_place_of_nothing_that_is(
-    harness: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("--data=/data/masters/", "--data=masters"),
+        ("--flags=--data /data/masters --lr=0.1", "'--flags=--data masters --lr=0.1'"),
+        ("wide: --init /m/best.pth --lr 0.001", "'wide: --init best.pth --lr 0.001'"),
+        ("run:~/runs/a", "run:a"),
+    ],
+)
+def test_of_a_command_nothing_but_places_is_left_out(
+    given: str, kept: str, harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, command = tmp_path / "train_2-core-cpu_2026-12-01.json", ["--rounds", "5"]
-    assert written(harness, out, command, monkeypatch, complete=False) == out, "of an incomplete one it does"
+    out = written(harness, tmp_path / "r.json", [given], monkeypatch)
+    assert json.loads(out.read_text())["command"] == f"python benchmarks/train.py {kept}"
+
+
+def test_what_is_not_complete_takes_the_place_of_nothing_and_is_gone_once_it_is(
+    harness: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, beside = (tmp_path / f"train{word}_2-core-cpu_2026-12-01.json" for word in ("", "-incomplete"))
+    command = ["--rounds", "5"]
+    assert written(harness, out, command, monkeypatch, complete=False) == beside
+    assert load("stored").read(beside).name == "train", "so that the suite compares what there is"
     assert written(harness, out, command, monkeypatch) == out
+    assert not beside.exists()
     whole = out.read_text()
-    assert capsys.readouterr().out == ""
-    beside = written(harness, out, command, monkeypatch, complete=False)
-    assert (beside.name, out.read_text()) == ("train-incomplete_2-core-cpu_2026-12-01.json", whole)
-    assert f"{out.name} is there and complete, and this result is not: it goes to {beside.name}." in (
-        capsys.readouterr().out
-    )
+    assert written(harness, out, command, monkeypatch, complete=False) == beside
+    failed = harness.write("train", [ROWS[3]], out, failures=True)
+    assert (failed, out.read_text()) == (beside, whole), "what has no figure is not published either"
     assert [result.path for result in load("stored").newest(tmp_path)] == [out]
-    assert written(harness, tmp_path / "r.json", command, monkeypatch).name == "r.json"
     assert written(harness, tmp_path / "r.json", command, monkeypatch, complete=False).name == "r-incomplete.json"
 
 
-def test_a_complete_result_takes_the_place_of_another_command_s_and_says_so(
-    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "train_2-core-cpu_2026-12-01.json"
-    for argv, said in (
-        (["--rounds", "5", "--out", "a.json"], 0), (["--rounds", "5"], 0), (["--rounds", "5", "--out=b.json"], 0),
-        (["--rounds", "7"], 1),
-    ):  # fmt: skip
-        assert written(harness, out, argv, monkeypatch) == out
-        told = capsys.readouterr().out
-        assert told.count("\n") == said, argv
-    before = "python benchmarks/train.py --rounds 5 --out=b.json"
-    assert told.startswith(f"{out.name} is there, of another command ({before})")
-
-
-def test_a_result_that_was_kept_beside_is_gone_once_it_is_complete(
-    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "r.json"
-    rows: list[Any] = [ROWS[0]]
-    harness.write("train", rows, out)
+def test_a_result_that_goes_on_is_complete_at_its_end_alone(harness: Any, tmp_path: Path) -> None:
+    out, rows = tmp_path / "r.json", [ROWS[0]]
     with harness.writing("train", rows, out) as going:
         going.save()
         assert going.path.name == "r-incomplete.json"
@@ -210,7 +205,6 @@ def test_a_result_that_was_kept_beside_is_gone_once_it_is_complete(
     with pytest.raises(RuntimeError), harness.writing("train", rows[:1], out) as going:
         raise RuntimeError
     assert len(json.loads(out.read_text())["rows"]) == 2
-    assert going.path.exists()
     assert not json.loads(going.path.read_text())["complete"]
 
 
@@ -218,9 +212,9 @@ def test_what_the_time_cut_short_is_not_complete(harness: Any, tmp_path: Path) -
     late = {"name": "timm", "kind": "peer", "failed": harness.TIME_UP}
     for rows, complete in (([*ROWS], True), ([*ROWS, late], False)):
         out = tmp_path / f"{complete}.json"
-        with harness.writing("train", rows, out):
+        with harness.writing("train", rows, out) as going:
             pass
-        assert json.loads(out.read_text())["complete"] is complete
+        assert json.loads(going.path.read_text())["complete"] is complete
 
 
 def test_whole_rounds(harness: Any) -> None:

@@ -66,7 +66,7 @@ def test_efficiency_and_communication_are_taken_round_by_round(load: Callable[[s
 @pytest.mark.parametrize(("ranks", "batch", "rounds", "said"), [
     ((1, 64), 64, 5, r"--ranks 1 64: this machine has 2 core\(s\), so at most 2 ranks"),
     ((1, 2), 3, 5, "--batch-size 3 cannot be divided by each of 1, 2 ranks"),
-    ((1, 2), 4, 3, "--rounds 3: take at least 5"),
+    ((1, 2), 4, 3, "--rounds 3: an interval wants at least 5"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_said(
     load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...], batch: int, rounds: int,
@@ -76,7 +76,7 @@ def test_what_cannot_be_measured_is_said(
     monkeypatch.setattr(scaling, "available_cores", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match=said):
-        scaling.job(scaling.Options(ranks=ranks, batch_size=batch, rounds=rounds))
+        scaling.main(scaling.Options(ranks=ranks, batch_size=batch, rounds=rounds))
 
 
 def test_powers_of_two_up_to_the_gpus(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:

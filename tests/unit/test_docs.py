@@ -69,7 +69,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def told(page: str) -> list[list[str]]:
-    """All commands of a page's blocks, and of benchmarks, which need nothing but their flags, those in its lines too."""
+    """All commands of a page's blocks; those of benchmarks, which need nothing but flags, in its lines as well."""
     within = [words for span in spans(page) for words in commands(span) if "/" in words[0]]
     return [*(words for block in blocks(page) for words in commands(block)), *within]
 

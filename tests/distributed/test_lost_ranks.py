@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from reference import needs_dali
 from tests_support import SMALL, first_checkpoint, forked, job, task
 
 from fastddr import checkpoints
@@ -55,6 +56,7 @@ def test_a_lost_rank_ends_the_job(how: str, tiny: Path, tmp_path: Path) -> None:
     assert checkpoints.load(run / "checkpoints" / "last").state["progress"]["step"] <= status["step"]
 
 
+@needs_dali
 @pytest.mark.slow
 def test_the_reason_of_one_rank_is_told_by_the_other(tiny: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))

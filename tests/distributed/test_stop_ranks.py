@@ -1,13 +1,15 @@
-"""Two ranks that are asked to stop agree on the step."""
+"""Two ranks that are asked to stop agree on the step, and any number of ranks goes on from there."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
-from tests_support import first_checkpoint, job
+import torch
+from tests_support import ROOT, SMALL, first_checkpoint, forked, job, train, weights
 
 from fastddr import checkpoints
 
@@ -31,3 +33,30 @@ def test_two_ranks_stop_at_the_same_step(how: str, tiny: Path, tmp_path: Path) -
     saved = checkpoints.load(run / "checkpoints" / "last")
     assert saved.state["progress"]["step"] == found["step"] > 0
     assert f"stopped at step {found['step']}" in text
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_goes_on_with_a_run(tiny: Path, tmp_path: Path) -> None:
+    """One rank begins, two go on twice, and one ends it: on a model without BatchNorm, as one rank alone does."""
+    run, hours = tmp_path / "run", ("--max-hours", "1e-9")
+    small = ("--model", "cnn", "--batch-size", "4", "--micro-batch-size", "2")
+    alone = train(tiny, tmp_path / "alone", *small)
+    train(tiny, run, *small, *hours)
+    script, told = ROOT / "fastddr" / "train.py", ("--data", str(tiny), "--run-dir", "run", *SMALL, *small, *hours)
+    done = forked("2,2", script, *told, cwd=tmp_path)
+    assert re.findall(r"(resumed|stopped) at step (\d+)", done.stdout) == [
+        ("resumed", "1"), ("stopped", "3"), ("resumed", "3"), ("stopped", "5"),
+    ], done.stderr[-3000:]  # fmt: skip
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    train(tiny, run, *small)
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    logged, wanted = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, alone)
+    ]
+    assert [line["step"] for line in logged] == [line["step"] for line in wanted], "none is doubled or missing"
+    for name in ("train/loss", "valid/loss", "final/test_loss"):
+        losses = [line[name] for line in logged if name in line]
+        assert losses == pytest.approx([line[name] for line in wanted if name in line], rel=2e-5)
+    one, other = weights(run), weights(alone)
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-5)

@@ -12,6 +12,7 @@ import sys
 import termios
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from rich.console import Console
-from tests_support import ROOT, SMALL, ended, settings, train, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests_support import ROOT, SMALL, ended, environment, forked, launching, settings, train, weights
 
 from fastddr import checkpoints, ranks, runs, stopping
+from fastddr import trainer as trainer_module
 from fastddr.errors import UserError
 from fastddr.stopping import Stopping, StopRequested
 from fastddr.trainer import Trainer
@@ -80,6 +82,51 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         rows = (place / "report" / "report.md").read_text().splitlines()
         assert all(any(row.startswith(f"| {fact}{of} |") for row in rows) for fact in ("Command", "Device", "Versions"))
     assert len((run / "test_scorings.jsonl").read_text().splitlines()) == 1
+
+
+#: Each start is killed at another place: in a step, at the last call of a save, and as the report is made.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastddr import checkpoints, train, trainer
+
+number = len(list(Path().glob("start-*")))
+Path(f"start-{number}").touch()
+place, name, call = [
+    (trainer, "training_step", 3), (checkpoints, "point", 2), (trainer, "write_final", 1),
+][number]
+real, calls = getattr(place, name), 0
+
+def killed(*arguments, **keywords):
+    global calls
+    calls += 1
+    if calls == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **keywords)
+
+setattr(place, name, killed)
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(undisturbed: Path, tiny: Path, tmp_path: Path) -> None:
+    """After a kill no `finally` runs: nothing is flushed, closed or let go of by Python."""
+    run, often, script = tmp_path / "run", ("--save-every-steps", "1", "--tracking.tensorboard"), tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = forked("1,1,1", script, "--data", str(tiny), "--run-dir", "run", *SMALL, *often, cwd=tmp_path)
+    assert len(list(tmp_path.glob("start-*"))) == 3
+    assert done.returncode == -signal.SIGKILL % 256, done.stderr[-3000:]
+    assert status(run) == {"state": "running", "step": 6, "reason": ""}
+    assert (run / ".lock").exists()
+    train(tiny, run, *often)
+    assert status(run)["state"] == "done"
+    one, other = weights(undisturbed), weights(run)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert figures(run) == figures(undisturbed), "no step is doubled or missing, and no validation"
+    losses = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("how", ["stopped", "saved"])
@@ -158,6 +205,32 @@ def test_a_signal_stops_the_command(number: int, tiny: Path, tmp_path: Path) -> 
     assert (found["state"], found["reason"]) == ("preempted", said)
     assert found["step"] >= 6
     assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent is dead")
+def test_a_trainer_whose_launcher_is_killed_saves_and_ends(tiny: Path, tmp_path: Path) -> None:
+    _, script, *arguments = endless(tiny)
+    begun = subprocess.Popen(
+        launching(1, Path(script), *arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=environment(),
+    )  # fmt: skip
+    with ended(begun) as launcher:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        trainers = psutil.Process(launcher.pid).children(recursive=True)
+        try:
+            launcher.kill()
+            said, _ = launcher.communicate(timeout=120)  # until the trainer ends, which writes there too
+        finally:
+            for trainer in trainers:
+                with suppress(psutil.NoSuchProcess):
+                    trainer.kill()
+    found = status(tmp_path / "run")
+    assert (found["state"], found["reason"]) == ("preempted", "SIGTERM"), said
+    assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"] >= 6
 
 
 @pytest.mark.slow
@@ -385,21 +458,28 @@ def test_a_run_that_is_done_stays_done_whatever_comes_after(
 
 
 @pytest.mark.parametrize(
-    ("why", "state", "step"), [(ranks.INTERRUPTED, "preempted", 4), ("ValueError: 1", "failed", 6)]
+    ("why", "state", "step"), [(ranks.INTERRUPTED, "preempted", 4), ("ValueError: 1", "failed", 5)]
 )
-def test_a_run_is_preempted_where_another_rank_was(why: str, state: str, step: int, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_is_preempted_where_another_rank_was(
+    why: str, state: str, step: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In its first compiled step a rank that was asked to stop can agree on nothing with the others, and ends.
 
     Nothing is saved then, and a run that is preempted stands where it was saved.
     """
-    trainer: Any = Trainer(settings(tiny, tmp_path))
-    trainer.console, trainer._began = Console(), True
-    trainer.runtime, trainer.accelerator = SimpleNamespace(world=1), SimpleNamespace(end_training=lambda: None)
-    trainer.run.set_status("running", 4)
-    trainer.progress.step = 6
-    lost = ranks.RankLost(f"rank 1 ended: {why}")
-    trainer.__exit__(ranks.RankLost, lost, None)
-    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == (state, step)
+    trained, steps = trainer_module.training_step, 0
+
+    def lost(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise ranks.RankLost(f"rank 1 ended: {why}")
+        return trained(*arguments)
+
+    monkeypatch.setattr(trainer_module, "training_step", lost)
+    with pytest.raises(ranks.RankLost):
+        train(tiny, tmp_path / "run", "--save-every-steps", "4")
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == (state, step)
 
 
 def test_a_run_that_cannot_go_on_is_not_asked_to_try_again(tiny: Path, tmp_path: Path) -> None:

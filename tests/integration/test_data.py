@@ -39,15 +39,12 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("loader", ["dali", "resident", "torchvision"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_damaged_photograph_stops_a_run_before_its_first_step(
-    loader: str, split: str, copy: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_photograph_stops_a_run_before_its_first_step(split: str, copy: Path, tmp_path: Path) -> None:
     """Even one that would be decoded only at the end of the last epoch, and that nobody checked before."""
     bad = spoil(copy, split, 3, -2)
     with pytest.raises(UserError) as caught:
-        train(copy, tmp_path / "run", "--loader", loader)
+        train(copy, tmp_path / "run")
     assert str(bad) in str(caught.value)
     assert "it breaks off in the middle" in str(caught.value)
     assert not (tmp_path / "run").exists(), "nothing was begun"

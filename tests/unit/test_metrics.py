@@ -149,8 +149,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
     for name, value in one.items():
         assert (value is None) == (other[name] is None), name
         if value is not None:
-            # torchmetrics has the calibration error in single precision.
-            assert value == pytest.approx(other[name], abs=2e-6 if name == ".ece" else 1e-9), name
+            assert value == pytest.approx(other[name], abs=1e-9), name
 
 
 def test_the_best_epoch_cannot_be_had_by_calling_all_ungradable() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from reference import needs_dali
 from tests_support import settings
 
 from fastddr import loaders
@@ -182,7 +183,7 @@ def test_it_is_said_where_evaluation_shows_things_much_smaller(tiny: Path, tmp_p
         assert ["1.5 times smaller" in line for line in said if "than in training" in line] == times
 
 
-@pytest.mark.parametrize("lacks", ["DALI", "Triton", "nothing"])
+@pytest.mark.parametrize("lacks", ["DALI", pytest.param("Triton", marks=needs_dali), "nothing"])
 def test_all_ranks_load_as_the_least_of_them_can(
     lacks: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +197,6 @@ def test_all_ranks_load_as_the_least_of_them_can(
         return items * 2
 
     monkeypatch.setattr("fastddr.ranks.gather", gather)
-    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
     said: list[str] = []
     loaders = opened(settings(tiny, tmp_path / "run", "--loader", "auto", "--epochs", "3"), tiny, said)
     assert loaders.choice.loader == other

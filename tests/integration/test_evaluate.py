@@ -454,20 +454,3 @@ def test_a_report_is_made_again(run: Path, tmp_path: Path, capsys: pytest.Captur
         assert "tensorboard" not in said
         assert title in said.splitlines()[0]
         assert (place / "report.md").read_text().startswith(f"# {title}\n")
-
-
-def test_a_report_that_cannot_be_made_again_is_one_sentence(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    (copy / "report" / "about.json").write_text("{")
-    shutil.copytree(run, tmp_path / "early", ignore=shutil.ignore_patterns("report"))
-    for place, expected in (
-        (copy, "cannot be read"),
-        (tmp_path / "early", "has no report yet"),
-        (tmp_path, "no run here"),
-    ):
-        assert main(["report", str(place)]) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith("fastddr: ")
-        assert expected in line

@@ -75,19 +75,6 @@ def test_what_is_no_number_is_told_in_plain_words(flags: list[str], said: str) -
     assert str(caught.value) == said
 
 
-@pytest.mark.parametrize("text", ["other.jpg\n", "path;kind\nother.jpg;truncated\n"])
-def test_a_list_that_matches_nothing_is_an_error(text: str, tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(UserError, match="none of its 1 paths is a photograph of"):
-        survey.take(str(tiny), exclude=problems.read_list(tmp_path / "bad.csv"))
-
-
-def test_a_list_may_be_of_a_spreadsheet(tiny: Path, tmp_path: Path) -> None:
-    path = survey.take(str(tiny)).entries[0].path
-    (tmp_path / "bad.csv").write_text(f"kind;path\ntruncated;{path}\n")
-    assert problems.read_list(tmp_path / "bad.csv") == {path}
-
-
 def test_no_two_heat_maps_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     photographs = [Photo(path=name) for name in ("a.jpg", "a.png", "a.2.jpg", "sub/A.jpg")]
     found = [path.name for path in predict.overlays(Path("maps"), photographs)]

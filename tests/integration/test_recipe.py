@@ -120,7 +120,7 @@ def test_two_ranks_fit_the_same_grading(tiny: Path, tmp_path: Path) -> None:
     assert kept != Grading()
 
 
-def test_class_weights_come_from_train_and_change_the_run(tiny: Path, tmp_path: Path) -> None:
+def test_class_weights_come_from_train_and_change_the_run_as_mixing_does(tiny: Path, tmp_path: Path) -> None:
     mixed = ["--loss.label-smoothing", "0.1", "--augment.mixup", "0.4", "--augment.cutmix", "1"]
     config = settings(tiny, tmp_path / "run", "--loss.class-weights", "inverse", "--epochs", "1", *mixed)
     with Trainer(config) as trainer:
@@ -129,7 +129,9 @@ def test_class_weights_come_from_train_and_change_the_run(tiny: Path, tmp_path: 
         assert expected[1] > expected[0]
         trainer.fit()
     plain = train(tiny, tmp_path / "plain", "--epochs", "1", *mixed)
-    assert not torch.equal(weights(tmp_path / "run")["head.weight"], weights(plain)["head.weight"])
+    unmixed = train(tiny, tmp_path / "unmixed", "--epochs", "1", *mixed[:2])
+    for other in (tmp_path / "run", unmixed):
+        assert not torch.equal(weights(other)["head.weight"], weights(plain)["head.weight"])
 
 
 def test_the_report_averages_the_views_that_were_asked_for(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -194,9 +194,7 @@ def test_a_complete_result_takes_the_place_of_another_command_s_and_says_so(
     assert told.startswith(f"{out.name} is there, of another command ({before})")
 
 
-def test_a_result_that_was_kept_beside_is_gone_once_it_is_complete(
-    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_that_was_kept_beside_is_gone_once_it_is_complete(harness: Any, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     rows: list[Any] = [ROWS[0]]
     harness.write("train", rows, out)

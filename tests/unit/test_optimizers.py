@@ -200,15 +200,6 @@ def test_ema_is_the_recurrence_by_hand() -> None:
     assert ema.n_averaged.item() == 6
 
 
-def test_torchs_own_update_averages_the_statistics_too() -> None:
-    model = tiny()
-    ema = optimizers.make_ema(model, 0.75)
-    for mean in (4.0, 8.0):  # the first is taken as it is
-        model[1].running_mean.fill_(mean)
-        ema.update_parameters(model)
-    assert ema.module[1].running_mean.tolist() == [5.0] * 4
-
-
 def test_ema_is_a_separate_model_that_takes_no_gradient() -> None:
     model = tiny().to(memory_format=torch.channels_last)
     before = copy.deepcopy(model.state_dict())

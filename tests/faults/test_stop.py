@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tests_support import ROOT, SMALL, ended, settings, train, weights
+from tests_support import ROOT, SMALL, ended, lines, settings, train, weights
 
 from fastddr import checkpoints, ranks, runs, stopping
 from fastddr.errors import UserError
@@ -30,8 +30,7 @@ from fastddr.trainer import Trainer
 def figures(run: Path) -> list[dict[str, Any]]:
     """All logged lines but what differs from run to run: times, speeds, memory."""
     keep = ("step", "epoch", "train/loss", "train/accuracy", "train/lr", "valid/", "final/")
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    same = [{key: value for key, value in line.items() if key.startswith(keep)} for line in logged]
+    same = [{key: value for key, value in line.items() if key.startswith(keep)} for line in lines(run)]
     return [{key: value for key, value in line.items() if not key.endswith("_gib")} for line in same]
 
 

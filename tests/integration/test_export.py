@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import train
+from tests_support import report, train
 
 from fastddr.__main__ import main
 from fastddr.data import manifest
@@ -60,7 +60,7 @@ def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, w
     assert str(run.parent) not in (out / "export.json").read_text(), "no place of this machine"
     card = (out / "model_card.md").read_text()
     assert "Research use only; not a medical device." in card
-    figures = json.loads((run / "report" / "metrics.json").read_text())["test"]
+    figures = report(run)["test"]
     low, high = figures["ci"]["accuracy"]
     assert f"{100 * figures['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})" in card
     assert "| train | 9 | 4 | 7 | 3 | 4 | 1 |" in card
@@ -86,7 +86,7 @@ def test_the_card_says_how_the_figures_came_and_test_is_left_alone(regression: P
     out = tmp_path / "out"
     assert main(["export", str(regression), "--format", "safetensors", "--out", str(out)]) == 0
     card = (out / "model_card.md").read_text()
-    figures = json.loads((regression / "report" / "metrics.json").read_text())
+    figures = report(regression)
     assert set(figures) == {"train", "valid", "valid_last"}
     assert f"{figures['valid']['qwk']:.3f} (" in card
     assert "flips averaged views, and this file sees one" in card
@@ -102,7 +102,7 @@ def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path)
     weights = json.loads((out / "export.json").read_text())["weights"]
     copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     restored = restore.Restored(RunFolder(copy), restore.stored(run), torch.nn.Identity(), weights, fingerprint="")
-    figures = json.loads((copy / "report" / "metrics.json").read_text())
+    figures = report(copy)
     assert figures["valid_last"]["weights"] == weights
     figures["valid_last"]["weights"] = f"{weights}, flips averaged"
     (copy / "report" / "metrics.json").write_text(json.dumps(figures))

@@ -26,11 +26,6 @@ ALL = [*REAL, "replay"]
 WARPED = {"torchvision": 1.01}
 
 
-@pytest.fixture(scope="module")
-def found(tiny: Path) -> manifest.Manifest:
-    return manifest.read(tiny)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_a_batch_is_what_the_design_says(name: str, found: manifest.Manifest) -> None:
     wanted = task(found)

@@ -42,6 +42,21 @@ def needs(format: str) -> None:
             pytest.importorskip(package)
 
 
+def takes_any_batch_and_canvas(file: Path, run: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [(put.name, put.type) for put in session.get_inputs()] == [("canvas", "tensor(uint8)")]
+    canvas = np.random.default_rng(0).integers(0, 256, (5, 90, 131, 3), dtype=np.uint8)
+    [whole] = session.run(["probabilities"], {"canvas": canvas})
+    assert whole.shape == (5, 5)
+    assert whole.sum(1) == pytest.approx(1, abs=1e-5)
+    [window] = session.run(None, {"canvas": np.ascontiguousarray(canvas[2:3, 13:77, 33:97])})
+    np.testing.assert_allclose(window[0], whole[2], atol=1e-6, err_msg="the middle 64 px are what is graded")
+    stored = session.get_modelmeta().custom_metadata_map["fastddr"]
+    assert json.loads(stored)["fingerprint"] == manifest.fingerprint_in(run / "manifest.csv")
+
+
 @pytest.mark.parametrize(
     ("format", "window"), [("safetensors", "full"), ("torch-export", "center"), ("onnx", "full"), ("onnx", "multi")]
 )
@@ -65,6 +80,8 @@ def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, w
     assert f"{100 * figures['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})" in card
     assert "| train | 9 | 4 | 7 | 3 | 4 | 1 |" in card
     assert ("which graded by the window `full`" in card) == (window != "full")
+    if (format, window) == ("onnx", "full"):
+        takes_any_batch_and_canvas(out / "model.onnx", run)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
@@ -120,23 +137,6 @@ def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path)
         (copy / "manifest.csv").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.csv: this is no list of a run's photographs"):
             card.read(restored)
-
-
-def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:
-    needs("onnx")
-    import onnxruntime
-
-    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
-    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [(put.name, put.type) for put in session.get_inputs()] == [("canvas", "tensor(uint8)")]
-    canvas = np.random.default_rng(0).integers(0, 256, (5, 90, 131, 3), dtype=np.uint8)
-    [whole] = session.run(["probabilities"], {"canvas": canvas})
-    assert whole.shape == (5, 5)
-    assert whole.sum(1) == pytest.approx(1, abs=1e-5)
-    [window] = session.run(None, {"canvas": np.ascontiguousarray(canvas[2:3, 13:77, 33:97])})
-    np.testing.assert_allclose(window[0], whole[2], atol=1e-6, err_msg="the middle 64 px are what is graded")
-    stored = session.get_modelmeta().custom_metadata_map["fastddr"]
-    assert json.loads(stored)["fingerprint"] == manifest.read(tiny).fingerprint
 
 
 @pytest.mark.slow

@@ -66,6 +66,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def found(tiny: Path) -> Manifest:
+    """The manifest of the tiny set."""
+    from fastddr.data import manifest
+
+    return manifest.read(tiny)
+
+
+@pytest.fixture(scope="session")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Seven photographs a split, of many shapes and sizes (`photographs.mixed`)."""
     import photographs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +76,33 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     assert saved.ema is not None
     moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in saved.optimizer["state"].items() for k, v in s.items()}
     return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def report(run: Path) -> dict[str, Any]:
+    """The figures of a run's report, by split."""
+    found: dict[str, Any] = json.loads((run / "report" / "metrics.json").read_text())
+    return found
+
+
+def evaluated(run: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, str]], Path]:
+    """Figures, rows of predictions.csv, and the folder of a new evaluation."""
+    from fastddr.__main__ import main
+
+    before = set((run / "evaluations").glob("*"))
+    assert main(["evaluate", str(run), *arguments]) == 0
+    [folder] = set((run / "evaluations").glob("*")) - before
+    return json.loads((folder / "metrics.json").read_text()), table(folder / "predictions.csv"), folder
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def launching(ranks: int, script: str | Path, *arguments: str) -> list[str]:

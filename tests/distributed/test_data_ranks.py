@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, forked, launch
+from tests_support import ROOT, forked
 
 from fastddr.__main__ import main
 from fastddr.data import survey
@@ -39,7 +39,7 @@ def test_check_on_two_ranks_says_what_one_says(
 
 @pytest.mark.slow
 def test_two_ranks_stop_at_the_same_photograph(spoiled: Path, tmp_path: Path) -> None:
-    done = launch(2, ROOT / "fastddr" / "train.py", "--data", str(spoiled), "--run-dir", "run", cwd=tmp_path)
+    done = forked(2, ROOT / "fastddr" / "train.py", "--data", str(spoiled), "--run-dir", "run", cwd=tmp_path)
     ours = [line for line in done.stderr.splitlines() if line.startswith("fastddr:")]
     assert len(ours) == 2
     assert ours[0] == ours[1]

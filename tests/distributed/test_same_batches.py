@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_support import SMALL, forked
+from tests_support import SMALL, forked, lines
 
 #: Trains as `fastddr/train.py` does, but BatchNorm keeps the statistics that it began with, so that nothing but the sum
 #: over the batch can depend on its cut into ranks. Training so is of no use to anyone, hence no option of fastddr's.
@@ -62,8 +62,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
 
 
 def losses(run: Path, name: str) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in lines(run) if name in line]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from tests_support import ROOT, SMALL, ended, environment
+from tests_support import ROOT, SMALL, ended, environment, lines, report
 
 from fastddr import checkpoints
 
@@ -130,10 +130,10 @@ def test_two_machines_train_lose_each_other_and_go_on(
     assert codes == [0, 0], said[-3000:]
     assert f"resumed at step {saved}" in said
     assert json.loads((run / "status.json").read_text())["state"] == "done"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 121)), "no step twice"
-    assert [line["epoch"] for line in lines if "valid/qwk" in line] == list(range(1, 41))
-    figures = json.loads((run / "report" / "metrics.json").read_text())
+    logged = lines(run)
+    assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, 121)), "no step twice"
+    assert [line["epoch"] for line in logged if "valid/qwk" in line] == list(range(1, 41))
+    figures = report(run)
     assert {split: figures[split]["n"] for split in ("train", "valid", "test")} == {
         "train": 27,
         "valid": 11,

@@ -95,7 +95,8 @@ def full(file: object = None, *_: object, **__: object) -> None:
 def test_a_full_disk_ends_the_run_cleanly_and_the_next_start_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, run = train(tiny, tmp_path / "undisturbed"), tmp_path / "run"
+    mixed = ("--augment.mixup", "0.5", "--augment.cutmix", "0.5")
+    undisturbed, run = train(tiny, tmp_path / "undisturbed", *mixed), tmp_path / "run"
     save = Saver.save
 
     with monkeypatch.context() as patch:
@@ -109,11 +110,11 @@ def test_a_full_disk_ends_the_run_cleanly_and_the_next_start_goes_on(
         patch.setattr(Saver, "save", save_and_fill)
         said = r"No space left on device; the run ends at step .*the last checkpoint is step-00000002: "
         with pytest.raises(UserError, match=said):
-            train(tiny, run, "--save-every-steps", "1")
+            train(tiny, run, "--save-every-steps", "1", *mixed)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed"
     assert "No space left" in status["reason"]
-    train(tiny, run)
+    train(tiny, run, *mixed)
     one, other = weights(undisturbed), weights(run)
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests_support import ROOT, SMALL, ended, environment, forked, launching, settings, train, weights
+from tests_support import ROOT, SMALL, ended, environment, forked, launching, lines, settings, train, weights
 
 from fastddr import checkpoints, ranks, runs, stopping
 from fastddr import trainer as trainer_module
@@ -33,8 +33,7 @@ from fastddr.trainer import Trainer
 def figures(run: Path) -> list[dict[str, Any]]:
     """All logged lines but what differs from run to run: times, speeds, memory."""
     keep = ("step", "epoch", "train/loss", "train/accuracy", "train/lr", "valid/", "final/")
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    same = [{key: value for key, value in line.items() if key.startswith(keep)} for line in logged]
+    same = [{key: value for key, value in line.items() if key.startswith(keep)} for line in lines(run)]
     return [{key: value for key, value in line.items() if not key.endswith("_gib")} for line in same]
 
 
@@ -251,26 +250,6 @@ def test_a_closed_terminal_stops_the_command(tiny: Path, tmp_path: Path) -> None
     found = status(tmp_path / "run")
     assert (found["state"], found["reason"]) == ("preempted", "SIGHUP")
     assert checkpoints.load(tmp_path / "run" / "checkpoints" / "last").state["progress"]["step"] == found["step"] >= 3
-
-
-def test_what_a_test_has_started_ends_with_it_though_it_fails() -> None:
-    command = ["sh", "-c", "sleep 1000 & echo $!; wait"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    child = psutil.Process(int(process.stdout.readline()))
-
-    def fails() -> None:
-        with ended(process):
-            child.suspend()
-            raise AssertionError
-
-    with pytest.raises(AssertionError):
-        fails()
-    assert process.returncode == -signal.SIGKILL
-    ends = time.monotonic() + 60
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < ends
-        time.sleep(0.01)
 
 
 def test_a_launchers_sigterm_does_not_cut_short_what_a_failing_run_writes(

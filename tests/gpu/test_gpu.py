@@ -15,7 +15,7 @@ import photographs
 import pytest
 import torch
 from photographs import ODD
-from reference import DECODED, DECODED_MEAN, REAL, furthest, needs_dali
+from reference import DECODED, DECODED_MEAN, POLICIES, REAL, furthest, needs_dali
 from tests_support import environment, task
 
 from fastddr import loaders
@@ -25,11 +25,6 @@ from fastddr.loaders import dali_decoder
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)
-POLICIES = {
-    "none": AugmentConfig(hflip=False, vflip=False),
-    "report": AugmentConfig(),
-    "fundus": AugmentConfig(rotate=180, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
-}
 #: What half precision adds to a normalised value of up to 2.7, in grey levels (of 255, a standard deviation of 0.3).
 ROUNDED = {torch.float16: 0.1, torch.bfloat16: 0.8}
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from photographs import folders, kaggle, photos
-from tests_support import TINY, TINY_SIZE, settings, train
+from tests_support import TINY, TINY_SIZE, report, settings, table, train
 
 from fastddr.__main__ import main
 from fastddr.data import photograph, synthetic
@@ -35,10 +33,6 @@ def spoil(copy: Path, split: str, number: int, end: int | None) -> Path:
     return path.relative_to(copy / "DR_grading")
 
 
-def read(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_damaged_photograph_stops_a_run_before_its_first_step(split: str, copy: Path, tmp_path: Path) -> None:
     """Even one that would be decoded only at the end of the last epoch, and that nobody checked before."""
@@ -57,12 +51,11 @@ def test_bad_photographs_are_left_out_and_listed_and_the_run_can_go_on(copy: Pat
     assert "## Left out" in text
     for path in bad:
         assert f"| {path} |" in text
-    with (run / "report" / "left_out.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(run / "report" / "left_out.csv")
     assert sorted((row["path"], row["kind"]) for row in rows) == sorted(
         (str(path), kind) for path, kind in zip(bad, ["truncated", "empty", "truncated"], strict=True)
     )
-    figures = read(run / "report" / "metrics.json")
+    figures = report(run)
     for split, path in zip(TINY, bad, strict=True):
         labels = (copy / "DR_grading" / f"{split}.txt").read_text().splitlines()
         assert figures[split]["n"] == sum(TINY[split][:5]) - (f"{path.name} 5" not in labels)
@@ -89,7 +82,7 @@ def test_headers_alone_where_they_are_asked_for(copy: Path, tmp_path: Path) -> N
     bad = spoil(copy, "train", 3, -2)
     with pytest.raises(UserError, match=str(bad)):
         train(copy, tmp_path / "run", "--check", "header")
-    assert read(tmp_path / "run" / "status.json")["state"] == "failed"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_a_run_goes_on_only_with_the_same_photographs(
@@ -107,14 +100,14 @@ def test_a_run_goes_on_only_with_the_same_photographs(
 
 def test_ungradable_as_a_sixth_class(tiny: Path, tmp_path: Path) -> None:
     run = train(tiny, tmp_path / "run", "--ungradable", "class", "--epochs", "1")
-    figures = read(run / "report" / "metrics.json")
+    figures = report(run)
     assert {split: figures[split]["n"] for split in TINY} == {split: sum(TINY[split]) for split in TINY}
     assert [sum(row) for row in figures["test"]["confusion_matrix"]] == list(TINY["test"])
     text = (run / "report" / "report.md").read_text()
     assert "Six classes: 2 ungradable photographs" in text
     assert "5 Ungradable" in text
-    with (run / "report" / "predictions.csv").open(newline="") as file:
-        assert csv.DictReader(file).fieldnames == ["path", "split", "grade", "predicted", *(f"p{c}" for c in range(6))]
+    [row, *_] = table(run / "report" / "predictions.csv")
+    assert list(row) == ["path", "split", "grade", "predicted", *(f"p{c}" for c in range(6))]
     with pytest.raises(UserError, match="ungradable was 'class' and is now 'exclude'"):
         train(tiny, tmp_path / "run", "--epochs", "1")
 
@@ -124,7 +117,7 @@ def test_a_copy_without_splits_is_split_and_the_report_says_how(tmp_path: Path) 
     run = train(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--canvas", "80")
     text = (run / "report" / "report.md").read_text()
     assert "The set has no splits: 30% for test were drawn by chance (seed 0), stratified by grade" in text
-    figures = read(run / "report" / "metrics.json")
+    figures = report(run)
     assert {split: figures[split]["n"] for split in TINY} == {"train": 20, "valid": 10, "test": 10}
     with pytest.raises(UserError, match=r"splitting.seed was 0 and is now 1"):
         train(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--splitting.seed", "1")
@@ -148,24 +141,21 @@ def test_odd_names_pass_the_whole_way(tmp_path: Path) -> None:
     place = root / "test" / "0"
     os.rename(sorted(place.iterdir())[0], place / name)
     run = train(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4")
-    with (run / "report" / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        assert f"test/0/{name}" in {row["path"] for row in csv.DictReader(file)}
+    assert f"test/0/{name}" in {row["path"] for row in table(run / "report" / "predictions.csv")}
 
 
 def test_patients_reach_the_intervals(tmp_path: Path) -> None:
     data = synthetic.generate(tmp_path / "set", counts=TINY, size=TINY_SIZE, workers=1, layout="csv")
     run = train(data, tmp_path / "run", "--epochs", "1")
-    report = run / "report"
-    with (report / "predictions.csv").open(newline="") as file:
-        tests = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    tests = [row for row in table(run / "report" / "predictions.csv") if row["split"] == "test"]
     patients = {row["patient"] for row in tests}
     assert "" not in patients
     assert len(patients) < len(tests)
-    found = read(report / "metrics.json")["test"]
+    found = report(run)["test"]
     assert (found["ci"]["patients"], found["n"]) == (len(patients), len(tests))
-    text = (report / "report.md").read_text()
+    text = (run / "report" / "report.md").read_text()
     assert f"{len(tests)} of {len(patients)} patients |" in text
     assert "whole patients are drawn" in text
     assert main(["report", str(run)]) == 0
-    assert (report / "report.md").read_text() == text
+    assert (run / "report" / "report.md").read_text() == text
     assert f",{tests[0]['patient']}\n" in (run / "manifest.csv").read_text()

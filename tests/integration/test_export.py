@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import train
+from tests_support import report, train
 
 from fastddr.__main__ import main
 from fastddr.data import manifest
@@ -42,10 +42,25 @@ def needs(format: str) -> None:
             pytest.importorskip(package)
 
 
+def takes_any_batch_and_canvas(file: Path, fingerprint: str) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [(put.name, put.type) for put in session.get_inputs()] == [("canvas", "tensor(uint8)")]
+    canvas = np.random.default_rng(0).integers(0, 256, (5, 90, 131, 3), dtype=np.uint8)
+    [whole] = session.run(["probabilities"], {"canvas": canvas})
+    assert whole.shape == (5, 5)
+    assert whole.sum(1) == pytest.approx(1, abs=1e-5)
+    [window] = session.run(None, {"canvas": np.ascontiguousarray(canvas[2:3, 13:77, 33:97])})
+    np.testing.assert_allclose(window[0], whole[2], atol=1e-6, err_msg="the middle 64 px are what is graded")
+    stored = session.get_modelmeta().custom_metadata_map["fastddr"]
+    assert json.loads(stored)["fingerprint"] == fingerprint
+
+
 @pytest.mark.parametrize(
     ("format", "window"), [("safetensors", "full"), ("torch-export", "center"), ("onnx", "full"), ("onnx", "multi")]
 )
-def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, window: str) -> None:
+def test_a_file_gives_the_runs_answers(run: Path, tiny: Path, tmp_path: Path, format: str, window: str) -> None:
     needs(format)
     out = tmp_path / "out"
     tmp_path.chmod(0o2755)
@@ -60,11 +75,13 @@ def test_a_file_gives_the_runs_answers(run: Path, tmp_path: Path, format: str, w
     assert str(run.parent) not in (out / "export.json").read_text(), "no place of this machine"
     card = (out / "model_card.md").read_text()
     assert "Research use only; not a medical device." in card
-    figures = json.loads((run / "report" / "metrics.json").read_text())["test"]
+    figures = report(run)["test"]
     low, high = figures["ci"]["accuracy"]
     assert f"{100 * figures['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})" in card
     assert "| train | 9 | 4 | 7 | 3 | 4 | 1 |" in card
     assert ("which graded by the window `full`" in card) == (window != "full")
+    if (format, window) == ("onnx", "full"):
+        takes_any_batch_and_canvas(out / "model.onnx", manifest.read(tiny).fingerprint)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
@@ -86,7 +103,7 @@ def test_the_card_says_how_the_figures_came_and_test_is_left_alone(regression: P
     out = tmp_path / "out"
     assert main(["export", str(regression), "--format", "safetensors", "--out", str(out)]) == 0
     card = (out / "model_card.md").read_text()
-    figures = json.loads((regression / "report" / "metrics.json").read_text())
+    figures = report(regression)
     assert set(figures) == {"train", "valid", "valid_last"}
     assert f"{figures['valid']['qwk']:.3f} (" in card
     assert "flips averaged views, and this file sees one" in card
@@ -102,7 +119,7 @@ def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path)
     weights = json.loads((out / "export.json").read_text())["weights"]
     copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     restored = restore.Restored(RunFolder(copy), restore.stored(run), torch.nn.Identity(), weights, fingerprint="")
-    figures = json.loads((copy / "report" / "metrics.json").read_text())
+    figures = report(copy)
     assert figures["valid_last"]["weights"] == weights
     lost = f"{weights}, for the best ones are lost"  # as `saving.best` names them
     for told, views in ((f"{weights}, flips averaged", True), (lost, False), (f"{lost}, flips averaged", True)):
@@ -140,23 +157,6 @@ def test_photographs_that_are_not_the_runs_any_more_are_not_called_so(run: Path,
         card = (tmp_path / f"out-{changed}" / "model_card.md").read_text()
         assert ("(of the valid split of its data)" in card) != changed
         assert ("data folder now, and is not what it was trained on)" in card) == changed
-
-
-def test_onnx_takes_any_batch_and_canvas(run: Path, tiny: Path, tmp_path: Path) -> None:
-    needs("onnx")
-    import onnxruntime
-
-    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
-    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [(put.name, put.type) for put in session.get_inputs()] == [("canvas", "tensor(uint8)")]
-    canvas = np.random.default_rng(0).integers(0, 256, (5, 90, 131, 3), dtype=np.uint8)
-    [whole] = session.run(["probabilities"], {"canvas": canvas})
-    assert whole.shape == (5, 5)
-    assert whole.sum(1) == pytest.approx(1, abs=1e-5)
-    [window] = session.run(None, {"canvas": np.ascontiguousarray(canvas[2:3, 13:77, 33:97])})
-    np.testing.assert_allclose(window[0], whole[2], atol=1e-6, err_msg="the middle 64 px are what is graded")
-    stored = session.get_modelmeta().custom_metadata_map["fastddr"]
-    assert json.loads(stored)["fingerprint"] == manifest.read(tiny).fingerprint
 
 
 @pytest.mark.slow

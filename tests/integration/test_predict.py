@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import shutil
 from dataclasses import replace
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_support import ROOT, launch, train
+from tests_support import ROOT, evaluated, forked, table, train
 from torch import nn
 
 from fastddr.__main__ import main
@@ -35,17 +34,10 @@ def run(masters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(masters, tmp_path_factory.mktemp("runs") / "run", "--epochs", "1", "--lr", "0.01")
 
 
-def table(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def evaluated(run: Path, *arguments: str) -> dict[str, dict[str, str]]:
+def graded(run: Path, *arguments: str) -> dict[str, dict[str, str]]:
     """Rows of predictions.csv of a new evaluation of test, by file name."""
-    before = set((run / "evaluations").glob("*"))
-    assert main(["evaluate", str(run), *arguments]) == 0
-    [folder] = set((run / "evaluations").glob("*")) - before
-    return {Path(row["path"]).name: row for row in table(folder / "predictions.csv")}
+    _, rows, _ = evaluated(run, *arguments)
+    return {Path(row["path"]).name: row for row in rows}
 
 
 def raw(tiny: Path, tmp_path: Path) -> Path:
@@ -68,7 +60,7 @@ def test_raw_photographs_get_the_answer_of_their_masters(
     said = capsys.readouterr().out
     assert "13 photographs cropped to the retina (96 px, jpeg), as the run's were" in said
     assert "13 photographs graded under best" in said
-    wanted = evaluated(run, *flags)
+    wanted = graded(run, *flags)
     rows = table(out)
     assert len(rows) == len(wanted) == 13
     for row in rows:
@@ -143,7 +135,7 @@ def test_a_run_on_raw_photographs_prepares_nothing(
         patch.setattr(verb, "score", meanwhile)
         assert main(["predict", str(run), str(photographs), "--out", str(tmp_path / "g.csv")]) == 1
     assert "no preparation: the run was trained on photographs as they are" in capsys.readouterr().out
-    wanted, found = evaluated(run), table(tmp_path / "g.csv")
+    wanted, found = graded(run), table(tmp_path / "g.csv")
     assert [row["p0"] for row in found] == ["" if n == 1 else row["p0"] for n, row in enumerate(wanted.values())]
     assert found[1]["status"] == "changed"
 
@@ -281,9 +273,9 @@ def test_without_captum_it_is_one_sentence(
 @pytest.mark.slow
 def test_two_ranks_write_one_table(run: Path, tiny: Path, tmp_path: Path) -> None:
     photographs = raw(tiny, tmp_path)
-    wanted = evaluated(run)
+    wanted = graded(run)
     asked = ["predict", str(run), str(photographs), "--out", "g.csv", "--batch-size", "4"]
-    done = launch(2, "fastddr", *asked, cwd=tmp_path)
+    done = forked(2, "fastddr", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = table(tmp_path / "g.csv")
     assert [Path(row["path"]).name for row in rows] == sorted(wanted)

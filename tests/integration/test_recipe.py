@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tests_support import ROOT, SMALL, forked, settings, train, weights
+from tests_support import ROOT, SMALL, evaluated, forked, lines, report, settings, train, weights
 
 from fastddr import checkpoints, cli, losses
-from fastddr.__main__ import main
 from fastddr.errors import UserError
 from fastddr.evaluation.grading import Grading
 from fastddr.trainer import Trainer
@@ -23,15 +20,6 @@ REGRESSION = ["--loss.name", "mse", "--lr", "0.02", "--epochs", "3"]
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A regression with averaged weights, done."""
     return train(tiny, tmp_path_factory.mktemp("runs") / "first", *REGRESSION)
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def report(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "report" / "metrics.json").read_text())
-    return found
 
 
 def graded(run: Path, which: str) -> tuple[int, Grading]:
@@ -57,12 +45,9 @@ def test_each_checkpoint_has_the_grading_of_its_weights(run: Path) -> None:
 
 @pytest.mark.parametrize(("which", "split"), [("best", "test"), ("last", "valid")])
 def test_evaluate_uses_the_grading_of_those_weights(run: Path, which: str, split: str) -> None:
-    before = set((run / "evaluations").glob("*"))
-    assert main(["evaluate", str(run), "--split", split, "--weights", which]) == 0
-    [folder] = set((run / "evaluations").glob("*")) - before
+    figures, _, folder = evaluated(run, "--split", split, "--weights", which)
     wanted = report(run)["valid_last" if which == "last" else split]
-    found = json.loads((folder / "metrics.json").read_text())[split]
-    assert {**found, "weights": ""} == {**wanted, "weights": ""}
+    assert {**figures[split], "weights": ""} == {**wanted, "weights": ""}
     told = ", ".join(f"{cut:.4g}" for cut in graded(run, which)[1].thresholds)
     assert f"fitted on valid | {told} |" in (folder / "report.md").read_text()
 
@@ -120,7 +105,7 @@ def test_two_ranks_fit_the_same_grading(tiny: Path, tmp_path: Path) -> None:
     assert kept != Grading()
 
 
-def test_class_weights_come_from_train_and_change_the_run(tiny: Path, tmp_path: Path) -> None:
+def test_class_weights_come_from_train_and_change_the_run_as_mixing_does(tiny: Path, tmp_path: Path) -> None:
     mixed = ["--loss.label-smoothing", "0.1", "--augment.mixup", "0.4", "--augment.cutmix", "1"]
     config = settings(tiny, tmp_path / "run", "--loss.class-weights", "inverse", "--epochs", "1", *mixed)
     with Trainer(config) as trainer:
@@ -129,7 +114,9 @@ def test_class_weights_come_from_train_and_change_the_run(tiny: Path, tmp_path: 
         assert expected[1] > expected[0]
         trainer.fit()
     plain = train(tiny, tmp_path / "plain", "--epochs", "1", *mixed)
-    assert not torch.equal(weights(tmp_path / "run")["head.weight"], weights(plain)["head.weight"])
+    unmixed = train(tiny, tmp_path / "unmixed", "--epochs", "1", *mixed[:2])
+    for other in (tmp_path / "run", unmixed):
+        assert not torch.equal(weights(other)["head.weight"], weights(plain)["head.weight"])
 
 
 def test_the_report_averages_the_views_that_were_asked_for(run: Path, tiny: Path, tmp_path: Path) -> None:

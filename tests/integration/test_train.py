@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests_support import ROOT, TINY, settings, train, weights
+from tests_support import ROOT, TINY, lines, report, settings, table, train, weights
 
 from fastddr import checkpoints, cli, config, runs
 from fastddr import trainer as trainer_module
@@ -27,10 +26,6 @@ from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.saving import Saver
 from fastddr.trainer import Trainer
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +94,10 @@ def test_trackers_are_copies_of_the_figures(run: Path, tiny: Path) -> None:
 
 def test_every_photograph_is_scored_once(run: Path, tiny: Path) -> None:
     found = manifest.read(tiny)
-    with (run / "report" / "predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(run / "report" / "predictions.csv")
     assert [row["path"] for row in rows] == [found.path[i] for s in manifest.SPLITS for i in found.ids(s)]
     assert [int(row["grade"]) for row in rows] == [int(found.grade[i]) for s in manifest.SPLITS for i in found.ids(s)]
-    figures = json.loads((run / "report" / "metrics.json").read_text())
+    figures = report(run)
     assert {name: figures[name]["n"] for name in figures} == {"train": 27, "valid": 11, "test": 13, "valid_last": 11}
     for split in manifest.SPLITS:
         matrix = figures[split]["confusion_matrix"]
@@ -128,7 +122,7 @@ def test_best_is_the_best_by_kappa_and_then_by_loss(run: Path) -> None:
     best = max(kappas, key=lambda step: (round(kappas[step], 9), -scored[step]["valid/loss"]))
     assert os.readlink(run / "checkpoints" / "best") == f"step-{best:08d}"
     assert os.readlink(run / "checkpoints" / "last") == "step-00000006"
-    figures = json.loads((run / "report" / "metrics.json").read_text())
+    figures = report(run)
     assert figures["valid"]["qwk"] == pytest.approx(kappas[best])
     assert figures["valid_last"]["qwk"] == pytest.approx(kappas[6])
 
@@ -194,7 +188,7 @@ def test_the_report_is_of_the_best_weights_and_names_them(
     monkeypatch.setattr(trainer_module, "figures", falling)
     run = train(tiny, tmp_path / "run")
     losses = [line["valid/loss"] for line in lines(run) if "valid/loss" in line]
-    found = json.loads((run / "report" / "metrics.json").read_text())
+    found = report(run)
     assert os.readlink(run / "checkpoints" / "best") == "step-00000003"
     assert found["valid"]["loss"] == pytest.approx(losses[0])
     assert found["valid_last"]["loss"] == pytest.approx(losses[1])
@@ -313,8 +307,7 @@ def test_the_other_models_and_the_other_loader(model: str, tiny: Path, tmp_path:
 
 def test_replay_trains_but_does_not_evaluate_on_one_batch(tiny: Path, tmp_path: Path) -> None:
     run = train(tiny, tmp_path / "run", "--loader", "replay", "--epochs", "1")
-    with (run / "report" / "predictions.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "valid"]
+    rows = [row for row in table(run / "report" / "predictions.csv") if row["split"] == "valid"]
     assert len({row["p0"] for row in rows}) > len(rows) // 2
 
 

@@ -150,7 +150,7 @@ def is_progressive(path: Path) -> bool:
         return bool(photo.info.get("progressive"))
 
 
-def test_a_share_of_the_photographs_is_progressive(made: Path, tmp_path: Path) -> None:
+def test_a_share_of_the_photographs_is_progressive(tmp_path: Path) -> None:
     counts = {"train": (20, 10, 0, 0, 0, 0), "valid": (10, 0, 0, 0, 0, 0)}
     found = []
     for share in (0.0, 0.25, 0.75, 1.0):

@@ -94,12 +94,12 @@ def test_where_a_result_cannot_be_written_nothing_is_measured(load: Any, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_where_no_run_is_asked_for_nothing_is_written(load: Any, tmp_path: Path) -> None:
-    out = tmp_path / "r.json"
-    for name, nothing in (("quickstart", {"seeds": 0}), ("synth", {"rounds": 0}), ("data", {"rounds": 0})):
+def test_where_too_few_runs_are_asked_for_nothing_is_written(load: Any, tmp_path: Path) -> None:
+    out, few = tmp_path / "r.json", {"rounds": 4}
+    for name, asked in (("quickstart", {"seeds": 0}), ("synth", few), ("data", few), ("answers", few)):
         module = load(name)
-        with pytest.raises(UserError, match=r"^--\w+ 0: (give it at least 1|an interval wants at least 5)"):
-            module.main(module.Options(out=out, **nothing))
+        with pytest.raises(UserError, match=r"^--\w+ \d: (give it at least 1|an interval wants at least 5)"):
+            module.main(module.Options(out=out, **asked))
     assert not out.exists()
 
 

@@ -162,7 +162,7 @@ def test_the_command_that_a_refusal_names_draws_the_same_splits(tmp_path: Path) 
     assert told[0] != told[1]
 
 
-def test_a_check_looks_again_though_size_and_time_are_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_looks_again_though_size_and_time_are_the_same(data: Path) -> None:
     """Rot on a disk changes neither."""
     import os
 

@@ -120,19 +120,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, file: str, damage: str)
         checkpoints.load(tmp_path / "last")
 
 
-def test_a_failure_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, 1)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "_write", full)
-    with pytest.raises(OSError, match="No space"):
-        write(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
-    checkpoints.load(tmp_path / "last")
-
-
 def test_the_newest_whole_one_is_taken_and_what_is_passed_over_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     assert checkpoints.load_newest(tmp_path, said.append) is None

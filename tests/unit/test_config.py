@@ -42,6 +42,8 @@ def test_report_presets_keep_the_protocol_of_the_report() -> None:
         assert (config.epochs, config.image_size, config.canvas) == (98, 256, 512)
         assert config.optimizer.name == "adam"
         assert config.model == name.removeprefix("report-")
+        flips = name == "report-convmixer"
+        assert replace(config.augment, policy="report") == AugmentConfig(hflip=flips, vflip=flips)
     mixer = load_preset("report-convmixer")
     assert (mixer.convmixer.dim, mixer.convmixer.depth, mixer.convmixer.kernel_size) == (512, 12, 9)
     assert (mixer.convmixer.patch_size, mixer.lr, mixer.batch_size) == (8, 1e-3, 64)
@@ -357,17 +359,6 @@ def test_policies_bear_their_names_and_govern_all_maps() -> None:
         assert parse(["--augment.policy", name], "x").augment == augment
         assert parse([f"--augment.policy={name}"], "x").augment == augment
     assert set(asdict(AugmentConfig())) - set(GOVERNED) == {"mixup", "cutmix", "mean", "std"}
-
-
-def test_presets_augment_as_they_did_before_there_were_policies() -> None:
-    for name, flips in (
-        ("quickstart", True),
-        ("report-convmixer", True),
-        ("report-cnn", False),
-        ("report-resnet", False),
-    ):
-        augment = load_preset(name).augment
-        assert replace(augment, policy="report") == AugmentConfig(hflip=flips, vflip=flips), name
 
 
 #: Away from every policy in all that they govern, and in what they do not.

@@ -27,11 +27,6 @@ from fastddr.loaders.base import Seen
 from fastddr.meters import is_out_of_memory
 
 
-@pytest.fixture(scope="module")
-def found(tiny: Path) -> manifest.Manifest:
-    return manifest.read(tiny)
-
-
 @needs_dali
 @pytest.mark.parametrize("policy", POLICIES)
 def test_regions_are_cut_from_whole_photographs_with_the_same_bits(

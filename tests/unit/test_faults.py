@@ -246,7 +246,7 @@ def test_each_fault_goes_into_one_file_and_the_others_stay(folder: tuple[Path, l
     assert splits[of[0]] == splits[copy]
 
 
-def test_the_seed_decides(folder: tuple[Path, list[str], dict[str, str]], tmp_path: Path) -> None:
+def test_the_seed_decides(folder: tuple[Path, list[str], dict[str, str]]) -> None:
     root, files, _ = folder
     before = bytes_of(root)
     results = []

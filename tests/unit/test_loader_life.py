@@ -28,11 +28,6 @@ ALL = [*REAL, "replay"]
 PROC = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc (Linux only)")
 
 
-@pytest.fixture(scope="module")
-def found(tiny: Path) -> manifest.Manifest:
-    return manifest.read(tiny)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_leaving_early_and_beginning_again_is_safe(name: str, found: manifest.Manifest) -> None:
     loader = loaders.build(name, task(found, prefetch=3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,29 +11,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import REAL
+from reference import POLICIES, REAL
 from tests_support import batches, same, task
 
 from fastddr import loaders
-from fastddr.config import AugmentConfig
 from fastddr.data import manifest
 from fastddr.data.grades import UNGRADABLE
 
-POLICIES = {
-    "none": AugmentConfig(hflip=False, vflip=False),
-    "report": AugmentConfig(),
-    "fundus": AugmentConfig(rotate=180, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
-}
 WORLDS = [1, 2, 3, 4, 8]
 #: The fixtures hold photographs, which no example changes.
 few = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, max_examples=8)
 
 Whole = Callable[..., list[loaders.Batch]]
-
-
-@pytest.fixture(scope="module")
-def found(tiny: Path) -> manifest.Manifest:
-    return manifest.read(tiny)
 
 
 @pytest.fixture(scope="module")

@@ -263,9 +263,7 @@ def test_where_no_micro_batch_goes_through_it_is_said_why() -> None:
         fitting.checked(config(), 1, 4 * GIB, step, NOTHING)
 
 
-def test_what_was_measured_here_says_nothing_of_another_card(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_measured_here_says_nothing_of_another_card(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
     monkeypatch.setattr(questions, "apart", lambda answer: ("NVIDIA X", 8.1))
 

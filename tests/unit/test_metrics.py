@@ -1,4 +1,4 @@
-"""Figures against numbers published, against scikit-learn and torchmetrics, and against plain loops."""
+"""Figures against numbers published, against scikit-learn, and against plain loops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
-from torchmetrics.functional import classification as tm
 
 from fastddr.evaluation.metrics import SplitResult, deciding, figures, figures_from_confusion, headline, reliability
 from fastddr.reporting import predictions
@@ -188,26 +187,6 @@ def test_figures_of_labels_are_those_of_their_matrix() -> None:
         assert found[key] == expected[key], key
     assert found["referable"]["sensitivity"] == expected["referable"]["sensitivity"]
     assert found["referable"]["specificity"] == expected["referable"]["specificity"]
-
-
-def test_rates_are_those_of_torchmetrics() -> None:
-    truth, predicted = labels(REPORT)
-    found = figures_from_confusion(REPORT)
-    assert found["accuracy"] == pytest.approx(float(tm.multiclass_accuracy(predicted, truth, 5, "micro")))
-    assert found["balanced_accuracy"] == pytest.approx(float(tm.multiclass_recall(predicted, truth, 5, "macro")))
-    assert found["recall"] == pytest.approx(tm.multiclass_recall(predicted, truth, 5, "none").tolist())
-    assert found["macro_f1"] == pytest.approx(float(tm.multiclass_f1_score(predicted, truth, 5, "macro")))
-    kappa = tm.multiclass_cohen_kappa(predicted, truth, 5, weights="quadratic")
-    assert found["qwk"] == pytest.approx(float(kappa), abs=1e-6)
-
-
-def test_auc_is_that_of_torchmetrics() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, grades = (
-        torch.randn(300, 5, generator=generator),
-        torch.randint(0, 5, (300,), generator=generator),
-    )
-    assert figures(logits, grades)["auc"] == pytest.approx(float(tm.multiclass_auroc(logits, grades, 5)), abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,12 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from tests_support import settings, task
+from tests_support import settings
 
-from fastddr import loaders, losses, mixing, runs, runtime
+from fastddr import losses, mixing, runtime
 from fastddr.config import AugmentConfig, Config
-from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.loaders import Batch
-from fastddr.saving import Saver
 from fastddr.step import Tally, training_step
 from fastddr.trainer import Trainer
 
@@ -293,54 +290,6 @@ def test_of_a_mixed_photograph_the_larger_share_is_right(share: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- in a run
-
-
-def test_an_epoch_that_goes_on_at_a_step_mixes_as_the_whole_one(tiny: Path) -> None:
-    wanted = task(manifest.read(tiny), batch_size=8, accumulation=2, threads=0)
-    one = mixer({"mixup": 0.5, "cutmix": 0.5})
-    with contextlib.closing(loaders.build("torchvision", wanted)) as loader:
-
-        def mixed(start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            batches = enumerate(loader.epoch(1, start_step=start), 2 * start)
-            return [one(wanted.steps + k // 2, k % 2, batch.image, batch.grade) for k, batch in batches]
-
-        whole = mixed(0)
-        assert len(whole) == 6
-        for start in (1, 2):
-            for found, other in zip(mixed(start), whole[2 * start :], strict=True):
-                assert torch.equal(found[0], other[0])
-                assert torch.equal(found[1], other[1])
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing in fastddr may catch it."""
-
-
-def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = Saver.save
-
-    def save_and_die(self: Saver, progress: runs.Progress, *, best: bool) -> None:
-        save(self, progress, best=best)
-        self.flush()
-        if progress.step == 2:
-            raise Killed
-
-    def one_epoch(name: str, alpha: str = "0.5") -> dict[str, torch.Tensor]:
-        more = ["--augment.mixup", alpha, "--augment.cutmix", alpha, "--save-every-steps", "1"]
-        more += ["--loader", "torchvision", "--check", "header"]
-        with Trainer(settings(tiny, tmp_path / name, *more)) as trainer:
-            trainer.train_epoch()
-            return {key: value.clone() for key, value in trainer.bare_model.state_dict().items()}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", save_and_die)
-        with pytest.raises(Killed):
-            one_epoch("stopped")
-    stopped, whole, plain = one_epoch("stopped"), one_epoch("whole"), one_epoch("plain", "0")
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert not all(torch.equal(whole[name], plain[name]) for name in whole)
 
 
 def test_one_photograph_at_a_time_is_a_mistake_before_anything_is_written(

@@ -1,4 +1,4 @@
-"""The models against the papers' equations, closed formulas and torchvision; and what cannot be built."""
+"""The models against closed formulas and torchvision's start; and what cannot be built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import scipy.special
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from fastddr import models
 from fastddr.errors import UserError
-from fastddr.models.convmixer import ConvMixer, ConvMixerLayer, PatchEmbedding
+from fastddr.models.convmixer import PatchEmbedding
 from fastddr.models.resnet import BasicBlock, Bottleneck, stages
 
 SMALL = {
@@ -196,75 +195,7 @@ def test_a_head_in_float32_is_no_other_head(name: str) -> None:
     assert torch.equal(found, copied(image)), "a copy has a head of its own"
 
 
-# --- ConvMixer: the paper's equations, once more, in NumPy
-
-
-def np_gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
-
-
-def np_norm(x: np.ndarray, norm: dict[str, np.ndarray], training: bool) -> np.ndarray:
-    mean = x.mean((0, 2, 3)) if training else norm["running_mean"]
-    variance = x.var((0, 2, 3)) if training else norm["running_var"]
-    column = (slice(None), None, None)
-    scaled = (x - mean[column]) / np.sqrt(variance[column] + 1e-5)
-    return scaled * norm["weight"][column] + norm["bias"][column]
-
-
-def np_conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, groups: int) -> np.ndarray:
-    """A convolution by its definition, padded by half the kernel where the stride is 1."""
-    outputs, per_group, k, _ = weight.shape
-    if stride == 1:
-        x = np.pad(x, ((0, 0), (0, 0), (k // 2, k // 2), (k // 2, k // 2)))
-    height, width = (x.shape[2] - k) // stride + 1, (x.shape[3] - k) // stride + 1
-    result = np.empty((x.shape[0], outputs, height, width))
-    for o in range(outputs):
-        start = o // (outputs // groups) * per_group
-        for i in range(height):
-            for j in range(width):
-                window = x[:, start : start + per_group, i * stride : i * stride + k, j * stride : j * stride + k]
-                result[:, o, i, j] = (window * weight[o]).sum((1, 2, 3)) + bias[o]
-    return result
-
-
-def np_convmixer(image: np.ndarray, model: ConvMixer, patch_size: int, training: bool) -> np.ndarray:
-    state = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-
-    def of(module: str) -> dict[str, np.ndarray]:
-        return {key.rsplit(".", 1)[1]: value for key, value in state.items() if key.rsplit(".", 1)[0] == module}
-
-    def conv(x: np.ndarray, module: str, stride: int = 1, groups: int = 1) -> np.ndarray:
-        return np_conv(x, of(module)["weight"], of(module)["bias"], stride, groups)
-
-    dim = state["patches.weight"].shape[0]
-    x = np_norm(np_gelu(conv(image, "patches", stride=patch_size)), of("patches_norm"), training)
-    for layer in range(len(model.layers)):
-        at = f"layers.{layer}."
-        mixed = np_gelu(conv(x, at + "depthwise", groups=dim))
-        x = x + np_norm(mixed, of(at + "depthwise_norm"), training)
-        x = np_norm(np_gelu(conv(x, at + "pointwise")), of(at + "pointwise_norm"), training)
-    return x.mean((2, 3)) @ state["head.weight"].T + state["head.bias"]
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("height", "width"), [(12, 12), (14, 19)])
-def test_convmixer_is_the_papers(height: int, width: int, training: bool) -> None:
-    model = ConvMixer(dim=6, depth=2, kernel_size=3, patch_size=4, num_classes=5).double().train(training)
-    stir(model)
-    image = torch.randn(2, 3, height, width, dtype=torch.float64)
-    expected = np_convmixer(image.numpy(), model, 4, training)
-    with torch.no_grad():
-        actual = model(image).numpy()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
-
-
-def test_activation_comes_before_batchnorm() -> None:
-    layer = ConvMixerLayer(dim=7, kernel_size=3)
-    y = layer(torch.randn(4, 7, 6, 6))
-    # Whatever the last step but BatchNorm does, a fresh BatchNorm in training leaves mean 0 and variance 1.
-    # GELU after it would leave a positive mean.
-    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(7), rtol=0, atol=1e-5)
-    torch.testing.assert_close(y.var((0, 2, 3), unbiased=False), torch.ones(7), rtol=0, atol=1e-2)
+# --- ConvMixer; against the paper's code and timm's: test_zoo.py
 
 
 @settings(deadline=None, max_examples=20)
@@ -342,7 +273,7 @@ def test_cnn_is_convolution_relu_pool_and_one_linear_layer() -> None:
     x = image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for block in range(2):
         weight, bias = state[f"packages.{block}.0.weight"], state[f"packages.{block}.0.bias"]
-        x = torch.from_numpy(np_conv(x.numpy(), weight.numpy(), bias.numpy(), 1, 1)).clamp(min=0)
+        x = F.conv2d(x, weight, bias, padding=1).clamp(min=0)
         x = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]).amax(0)
     expected = x.contiguous().flatten(1) @ state["fc.weight"].T + state["fc.bias"]
     with torch.no_grad():
@@ -355,19 +286,7 @@ def test_cnn_refuses_another_image_size() -> None:
     one_sentence(error, "32×32", "32×40")
 
 
-# --- ResNet
-
-
-@pytest.mark.parametrize("depth", [18, 34, 50])
-@pytest.mark.parametrize("training", [False, True])
-def test_resnet_takes_torchvisions_weights_and_gives_its_logits(depth: int, training: bool) -> None:
-    theirs = torchvision.models.get_model(f"resnet{depth}", weights=None, num_classes=5).train(training)
-    ours = models.build("resnet", num_classes=5, image_size=64, depth=depth).train(training)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    image = torch.randn(2, 3, 64, 72)
-    with torch.no_grad():
-        expected, actual = theirs.double()(image.double()), ours.double()(image.double())
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+# --- ResNet; against torchvision's function: test_zoo.py
 
 
 def test_resnet_starts_as_torchvisions_does() -> None:

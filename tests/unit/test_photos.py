@@ -52,6 +52,7 @@ def test_folders_globs_files_and_lists(folder: Path) -> None:
     assert names(photos.find([str(folder / "some.csv")]), folder) == ["below/c.png", "gone.jpg"]
     (folder / "semicolons.csv").write_text("grade;path\n1;b.jpg\n")
     assert names(photos.find([str(folder / "semicolons.csv")]), folder) == ["b.jpg"]
+    assert read_list(folder / "semicolons.csv") == {"b.jpg"}
     (folder / "spaced.csv").write_text('grade, Path\n1, b.jpg\n2, "below/c.png"\n')
     assert names(photos.find([str(folder / "spaced.csv")]), folder) == ["b.jpg", "below/c.png"]
     assert read_list(folder / "spaced.csv") == {"b.jpg", "below/c.png"}

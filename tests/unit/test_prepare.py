@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import photographs
 import pytest
-from eyes import FEW, content, damage, eye, folders, official, quick, run, table, told
+from eyes import FEW, content, damage, eye, folders, official, run, table, told
+from eyes import quick as quick  # a fixture of all these tests
 from PIL import Image, JpegImagePlugin
 
 from fastddr.data import crop, layouts, photograph, sheet, survey
@@ -25,12 +24,6 @@ from fastddr.errors import UserError
 @pytest.fixture
 def real() -> None:
     """Asks for the real finder of the disc."""
-
-
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
-    with contextlib.nullcontext() if "real" in request.fixturenames else quick():
-        yield
 
 
 # ------------------------------------------------------------------------------------------------ pixels

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import photographs
 import pytest
-from eyes import content, damage, eye, folders, official, quick, run, table, told
+from eyes import content, damage, eye, folders, official, run, table, told
+from eyes import quick as quick  # a fixture of all these tests
 from PIL import Image
 
 from fastddr.config import SplitConfig
@@ -17,12 +17,6 @@ from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
 MANY = photographs.photos({"train": [0, 1, 2, 3, 4] * 8})
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick():
-        yield
 
 
 def splits(data: Path, seed: int) -> dict[str, str | None]:

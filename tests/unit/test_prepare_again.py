@@ -9,26 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import photographs
 import pytest
-from eyes import FEW, content, damage, eye, folders, official, quick, run, table, told
+from eyes import FEW, content, damage, eye, folders, official, run, table, told
+from eyes import quick as quick  # a fixture of all these tests
 from tests_support import unlistable
 
 from fastddr import files
 from fastddr.data import crop, layouts, output, photograph, survey
 from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick():
-        yield
-
 
 # ------------------------------------------------------------------------------------------------ again
 

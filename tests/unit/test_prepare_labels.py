@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import photographs
 import pytest
-from eyes import eye, official, quick, run, told
+from eyes import eye, official, run, told
+from eyes import quick as quick  # a fixture of all these tests
 
 from fastddr.data import layouts, relabel, survey
 from fastddr.data.crop import name_of
 from fastddr.data.relabel import Kept
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick():
-        yield
 
 
 @pytest.mark.parametrize("mark", [";", "\t", ","])

@@ -6,11 +6,12 @@ import itertools
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from eyes import eye, quick, run, told
+from eyes import eye, run, told
+from eyes import quick as quick  # a fixture of all these tests
 from photographs import draw, folders, gdrbench, kaggle, labelled, official
 
 from fastddr.config import SplitConfig
@@ -21,12 +22,6 @@ from fastddr.data.layouts.common import patient_of
 from fastddr.errors import UserError
 
 EYES = [f"{patient}_{side}" for patient in (10, 13, 15, 16, 17) for side in ("left", "right")]
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick():
-        yield
 
 
 def table(root: Path, header: str, *rows: str, name: str = "labels.csv") -> Path:

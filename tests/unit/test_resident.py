@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import POLICIES, needs_dali
 from tests_support import task
 
 from fastddr import loaders
 from fastddr.config import AugmentConfig
-from fastddr.config.sections import POLICIES
 from fastddr.data import manifest
 from fastddr.errors import UserError
 from fastddr.loaders import canvases, capacity, dali_decoder
@@ -26,19 +26,12 @@ from fastddr.loaders.base import Batch, Task
 from fastddr.loaders.resident import ResidentLoader
 
 STD = 255 * torch.tensor(AugmentConfig().std).view(1, 3, 1, 1)
-TURNING = AugmentConfig(rotate=180, scale=(0.87, 1.15), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
 STORES = ["ram", "mmap", "none"]
-needs_dali = pytest.mark.skipif(not dali_decoder.installed(), reason="NVIDIA DALI is not installed (Linux only)")
 
 
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTDDR_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def found(tiny: Path) -> manifest.Manifest:
-    return manifest.read(tiny)
 
 
 def resident(wanted: Task, store: Any = "ram") -> ResidentLoader:
@@ -72,7 +65,7 @@ def counted(loader: ResidentLoader) -> list[int]:
     return walks.decoded
 
 
-@pytest.mark.parametrize("augment", [AugmentConfig(), TURNING], ids=["windows", "warps"])
+@pytest.mark.parametrize("augment", [AugmentConfig(), POLICIES["fundus"]], ids=["windows", "warps"])
 def test_all_stores_give_the_same_bits_in_every_epoch(augment: AugmentConfig, found: manifest.Manifest) -> None:
     wanted = task(found, augment=augment)
     expected = None
@@ -87,7 +80,7 @@ def test_all_stores_give_the_same_bits_in_every_epoch(augment: AugmentConfig, fo
 
 
 @needs_dali
-@pytest.mark.parametrize("augment", [AugmentConfig(), TURNING], ids=["windows", "warps"])
+@pytest.mark.parametrize("augment", [AugmentConfig(), POLICIES["fundus"]], ids=["windows", "warps"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_pixels_are_those_of_streaming_to_the_bit(split: str, augment: AugmentConfig, found: manifest.Manifest) -> None:
     wanted = task(found, split, augment=augment)
@@ -272,23 +265,10 @@ def test_batches_do_not_share_memory_with_the_store_or_each_other(found: manifes
     loader.close()
 
 
-@pytest.fixture
-def shapes(tmp_path: Path) -> manifest.Manifest:
-    """Smooth photographs of many shapes: some are their own canvas of 80 px, most are scaled."""
-    rng = np.random.default_rng(5)
-    for split in ("train", "valid", "test"):
-        for number, size in enumerate([(80, 80), (120, 80), (80, 131), (300, 211), (97, 401), (60, 50), (160, 160)]):
-            noise = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
-            path = tmp_path / "set" / split / str(number % 5) / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            noise.resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
-    return manifest.read(tmp_path / "set")
-
-
 @needs_dali
-def test_scaling_leaves_alone_what_need_not_be_scaled(shapes: manifest.Manifest) -> None:
+def test_scaling_leaves_alone_what_need_not_be_scaled(mixed: manifest.Manifest) -> None:
     """Decoded beside others that are scaled, a photograph that is its own canvas has its own pixels."""
-    wanted = task(shapes, "test", batch_size=7, threads=1)
+    wanted = task(mixed, "test", batch_size=7, threads=1)
     ids = wanted.ids[np.minimum(wanted.widths[wanted.ids], wanted.heights[wanted.ids]) == 80]
     assert 0 < len(ids) < len(wanted.ids)
     scaled = dict(pair for made in dali_decoder.Canvases(wanted, 4).walk(wanted.ids) for pair in made)
@@ -298,9 +278,9 @@ def test_scaling_leaves_alone_what_need_not_be_scaled(shapes: manifest.Manifest)
 
 
 def test_pillow_fills_a_store_where_dali_is_not_installed(
-    shapes: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+    mixed: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = task(shapes, batch_size=7, augment=AugmentConfig())
+    wanted = task(mixed, batch_size=7, augment=AugmentConfig())
     with_dali = list(resident(wanted).epoch(0)) if dali_decoder.installed() else None
     monkeypatch.setattr(dali_decoder, "installed", lambda: False)
     assert canvases.decoder(wanted).startswith("pillow")
@@ -315,7 +295,7 @@ def test_pillow_fills_a_store_where_dali_is_not_installed(
 
 
 @needs_dali
-@pytest.mark.parametrize("augment", [AugmentConfig(), TURNING], ids=["windows", "warps"])
+@pytest.mark.parametrize("augment", [AugmentConfig(), POLICIES["fundus"]], ids=["windows", "warps"])
 def test_pytorch_makes_the_batches_of_dali(
     augment: AugmentConfig, found: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,5 +340,5 @@ def test_raw_windows_are_the_pixels_before_the_colour_map(found: manifest.Manife
         assert raw.dtype == torch.uint8
         assert ((raw / 255 - mean) / std - batch.image.permute(0, 2, 3, 1)).abs().max() < 1e-5
     with pytest.raises(ValueError, match="windows only"):
-        next(resident(task(found, augment=TURNING)).raw_windows())
+        next(resident(task(found, augment=POLICIES["fundus"])).raw_windows())
     loader.close()

@@ -69,13 +69,6 @@ def test_what_is_no_number_is_one_line(flags: str, capsys: pytest.CaptureFixture
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["other.jpg\n", "path;kind\nother.jpg;truncated\n"])
-def test_a_list_that_matches_nothing_is_an_error(text: str, tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(UserError, match="none of its 1 paths is a photograph of"):
-        survey.take(str(tiny), exclude=problems.read_list(tmp_path / "bad.csv"))
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -106,12 +99,6 @@ def test_a_list_lies_where_the_tilde_says(tiny: Path, tmp_path: Path, monkeypatc
     (tmp_path / "bad.csv").write_text(survey.take(str(tiny)).entries[0].path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert problems.read_list("~/bad.csv") == {survey.take(str(tiny)).entries[0].path}
-
-
-def test_a_list_may_be_of_a_spreadsheet(tiny: Path, tmp_path: Path) -> None:
-    path = survey.take(str(tiny)).entries[0].path
-    (tmp_path / "bad.csv").write_text(f"kind;path\ntruncated;{path}\n")
-    assert problems.read_list(tmp_path / "bad.csv") == {path}
 
 
 def test_a_heat_map_bears_the_number_of_its_photograph_in_the_table() -> None:

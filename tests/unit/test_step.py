@@ -14,7 +14,7 @@ import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
-from tests_support import settings
+from tests_support import lines, settings
 from torch import nn
 
 from fastddr import losses, optimizers, saving
@@ -368,7 +368,7 @@ def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) 
         assert str(trainer.run.checkpoints) in saving.kept(trainer.run)
         assert trainer.progress.skipped == 2
         assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = lines(run)
     assert [line["train/skipped_steps"] for line in logged if "train/loss" in line] == [0, 1, 1, 1, 2, 2]
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     report = (run / "report" / "report.md").read_text()

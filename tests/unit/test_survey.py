@@ -582,16 +582,6 @@ def test_the_fingerprint_of_a_set_is_that_of_its_manifest(data: Path) -> None:
     assert seen.fingerprint == manifest.of(seen).fingerprint
 
 
-def test_counts_are_those_of_every_layout(tmp_path: Path) -> None:
-    """The tables of one set in each layout are the same, up to what a layout lacks."""
-    counts = {name: survey.take(make(tmp_path / name)).counts() for name, make in LAYOUTS.items()}
-    assert counts["official"] == counts["folders"] == counts["csv"]
-    whole = counts["official"]
-    assert counts["gdrbench"] == {split: whole[split] | {"5": 0} for split in ("train", "valid")}
-    graded = {grade: sum(whole[split][grade] for split in whole) for grade in "01234"}
-    assert {grade: sum(counts["kaggle"][split][grade] for split in whole) for grade in "01234"} == graded
-
-
 def test_six_classes(data: Path) -> None:
     five, six = manifest.read(data), manifest.read(data, ungradable="class")
     assert len(six.ids("train")) == len(five.ids("train")) + 1

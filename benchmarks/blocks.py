@@ -102,8 +102,7 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
     for result in machines.of(results, "train"):
         different, same = split(result.rows, ("photographs", *_CASE))
         # A peer has several forms, which go by its name and a comma.
-        forms = [row["name"] for row in result.rows if row["kind"] == "peer"]
-        peers = dict.fromkeys(form.partition(",")[0] for form in forms)
+        peers = dict.fromkeys(row["name"].partition(",")[0] for row in result.rows if row["kind"] == "peer")
         lines = []
         for rows in _cases(result.rows):
             ours = [row for row in rows if row["name"] == "fastddr"]
@@ -118,7 +117,7 @@ def train(results: Sequence[Result], link: Link) -> list[str]:
             "95 % intervals."
         )
         texts += [
-            " ".join([about, *_decoded(result), *_loops(forms)]),
+            " ".join([about, *_decoded(result), *_loops(result)]),
             table(headings, lines),
             f"Measured by {source(result, link)}",
         ]
@@ -135,9 +134,10 @@ def _decoded(result: Result) -> list[str]:
     return []
 
 
-def _loops(forms: Sequence[str]) -> list[str]:
-    """What the peers are, and how fastddr's speed is put beside theirs."""
+def _loops(result: Result) -> list[str]:
+    """What the peers are that were measured, and how fastddr's speed is put beside theirs."""
     told = []
+    forms = [row["name"] for row in result.measured if row["kind"] == "peer"]
     for peer in dict.fromkeys(form.partition(",")[0] for form in forms):
         if peer in _LOOPS:
             both = any(form.split(", ")[0] == peer and "channels_last" in form for form in forms)

@@ -153,7 +153,8 @@ def _cpu_name() -> str:
 def _processes(group: int) -> Iterator[psutil.Process]:
     for number in psutil.pids():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended meanwhile
-            if os.getpgid(number) == group:
+            # macOS lists 0, which would mean this process.
+            if number and os.getpgid(number) == group:
                 yield psutil.Process(number)
 
 
@@ -164,7 +165,7 @@ def cpu_seconds(group: int) -> float:
     """
     taken = 0.0
     for process in _processes(group):
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             times = process.cpu_times()
             taken += times.user + times.system + times.children_user + times.children_system
     return taken
@@ -356,8 +357,10 @@ def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Pat
 
 
 def _public(argument: str) -> str:
-    """An argument, which may hold flags itself, with each path in it cut to its last name."""
-    return re.sub(r"[^\s=:]*/[^\s=:]*", lambda path: Path(path[0]).name, argument)
+    """An argument, which may hold flags itself, with each path in it cut to its last name, and names of hubs too."""
+    # A path may hold blanks where it stands alone.
+    rest = r"[^\s=:]*" if re.search(r"(?:^|=)--[^\s=]+\s|\s--", argument) else "[^=:]*"
+    return re.sub(f"{rest}/{rest}", lambda path: Path(path[0]).name, argument)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], extra: Sequence[str] = ()) -> None:

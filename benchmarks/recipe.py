@@ -123,7 +123,7 @@ def class_folders(root: Path, target: Path, length: int) -> int:
     files = found.files()
     sizes = {}
     for split in ("train", "valid", "test"):
-        if not found.has(split):
+        if split == "test" and not found.has(split):
             continue
         ids = [int(id_) for id_ in found.ids(split)]
         times = max(1, -(-length // len(ids))) if split == "train" else 1

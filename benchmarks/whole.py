@@ -6,14 +6,13 @@ started again. How long it took is known only of a run that one start brought to
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ import torch
 
 from fastddr import cli
 from fastddr.__main__ import main as verb
+from fastddr.config import load_preset
 from fastddr.errors import UserError
 from fastddr.meters import RATE, of_training
-from fastddr.runs import RunFolder, continue_from
+from fastddr.runs import RunFolder, continue_from, placed
 
 ROOT = Path(__file__).parents[1]
 #: Peak memory in `metrics.jsonl`: of the GPU where there is one, else of the process.
@@ -61,17 +61,21 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
     """Bring a run to its end; what went wrong, in one sentence, or None.
 
     By default all GPUs train it together; `ranks` is another number. What it says goes to FOLDER.log. One that is done
-    with other settings is refused, as the trainer refuses one that is not done.
+    with other settings or of other data is refused.
     """
     run = RunFolder(folder)
     if run.status().get("state") == "done":
         try:
-            # Which flags have no effect stands in its log.
-            with redirect_stderr(io.StringIO()):
-                asked = cli.parse([*arguments, "--run-dir", str(folder)], "train.py")
+            asked = cli.parse([*arguments, "--run-dir", str(folder)], "train.py", notes=False)
+        except UserError as error:
+            return str(error)
+        began = load_preset(run.config)
+        if placed(asked) != placed(began):
+            return f"{folder} is done, of other data or without others ({began.data}); give another --folder."
+        try:
             continue_from(asked, run, ranks or max(torch.cuda.device_count(), 1))
         except UserError as other:
-            return str(other)
+            return f"{str(other).partition('; to go on as it began')[0]}; give another --folder."
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")

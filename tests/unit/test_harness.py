@@ -167,6 +167,9 @@ def written(harness: Any, out: Path, argv: list[str], monkeypatch: pytest.Monkey
         ("--flags=--data /data/masters --lr=0.1", "'--flags=--data masters --lr=0.1'"),
         ("wide: --init /m/best.pth --lr 0.001", "'wide: --init best.pth --lr 0.001'"),
         ("run:~/runs/a", "run:a"),
+        ("/home/John Doe/masters", "masters"),
+        ("--data=/mnt/My Photos/DDR", "--data=DDR"),
+        ("--data /data/masters --epochs 20", "'--data masters --epochs 20'"),
     ],
 )
 def test_of_a_command_nothing_but_places_is_left_out(

@@ -155,8 +155,27 @@ def _one_sentence(box: str) -> str:
         if not line or _ruled(line) or line.startswith(("─", "╰", "Got errors")):
             break
         said.append(line)
-    return re.sub(r"\s+", " ", " ".join(said)).rstrip(".") + "."
+    return _no_number(re.sub(r"\s+", " ", " ".join(said)).rstrip(".") + ".")
 
 
 def _ruled(line: str) -> bool:
     return set(line) == {"-"}
+
+
+def _no_number(said: str) -> str:
+    """What tyro says of a value that is not the number it should be, in plain words; else the sentence as it is."""
+    match = re.fullmatch(r"""Error parsing (--\S+): (.*?)\[?['"](.*)['"]\]?(.*)""", said)
+    if match is None:
+        return said
+    flag, before, value, behind = match.groups()
+    kind = (before + behind).lower()
+    if ("tuple" in kind and "float" in kind) or "float float" in kind:
+        wanted = "numbers alone, like 0.9 0.999"
+    elif "int|" in kind or "|int" in kind or "int()" in kind:
+        wanted = "a whole number alone, like 8"
+    elif "float" in kind:
+        wanted = "a number alone, like 8 or 0.5"
+    else:
+        return said
+    shown = " ".join(re.split(r"""['"], ['"]""", value))
+    return f"{flag} {shown}: give {wanted}{', or auto' * ('{auto}' in kind)}."

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from fastddr import checkpoints, runtime
+from fastddr import checkpoints, runs, runtime
 from fastddr.checkpoints import Snapshot, Training
 from fastddr.config import Config
 from fastddr.errors import CANNOT_USE, PASSING, UserError

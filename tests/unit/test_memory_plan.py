@@ -567,7 +567,7 @@ def test_a_flag_without_effect_is_named_once(capsys: pytest.CaptureFixture[str])
         (["--calibrate", "--wrogn", "3"], "--calibrate measures this machine's GPU and asks of no training; leave out"),
         (["--card", "H9000"], "known are"),
         (["--card", "RTX 4060", "--tbps", "0.27", "--tflops", "60"], "Or leave it out and give --vram (GiB), and"),
-        (["--vram", "8GB"], "Error parsing --vram: "),
+        (["--vram", "8GB"], "--vram 8GB: give a number alone, like 8 or 0.5."),
         (
             ["--vram", "8", *SMALL, "--model", "cnn", "--micro-batch-size", "5"],
             "32 photographs a rank, which micro_batch_size 5 does not divide",

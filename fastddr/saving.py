@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from fastddr import checkpoints, runs, runtime
 from fastddr.checkpoints import Snapshot, Training
-from fastddr.config import Config
+from fastddr.config import Config, from_mapping
+from fastddr.config.strict import read_yaml
+from fastddr.data import manifest, source
 from fastddr.errors import CANNOT_USE, PASSING, UserError
 from fastddr.meters import versions
 from fastddr.runs import Progress, RunFolder
@@ -26,6 +29,28 @@ def told(what: str, say: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         say(f"{what} could not be written: {error}")
+
+
+def finished(run: RunFolder, config: Config, console: Console) -> bool:
+    """Whether an earlier run is done. To be called by all ranks.
+
+    Its data may be gone by now, but data that lie elsewhere must be the same photographs, as for a run that goes on.
+
+    Raises:
+        UserError: on every rank, the data are others, or cannot be read.
+    """
+
+    def began_with() -> str | None:
+        """The fingerprint of the data that it began with; None where they are named as they were."""
+        stored = from_mapping(read_yaml(run.config), str(run.config))
+        return None if runs.placed(config) == runs.placed(stored) else manifest.fingerprint_in(run.manifest)
+
+    if runtime.from_main(lambda: run.status().get("state")) != "done":
+        return False
+    began = runtime.from_main(began_with)
+    if began is not None:
+        _same_data(run, began, source.open_data(config, console).fingerprint)
+    return True
 
 
 def _same_data(run: RunFolder, began: str, now: str) -> None:

@@ -83,7 +83,7 @@ class Trainer:
             runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
             runs.seen(where)
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
-            if runtime.from_main(lambda: run.status().get("state")) == "done":
+            if saving.finished(run, config, self.console):
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
                 self.finished = True
                 return

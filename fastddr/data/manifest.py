@@ -25,7 +25,10 @@ from fastddr.data.splits import UNUSED
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "commonest", "named", "of", "read", "rows", "splits_by_name"]
+__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "named", "of", "read", "rows", "splits_by_name"]
+
+#: What the first line of `Manifest.to_csv` begins with.
+_FINGERPRINT = "# fingerprint: "
 
 
 def _bytes(file: str) -> int | None:
@@ -120,7 +123,7 @@ class Manifest:
 
     def to_csv(self) -> str:
         """All rows as CSV, behind comment lines with the fingerprint and with how the photographs were prepared."""
-        head = f"# fingerprint: {self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n"
+        head = f"{_FINGERPRINT}{self.fingerprint}\n{masters.line(masters.of_folder(self.root))}\n"
         numbers = [values.tolist() for values in (self.grade, self.width, self.height, self.size)]
         rows = zip(range(len(self)), self.path, self.split, *numbers, self.patient, strict=True)
         return head + files.table([("id", "path", "split", "grade", "width", "height", "bytes", "patient"), *rows])
@@ -204,6 +207,13 @@ def of(
         left_out=(*bad, *seen.excluded),
         grades=classes,
     )
+
+
+def fingerprint_in(file: Path) -> str:
+    """The fingerprint that a file of `Manifest.to_csv` tells; empty where it tells none."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        first = lines.readline(len(_FINGERPRINT) + 100)
+    return first.removeprefix(_FINGERPRINT).strip() if first.startswith(_FINGERPRINT) else ""
 
 
 def commonest(file: Path, classes: int) -> int | None:

@@ -98,7 +98,7 @@ def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -
     own = report(run)["valid"]["calibrated"]["temperature"]
     figures, _, folder = evaluated(run, "--data", str(other), "--split", "all")
     assert figures["all"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
-    trained = manifest.read(tiny).fingerprint
+    trained = manifest.fingerprint_in(run / "manifest.csv")
     said = f"not the photographs that the run was trained on ({tiny.name}, fingerprint {trained})"
     assert said not in text
     text = (folder / "report.md").read_text()

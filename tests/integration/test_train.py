@@ -289,14 +289,28 @@ def test_auto_is_chosen_anew_where_as_many_ranks_cannot_hold_what_one_held(tiny:
         runs.continue_from(dataclasses.replace(asked, micro_batch_size=2), folder, world=2)
 
 
-def test_a_finished_run_is_left_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone(run: Path, tiny: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     train(tiny, run)
-    train(tmp_path / "gone", run)  # it needs its photographs no more
-    with pytest.raises(UserError, match="epochs was"):
-        train(tiny, run, "--epochs", "9")
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_takes_its_photographs_from_anywhere_and_no_others(
+    run: Path, tiny: Path, tmp_path: Path
+) -> None:
+    moved, gone, done = tmp_path / "moved", tmp_path / "gone", tmp_path / "run"
+    shutil.copytree(tiny, moved)
+    train(moved, run)
+    photograph = next((moved / "DR_grading" / "test").iterdir())
+    photograph.write_bytes(photograph.read_bytes() + b"\0")
+    with pytest.raises(UserError, match="the data are not those"):
+        train(moved, run)
+    with pytest.raises(UserError, match="there is no such folder"):
+        train(gone, run)
     assert json.loads((run / "status.json").read_text())["state"] == "done", "a refused start leaves the run alone"
+    shutil.copytree(run, done, symlinks=True)
+    (done / "config.yaml").write_text((done / "config.yaml").read_text().replace(str(tiny), str(gone)))
+    train(gone, done)  # its own data: it needs them no more
 
 
 @pytest.mark.parametrize("model", ["cnn", "resnet"])

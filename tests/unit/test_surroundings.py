@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from tests_support import ROOT, printed
 
-from fastddr import checkpoints, cli, control_groups, files, ranks, runs, runtime, saving
+from fastddr import checkpoints, cli, control_groups, files, ranks, runs, runtime
 from fastddr.checkpoints import Training
 from fastddr.config import load_preset
 from fastddr.data import cache, source, survey

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_support import ROOT, evaluated, forked, table, train
+from tests_support import ROOT, evaluated, launch, table, train
 from torch import nn
 
 from fastddr.__main__ import main
@@ -275,7 +275,7 @@ def test_two_ranks_write_one_table(run: Path, tiny: Path, tmp_path: Path) -> Non
     photographs = raw(tiny, tmp_path)
     wanted = graded(run)
     asked = ["predict", str(run), str(photographs), "--out", "g.csv", "--batch-size", "4"]
-    done = forked(2, "fastddr", *asked, cwd=tmp_path)
+    done = launch(2, "fastddr", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = table(tmp_path / "g.csv")
     assert [Path(row["path"]).name for row in rows] == sorted(wanted)

@@ -37,6 +37,8 @@ def test_every_preset_loads_and_bears_its_name() -> None:
 
 
 def test_report_presets_keep_the_protocol_of_the_report() -> None:
+    quick = load_preset("quickstart").augment
+    assert replace(quick, policy="report") == AugmentConfig(hflip=True, vflip=True)
     for name in ("report-cnn", "report-resnet", "report-convmixer"):
         config = load_preset(name)
         assert (config.epochs, config.image_size, config.canvas) == (98, 256, 512)

@@ -126,8 +126,9 @@ def _below(folder: str) -> Iterator[str]:
 def _listed(file: str) -> Iterator[str]:
     rows, named = rows_of(file, file)
     column = named or 0
-    first = rows[0][0] if rows else ""
-    if named is None and "," in first and not first.lower().endswith(PHOTOGRAPHS):
+    first = rows[0] if rows else [""]
+    table = len(first) > 1 or "," in first[0]
+    if named is None and table and not first[0].lower().endswith(PHOTOGRAPHS):
         raise UserError(f"{file}: none of its columns is called path; call that of the photographs so.")
     for number, row in enumerate(rows, 1 if named is None else 2):
         if len(row) <= column or not row[column]:

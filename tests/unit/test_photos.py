@@ -94,11 +94,13 @@ def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.csv").write_text("path,grade\n,1\n")
     (tmp_path / "other.csv").write_text("file,grade\na.jpg,1\n")
+    (tmp_path / "quoted.csv").write_text('"file","grade"\n"a.jpg","1"\n')
     (tmp_path / "quote.csv").write_text('path,grade\na.jpg,"1\nb.jpg,2\n')
     (tmp_path / "wide.csv").write_text("path\na.jpg\n", encoding="utf-16")
     for name, said in (
         ("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no"),
         ("other.csv", "none of its columns is called path"), ("quote.csv", "cannot be read"),
+        ("quoted.csv", "none of its columns is called path"),
         ("wide.csv", "holds NULs, as in UTF-16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):

@@ -224,18 +224,9 @@ def _again(photo: Photo) -> Photo:
 
 
 def _prepared(paths: Sequence[str], recipe: Recipe, on_progress: Progress) -> Iterator[Photo]:
-    there, files = {}, []
-    with photograph.strict_sizes():
-        for path in paths:
-            try:
-                photograph.status(path)
-            except BadPhotograph as bad:
-                yield Photo(path, kind=bad.kind, reason=bad.reason)
-            else:
-                there[os.path.abspath(path)] = path
-                files.append(os.path.abspath(path))
+    files = [os.path.abspath(path) for path in paths]
     made = masters.make(files, recipe, lambda done, total: on_progress("preparing photographs", done, total))
-    for file, path in there.items():
+    for file, path in zip(files, paths, strict=True):
         one = made[file]
         yield Photo(path, one.master, recipe.size, recipe.size, one.kind, one.reason)
 

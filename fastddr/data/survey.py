@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import time
 from collections import defaultdict
@@ -30,7 +31,7 @@ from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
 from fastddr.data.layouts.common import Fence, located
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import Problem, errors
+from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
 
 #: Called with (done, total) now and then.
@@ -243,9 +244,16 @@ def take(
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
     kept.sort(key=lambda entry: (order[entry.split or ""], entry.path))
-    present = {entry.path for entry in entries} | {problem.path for problem in listing.problems} if exclude else set()
-    left_out = sorted(exclude & present)
+    photographs = {entry.path for entry in entries} if exclude else set()
+    left_out = sorted(exclude & (photographs | {problem.path for problem in listing.problems}))
     if exclude:
+        for line in sorted(exclude.difference(left_out)):
+            # A note behind the path: it would be trained on.
+            if not photographs.isdisjoint(map(str.strip, re.split("[,;\t]", line))):
+                raise UserError(
+                    f"--exclude: its line {one_line(line)!r} holds more than the path of a photograph; write path and "
+                    "the names of the other columns above the first line, as in path,reason."
+                )
         if not left_out and not exclude & {entry.path for entry in listing.absent}:
             like = f", like {entries[0].path}" if entries else ""
             raise UserError(

@@ -52,7 +52,7 @@ class Survey:
     """A data set as it is. Made by `take`."""
 
     asked: str
-    """What the user called it, and the flags that it was looked at with, as they stand on a command line."""
+    """What the user called it, and the flags that it was looked at with but `--exclude`, as on a command line."""
     root: Path
     layout: str
     entries: list[Entry]
@@ -66,6 +66,14 @@ class Survey:
     """What `--exclude` took out."""
     absent: list[Entry] = field(default_factory=list)
     """What labels name and `entries` lack: by `--exclude`, or left out when the set was prepared."""
+    listed: str | Path | None = None
+    """The list of `--exclude`."""
+
+    @property
+    def command(self) -> str:
+        """The `fastddr check` that looks at the same photographs; another one would find other errors."""
+        exclude = f" --exclude {shlex.quote(str(self.listed))}" if self.listed else ""
+        return f"fastddr check {self.asked}{exclude}"
 
     # ------------------------------------------------------------------------------------------ what is wrong
 
@@ -223,6 +231,7 @@ def take(
     *,
     afresh: bool = False,
     follow_links: bool = False,
+    listed: str | Path | None = None,
 ) -> Survey:
     """A survey by labels and headers; nothing is decoded.
 
@@ -233,6 +242,7 @@ def take(
         on_progress: called with (headers read, photographs) now and then.
         afresh: look at every file, whatever is known of it.
         follow_links: also read what links lead to that lies outside of the folder.
+        listed: the file that `exclude` was read from, for the commands that are named to the user.
 
     Raises:
         UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
@@ -274,6 +284,7 @@ def take(
         notes=listing.notes + notes,
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
+        listed=listed,
     )
 
 

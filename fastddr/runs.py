@@ -343,7 +343,7 @@ def numbered(path: Path) -> Path:
         except FileExistsError:
             continue
         return found
-    raise UserError(f"{path}: a thousand folders bear this name; move some, or give another with --run-dir.")
+    raise UserError(f"{path}: a thousand folders bear this name; move some of them.")
 
 
 def continue_from(config: Config, run: RunFolder, world: int) -> Config:

@@ -72,7 +72,7 @@ class Check:
             with EpochBar(console, "reading headers", quiet=not main) as bar:
                 seen = survey.take(
                     self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True,
-                    follow_links=self.follow_links,
+                    follow_links=self.follow_links, listed=self.exclude,
                 )  # fmt: skip
             return seen, exclude
 
@@ -98,14 +98,19 @@ class Check:
     def _write_list(self, file: Path, bad: Sequence[Problem], exclude: frozenset[str], console: Console) -> None:
         from fastddr.data import output, problems
 
-        if file.exists() and not file.is_file():  # a pipe
+        pipe = file.exists() and not file.is_file()
+        kept, gone = ([], 0) if pipe else problems.kept_rows(file, bad, exclude)
+        # Training takes one list: the new one takes the place of that of --exclude.
+        more = exclude.difference(row[0] for row in kept)
+        told = [problems.Problem(path, "excluded", "it stood in the list of --exclude") for path in more]
+        text = problems.write_list([*bad, *told], kept)
+        if pipe:
             with files.naming(file):
-                file.write_text(problems.write_list(bad), encoding="utf-8", errors="surrogateescape")
+                file.write_text(text, encoding="utf-8", errors="surrogateescape")
             return
-        kept, gone = problems.kept_rows(file, bad, exclude)
         problems.own_list(file)
         # Where it is a link, what it leads to.
-        output.put(file.resolve(), problems.write_list(bad, kept).encode("utf-8", "surrogateescape"))
+        output.put(file.resolve(), text.encode("utf-8", "surrogateescape"))
         if kept:
             console.print(f"note: {len(kept)} rows of the list that was there stay, behind the errors.")
         if gone:
@@ -150,6 +155,7 @@ class Prepare:
                 self.out,
                 crop.Recipe(self.size, self.format),
                 exclude=exclude,
+                listed=named,
                 on_bad=self.on_bad,
                 follow_links=self.follow_links,
                 sheet=self.sheet,

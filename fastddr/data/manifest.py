@@ -165,12 +165,12 @@ def of(
     """
     problems = seen.problems()
     if on_bad == "raise":
-        refuse(problems, seen.root, seen.asked)
+        refuse(problems, seen.root, seen.command)
     bad = errors(problems)
     paths = survey.bad_paths(problems)
     entries = [entry for entry in seen.entries if entry.path not in paths]
     if not entries:
-        raise UserError(f"{seen.root}: none of its photographs can be used; `fastddr check {seen.asked}` tells why.")
+        raise UserError(f"{seen.root}: none of its photographs can be used; `{seen.command}` tells why.")
     for needed in ("train", "valid") if trains else ():
         if all(entry.split != needed for entry in entries):
             named = " and ".join(split for split in SPLITS if any(entry.split == split for entry in entries))

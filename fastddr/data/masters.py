@@ -100,7 +100,9 @@ def _recipe(file: Path, text: bytes) -> Recipe:
 def make(
     files: Sequence[str], recipe: Recipe, on_progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Made]:
-    """The master of each photograph, made where the cache has none; on all ranks of a job the same call and answer.
+    """The master of each photograph, made where the cache has none; on all ranks of a job the same call.
+
+    Where a master lies is each machine's own; which photographs have one is the same on all ranks.
 
     Args:
         files: absolute paths of photographs.
@@ -131,8 +133,9 @@ def make(
 
     everywhere = ranks.gather([(ranks.machine(), one) for one in ranks.on_all(made)])
     # Each machine's own last: its cache may lie elsewhere.
-    everywhere.sort(key=lambda there: there[0] == ranks.machine())
-    return {one.file: one for _, one in everywhere}
+    own_last = sorted(everywhere, key=lambda there: there[0] == ranks.machine())
+    # What one machine cannot use none uses: a file may go meanwhile, and all must count the same photographs.
+    return {one.file: one for _, one in own_last} | {one.file: one for _, one in everywhere if one.kind}
 
 
 def _made(files: Sequence[str], folder: Path, recipe: Recipe) -> Iterator[Made]:

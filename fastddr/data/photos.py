@@ -126,8 +126,9 @@ def _below(folder: str) -> Iterator[str]:
 def _listed(file: str) -> Iterator[str]:
     rows, named = rows_of(file, file)
     column = named or 0
-    first = rows[0][0] if rows else ""
-    if named is None and "," in first and not first.lower().endswith(PHOTOGRAPHS):
+    first = rows[0] if rows else [""]
+    table = len(first) > 1 or "," in first[0]
+    if named is None and table and not first[0].lower().endswith(PHOTOGRAPHS):
         raise UserError(f"{file}: none of its columns is called path; call that of the photographs so.")
     for number, row in enumerate(rows, 1 if named is None else 2):
         if len(row) <= column or not row[column]:
@@ -223,18 +224,9 @@ def _again(photo: Photo) -> Photo:
 
 
 def _prepared(paths: Sequence[str], recipe: Recipe, on_progress: Progress) -> Iterator[Photo]:
-    there, files = {}, []
-    with photograph.strict_sizes():
-        for path in paths:
-            try:
-                photograph.status(path)
-            except BadPhotograph as bad:
-                yield Photo(path, kind=bad.kind, reason=bad.reason)
-            else:
-                there[os.path.abspath(path)] = path
-                files.append(os.path.abspath(path))
+    files = [os.path.abspath(path) for path in paths]
     made = masters.make(files, recipe, lambda done, total: on_progress("preparing photographs", done, total))
-    for file, path in there.items():
+    for file, path in zip(files, paths, strict=True):
         one = made[file]
         yield Photo(path, one.master, recipe.size, recipe.size, one.kind, one.reason)
 

@@ -75,6 +75,7 @@ def run(
     recipe: Recipe | None = None,
     *,
     exclude: frozenset[str] = frozenset(),
+    listed: Path | None = None,
     on_bad: Literal["raise", "exclude"] = "raise",
     follow_links: bool = False,
     sheet: int = 200,
@@ -88,6 +89,7 @@ def run(
         out: a new folder, or one that this function filled before: only what is not done is done.
         recipe: of the outputs.
         exclude: paths to leave out.
+        listed: as of `survey.take`.
         on_bad: what to do about what cannot be used, when all the rest is done.
         follow_links: also read what links lead to that lies outside of the folder.
         sheet: photographs on the contact sheets.
@@ -97,7 +99,7 @@ def run(
     Raises:
         UserError: the source or `out` cannot be used, or with `on_bad="raise"` something in the source.
     """
-    main = _Main(data, Path(out), recipe or Recipe(), exclude, on_bad, follow_links, sheet)
+    main = _Main(data, Path(out), recipe or Recipe(), exclude, listed, on_bad, follow_links, sheet)
     try:
         root, place, jobs = ranks.from_first(lambda: _written(main.begin, out))
         mine = ranks.share(jobs)
@@ -152,6 +154,7 @@ class _Main:
     out: Path
     recipe: Recipe
     exclude: frozenset[str]
+    listed: Path | None
     on_bad: Literal["raise", "exclude"]
     follow_links: bool
     sheet: int
@@ -164,7 +167,9 @@ class _Main:
             raise UserError(
                 f"--sheet {self.sheet}: choose how many photographs the contact sheets show, or 0 for none."
             )
-        self.seen = seen = survey.take(self.data, exclude=self.exclude, follow_links=self.follow_links)
+        self.seen = seen = survey.take(
+            self.data, exclude=self.exclude, follow_links=self.follow_links, listed=self.listed
+        )
         out = _resolved(self.out)
         _refuse_overlap(out, (seen.root, located(self.data)))
         self.output = output = Output(out, _inner(seen))
@@ -201,9 +206,7 @@ class _Main:
         faulty = {problem.path for problem in bad}
         kept = [Kept(e, crop.name_of(e.path, self.recipe.format)) for e in seen.entries if e.path not in faulty]
         if not kept:
-            raise UserError(
-                f"{seen.root}: none of its photographs can be used; `fastddr check {seen.asked}` tells why."
-            )
+            raise UserError(f"{seen.root}: none of its photographs can be used; `{seen.command}` tells why.")
         rows = []
         for entry, path in kept:
             row_ = self._row(path, entry.path)
@@ -305,7 +308,7 @@ class _Main:
             raise UserError(
                 one_line(
                     f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
-                    f"leave out what is bad with --on-bad exclude; {lister(self.seen.asked)} lists all."
+                    f"leave out what is bad with --on-bad exclude; {lister(self.seen.command)} lists all."
                 )
             )
 

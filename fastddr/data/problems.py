@@ -108,28 +108,25 @@ def errors(problems: Iterable[Problem]) -> list[Problem]:
     return [problem for problem in problems if problem.severity == "error"]
 
 
-def refuse(problems: Sequence[Problem], root: Path, asked: str) -> None:
+def refuse(problems: Sequence[Problem], root: Path, command: str) -> None:
     """Raise `UserError` if one of the problems is an error: the first, and how many more there are.
 
-    `asked`: as of `Survey`.
+    `command`: as of `Survey`.
     """
     bad = errors(problems)
     if not bad:
         return
     more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
-    raise UserError(
-        one_line(
-            f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude; {lister(asked)} lists all."
-        )
-    )
+    said = f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude"
+    raise UserError(one_line(f"{said}; {lister(command)} lists all."))
 
 
-def lister(asked: str) -> str:
+def lister(command: str) -> str:
     """The command that lists every error of a set; without a list `fastddr check` shows the first of each kind.
 
-    `asked`: as of `Survey`. With other flags it would list other errors.
+    `command`: as of `Survey`.
     """
-    return f"`fastddr check {asked} --fix-list bad.csv`"
+    return f"`{command} --fix-list bad.csv`"
 
 
 def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:

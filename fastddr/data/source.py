@@ -36,6 +36,7 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
                 exclude,
                 on_progress=lambda done, total: bar.update(done, total=total),
                 follow_links=config.follow_links,
+                listed=config.exclude,
             )
 
     # Rank 0 goes first: the others then find the synthetic set made and the headers cached.

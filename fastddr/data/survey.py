@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import time
 from collections import defaultdict
@@ -30,7 +31,7 @@ from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
 from fastddr.data.layouts.common import Fence, located
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import Problem, errors
+from fastddr.data.problems import Problem, errors, one_line
 from fastddr.errors import UserError
 
 #: Called with (done, total) now and then.
@@ -51,7 +52,7 @@ class Survey:
     """A data set as it is. Made by `take`."""
 
     asked: str
-    """What the user called it, and the flags that it was looked at with, as they stand on a command line."""
+    """What the user called it, and the flags that it was looked at with but `--exclude`, as on a command line."""
     root: Path
     layout: str
     entries: list[Entry]
@@ -65,6 +66,14 @@ class Survey:
     """What `--exclude` took out."""
     absent: list[Entry] = field(default_factory=list)
     """What labels name and `entries` lack: by `--exclude`, or left out when the set was prepared."""
+    listed: str | Path | None = None
+    """The list of `--exclude`."""
+
+    @property
+    def command(self) -> str:
+        """The `fastddr check` that looks at the same photographs; another one would find other errors."""
+        exclude = f" --exclude {shlex.quote(str(self.listed))}" if self.listed else ""
+        return f"fastddr check {self.asked}{exclude}"
 
     # ------------------------------------------------------------------------------------------ what is wrong
 
@@ -222,6 +231,7 @@ def take(
     *,
     afresh: bool = False,
     follow_links: bool = False,
+    listed: str | Path | None = None,
 ) -> Survey:
     """A survey by labels and headers; nothing is decoded.
 
@@ -232,6 +242,7 @@ def take(
         on_progress: called with (headers read, photographs) now and then.
         afresh: look at every file, whatever is known of it.
         follow_links: also read what links lead to that lies outside of the folder.
+        listed: the file that `exclude` was read from, for the commands that are named to the user.
 
     Raises:
         UserError: no such place, no known layout, labels that cannot be read, or a split that is missing.
@@ -243,9 +254,16 @@ def take(
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
     kept.sort(key=lambda entry: (order[entry.split or ""], entry.path))
-    present = {entry.path for entry in entries} | {problem.path for problem in listing.problems} if exclude else set()
-    left_out = sorted(exclude & present)
+    photographs = {entry.path for entry in entries} if exclude else set()
+    left_out = sorted(exclude & (photographs | {problem.path for problem in listing.problems}))
     if exclude:
+        for line in sorted(exclude.difference(left_out)):
+            # A note behind the path: it would be trained on.
+            if not photographs.isdisjoint(map(str.strip, re.split("[,;\t]", line))):
+                raise UserError(
+                    f"--exclude: its line {one_line(line)!r} holds more than the path of a photograph; write path and "
+                    "the names of the other columns above the first line, as in path,reason."
+                )
         if not left_out and not exclude & {entry.path for entry in listing.absent}:
             like = f", like {entries[0].path}" if entries else ""
             raise UserError(
@@ -266,6 +284,7 @@ def take(
         notes=listing.notes + notes,
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
+        listed=listed,
     )
 
 

@@ -252,7 +252,8 @@ def default_root(
     The folder's name tells the generator's version and everything that the files depend on.
     """
     text = ";".join(f"{split}={','.join(map(str, counts[split]))}" for split in sorted(counts))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    # The quality of the JPEGs is always this one; it stays in the name, or every cache would draw its sets again.
+    digest = hashlib.sha256(f"{text};quality=95".encode()).hexdigest()[:12]
     return cache.folder() / f"synthetic-v{VERSION}-seed{seed}-{size}px-{digest}"
 
 

@@ -146,9 +146,9 @@ def _data(restored: Restored) -> list[str]:
     Raises:
         UserError: it is broken.
     """
-    if not restored.run.manifest.is_file():
-        return ["The run has no manifest.csv, so its photographs are not known."]
     try:
+        if not restored.run.manifest.is_file():
+            return ["The run has no manifest.csv, so its photographs are not known."]
         counts: dict[str, Counter[str]] = {}
         for photograph in manifest.rows(restored.run.manifest):
             if None in photograph.values():

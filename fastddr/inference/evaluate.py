@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -168,10 +169,11 @@ def _prepared(asked: Evaluate, run: RunFolder, config: Config, found: Manifest) 
     here = masters.of_folder(found.root)
     if own == here:
         return []
+    folder = shlex.quote(asked.data) + (" --follow-links" if config.follow_links else "")
     said = [f"prepared ({recipe})" if recipe else "not prepared" for recipe in (here, own)]
     return [
         f"These photographs are {said[0]}, and those of the run were {said[1]}: the figures are of that difference too."
-        + (f" `fastddr prepare {asked.data} FOLDER` prepares them." if own and not here else "")
+        + (f" `fastddr prepare {folder} FOLDER` prepares them." if own and not here else "")
     ]
 
 

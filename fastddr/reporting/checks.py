@@ -67,9 +67,7 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         f"{len(bad):,} errors. Training stops at them; mend them, or leave them out with --on-bad exclude.", style="red"
     )
     if fix_list is None:
-        console.print(
-            f"To see all or to edit the list first: fastddr check {seen.asked} --fix-list bad.csv", soft_wrap=True
-        )
+        console.print(f"To see all or to edit the list first: {seen.command} --fix-list bad.csv", soft_wrap=True)
     else:
         listed = shlex.quote(str(fix_list))
         console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)

@@ -112,7 +112,9 @@ def test_the_card_says_how_the_figures_came_and_test_is_left_alone(regression: P
     assert not (regression / "test_scorings.jsonl").exists()
 
 
-def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path) -> None:
+def test_the_card_has_the_figures_of_the_last_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     assert main(["export", str(run), "--format", "safetensors", "--weights", "last", "--out", str(out)]) == 0
     assert "|  | valid (last weights) |" in (out / "model_card.md").read_text()
@@ -140,6 +142,15 @@ def test_the_card_has_the_figures_of_the_last_weights(run: Path, tmp_path: Path)
         (copy / "manifest.csv").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.csv: this is no list of a run's photographs"):
             card.read(restored)
+    (copy / "manifest.csv").unlink()
+    assert card.read(restored).data == ["The run has no manifest.csv, so its photographs are not known."]
+
+    def away(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "is_file", away)
+    with pytest.raises(UserError, match=r"manifest\.csv: this is no list of a run's photographs"):
+        card.read(restored)
 
 
 def test_photographs_that_are_not_the_runs_any_more_are_not_called_so(run: Path, tiny: Path, tmp_path: Path) -> None:

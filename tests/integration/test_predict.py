@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +76,21 @@ def test_raw_photographs_get_the_answer_of_their_masters(
         assert (row["status"], row["reason"]) == ("ok", "")
     names = {"0": "No DR", "1": "Mild NPDR", "2": "Moderate NPDR", "3": "Severe NPDR", "4": "Proliferative DR"}
     assert all(row["name"] == names[row["grade"]] for row in rows)
+
+
+def test_the_command_that_prepares_other_photographs_can_be_typed(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of `evaluate --data`, where the run's were prepared: here a folder of links, with a blank in its name."""
+    data, out = tmp_path / "my set", tmp_path / "out"
+    shutil.copytree(tiny, data, copy_function=lambda source, target: os.symlink(source, target))
+    for label in (data / "DR_grading").glob("*.txt"):
+        label.unlink()
+        shutil.copy(tiny / "DR_grading" / label.name, label)
+    assert main(["evaluate", str(run), "--data", str(data), "--follow-links"]) == 0
+    [command] = re.findall(r"`(fastddr prepare .*?)` prepares them", capsys.readouterr().out)
+    assert main(shlex.split(command.replace("FOLDER", shlex.quote(str(out))))[1:]) == 0
+    assert len(list(out.rglob("*.jpg"))) >= 13
 
 
 @pytest.mark.parametrize("window", ["full", "center"])

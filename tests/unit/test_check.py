@@ -7,15 +7,17 @@ import json
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from photographs import LAYOUTS, SET, draw, folders, labelled, official
+from rich.console import Console
 
 from fastddr.__main__ import main
-from fastddr.config import SplitConfig
-from fastddr.data import manifest, prepare, problems, survey
+from fastddr.config import Config, SplitConfig
+from fastddr.data import manifest, prepare, problems, source, survey
 from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
@@ -140,6 +142,32 @@ def test_commands_that_are_named_look_beyond_the_same_links(
     assert lists(capsys.readouterr().out.splitlines()[-1].partition(": ")[2], bad) == {torn}
     assert check(links, "--follow-links", "--fix-list", bad) == 1
     assert f"train --data {links} --follow-links --exclude {bad}" in capsys.readouterr().out
+
+
+def test_commands_that_are_named_leave_out_what_was_left_out_by_hand(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training takes one list: the new one takes the place of the old one."""
+    torn, blurred = "train/007-0000-000.jpg", "train/007-0001-000.jpg"
+    (data / "DR_grading" / torn).write_bytes(b"")
+    hand, bad = tmp_path / "by hand.txt", tmp_path / "bad.csv"
+    hand.write_text(f"{blurred}\n")
+    config = replace(Config(), data=str(data), exclude=str(hand))
+    with pytest.raises(UserError, match="lists all") as refused:
+        source.open_data(config, Console(quiet=True))
+    assert lists(str(refused.value).split("`")[1], bad) == {torn, blurred}
+    bad.unlink()
+    capsys.readouterr()
+    assert main(["prepare", str(data), str(tmp_path / "out"), "--exclude", str(hand), "--sheet", "0"]) == 2
+    assert lists(capsys.readouterr().err.split("`")[1], bad) == {torn, blurred}
+    bad.unlink()
+    capsys.readouterr()
+    assert check(data, "--exclude", hand) == 1
+    assert lists(capsys.readouterr().out.splitlines()[-1].partition(": ")[2], bad) == {torn, blurred}
+    assert check(data, "--exclude", hand, "--fix-list", bad) == 1
+    assert capsys.readouterr().out.rstrip().endswith(f"train --data {data} --exclude {bad}")
+    assert bad.read_text().count(blurred) == 1
+    assert check(data, "--exclude", bad) == 0
 
 
 def test_the_command_that_a_refusal_names_draws_the_same_splits(tmp_path: Path) -> None:

@@ -94,11 +94,13 @@ def test_what_is_not_there_is_one_sentence(folder: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.csv").write_text("path,grade\n,1\n")
     (tmp_path / "other.csv").write_text("file,grade\na.jpg,1\n")
+    (tmp_path / "quoted.csv").write_text('"file","grade"\n"a.jpg","1"\n')
     (tmp_path / "quote.csv").write_text('path,grade\na.jpg,"1\nb.jpg,2\n')
     (tmp_path / "wide.csv").write_text("path\na.jpg\n", encoding="utf-16")
     for name, said in (
         ("gone", "no such photograph"), ("empty", "no photograph here"), ("torn.csv", "row 2 has no"),
         ("other.csv", "none of its columns is called path"), ("quote.csv", "cannot be read"),
+        ("quoted.csv", "none of its columns is called path"),
         ("wide.csv", "holds NULs, as in UTF-16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
@@ -207,6 +209,35 @@ def test_machines_may_have_caches_of_their_own(folder: Path, this: int, monkeypa
     monkeypatch.setattr(ranks, "gather", lambda mine: [*mine, there] if this == 0 else [there, *mine])
     (made,) = masters.make([file], RECIPE).values()
     assert Path(made.master).is_relative_to(cache.folder())
+
+
+@pytest.mark.parametrize("this", [0, 1])
+def test_what_one_machine_cannot_use_is_left_out_on_all(
+    folder: Path, this: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the machines grade different photographs, and name one by the grade of its neighbour."""
+    paths = [str(folder / name) for name in ("a.JPG", "b.jpg", "below/c.png")]
+    os.unlink(paths[this])
+    kinds = [(paths[place], "missing" if place == 1 - this else "") for place in range(3)]
+    there = [(1 - this, masters.Made(path, "" if kind else "/scratch/other", kind)) for path, kind in kinds]
+    monkeypatch.setattr(ranks, "machine", lambda: this)
+    monkeypatch.setattr(ranks, "on_all", lambda do: do())
+    monkeypatch.setattr(ranks, "gather", lambda mine: mine and (mine + there if this == 0 else there + mine))
+    found, _ = photos.ready(paths, RECIPE, silent)
+    assert [photo.kind for photo in found] == ["missing", "missing", ""]
+
+
+def test_ranks_share_the_same_photographs_though_one_is_gone_for_one_of_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(folder / name) for name in ("a.JPG", "b.jpg", "below/c.png")]
+    os.unlink(paths[0])
+    other = [(0, masters.Made(path, "/cache/other")) for path in paths[1::2]]  # which still saw all of them
+    monkeypatch.setattr(ranks, "local_world", lambda: 2)
+    monkeypatch.setattr(ranks, "on_all", lambda do: do())
+    monkeypatch.setattr(ranks, "gather", lambda mine: mine and [*mine, *other])
+    found, _ = photos.ready(paths, RECIPE, silent)
+    assert [photo.kind for photo in found] == ["missing", "", ""]
 
 
 @pytest.mark.parametrize(("photograph", "expected"), [(0o600, 0o600), (0o644, 0o644), (0o440, 0o640)])

@@ -329,6 +329,7 @@ def test_the_cache_folder_tells_everything_that_the_files_depend_on(
     monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
     roots.append(default_root())
     assert len(set(roots)) == len(roots)
+    assert roots[0].name.endswith("-2b3ccf7e7bee"), "else every cache would draw its sets again"
     assert {r.parent for r in roots} == {tmp_path}
 
 

@@ -279,6 +279,7 @@ def test_a_run_whose_links_were_followed_goes_on(tmp_path: Path) -> None:
     _written(tmp_path / "own", 6, best=False)
     copied = Path(shutil.copytree(tmp_path / "own", tmp_path / "copied", symlinks=False))
     assert not (copied / "best").is_symlink()
+    assert checkpoints.led_to(copied / "best") == copied / "best"
     _written(copied, 9, best=True)
     assert {path.name for path in copied.iterdir()} == {"step-00000006", "step-00000009", "last", "best"}
     assert os.readlink(copied / "best") == os.readlink(copied / "last") == "step-00000009"
@@ -297,7 +298,7 @@ def test_a_checkpoint_is_told_by_the_path_that_was_given(tmp_path: Path) -> None
     standing.symlink_to(standing.rename(tmp_path / "on-another-disk"))
     found = checkpoints.load_newest(folder)
     assert found is not None
-    assert found.path == folder / "step-00000003"
+    assert found.path == checkpoints.led_to(folder / "best") == folder / "step-00000003"
 
 
 def test_a_system_that_knows_fewer_errors_trains_all_the_same() -> None:

@@ -62,6 +62,10 @@ class Checkpoint:
         return self.model if self.ema is None else self.ema
 
 
+class Damaged(UserError):
+    """A checkpoint is not whole."""
+
+
 def best(path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint that are evaluated."""
     return load(path).weights
@@ -167,7 +171,7 @@ def load(path: Path) -> Checkpoint:
     A training that goes on meanwhile may set the link elsewhere and delete what it stood for: then that is read.
 
     Raises:
-        UserError: it is not whole.
+        Damaged: it is not whole.
         OSError: it cannot be read now, and may be whole; with the name of a file or folder.
     """
     while True:
@@ -185,7 +189,7 @@ def _load(path: Path) -> Checkpoint:
         sums = files.parse((path / "manifest.json").read_bytes())
         for name in sorted(_NEEDED | set(sums)):
             if not _is_whole(path / name, sums.get(name)):
-                raise UserError(
+                raise Damaged(
                     f"{path / name}: this part of the checkpoint is missing or damaged; take another checkpoint."
                 )
         state = files.parse((path / "state.json").read_bytes())
@@ -193,11 +197,37 @@ def _load(path: Path) -> Checkpoint:
         tensors = {name: deserialize((path / name).read_bytes()) for name in _TENSORS if name in sums}
         optimizer = _join_optimizer(tensors["optimizer.safetensors"], state.pop("optimizer"))
     except (*_NONE, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
+        raise Damaged(
             f"{path}: this is not a whole checkpoint, its manifest.json or another file is missing or damaged "
             f"({type(error).__name__}: {error}); take another checkpoint."
         ) from None
     return Checkpoint(path, state, tensors["model.safetensors"], tensors.get("ema.safetensors"), optimizer)
+
+
+def load_own(path: Path) -> Checkpoint:
+    """As `load`, for the run that wrote it: what it may pass over is damaged, and what cannot be read now is not.
+
+    Raises:
+        Damaged: it is not whole.
+        UserError: it cannot be read now: to pass over it might throw away hours of work.
+    """
+    try:
+        return load(path)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}, so nobody knows whether this checkpoint is whole; give the same "
+            f"command again, or where that does not help, move {path} elsewhere: the run then goes on without it, "
+            "and begins anew where it is the only one."
+        ) from error
+
+
+def led_to(link: Path) -> Path:
+    """The checkpoint that `best` or `last` leads to, by its path in the same folder; the link where it is none there.
+
+    Raises OSError where nobody can tell.
+    """
+    end = files.end(link)
+    return next((path for path in standing(link.parent) if files.end(path) == end), link)
 
 
 def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -206,19 +236,14 @@ def load_newest(folder: Path, say: Callable[[str], None] = print) -> Checkpoint 
     `say` hears of each that is passed over.
 
     Raises:
-        UserError: one cannot be read now: to pass over it might throw away hours of work.
+        UserError: one cannot be read now.
         OSError: the folder cannot be listed.
     """
     for path in reversed(standing(folder)):
         try:
-            return replace(load(path), path=path)  # where links lead may be of this machine alone
-        except UserError as error:
+            return replace(load_own(path), path=path)  # where links lead may be of this machine alone
+        except Damaged as error:
             say(f"passed over a checkpoint: {error}")
-        except OSError as error:
-            raise UserError(
-                f"{error.filename}: {error.strerror}, so nobody knows whether this checkpoint is whole; give the same "
-                f"command again, or where that does not help, move {path} elsewhere: the one before is taken then."
-            ) from error
     return None
 
 

@@ -25,8 +25,8 @@ _AWAY = _numbers("EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "EHOSTDO
 PASSING = _AWAY | _numbers("EMFILE", "ENFILE", "ENOMEM")
 #: What it says where a place cannot be used, for these reasons or others.
 CANNOT_USE = _FULL | _AWAY | _numbers(
-    "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "ENOTEMPTY", "ENAMETOOLONG", "EBUSY", "EOPNOTSUPP",
-    "ENOSYS", "ENXIO",
+    "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "EBUSY",
+    "EOPNOTSUPP", "ENOSYS", "ENXIO",
 )  # fmt: skip
 
 

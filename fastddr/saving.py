@@ -113,11 +113,15 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
 
 
 def _is_best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> bool:
-    """Whether the best checkpoint that training knows of is there; else its link goes."""
+    """Whether the best checkpoint that training knows of is there; else its link goes.
+
+    Raises:
+        UserError: it cannot be read now.
+    """
     link = run.checkpoints / "best"
     try:
-        found = checkpoints.load(link).state["progress"]["step"]
-    except (UserError, KeyError) as error:
+        found = checkpoints.load_own(checkpoints.led_to(link)).state["progress"]["step"]
+    except (checkpoints.Damaged, KeyError) as error:
         why = str(error)
     else:
         if found == progress.best_step:
@@ -137,17 +141,19 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> tupl
         UserError: on every rank, neither is whole, or one cannot be read now.
     """
 
-    def choose() -> str:
+    def choose() -> Any:
         for name in ("best", "last"):
             try:
-                checkpoints.load(run.checkpoints / name)
-                return name
-            except UserError as error:
+                # Not the link: on another machine it may lead to the best one of before for a while.
+                path = checkpoints.led_to(run.checkpoints / name)
+                checkpoints.load_own(path)
+                return path
+            except checkpoints.Damaged as error:
                 problem = error
                 say(f"the {name} checkpoint is lost: {error}")
         raise problem
 
-    found = checkpoints.load(run.checkpoints / runtime.from_main(choose))
+    found = checkpoints.load(runtime.from_main(choose))
     known = found.state["progress"]
     at, is_best = f"(step {known['step']}, epoch {known['epoch']})", known["step"] == progress.best_step
     progress.best_step, progress.best_epoch = known["step"], known["epoch"]

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class _Single(nn.Module):
-    """Before a layer's class: the layer in float32, under autocast too."""
+    """Before a layer's class: the layer in float32, under autocast too. What is no tensor it takes as it is."""
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Any, *more: Any, **named: Any) -> Any:
         """As the layer's own."""
         # Of tensors on `meta`, which have no values, autocast knows nothing.
-        if values.is_meta or not torch.is_autocast_enabled(values.device.type):
-            return self._own(values)
+        if not isinstance(values, Tensor) or values.is_meta or not torch.is_autocast_enabled(values.device.type):
+            return super().forward(values, *more, **named)
         with torch.autocast(values.device.type, enabled=False):
-            return self._own(values.float())
-
-    def _own(self, values: Tensor) -> Tensor:
-        found: Tensor = super().forward(values)
-        return found
+            return super().forward(values.float(), *more, **named)
 
 
-class SingleLinear(_Single, nn.Linear):
+class SingleLinear(_Single, nn.Linear):  # type: ignore[misc]  # PyTorch calls the argument `input`
     """A linear layer in float32, under autocast too."""
 
 

@@ -267,8 +267,12 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 
 
 def _takes_one(layer: object) -> bool:
-    """Whether it is a layer of one argument: a model of one's own may call anything else `head`."""
-    return isinstance(layer, nn.Module) and len(inspect.signature(layer.forward).parameters) == 1
+    """Whether it is a layer that needs one argument: a model of one's own may call anything else `head`."""
+    if not isinstance(layer, nn.Module):
+        return False
+    taken = inspect.signature(layer.forward).parameters.values()
+    needed = [argument for argument in taken if argument.default is argument.empty]
+    return sum(argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) for argument in needed) == 1
 
 
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> Fit:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import needs_dali
 from tests_support import ROOT, evaluated, launch, table, train
 from torch import nn
 
@@ -134,10 +135,11 @@ def test_the_benchmark_compares_with_a_loop_that_sees_the_same(
         plain.graded(found.averaged, nine, [], 4)
 
 
+@needs_dali
 def test_a_run_on_raw_photographs_prepares_nothing(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = train(tiny, tmp_path / "run", "--epochs", "1")
+    run = train(tiny, tmp_path / "run", "--epochs", "1", "--loader", "resident")
     photographs = raw(tiny, tmp_path)
     replaced = sorted(photographs.glob("*.jpg"))[1]
     verb = importlib.import_module("fastddr.inference.predict")
@@ -151,9 +153,13 @@ def test_a_run_on_raw_photographs_prepares_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(verb, "score", meanwhile)
-        assert main(["predict", str(run), str(photographs), "--out", str(tmp_path / "g.csv")]) == 1
-    assert "no preparation: the run was trained on photographs as they are" in capsys.readouterr().out
-    wanted, found = graded(run), table(tmp_path / "g.csv")
+        asked = ["predict", str(run), str(photographs), "--out", str(tmp_path / "g.csv")]
+        assert main([*asked, "--loader", "dali"]) == 1
+        assert "no preparation: the run was trained on photographs as they are" in capsys.readouterr().out
+        shutil.copy(tiny / "DR_grading" / "test" / replaced.name, replaced)
+        assert main([*asked[:-1], str(tmp_path / "no.csv"), "--window", "center"]) == 2
+        assert f"{replaced}: DALI decodes it to 300 × 300 pixels, and 80 × 80 were exp" in capsys.readouterr().err
+    wanted, found = graded(run, "--loader", "dali"), table(tmp_path / "g.csv")
     assert [row["p0"] for row in found] == ["" if n == 1 else row["p0"] for n, row in enumerate(wanted.values())]
     assert found[1]["status"] == "changed"
 

@@ -302,10 +302,10 @@ def test_what_a_spoilt_step_must_not_change_is_all_that_is_learnt(load: Any) -> 
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    averaged = SimpleNamespace(module=torch.nn.Linear(2, 1))
+    averaged = torch.nn.Linear(2, 1)
     trainer = SimpleNamespace(bare_model=model, ema=averaged, optimizer=optimizer)
     found = load("faults")._learnt(trainer)
     for name in ("model weight", "ema weight", "moments 0 exp_avg", "moments 1 exp_avg_sq"):
         assert name in found
-    averaged.module.weight.data.zero_()
+    averaged.weight.data.zero_()
     assert found["ema weight"].any(), "a copy"

@@ -352,22 +352,67 @@ def test_a_folder_that_cannot_be_listed_for_a_moment_loses_no_checkpoint(
         checkpoints.load_newest(tmp_path)
 
 
-def test_the_best_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read = RunFolder(tmp_path), Path.read_bytes
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_best_one_that_cannot_be_read_now_is_lost_where_it_is_moved_away(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read, said = RunFolder(tmp_path), Path.read_bytes, list[str]()
     best = write(run.checkpoints, 1, best=True)
-    write(run.checkpoints, 2)
+    write(run.checkpoints, 2, progress={"step": 2, "epoch": 1})
 
     def away(file: Path) -> bytes:
         if file == best / "manifest.json":
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise OSError(code, os.strerror(code))
         return read(file)
 
-    monkeypatch.setattr(Path, "read_bytes", away)
-    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)) as told:
-        saving._is_best(run, Progress(step=2, best_step=1), print)
-    assert told.value.filename == str(best)
-    monkeypatch.undo()
-    assert checkpoints.load(run.checkpoints / "best").path == best
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", away)
+        for asked in (saving._is_best, saving.best):
+            with pytest.raises(UserError, match=rf"^{best}: .*, so nobody .* again, .* move {best} elsewhere: "):
+                asked(run, Progress(step=2, best_step=1), said.append)
+    assert said == []
+    assert saving._is_best(run, Progress(step=2, best_step=1), said.append)
+    best.rename(tmp_path / "elsewhere")
+    found, label = saving.best(run, Progress(step=2, best_step=1), said.append)
+    assert (found.state["progress"]["step"], label) == (2, "last (step 2, epoch 1), for the best ones are lost")
+    assert not saving._is_best(run, Progress(step=2, best_step=1), said.append)
+
+
+def test_all_ranks_score_the_best_one_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine a link may lead for a while to where it led before."""
+    run = RunFolder(tmp_path)
+    for number in (1, 2):
+        write(run.checkpoints, number, best=True, keep=2, progress={"step": number, "epoch": number})
+
+    def elsewhere(choose: Callable[[], Any]) -> Any:
+        made = choose()
+        checkpoints.point(run.checkpoints, run.checkpoints / "step-00000001", best=True)
+        return made
+
+    monkeypatch.setattr(saving.runtime, "from_main", elsewhere)
+    found, label = saving.best(run, Progress(step=2, best_step=2), print)
+    assert (found.state["progress"]["step"], label) == (2, "best (step 2, epoch 2)")
+
+
+def test_what_a_kill_left_is_no_obstacle_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, (model, optimizer) = RunFolder(tmp_path), trained()
+    saver = saving.Saver(
+        run, Training(model, None, optimizer, None), Config(), main=False, fingerprint="", step=0, before=lambda: None
+    )
+    left = run.checkpoints / ".writing"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        said = rf"^{left}: File exists; the run ends at step 1, .* make room or mend the folder, and give the same"
+        with pytest.raises(UserError, match=said), saver.readable(Progress(step=1)):
+            write(run.checkpoints, 1)
+    write(run.checkpoints, 1)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-00000001"]
 
 
 def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastddr import models
 from fastddr.config import Config, from_mapping
 from fastddr.memory import fitting, predicting
 from fastddr.memory.predicting import Case, tape_of
+from fastddr.models import weights
 
 timm = pytest.importorskip("timm")
 
@@ -128,7 +130,7 @@ class Scaled(nn.Linear):
 
 
 class Called(Net):
-    """What is called `head` and `fc` here is no layer of one argument."""
+    """What is called `head` and `fc` here is no layer that needs one argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,9 +152,49 @@ class Headed(Net):
         return self.head(self.stem(image).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("model", "kind"), [(Called, torch.bfloat16), (Headed, torch.float32)])
-def test_a_head_is_a_layer_of_one_argument(model: type[Net], kind: torch.dtype, register: Registers) -> None:
+class Pooled(Net):
+    """A head of timm's: `pre_logits`, a second argument, has a default."""
+
+    def __init__(self, pre_logits: bool | None = None) -> None:
+        super().__init__()
+        self.head = timm.layers.ClassifierHead(8, 5)
+        self.more = {} if pre_logits is None else {"pre_logits": pre_logits}
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.stem(image), **self.more)
+
+
+class Joined(Net):
+    """A head that takes several tensors as one list."""
+
+    class Head(nn.Linear):
+        def forward(self, values: list[Tensor]) -> Tensor:
+            return super().forward(torch.cat(values, 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.Head(16, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        values = self.stem(image).mean((2, 3))
+        return self.head([values, values])
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (Called, torch.bfloat16),
+        (Headed, torch.float32),
+        (Pooled, torch.float32),
+        (partial(Pooled, pre_logits=False), torch.float32),
+        (Joined, torch.bfloat16),
+    ],
+)
+def test_a_head_is_a_layer_that_needs_one_argument(
+    model: Callable[[], Net], kind: torch.dtype, register: Registers
+) -> None:
     built = models.build(register(model), num_classes=5, image_size=32)
     with torch.autocast("cpu", torch.bfloat16):
         logits = built(torch.randn(2, 3, 32, 32))
     assert logits.dtype == kind
+    assert bool(weights.heads(built)) == (model is not Called), "as before it was built"

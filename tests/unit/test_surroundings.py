@@ -90,6 +90,18 @@ def test_a_bar_in_a_narrow_terminal_keeps_its_count_and_its_time(
     assert said in line
 
 
+@pytest.mark.parametrize(("width", "least"), [(120, 70), (80, 30), (60, 10)])
+def test_a_bar_without_figures_fills_the_line(width: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    with EpochBar(console, "looking at photographs", 8763) as bar:
+        bar.update(8763)
+        line = "".join(segment.text for segment in console.render(bar._progress.get_renderable()))
+    assert line.count("━") >= least
+    assert " 8763/8763 ETA " in line
+
+
 def test_what_is_said_in_a_notebook_is_plain_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +291,7 @@ def test_a_run_whose_links_were_followed_goes_on(tmp_path: Path) -> None:
     _written(tmp_path / "own", 6, best=False)
     copied = Path(shutil.copytree(tmp_path / "own", tmp_path / "copied", symlinks=False))
     assert not (copied / "best").is_symlink()
+    assert checkpoints.led_to(copied / "best") == copied / "best"
     _written(copied, 9, best=True)
     assert {path.name for path in copied.iterdir()} == {"step-00000006", "step-00000009", "last", "best"}
     assert os.readlink(copied / "best") == os.readlink(copied / "last") == "step-00000009"
@@ -297,7 +310,7 @@ def test_a_checkpoint_is_told_by_the_path_that_was_given(tmp_path: Path) -> None
     standing.symlink_to(standing.rename(tmp_path / "on-another-disk"))
     found = checkpoints.load_newest(folder)
     assert found is not None
-    assert found.path == folder / "step-00000003"
+    assert found.path == checkpoints.led_to(folder / "best") == folder / "step-00000003"
 
 
 def test_a_system_that_knows_fewer_errors_trains_all_the_same() -> None:

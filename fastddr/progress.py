@@ -23,15 +23,14 @@ class EpochBar:
     def __init__(
         self, console: Console, title: str, total: int | None = None, start: int = 0, quiet: bool = False
     ) -> None:
-        self._figures = Column(no_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            # What the others leave is the bar's, later the figures' too: down to 44 columns count and time stay whole.
+            # The two with a ratio share what the others leave: in a narrow terminal count and time stay whole.
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("ETA"),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[speed]}", table_column=self._figures),
+            TextColumn("{task.fields[speed]}", table_column=Column(no_wrap=True, ratio=4)),
             expand=True,
             console=console,
             transient=True,
@@ -66,8 +65,6 @@ class EpochBar:
             said.append(f"decoded and kept {share:.0%}")
         elif said:
             said.append(f"data wait {data_wait:.0%}")
-        if said:  # most bars have none
-            self._figures.ratio = 4
         self._progress.update(self._bar, completed=done, total=total, speed=", ".join(said))
 
     def __enter__(self) -> EpochBar:

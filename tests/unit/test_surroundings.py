@@ -90,18 +90,6 @@ def test_a_bar_in_a_narrow_terminal_keeps_its_count_and_its_time(
     assert said in line
 
 
-@pytest.mark.parametrize(("width", "least"), [(120, 70), (80, 30), (60, 10)])
-def test_a_bar_without_figures_fills_the_line(width: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True)
-    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
-    with EpochBar(console, "looking at photographs", 8763) as bar:
-        bar.update(8763)
-        line = "".join(segment.text for segment in console.render(bar._progress.get_renderable()))
-    assert line.count("━") >= least
-    assert " 8763/8763 ETA " in line
-
-
 def test_what_is_said_in_a_notebook_is_plain_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+#: Columns of the terminal that are kept free for the bar itself, its ETA and the gaps between.
+_KEPT = 5 + len(" ETA 0:00:00") + 4
+
 
 def terminal(quiet: bool = False) -> Console:
     """What is said to the terminal or the notebook; nothing where it is `quiet`."""
@@ -25,13 +28,11 @@ class EpochBar:
     ) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            # The two with a ratio share what the others leave: in a narrow terminal count and time stay whole.
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            BarColumn(),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[speed]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[speed]}", table_column=Column(no_wrap=True, ratio=4)),
-            expand=True,
             console=console,
             transient=True,
             # Disabled it redirects nothing: what a quiet rank writes to stderr must be seen. FORCE_COLOR, as in CI,
@@ -49,7 +50,7 @@ class EpochBar:
         total: int | None = None,
         kept: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """Move to `done` of the total; the first two figures are of the last logged steps.
+        """Move to `done` of the total; the first two figures are of the last logged steps, as far as there is room.
 
         `kept` gives the share of the photographs that are decoded and kept, shown until it is all of them. It is asked
         only where the bar is seen: a large set has many.
@@ -65,7 +66,17 @@ class EpochBar:
             said.append(f"decoded and kept {share:.0%}")
         elif said:
             said.append(f"data wait {data_wait:.0%}")
-        self._progress.update(self._bar, completed=done, total=total, speed=", ".join(said))
+        self._progress.update(self._bar, completed=done, total=total)
+        self._progress.update(self._bar, speed=self._fitting(said))
+
+    def _fitting(self, said: list[str]) -> str:
+        """As many of these words as leave the bar, its count and its time whole: rich would cut all of them alike."""
+        task = self._progress.tasks[0]
+        digits = len(str(int(task.completed))) if task.total is None else len(str(int(task.total)))
+        room = self._progress.console.width - len(task.description) - (2 * digits + 1) - _KEPT
+        while said and len(", ".join(said)) > room:
+            said = said[:-1]
+        return ", ".join(said)
 
     def __enter__(self) -> EpochBar:
         self._progress.start()

@@ -75,7 +75,7 @@ def test_a_bar_leaves_stderr_and_log_files_alone(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kept", [None, 0.37])
-@pytest.mark.parametrize(("width", "said"), [(80, "images/s, d"), (60, "images/s"), (44, "")])
+@pytest.mark.parametrize(("width", "said"), [(80, "images/s"), (60, ""), (44, "")])
 def test_a_bar_in_a_narrow_terminal_keeps_its_count_and_its_time(
     width: int, said: str, kept: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_bar_in_a_narrow_terminal_keeps_its_count_and_its_time(
         bar.update(123, 12_345.0, 0.12, kept=lambda: kept)
         line = "".join(segment.text for segment in console.render(bar._progress.get_renderable()))
     assert " 123/1234 " in line
-    assert " ETA -:--:-- " in line
+    assert line.rstrip("\n").endswith("ETA -:--:--")
     assert said in line
 
 

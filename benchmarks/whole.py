@@ -61,21 +61,19 @@ def train(folder: Path, arguments: Sequence[str], ranks: int = 0) -> str | None:
     """Bring a run to its end; what went wrong, in one sentence, or None.
 
     By default all GPUs train it together; `ranks` is another number. What it says goes to FOLDER.log. One that is done
-    with other settings or of other data is refused.
+    with other settings, or of data that are named otherwise, is refused.
     """
     run = RunFolder(folder)
     if run.status().get("state") == "done":
         try:
             asked = cli.parse([*arguments, "--run-dir", str(folder)], "train.py", notes=False)
-        except UserError as error:
-            return str(error)
-        began = load_preset(run.config)
-        if placed(asked) != placed(began):
-            return f"{folder} is done, of other data or without others ({began.data}); give another --folder."
-        try:
+            began = load_preset(run.config)
+            if placed(asked) != placed(began):
+                return f"{folder} is done, and its photographs lay in {began.data}; give that, or another --folder."
             continue_from(asked, run, ranks or max(torch.cuda.device_count(), 1))
-        except UserError as other:
-            return f"{str(other).partition('; to go on as it began')[0]}; give another --folder."
+        except UserError as error:
+            said, settings, _ = str(error).partition("; to go on as it began")
+            return f"{said}; give another --folder." if settings else said
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")

@@ -216,8 +216,8 @@ def load_own(path: Path) -> Checkpoint:
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}, so nobody knows whether this checkpoint is whole; give the same "
-            f"command again, or where that does not help, move {path} elsewhere: the run then goes on without it, "
-            "and begins anew where it is the only one."
+            f"command again with --run-dir {path.parent.parent}, or where that does not help, move {path} elsewhere: "
+            "the run then goes on without it, and begins anew where it is the only one."
         ) from error
 
 

@@ -31,7 +31,7 @@ from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
 from fastddr.data.layouts.common import Fence, located
 from fastddr.data.photograph import BadPhotograph
-from fastddr.data.problems import Problem, errors, one_line
+from fastddr.data.problems import Problem, errors
 from fastddr.errors import UserError
 
 #: Called with (done, total) now and then.
@@ -258,11 +258,12 @@ def take(
     left_out = sorted(exclude & (photographs | {problem.path for problem in listing.problems}))
     if exclude:
         for line in sorted(exclude.difference(left_out)):
-            # A note behind the path: it would be trained on.
-            if not photographs.isdisjoint(map(str.strip, re.split("[,;\t]", line))):
+            # A note beside the path: it would be trained on.
+            pieces = [*re.split(r"[,;\t|#:]", line), *(line[: gap.start()] for gap in re.finditer(r"\s", line))]
+            if not photographs.isdisjoint(map(str.strip, pieces)):
                 raise UserError(
-                    f"--exclude: its line {one_line(line)!r} holds more than the path of a photograph; write path and "
-                    "the names of the other columns above the first line, as in path,reason."
+                    f"--exclude: its line {line!r} holds more than the path of a photograph, if only a blank; write "
+                    "the path alone, or the names of the columns above the first line, as in path,reason."
                 )
         if not left_out and not exclude & {entry.path for entry in listing.absent}:
             like = f", like {entries[0].path}" if entries else ""

@@ -9,19 +9,24 @@ import torch
 from torch import Tensor, nn
 
 
-class _Single(nn.Module):
-    """Before a layer's class: the layer in float32, under autocast too. What is no tensor it takes as it is."""
+class Single(nn.Module):
+    """Before a layer's class: the layer in float32, under autocast too. What is not one tensor it takes as it is."""
 
-    def forward(self, values: Any, *more: Any, **named: Any) -> Any:
+    def forward(self, *given: Any, **named: Any) -> Any:
         """As the layer's own."""
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
         # Of tensors on `meta`, which have no values, autocast knows nothing.
-        if not isinstance(values, Tensor) or values.is_meta or not torch.is_autocast_enabled(values.device.type):
-            return super().forward(values, *more, **named)
-        with torch.autocast(values.device.type, enabled=False):
-            return super().forward(values.float(), *more, **named)
+        if len(tensors) != 1 or tensors[0].is_meta or not torch.is_autocast_enabled(tensors[0].device.type):
+            return super().forward(*given, **named)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return super().forward(*map(_float, given), **{name: _float(value) for name, value in named.items()})
 
 
-class SingleLinear(_Single, nn.Linear):  # type: ignore[misc]  # PyTorch calls the argument `input`
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
+class SingleLinear(Single, nn.Linear):
     """A linear layer in float32, under autocast too."""
 
 
@@ -37,6 +42,6 @@ def single(model: nn.Module, heads: Iterable[str]) -> nn.Module:
         head = model.get_submodule(name)
         # Not another layer in its place: names, weights and copies stay as they are.
         kind = type(head)
-        if not issubclass(kind, _Single):
-            head.__class__ = _SINGLE.setdefault(kind, type(f"Single{kind.__name__}", (_Single, kind), {}))
+        if not issubclass(kind, Single):
+            head.__class__ = _SINGLE.setdefault(kind, type(f"Single{kind.__name__}", (Single, kind), {}))
     return model

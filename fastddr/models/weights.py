@@ -32,6 +32,7 @@ from fastddr.config.strict import read_yaml
 from fastddr.errors import UserError
 from fastddr.models import zoo
 from fastddr.models.convmixer import ConvMixer, our_name
+from fastddr.models.heads import Single
 from fastddr.models.resnet import PUBLISHED
 from fastddr.runs import expanded
 
@@ -268,8 +269,8 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 
 def _takes_one(layer: object) -> bool:
     """Whether it is a layer that needs one argument: a model of one's own may call anything else `head`."""
-    if not isinstance(layer, nn.Module):
-        return False
+    if isinstance(layer, Single) or not isinstance(layer, nn.Module):
+        return isinstance(layer, Single)
     taken = inspect.signature(layer.forward).parameters.values()
     needed = [argument for argument in taken if argument.default is argument.empty]
     return sum(argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) for argument in needed) == 1

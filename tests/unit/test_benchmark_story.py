@@ -268,9 +268,8 @@ def test_a_run_that_is_done_is_not_made_again_and_a_failure_is_a_sentence(
     assert whole.train(done, [*flags, "--epochs", "3"]) is None
     said = whole.train(done, [*flags, "--epochs", "4"])
     assert said.endswith("with other settings: epochs was 3 and is now 4; give another --folder.")
-    assert whole.train(done, [*flags, "--epochs", "3", "--data", str(tmp_path)]).startswith(
-        f"{done} is done, of other data"
-    )
+    other = whole.train(done, [*flags, "--epochs", "3", "--data", str(tmp_path)])
+    assert other == f"{done} is done, and its photographs lay in synthetic; give that, or another --folder."
     assert not (tmp_path / "done.log").exists()
     assert capsys.readouterr() == ("", ""), "that the width is of no use stands in the log of the training"
     for folder in (done, tmp_path / "new"):

@@ -368,7 +368,8 @@ def test_a_best_one_that_cannot_be_read_now_is_lost_where_it_is_moved_away(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", away)
         for asked in (saving._is_best, saving.best):
-            with pytest.raises(UserError, match=rf"^{best}: .*, so nobody .* again, .* move {best} elsewhere: "):
+            told = rf"^{best}: .*, so nobody .* --run-dir {tmp_path}, .* move {best} elsewhere: "
+            with pytest.raises(UserError, match=told):
                 asked(run, Progress(step=2, best_step=1), said.append)
     assert said == []
     assert saving._is_best(run, Progress(step=2, best_step=1), said.append)

@@ -180,6 +180,33 @@ class Joined(Net):
         return self.head([values, values])
 
 
+class Skipping(Net):
+    """A head that may be given a second tensor, and is."""
+
+    class Head(nn.Linear):
+        def forward(self, values: Tensor, more: Tensor | None = None) -> Tensor:
+            return super().forward(values if more is None else torch.cat((values, more), 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.Head(16, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        values = self.stem(image).mean((2, 3))
+        return self.head(values, values)
+
+
+class Named(Net):
+    """A head whose argument is given by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(input=self.stem(image).mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
@@ -188,6 +215,8 @@ class Joined(Net):
         (Pooled, torch.float32),
         (partial(Pooled, pre_logits=False), torch.float32),
         (Joined, torch.bfloat16),
+        (Skipping, torch.bfloat16),
+        (Named, torch.float32),
     ],
 )
 def test_a_head_is_a_layer_that_needs_one_argument(

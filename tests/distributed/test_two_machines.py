@@ -140,4 +140,4 @@ def test_two_machines_train_lose_each_other_and_go_on(
         "test": 13,
     }
     with capsys.disabled():
-        print(f"the next start: resumed at step {saved}, done at step {lines[-1]['step']}")
+        print(f"the next start: resumed at step {saved}, done at step {logged[-1]['step']}")

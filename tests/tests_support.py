@@ -78,6 +78,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return saved.model | {f"ema.{k}": v for k, v in saved.ema.items()} | moments
 
 
+def status(run: Path) -> dict[str, Any]:
+    """What a run says of itself."""
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     """What a run has logged."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -99,7 +99,7 @@ class WandbRun:
         except BaseException:  # Ctrl-C too: nobody has this run yet to end it
             self._give_back()
             if self._run is not None:
-                with suppress(Exception):
+                with suppress(Exception):  # what went wrong first is raised below
                     self._run.finish(exit_code=1)
             raise
 
@@ -119,7 +119,7 @@ class WandbRun:
         earlier = _parts(folder, self._kept.id)
         try:
             self._run = self._init(mode)
-        except Exception as error:
+        except Exception as error:  # W&B's derive from no class of their own
             if mode in ("offline", "dryrun"):
                 raise
             # The service still holds the run's id, and would refuse it to the offline run.

@@ -55,7 +55,7 @@ def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     monkeypatch.setattr(trials.loaders, "build", lambda name, task: SimpleNamespace(task=task))
 
-    class Trial(trials.Trial):  # type: ignore[misc,name-defined]
+    class Trial(trials.Trial):  # type: ignore[misc,name-defined]  # a module that was found by its name
         """In this process."""
 
         def __init__(self, store: str) -> None:

@@ -122,7 +122,7 @@ def test_what_a_bad_disk_changed_is_said_by_the_rank_that_met_it(
     first.close()
     said: list[str] = []
     again = opened(config, tiny, said, rank)
-    store: Any = again.train._store  # type: ignore[attr-defined]
+    store: Any = again.train._store  # type: ignore[attr-defined]  # of a resident loader, which this is
     id_ = int(again.train.task.requests(0).id[0, 0])
     store._write(store._begin + int(store.place.offset[id_]) + 5, b"\x00\xff\x00\xff")
     list(again.train.epoch())

@@ -14,7 +14,6 @@ from fastddr.memory.predicting import (
     PHOTOGRAPHS,
     Case,
     batch_normed,
-    expect,
     fits,
     gib,
     loader_bytes,
@@ -133,9 +132,7 @@ def ways(case: Case, limit: int, allowance: Allowance) -> Iterator[Way]:
         if fits(case, limit, allowance):
             total = predict(case, allowance).total
             yield Way("--loading.store ram", "nothing in the result", case, total)
-    changes = list(_changes(case))
-    expect(tried for change in changes for tried in _first_traced(change, case, limit))
-    for change in changes:
+    for change in _changes(case):
         try:
             way = _way(change, case, limit, allowance)
         except UserError:
@@ -170,14 +167,6 @@ def _way(change: _Change, case: Case, limit: int, allowance: Allowance) -> Way |
 def _least(change: _Change, case: Case, micro: int) -> float:
     """What a change of a case takes at least with a micro batch: no trace of it is needed to say."""
     return change.share * tape_of(case).peak(micro).held
-
-
-def _first_traced(change: _Change, case: Case, limit: int) -> Iterator[Case]:
-    """What has to be traced to say whether a change makes a case fit, where that is not clear before."""
-    if _least(change, case, case.micro if change.micro is None else 1) <= limit:
-        yield change.case
-        if change.micro is not None:
-            yield replace(change.case, micro=1)
 
 
 def _share(config: Config, size: int) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
@@ -19,16 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastddr import models
-from fastddr.collector import no_collector
 from fastddr.config import MODELS, Config
 from fastddr.data.cache import folder, keep
 from fastddr.errors import UserError
 from fastddr.memory.allocator import replay
 from fastddr.memory.allowances import GIB, Allowance
-from fastddr.memory.second import Second
 from fastddr.memory.tape import KINDS, Tape, rounded
-from fastddr.memory.tracing import Inexact, Run, Steps, prime, run
-from fastddr.memory.tracing import tape_of as from_runs
+from fastddr.memory.tracing import Inexact, Steps, prime, trace
 from fastddr.runtime import DTYPES
 
 #: Gradable photographs of DDR in train and valid, which a store of decoded ones would keep.
@@ -43,10 +40,6 @@ _AHEAD = 4
 Chosen = tuple[tuple[str, Any], ...]
 #: Whether each block of a model was either of the model or of each photograph when it was first traced.
 _apart: dict[tuple[str, Chosen], bool] = {}
-#: The process that traces ahead, if there is one.
-_ahead: Second | None = None
-#: For it, until something is traced.
-_expected: list[tuple[str, Chosen, Steps]] = []
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ def tape_of(case: Case) -> Tape:
         UserError: there is no such model.
         Inexact: its memory is not affine in the batch.
     """
-    tape = _traced(*_training(case))
+    tape = _traced(case.config.model, tuple(case.config.model_settings.items()), case.steps)
     if not case.config.compile:
         return tape
     saved = [kind == "activations" for kind in tape.kinds]
@@ -123,85 +116,28 @@ def tape_of(case: Case) -> Tape:
     return replace(tape, each=each)
 
 
-def expect(cases: Iterable[Case]) -> None:
-    """Say which tapes `tape_of` will probably be asked for, the first first.
-
-    As soon as one has to be traced, they are traced in another process (`ahead`) meanwhile.
-    """
-    if _ahead is not None:
-        _expected.extend(_training(case) for case in cases)
-
-
-@contextmanager
-def ahead() -> Iterator[None]:
-    """Within it a second process traces what is expected, where there can be one (`second`)."""
-    global _ahead
-    _ahead = Second(_run)
-    try:
-        yield
-    finally:
-        _ahead.close()
-        _ahead = None
-        _expected.clear()
-
-
-def _training(case: Case) -> tuple[str, Chosen, Steps]:
-    return case.config.model, tuple(case.config.model_settings.items()), case.steps
-
-
 @lru_cache(maxsize=32)
 def _traced(model: str, chosen: Chosen, steps: Steps) -> Tape:
     def made() -> Tape:
-        questions = _questions(model, chosen, steps)
-        if _ahead is not None:
-            # The fork need not build it again, nor import what PyTorch does for its first optimizer.
-            with no_collector():
-                torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-                _built(model, chosen, steps.classes, steps.image_size)
-            _ahead.hand_over([*questions, *_hinted()])
-        runs = {batch: found for question in questions for batch, found in _found(question).items()}
-        return from_runs(list(runs.values()), list(runs), steps)
+        make = _maker(model, chosen, steps.classes, steps.image_size)
+        try:
+            alone = prime(make, steps.image_size) if _known(model, chosen) else None
+            return trace(make, steps, (2, 3) if alone is None else (alone,))
+        except models.zoo.FAILURES as error:
+            if model in MODELS or isinstance(error, Inexact):
+                raise
+            # Its code may ask for what a tensor without values cannot say, such as which of them are above 0.
+            raise Inexact(f"its step cannot be traced without values, {models.zoo.brief(error)}") from error
 
     tape = made() if _own(model) else kept(_key(model, chosen, steps), made)
     _apart.setdefault((model, chosen), not any(f and e for f, e in zip(tape.fixed, tape.each, strict=True)))
     return tape
 
 
-def _hinted() -> Iterator[tuple[str, Chosen, Steps, int | None]]:
-    """What is expected and not kept. What other ways to train an unknown model take is known after its first tape."""
-    for training in dict.fromkeys(_expected):
-        if _known(*training[:2]) and not _path(_key(*training)).exists():
-            yield from _questions(*training)
-    _expected.clear()
-
-
 def _known(model: str, chosen: Chosen) -> bool:
     # Of timm's models nothing is proved. The first tape shows whether each block of this one is the model's or each
     # photograph's; the other ways to train it are then traced like our own.
     return model in MODELS or _apart.get((model, chosen), False)
-
-
-def _questions(model: str, chosen: Chosen, steps: Steps) -> list[tuple[str, Chosen, Steps, int | None]]:
-    """The runs that a tape needs: one, or two batches, which two processes may run."""
-    return [(model, chosen, steps, batch) for batch in ((None,) if _known(model, chosen) else (2, 3))]
-
-
-def _found(question: tuple[str, Chosen, Steps, int | None]) -> dict[int, Run]:
-    found: dict[int, Run] | None = None if _ahead is None else _ahead.answered(question)
-    return _run(*question) if found is None else found
-
-
-def _run(model: str, chosen: Chosen, steps: Steps, batch: int | None) -> dict[int, Run]:
-    """By batch, what was found with it; without one, with a prime, or with two where none will do."""
-    make = _maker(model, chosen, steps.classes, steps.image_size)
-    try:
-        alone = _prime(model, chosen, steps.classes, steps.image_size) if batch is None else batch
-        return {batch: run(make, steps, batch) for batch in ((2, 3) if alone is None else (alone,))}
-    except models.zoo.FAILURES as error:
-        if model in MODELS or isinstance(error, Inexact):
-            raise
-        # Its code may ask for what a tensor without values cannot say, such as which of them are above 0.
-        raise Inexact(f"its step cannot be traced without values, {models.zoo.brief(error)}") from error
 
 
 def _key(model: str, chosen: Chosen, steps: Steps) -> str:
@@ -281,11 +217,6 @@ def batch_normed(config: Config) -> bool:
     """Whether the model of a configuration has BatchNorm, to which it matters how many photographs are held at once."""
     built = _built(config.model, tuple(config.model_settings.items()), config.outputs, config.image_size)
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in built.modules())
-
-
-@lru_cache(maxsize=32)
-def _prime(model: str, chosen: Chosen, classes: int, size: int) -> int | None:
-    return prime(_maker(model, chosen, classes, size), size)
 
 
 def _path(key: str) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,8 +21,7 @@ from fastddr.config import MODELS, Config, load_preset
 from fastddr.errors import UserError
 from fastddr.memory import allowances, cards, planning
 from fastddr.memory.asked import Plan
-from fastddr.memory.predicting import GIB, Case, Prediction, ahead, expect, gib, predict, tape_of, usable
-from fastddr.memory.second import apart
+from fastddr.memory.predicting import GIB, Case, Prediction, gib, predict, tape_of, usable
 from fastddr.memory.tape import KINDS
 from fastddr.memory.tracing import Inexact
 from fastddr.progress import terminal
@@ -65,7 +66,7 @@ def run(asked: Plan, flags: list[str]) -> int:
         if number is not None and not 0 < number < _ABSURD:  # NaN is in no range
             raise UserError(f"{flag} {number:g}: it must be above 0 and below {_ABSURD:,}.")
     # What was measured here is of this card alone, and another may be asked about.
-    here = apart(_here)
+    here = _here()
     same = here is not None and abs(here[1] - vram) <= _ALIKE * vram and (card is None or card.device == here[0])
     allowance = allowances.load(here[0] if here is not None and same else None)
     with _without_card():
@@ -75,8 +76,7 @@ def run(asked: Plan, flags: list[str]) -> int:
         if any(flag.partition("=")[0] in ("--model", "--preset") for flag in flags):
             config = configured(flags, asked.depth)
             try:
-                with ahead():
-                    return _question(asked, config, vram, limit, allowance)
+                return _question(asked, config, vram, limit, allowance)
             except Inexact as problem:
                 raise UserError(
                     f"--model {config.model}: its memory cannot be predicted ({problem}); train it with a small "
@@ -85,8 +85,7 @@ def run(asked: Plan, flags: list[str]) -> int:
         for flag, value in (("--plot", asked.plot), ("--depth", asked.depth)):
             if value is not None:
                 raise UserError(f"{flag} is of one training: name it with --model or --preset.")
-        with ahead():
-            return _table(asked, flags, card, vram, limit, allowance)
+        return _table(asked, flags, card, vram, limit, allowance)
 
 
 @contextmanager
@@ -113,11 +112,20 @@ def _ours(file: Path) -> bool:
 
 
 def _here() -> tuple[str, float] | None:
-    """Name and GiB of this machine's first card."""
+    """Name and GiB of this machine's first card; to ask for them begins CUDA, which is left to a fork."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # which begins nothing
         return None
+    if torch.cuda.is_initialized():
+        return _first_card()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_first_card).result()
+
+
+def _first_card() -> tuple[str, float]:
+    import torch
+
     return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / GIB
 
 
@@ -152,8 +160,6 @@ def _case(asked: Plan, config: Config) -> Case:
 
 def _question(asked: Plan, config: Config, vram: float, limit: int, allowance: allowances.Allowance) -> int:
     case = _case(asked, config)
-    # Where it does not fit, smaller micro batches are what is asked for next.
-    expect([case, replace(case, micro=1)])
     found = predict(case, allowance)
     fits = found.total <= limit
     ways: list[planning.Way] = []
@@ -223,15 +229,12 @@ def lines(
         for model in MODELS
         for side in sides
     ]
-    cases = [Case(config, 1, asked.gpus) for config in asked_for]
-    expect(one for case in cases for one in (replace(case, micro=max(1, case.config.batch_size // asked.gpus)), case))
     found = []
-    for case in cases:
-        config = case.config
+    for config in asked_for:
         bandwidth = asked.tbps * 1e12 if asked.tbps else None if card is None else card.bandwidth
         peak = None if card is None else card.single if config.precision == "fp32" else card.half
         peak = asked.tflops * 1e12 if asked.tflops else peak
-        found.append(planning.line(case, limit, allowance, bandwidth, peak))
+        found.append(planning.line(Case(config, 1, asked.gpus), limit, allowance, bandwidth, peak))
     return found
 
 

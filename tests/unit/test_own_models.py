@@ -35,7 +35,7 @@ def register(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registers:
 
         entries = timm.models._registry
         monkeypatch.setitem(entries._model_entrypoints, "own", own)
-        for cached in (predicting._traced, predicting._built, predicting._prime):
+        for cached in (predicting._traced, predicting._built):
             cached.cache_clear()
         predicting._apart.clear()
         return "timm:own"

@@ -4,7 +4,6 @@ tape.py        which blocks a step takes and frees, for any batch
 tracing.py     makes a tape from `step.training_step`
 allocator.py   what PyTorch's allocator reserves for it
 allowances.py  what no trace sees, declared or measured
-second.py      a process that traces what is probably asked for next
 predicting.py  a configuration's peak by kind
 planning.py    what fits, and what to change
 asked.py       the flags of `fastddr plan`

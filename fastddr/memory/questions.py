@@ -115,17 +115,17 @@ def _here() -> tuple[str, float] | None:
     """Name and GiB of this machine's first card; to ask for them begins CUDA, which is left to a fork."""
     import torch
 
-    if not torch.cuda.device_count():  # which begins nothing
-        return None
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() or not torch.backends.cuda.is_built():
         return _first_card()
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(_first_card).result()
 
 
-def _first_card() -> tuple[str, float]:
+def _first_card() -> tuple[str, float] | None:
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / GIB
 
 

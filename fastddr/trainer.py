@@ -100,7 +100,7 @@ class Trainer:
         self.draws = mixing.Draws(config, self.runtime.rank, self.runtime.micro_batch_size)
 
         # Before the photographs are read: a model or weights that cannot be had are told at once.
-        model = models.from_config(config, self.console.print)
+        model = models.from_config(config, self.console.print, state.device)
         begin = partial(models.weights.begin, config, model, best=checkpoints.best, say=self.console.print)
         taken_over = () if resumed else begin(average=model)
         self.manifest = source.open_data(config, self.console)

@@ -74,9 +74,9 @@ class MemoryConfig:
     work. On a CPU it changes no number."""
     activation_budget: float = 1.0
     """With --compile: share of the activations that the compiler may keep; below 1 it computes the others again."""
-    channels_last: bool = True
-    """Maps with their channels innermost (NHWC), which most convolutions on GPUs are fast with; else PyTorch's default
-    order (NCHW)."""
+    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
+    """Order of maps: channels innermost (NHWC, PyTorch's channels_last), which most convolutions are fast with, or
+    PyTorch's default. `auto` is NCHW on a GPU for a ConvMixer whose kernel is above 7, and else NHWC."""
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def restore(
             lambda: json.dumps(saved.state["progress"]),
             f"{path}: another checkpoint became the {weights} one while it was read; give the same command again.",
         )
-    model = models.from_config(config, say)
+    model = models.from_config(config, say, device)
     checkpoints.load_weights(model, saved.weights, saved.path)
     progress = saved.state["progress"]
     return Restored(

@@ -36,7 +36,7 @@ def one_step(config: Config, micro: int, world: int, device: torch.device) -> No
         network = models.build(
             config.model, num_classes=config.outputs, image_size=config.image_size, **config.model_settings
         ).to(device)
-    if not config.memory.channels_last:
+    if models.levers.layout(config, device) == "NCHW":
         models.levers.keep_contiguous(network)
     ema = optimizers.make_ema(network) if case.steps.average else None
     training = Training(network, case.steps, micro, ema=ema)

@@ -53,8 +53,10 @@ def build(name: str, *, num_classes: int, image_size: int, **settings: object) -
     return single(model, weights.heads(model)).to(memory_format=torch.channels_last)
 
 
-def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
+def from_config(config: Config, say: Callable[[str], None], device: torch.device | None = None) -> nn.Module:
     """The model of a configuration, on the CPU, with what `config.memory` says of it; `say` hears what to know of it.
+
+    `device`: the one that it will run on, where that is not the CPU.
 
     Raises:
         UserError: no such model can be made.
@@ -72,6 +74,7 @@ def from_config(config: Config, say: Callable[[str], None]) -> nn.Module:
     if config.memory.checkpointing:
         levers.recompute_blocks(model, config.model)
         say("  memory.checkpointing: each block is computed again in the backward pass, and keeps only its input")
-    if not config.memory.channels_last:
+    if levers.layout(config, device or torch.device("cpu")) == "NCHW":
         levers.keep_contiguous(model)
+        say("  memory.layout NCHW: maps lie in PyTorch's default order, not in channels_last")
     return model

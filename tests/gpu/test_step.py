@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def rows_of(script: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows that a rehearsal of a script writes."""
     command = [sys.executable, "-B", str(BENCHMARKS / script), "--tiny", "--rounds", "5", "--out", str(out)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=environment())
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
     return rows

@@ -187,7 +187,7 @@ def test_deterministic_runs_end_with_the_same_weights(model: str, precision: str
 
 #: Flags that take another way on a card, together where they do not touch each other.
 WAYS: dict[str, list[str]] = {
-    "dali": ["--loader", "dali", "--memory.no-channels-last", "--augment.policy", "fundus", "--augment.mixup", "0.2"],
+    "dali": ["--loader", "dali", "--memory.layout", "NCHW", "--augment.policy", "fundus", "--augment.mixup", "0.2"],
     "torchvision": ["--loader", "torchvision", "--memory.checkpointing", "--loss.name", "mse", "--precision", "fp16"],
     "resident": ["--loader", "resident", "--loading.store", "ram", "--optimizer.name", "sgd", "--model", "resnet"],
     "engines": ["--loader", "dali", "--loading.jpeg-engines", "--model", "cnn"],

@@ -105,7 +105,7 @@ def test_recomputed_blocks_give_the_run_bit_for_bit(run: Path, tiny: Path, tmp_p
 
 def test_a_model_of_timms_trains_and_is_reported(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    run = train(tiny, tmp_path / "run", "--model", "timm:test_resnet", "--epochs", "1", "--memory.no-channels-last")
+    run = train(tiny, tmp_path / "run", "--model", "timm:test_resnet", "--epochs", "1", "--memory.layout", "NCHW")
     assert "timm:test_resnet" in (run / "report" / "report.md").read_text()
     assert "conv1.0.weight" in weights(run) or "conv1.weight" in weights(run)
 

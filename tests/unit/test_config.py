@@ -320,7 +320,7 @@ def test_levers_that_change_no_number_may_change_and_others_may_not() -> None:
     base = Config()
     assert identity_changes(base, replace(base, memory=replace(base.memory, checkpointing=True))) == {}
     for other in (replace(base, compile=True), replace(base, init="imagenet"), replace(base, model="timm:resnet18"),
-                  replace(base, memory=replace(base.memory, channels_last=False))):  # fmt: skip
+                  replace(base, memory=replace(base.memory, layout="NCHW"))):  # fmt: skip
         assert len(identity_changes(base, other)) == 1
 
 

@@ -133,7 +133,7 @@ def test_a_model_without_blocks_is_refused_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_maps_are_contiguous_where_channels_last_is_off(name: str) -> None:
+def test_maps_are_contiguous_where_nchw_is_asked_for(name: str) -> None:
     last, first = build(name).double(), build(name).double()
     levers.keep_contiguous(first)
     other: list[str] = []
@@ -157,12 +157,11 @@ def test_a_configuration_sets_the_levers_and_says_so() -> None:
     plain = models.from_config(base, said.append)
     assert said == []
     assert not plain.layers.recompute
-    config = replace(base, memory=MemoryConfig(checkpointing=True, channels_last=False))
+    config = replace(base, memory=MemoryConfig(checkpointing=True, layout="NCHW"))
     sparing = models.from_config(config, said.append)
     assert sparing.layers.recompute
     assert sparing.get_parameter("layers.0.pointwise.weight").is_contiguous()
-    assert len(said) == 1
-    assert "memory.checkpointing" in said[0]
+    assert [line.split(":")[0].split()[0] for line in said] == ["memory.checkpointing", "memory.layout"]
 
 
 def test_the_stem_that_takes_memory_is_warned_of() -> None:
@@ -228,9 +227,24 @@ def test_a_compiler_keeps_the_layout_that_was_asked_for(monkeypatch: pytest.Monk
     from torch._inductor import config as inductor
 
     monkeypatch.setattr(inductor, "layout_optimization", True)
-    for kept in (False, True):
-        levers.compiled(build("cnn"), replace(Config(), compile=True, memory=MemoryConfig(channels_last=kept)))
-        assert inductor.layout_optimization is kept
+    for order in ("NCHW", "NHWC", "auto"):
+        levers.compiled(build("cnn"), replace(Config(), compile=True, memory=MemoryConfig(layout=order)))
+        assert inductor.layout_optimization is (order != "NCHW")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "asked", "on_gpu"),
+    [(9, "auto", "NCHW"), (7, "auto", "NHWC"), (9, "NHWC", "NHWC"), (7, "NCHW", "NCHW")],
+)  # fmt: skip
+def test_maps_lie_as_a_gpu_is_fast_with_the_kernel(kernel: int, asked: Any, on_gpu: str) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    mixer = replace(Config().convmixer, kernel_size=kernel, dim=8, depth=1)
+    config = replace(Config(), convmixer=mixer, memory=MemoryConfig(layout=asked))
+    as_asked = "NHWC" if asked == "auto" else asked
+    assert (levers.layout(config, cpu), levers.layout(config, gpu)) == (as_asked, on_gpu)
+    assert levers.layout(replace(config, model="resnet"), gpu) == as_asked
+    built = models.from_config(config, lambda line: None, gpu)
+    assert built.get_parameter("patches.weight").is_contiguous() is (on_gpu == "NCHW")
 
 
 def unasked() -> None:

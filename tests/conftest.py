@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ os.environ["WANDB_MODE"] = "offline"
 # starts to stop it by one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# A slow machine is no failure.
-hypothesis.settings.register_profile("fastddr", deadline=None)
+# A slow machine is no failure. What fails elsewhere is repeated here by the line that is printed.
+hypothesis.settings.register_profile("fastddr", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fastddr")
 
 
@@ -63,6 +64,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastddr.data import synthetic
 
     return synthetic.generate(tmp_path_factory.mktemp("data") / "tiny", counts=TINY, size=TINY_SIZE, workers=1)
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set that a test may spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import photographs
 import pytest
+import tests_support
 from PIL import Image
 
 from fastddr.data import crop, prepare, survey
@@ -78,15 +77,6 @@ def run(data: Path, out: Path, **settings: Any) -> Summary:
     return prepare.run(str(data), out, settings.pop("recipe", SMALL), **{"sheet": 3} | settings)
 
 
-def content(folder: Path) -> dict[str, str]:
-    """A hash of every file, hidden ones too."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def told(root: Path) -> dict[str, tuple[int, str | None, str | None]]:
     """What a layout says of each photograph, by its path without the extension."""
     entries = survey.take(root).entries
@@ -94,8 +84,8 @@ def told(root: Path) -> dict[str, tuple[int, str | None, str | None]]:
 
 
 def table(out: Path) -> list[dict[str, str]]:
-    with (out / "prepared" / "prepared.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    """What was made of each photograph."""
+    return tests_support.table(out / "prepared" / "prepared.csv")
 
 
 def damage(file: Path) -> None:

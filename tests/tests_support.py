@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ TINY = {"train": (9, 4, 7, 3, 4, 1), "valid": (3, 2, 3, 1, 2, 0), "test": (4, 2,
 TINY_SIZE = 80
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 #: Small enough for seconds; everything that costs memory of state is on: EMA, clipping, accumulation, warm-up.
 SMALL = [
@@ -85,8 +87,12 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """What a run has logged."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """What a run has logged, in lines that are JSON: NaN is none."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def report(run: Path) -> dict[str, Any]:
@@ -109,6 +115,14 @@ def table(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV."""
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
+
+
+def content(folder: Path) -> dict[str, str]:
+    """A hash of every file below a folder, hidden ones too, and which folders there are."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def launching(ranks: int, script: str | Path, *arguments: str) -> list[str]:

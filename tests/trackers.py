@@ -45,13 +45,6 @@ def start(run: Path, said: list[str] | None = None, **options: Any) -> Tracker:
     )  # fmt: skip
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def events(run: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

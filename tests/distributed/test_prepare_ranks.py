@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import photographs
 import pytest
-from tests_support import forked
+from tests_support import content, forked
 
 from fastddr.data import prepare
 from fastddr.data.crop import Recipe
@@ -46,11 +45,6 @@ run(on_bad="exclude")
 run(size=48)                # other settings
 (out / f"rank-{ranks.rank()}.json").write_text(json.dumps(told))
 """
-
-
-def content(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests_support import ROOT
+from tests_support import ROOT, content
 
 # A process that forks one child for each moment of a run at which the disk changes, and kills it just there. It
 # has no threads of its own, and the children need not import anything again.
@@ -99,13 +98,6 @@ def eyes(root: Path, photographs: int) -> Path:
         with (root / "DR_grading" / f"{split}.txt").open("a") as stream:
             stream.write(f"{path.name} {number % 5}\n")
     return root
-
-
-def content(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def killed(mode: str, data: Path, out: Path, cache: Path) -> int:

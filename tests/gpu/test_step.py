@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_support import environment
+from tests_support import BENCHMARKS, environment
 
 pytestmark = pytest.mark.gpu
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def rows_of(script: str, out: Path, *arguments: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from reference import needs_dali
-from tests_support import SMALL, environment, lines, weights
+from tests_support import SMALL, environment, lines, status, weights
 
 from fastddr.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -132,7 +132,7 @@ def trained(data: Path, run: Path, *more: str, timeout: float = 90) -> tuple[dic
     command = [sys.executable, "-m", "fastddr", "train", "--data", str(data), "--run-dir", str(run), *SMALL, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert status(run)["state"] == "done"
     logged = lines(run)
     for name in ("train/loss", "valid/loss"):
         losses = [line[name] for line in logged if name in line]

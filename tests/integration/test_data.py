@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from fastddr.trainer import Trainer
 
 #: Enough of each grade for windows of 64 px from an 80 px canvas.
 GRADES = {"train": [0, 1, 2, 3, 4] * 4, "valid": [0, 1, 2, 3, 4] * 2, "test": [0, 1, 2, 3, 4] * 2}
-
-
-@pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that a test may spoil."""
-    return Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))
 
 
 def spoil(copy: Path, split: str, number: int, end: int | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests_support import table as rows
 
 from fastddr.data import synthetic
 from fastddr.data.arrange import LAYOUTS
@@ -60,11 +60,6 @@ def grades(made: Path) -> dict[str, tuple[str, int]]:
             name, grade = line.split()
             found[name] = (split, int(grade))
     return found
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_every_layout_holds_the_same_photographs(arranged: dict[str, Path], made: Path) -> None:

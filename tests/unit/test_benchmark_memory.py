@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
@@ -23,20 +22,16 @@ from fastddr.memory import questions
 from fastddr.memory.allowances import DECLARED, GIB, Allowance
 from fastddr.memory.predicting import Case, fits, needed, tape_of, usable
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 #: Of a card of which all may be used by PyTorch's allocator.
 WHOLE = Allowance(context=0, workspaces=0, decoder=0, share=0.0, source="test")
 
 
-@pytest.fixture(scope="module")
-def memory() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("memory")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+@pytest.fixture
+def memory(load: Callable[[str], Any]) -> Any:
+    return load("memory")
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it is the module for all examples
 @given(limit=st.integers(0, 5000), most=st.sampled_from([64, 100, 1024]))
 def test_the_search_is_within_a_sixteenth(memory: Any, limit: int, most: int) -> None:
     asked: list[int] = []
@@ -67,18 +62,17 @@ def card(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return make
 
 
-@pytest.mark.parametrize(("what", "unit"), [("batch", "photographs"), ("crop", "px")])
-def test_the_largest_is_found_and_predicted(
-    memory: Any, card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, what: str, unit: str
+def test_the_largest_batch_is_found_and_predicted(
+    memory: Any, card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card("torch.OutOfMemoryError: CUDA out of memory.")
     monkeypatch.setattr(memory, "MOST_BATCH", 16)
     trial = memory.Trial("convmixer-16-2-k3-p8", 64, 4, "fp32", False, limit_gib=0.004)
-    row = memory.largest(trial, what, WHOLE)
+    row = memory.largest(trial, "batch", WHOLE)
     assert row["predicted"] == row["median"] > 0
-    assert (row["share"], row["unit"], row["n"]) == (1.0, unit, 1)
+    assert (row["share"], row["unit"], row["n"]) == (1.0, "photographs", 1)
     # A card with less to give is predicted less.
-    less = memory.largest(trial, what, Allowance(context=GIB // 500, workspaces=0, decoder=0, share=0.0, source="test"))
+    less = memory.largest(trial, "batch", replace(WHOLE, context=GIB // 500))
     assert less["predicted"] < less["median"] == row["median"]
 
 
@@ -168,33 +162,6 @@ def test_a_compiled_step_is_held_against_the_plans_estimate(memory: Any, monkeyp
     assert memory.errors([rows[0]] * 5 + [rows[1]])[0]["configurations"] == 5
 
 
-def test_the_tables_say_what_was_held_against_what(memory: Any, load: Callable[[str], Any]) -> None:
-    spread = {"low": 0.5, "high": 0.5, "n": 5}
-    rows: list[dict[str, Any]] = [
-        {"name": f"net {n}", "kind": "memory", "witness": "CPU allocator's record", "median": 0.5, **spread,
-         "predicted_gib": 0.5 * (1 + error), "error": error}
-        for n, error in enumerate((0.01, -0.02, 0.0, 0.03, -0.1))
-    ]  # fmt: skip
-    rows += memory.errors(rows)
-    rows.append({"name": "largest batch, 8 GiB, net", "kind": "largest", "median": 64, "unit": "photographs",
-                 "predicted": 60, "share": 60 / 64})  # fmt: skip
-    rows.append({"name": "huge", "kind": "memory", "failed": "out of memory"})
-    texts = load("accounts").peaks(rows)
-    assert "| net 1 | CPU allocator's record | 512 | 502 | -2.0 % |" in texts[0]
-    assert texts[1] == "Error of the prediction over these 5: median 2.0 %, worst 10 % (net 4)."
-    assert "| batch, 8 GiB, net | 64 photographs | 60 | 94 % |" in texts[2]
-    assert texts[3] == "Without a figure: huge: out of memory"
-    for gpu, flags, small in (
-        (None, "", True), (None, " --tiny", True), (None, " --models resnet", False), ("NVIDIA H200", "", False),
-    ):  # fmt: skip
-        record = {
-            "benchmark": "memory", "machine": {"cpu": "some", "cores": 2, "gpu": gpu}, "versions": {"torch": "2"},
-            "date": "2026-01-01", "command": f"python benchmarks/memory.py{flags}", "rows": rows,
-        }  # fmt: skip
-        about, *_ = load("outcomes").memory([load("stored").Result("memory", Path("memory.json"), record)], str)
-        assert ("of small models on a CPU" in about) == small
-
-
 # ------------------------------------------------------------------------------------------------------------- cards.py
 
 
@@ -228,9 +195,10 @@ def test_the_largest_batch_by_card_is_the_plans(
 # ----------------------------------------------------------------------------------------------------------- answers.py
 
 
-def test_questions_are_asked_with_an_empty_cache_and_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    answers, asked = importlib.import_module("answers"), []
+def test_questions_are_asked_with_an_empty_cache_and_again(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers, asked = load("answers"), []
 
     def seconds(arguments: tuple[str, ...], cache: Path) -> float:
         asked.append((arguments[0], cache.name))
@@ -247,9 +215,8 @@ def test_questions_are_asked_with_an_empty_cache_and_again(monkeypatch: pytest.M
     assert "target" not in rows["small, again"]
 
 
-def test_a_question_that_cannot_be_answered_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    answers = importlib.import_module("answers")
+def test_a_question_that_cannot_be_answered_is_one_sentence(load: Callable[[str], Any], tmp_path: Path) -> None:
+    answers = load("answers")
     assert answers.seconds(("predict", "--help"), tmp_path) > 0
     with pytest.raises(UserError, match=r"fastddr plan: .*needs the card's memory"):
         answers.seconds(("plan",), tmp_path)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import BENCHMARKS
 from torch import nn
 
 from fastddr.kernels import warp as kernels
 from fastddr.loaders import resident
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests_support import ROOT
 
 from fastddr.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -148,19 +148,15 @@ def training() -> dict[str, Any]:
     """A result of whole training, invented."""
     about = {"photographs": "synthetic", "precision": "fp32", "image_size": 224, "batch_size": 32}
 
-    def row(name: str, kind: str, median: float, unit: str = "images/s", **more: Any) -> dict[str, Any]:
+    def row(name: str, kind: str, median: float, unit: str = "images/s") -> dict[str, Any]:
         figures = {"median": median, "low": 0.9 * median, "high": 1.1 * median, "unit": unit, "n": 5}
-        return {"name": name, "kind": kind, **about, "model": "ConvMixer", **figures, **more}
+        return {"name": name, "kind": kind, **about, "model": "ConvMixer", **figures}
 
     rows = [
-        row("fastddr", "fastddr", 118.0, loader="resident", data_wait=0.021, cpu_share=0.97, ram_gib=1.234),
-        row("fastddr, replay", "ceiling", 121.0),
+        row("fastddr", "fastddr", 118.0),
         row("report", "peer", 75.0),
-        row("report, workers=0", "peer", 60.0),
         {"name": "timm", "kind": "peer", **about, "model": "ConvMixer", "failed": "no memory"},
-        row("fastddr / fastddr, replay", "target", 0.975, "×", target=0.9, met=True),
         row("fastddr / report", "ratio", 1.5733, "×"),
-        row("fastddr / report, workers=0", "ratio", 1.97, "×"),
         row("fastddr", "fastddr", 3000.0) | {"model": "CNN"},
     ]
     machine = {"cpu": "AMD EPYC", "cores": 2, "gpu": None, "memory_gib": 8.0, "system": "Linux"}
@@ -180,82 +176,43 @@ def trained(load: Callable[[str], Any], tmp_path: Path) -> Any:
     return load("stored").read(path)
 
 
-def test_training_is_told_by_its_fastest_peers(load: Callable[[str], Any], trained: Any) -> None:
-    about, table, source, *rest = load("blocks").train([trained], lambda path: path.name)
-    assert about.startswith("**2-core CPU.** Images a second of whole training, synthetic, fp32 precision, 224 px")
-    assert "`fastddr` counts from its second epoch on" in about
-    assert table.splitlines() == [
-        "| | images/s | of the `replay` ceiling | times `report` | times `timm` |",
-        "| :-- | --: | --: | --: | --: |",
-        "| ConvMixer | 118 (106-130) | 0.97 (0.88-1.07) | 1.57 (1.42-1.73) | |",
-        "| CNN | 3,000 (2,700-3,300) | | | |",
-    ]
-    assert "`python benchmarks/train.py`, 2 cores of an AMD EPYC, no GPU, torch 2.11.0, 2026-12-01, [JSON](" in source
-    assert source.endswith("to be measured again.")
-    assert rest == ["**GPU.** Not measured yet: `python benchmarks/train.py`."]
-
-
-def test_all_rows_are_listed_with_their_costs(load: Callable[[str], Any], trained: Any) -> None:
-    text = "\n".join(load("blocks").train_all([trained], lambda path: path.name))
-    assert "| | model | images/s | data wait | CPU | RAM, GiB |" in text
-    assert "| fastddr | ConvMixer | 118 (106-130) | 2.1 % | 97 % | 1.23 |" in text
-    assert "| fastddr / fastddr, replay (aim 0.9: met) | 0.97 (0.88-1.07) |" in text
-    assert "Without a figure: timm (synthetic, ConvMixer, fp32 precision, 224 px, batches of 32): no memory." in text
-
-
-def test_peers_in_one_layout_alone_are_told(load: Callable[[str], Any], trained: Any) -> None:
-    """Those that were measured: timm ran out of memory."""
-    blocks, (about, *_) = load("blocks"), load("blocks").train([trained], lambda path: path.name)
-    assert "Adam, float32), in the default layout (NCHW) alone. `times" in about
-    both = training()
-    both["rows"] += [both["rows"][2] | {"name": "report, channels_last, workers=0"}]
-    for failed, ends in (({}, ")"), ({"failed": "no memory"}, "), in the default layout (NCHW) alone")):
-        trained.path.write_text(json.dumps(both | {"rows": [*both["rows"][:-1], both["rows"][-1] | failed]}))
-        about, *_ = blocks.train([load("stored").read(trained.path)], lambda path: path.name)
-        assert f"Adam, float32{ends}. `times" in about
-
-
-def loaders_of(load: Callable[[str], Any], photographs: str, policy: str, best: str) -> list[str]:
-    """What is told of two loaders and two peers, of which that one is the best."""
-    about = {"photographs": photographs, "policy": policy, "epoch": 930, "image_size": 32, "canvas": 64,
-             "batch_size": 8, "threads": 2, "low": 1.0, "high": 9.0, "n": 5}  # fmt: skip
-    rows = [
-        {"name": name, "kind": kind, **about, "median": median}
-        for name, kind, median in (
-            ("dali", "fastddr", 5.0), ("torchvision", "fastddr", 2.0), ("torch-pil", "peer", 1.0),
-            (best, "peer", 1.7), (f"dali / {best}, the best peer", "ratio", 3.0),
-            *([("dali / torch-pil", "ratio", 5.0)] if best != "torch-pil" else []),
-        )
-    ]  # fmt: skip
-    rows.append({"name": "spdl-decode-jpeg", "kind": "failed", **about, "failed": "it is not there"})
-    path = Path("/a/b/c/benchmarks/results/loader_2-core-cpu_2026-12-01.json")
-    return load("loaders_told").loader_all([load("stored").Result("loader", path, training() | {
-        "benchmark": "loader", "rows": rows})], lambda path: path.name)  # fmt: skip
-
-
-def test_what_loaders_differ_in_is_told(load: Callable[[str], Any]) -> None:
-    about, table, failed, *_ = loaders_of(load, "synthetic", "fundus", "torch-pil")
-    assert "An epoch has 930 photographs. Files lie in the page cache." in about
-    assert "`fundus` peers change the hue in HSV" in about
-    assert "resample" not in about
-    assert "\n| fastddr's `torchvision` | " in table
-    assert table.count("the best of these peers") == 1
-    assert "| `dali` / DataLoader with Pillow, the best of these peers | 3.0×" in table
-    assert failed == "Without a figure: spdl-decode-jpeg (`fundus`): it is not there."
-    about, table, *_ = loaders_of(load, "fundus960", "report", "torchcodec")
-    assert "are larger than the canvas and not square: peers resample the whole photograph" in about
-    assert "hue" not in about
-    assert "| `dali` / DataLoader with Pillow | 5.0×" in table
-    assert "| `dali` / DataLoader with TorchCodec, the best of these peers | 3.0×" in table
-    about, *_ = loaders_of(load, "masters", "fundus", "dali-plain")
-    assert "as the canvas, other peers resample the whole photograph, the plain DALI pipeline and fastddr's" in about
-    assert "`fundus` other peers change the hue" in about
-
-
 def test_a_count_has_no_interval(load: Callable[[str], Any]) -> None:
     row = {"median": 0, "low": 0, "high": 0, "n": 20}
     assert load("wording").figure(row | {"unit": "of 20"}) == "0"
     assert load("wording").figure(row | {"unit": "of linear"}) == "0.00 (0.00-0.00)"
+
+
+def test_what_failed_or_was_missed_is_said(load: Callable[[str], Any], trained: Any, tmp_path: Path) -> None:
+    """What the stored results, whose texts are compared above, lack."""
+    kappas, blocks = load("kappas"), load("blocks").BLOCKS
+    about, table, source, unmeasured = blocks["train"]([trained], str)
+    assert "Adam, float32), in the default layout (NCHW) alone. `times" in about
+    assert table.splitlines()[2:] == [
+        "| ConvMixer | 118 (106-130) | | 1.57 (1.42-1.73) | |", "| CNN | 3,000 (2,700-3,300) | | | |",
+    ]  # fmt: skip
+    assert source.endswith("to be measured again.")
+    assert unmeasured == "**GPU.** Not measured yet: `python benchmarks/train.py`."
+    failed = "Without a figure: timm (synthetic, ConvMixer, fp32 precision, 224 px, batches of 32): no memory."
+    assert failed in "\n".join(blocks["train-all"]([trained], str))
+    case = {"precision": "auto", "image_size": 64, "batch_size": 4, "epochs_at_most": 2}
+    fast, slow = kappas.Curve([1.0, 2.0], [0.5, 0.75]), kappas.Curve([4.0, 9.0], [0.5, 0.6])
+    rows = kappas.rows({"fastddr": [fast] * 5, "report": [slow] * 5}, case | {"model": "M"}, (0.5, 0.7), range(5))
+    rows.append({"name": "timm", "kind": "qwk", **case, "model": "N", "recipe": "timm", "failed": "it is not there"})
+    path = tmp_path / "train-kappa_2-core-cpu_2026-11-24.json"
+    path.write_text(json.dumps(training() | {"rows": rows}))
+    result = load("stored").read(path)
+    _, table, *_ = blocks["train-kappa"]([result], str)
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]] == [
+        ["M, fastddr", "1.00 (1.00-1.00)", "1", "1", "2.0 (2.0-2.0)", "2", "1"],
+        ["M, report", "4.0 (4.0-4.0)", "1", "4.0 (4.0-4.0)", "0 of 5 seeds", "-", "-"],
+        ["N, timm", *["-"] * 6],
+    ]
+    *_, came, missed, _ = blocks["train"]([trained, result], str)
+    assert came.startswith("Until the quadratic-weighted kappa on valid comes to 0.5, "), "not all came to 0.7"
+    assert missed.startswith("Not all came to a kappa that was asked for, of N, auto precision")
+    path.write_text(json.dumps(training() | {"rows": rows[-1:]}))
+    [none] = blocks["train-kappa"]([load("stored").read(path)], str)
+    assert "No loop could run" in none
 
 
 def test_what_is_not_measured_is_said(load: Callable[[str], Any], trained: Any) -> None:
@@ -302,8 +259,14 @@ def test_pictures_are_drawn_from_the_file(load: Callable[[str], Any], trained: A
     other = step | {"model": "convmixer", "name": "convmixer, eager, NCHW"}
     record = training() | {"benchmark": "step", "rows": [step, other]}
     (tmp_path / "step.json").write_text(json.dumps(record))
-    plot.main(plot.Options(results=(trained.path, tmp_path / "step.json")))
-    for result in (trained, load("stored").read(tmp_path / "step.json")):
+    kappas = load("kappas")
+    curves = {"fastddr": [kappas.Curve([1.0, 2.0], [0.5, 0.75])] * 5}
+    case = {"model": "M", "precision": "auto", "image_size": 64, "batch_size": 4}
+    rows = kappas.rows(curves, case, (0.5, 0.7), range(5))
+    (tmp_path / "kappa.json").write_text(json.dumps(training() | {"rows": rows}))
+    drawn = (trained.path, tmp_path / "step.json", tmp_path / "kappa.json")
+    plot.main(plot.Options(results=drawn))
+    for result in map(load("stored").read, drawn):
         picture = result.path.with_suffix(".png")
         assert picture.stat().st_size > 10_000
         assert plots.digest_of(picture) == result.digest
@@ -311,63 +274,3 @@ def test_pictures_are_drawn_from_the_file(load: Callable[[str], Any], trained: A
     (tmp_path / "data.json").write_text(json.dumps(record | {"benchmark": "data"}))
     with pytest.raises(UserError, match="there is no picture of data"):
         plot.main(plot.Options(results=(tmp_path / "data.json",)))
-
-
-def test_the_time_to_a_kappa_is_told_and_drawn(load: Callable[[str], Any], trained: Any, tmp_path: Path) -> None:
-    kappas, stored, plot = load("kappas"), load("stored"), load("plot")
-    fast = [kappas.Curve([1.0 + seed, 2.0 + seed], [0.5, 0.75]) for seed in range(5)]
-    slow = [kappas.Curve([4.0 + 4 * seed, 9.0 + 4 * seed], [0.5, 0.6]) for seed in range(5)]
-    about = {"model": "M", "precision": "auto", "image_size": 64, "batch_size": 4, "epochs_at_most": 2}
-    rows = kappas.rows({"fastddr": fast, "report": slow}, about, (0.5, 0.7), range(5))
-    path = tmp_path / "train-kappa_2-core-cpu_2026-11-24.json"
-    path.write_text(json.dumps(training() | {"rows": rows}))
-    result = stored.read(path)
-    about, found, picture, end = load("blocks").BLOCKS["train-kappa"]([result], str)
-    assert "comes to 0.5 and 0.7: M, auto precision, 64 px, batches of 4, at most 2 epochs" in about
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()[2:]] == [
-        ["fastddr", "3.0 (1.0-5.0)", "1", "1", "4.0 (2.0-6.0)", "2", "1"],
-        ["report", "12 (4-20)", "1", "4.0 (4.0-4.0)", "0 of 5 seeds", "-", "-"],
-    ]
-    assert "train.py" in end
-    plot.main(plot.Options(results=(path,)))
-    assert load("plots").digest_of(path.with_suffix(".png")) == result.digest
-    assert picture.endswith(f"({path.with_suffix('.png')})")
-    assert picture.startswith("![Kappa on valid by seconds of training: 2-core CPU]")
-    assert "--target-qwk" in load("blocks").BLOCKS["train-kappa"]([], str)[0]
-    said = load("blocks").train([trained, result], str)[3]
-    assert said.startswith(
-        "Until the quadratic-weighted kappa on valid comes to 0.5, validation included, `fastddr` trains 3.0 s "
-        "(1.0-5.0) and `report` trains 12 s (4-20), 4.0 (4.0-4.0) times as long (M, auto precision, "
-        "64 px, batches of 4, 5 seeds, ratios seed by seed; the recipes differ: `report` trains without normalisation "
-        "and at a constant learning rate): `python benchmarks/train.py`"
-    ), "not 0.7, to which not all came"
-
-
-def test_the_times_to_a_kappa_of_several_models_are_told_apart(
-    load: Callable[[str], Any], trained: Any, tmp_path: Path
-) -> None:
-    kappas, stored, blocks = load("kappas"), load("stored"), load("blocks")
-    about = {"precision": "auto", "image_size": 64, "batch_size": 4, "epochs_at_most": 2}
-    rows = []
-    for model, seconds in (("M", 2.0), ("N", 8.0)):
-        runs = {"fastddr": [kappas.Curve([seconds], [0.9])] * 5, "report": [kappas.Curve([2 * seconds], [0.9])] * 5}
-        rows += kappas.rows(runs, about | {"model": model}, (0.7,), range(5))
-    failed = {"name": "timm", "kind": "qwk", **about, "model": "N", "recipe": "timm", "failed": "timm is not there"}
-    path = tmp_path / "train-kappa_2-core-cpu_2026-11-24.json"
-    path.write_text(json.dumps(training() | {"rows": [*rows, failed]}))
-    result = stored.read(path)
-    _, found, *_ = blocks.BLOCKS["train-kappa"]([result], str)
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()[2:]] == [
-        ["M, fastddr", "2.0 (2.0-2.0)", "1", "1"],
-        ["M, report", "4.0 (4.0-4.0)", "1", "2.0 (2.0-2.0)"],
-        ["N, fastddr", "8.0 (8.0-8.0)", "1", "1"],
-        ["N, report", "16 (16-16)", "1", "2.0 (2.0-2.0)"],
-        ["N, timm", "-", "-", "-"],
-    ]
-    one, other = blocks.train([trained, result], str)[3:5]
-    assert "`fastddr` trains 2.0 s" in one
-    assert "(M, auto precision" in one
-    assert other.startswith("Not all came to a kappa that was asked for, of N, auto precision"), "timm did not"
-    path.write_text(json.dumps(training() | {"rows": [failed]}))
-    (only,) = blocks.BLOCKS["train-kappa"]([stored.read(path)], str)
-    assert "No loop could run" in only

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,14 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import elsewhere
+from tests_support import BENCHMARKS, elsewhere
 from torch import nn
 
 import fastddr
 from fastddr import runtime
 from fastddr.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 #: Settings, side of the images; GFLOP of an image and its GB eager and compiled in bf16, as published for them.
 PUBLISHED = [
@@ -209,10 +207,12 @@ def test_a_variant_that_fails_is_said_and_the_others_go_on(load: Any, monkeypatc
 
     monkeypatch.setattr(variants, "Running", Running)
     heat = [variants.Variant(model, "eager", "NCHW") for model in ("cnn", "unbuilt", "breaks", "resnet")]
+    job, run = a_job(variants, [heat]), SimpleNamespace(device=CPU)
     said: list[str] = []
-    measured = variants.Heat(0, a_job(variants, [heat]), SimpleNamespace(device=CPU), said.append)
+    kept: list[list[int]] = []
+    measured = variants.Heat(0, job, run, said.append)
     measured.warm()
-    records = measured.race()
+    records = measured.race(lambda found: kept.append([len(r["rates"]) for r in found if "rates" in r]))
     measured.close()
     assert asked.count("cnn") == 5
     assert asked.count("breaks") == 3
@@ -223,49 +223,13 @@ def test_a_variant_that_fails_is_said_and_the_others_go_on(load: Any, monkeypatc
     assert by_model["breaks"]["failed"] == "RuntimeError: Detected recompile"
     assert f"unbuilt, eager, NCHW is left out: {out_of_memory}." in said
     assert "breaks, eager, NCHW is left out: RuntimeError: Detected recompile." in said
-
-
-def test_no_variant_begins_when_the_time_is_up(load: Any) -> None:
-    variants = load("variants")
-    job = a_job(variants, [[variants.Variant("cnn", "eager", "NCHW")]])
+    assert kept == [[3, 3], [4, 4]], "rounds are kept as they come, once there are a few"
+    # When the time is up no variant begins.
     object.__setattr__(job, "until", 0.0)
-    said: list[str] = []
-    heat = variants.Heat(0, job, SimpleNamespace(device=CPU), said.append)
-    heat.warm()
-    [record] = heat.race()
-    assert record["failed"] == load("harness").TIME_UP == "the time was up before its turn came"
-    assert said == ["cnn, eager, NCHW is left out: the time was up before its turn came."]
-
-
-DIES = """
-import json, os, signal, sys
-job = json.load(open(sys.argv[1]))
-record = {"heat": 0, "variant": job["heats"][0][0], "rates": [1.0] * 5, "flop": 1, "parameters": 1, "mixer": None}
-open(job["records"], "a").write(json.dumps([record]) + "\\n")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_process_that_dies_loses_the_heat_that_it_did_not_finish(
-    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, variants = load("step"), load("variants")
-    heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
-    job = a_job(variants, heats)
-    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", DIES))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    records = step.Measuring()(job)
-    assert [(r["variant"]["model"], r.get("failed")) for r in records] == [
-        ("cnn", None), ("resnet", "its process was killed by SIGKILL"),
-    ]  # fmt: skip
-    assert records[0]["rates"] == [1.0] * 5
-    assert not list(tmp_path.iterdir())
-    # Refused, of which it begins no second one.
-    refuses = "import sys, pathlib; pathlib.Path(sys.argv[1] + '.json').touch(exist_ok=False); sys.exit(2)"
-    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", refuses, str(tmp_path / "once")))
-    assert [record["failed"] for record in step.Measuring()(job)] == ["it said nothing"] * 2
-    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", "raise SystemExit('fp16 needs a GPU.')"))
-    assert [record["failed"] for record in step.Measuring()(job)] == ["fp16 needs a GPU"] * 2
+    late = variants.Heat(0, job, run, said.append)
+    late.warm()
+    assert [record["failed"] for record in late.race()] == [load("harness").TIME_UP] * 4
+    assert said[-1] == "resnet, eager, NCHW is left out: the time was up before its turn came."
 
 
 #: Of four heats: one is whole, one dies in its warm-up of one variant and then without a word, one after four of five
@@ -294,7 +258,7 @@ for heat in range(job["first"], 4):
 
 
 def test_another_process_measures_the_heats_behind_one_that_died(
-    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, variants = load("step"), load("variants")
     models = ("cnn", "resnet", "convmixer-16-1-k3-p8", "torchvision:resnet50")
@@ -317,26 +281,13 @@ def test_another_process_measures_the_heats_behind_one_that_died(
     late = {record["heat"]: record.get("failed") for record in step.Measuring()(job)}
     assert late[0] is None
     assert late[1] == late[2] == late[3] == load("harness").TIME_UP
-
-
-def test_the_rounds_of_a_heat_are_kept_as_they_come(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = load("variants")
-
-    class Running:
-        def __init__(self, variant: Any, job: Any, run: Any) -> None:
-            self.about = {"flop": 1}
-
-        def __call__(self) -> float:
-            return 10.0
-
-    monkeypatch.setattr(variants, "Running", Running)
-    heat = [variants.Variant(model, "eager", "NCHW") for model in ("cnn", "resnet")]
-    measured = variants.Heat(0, a_job(variants, [heat]), SimpleNamespace(device=CPU), lambda line: None)
-    measured.warm()
-    kept: list[list[int]] = []
-    records = measured.race(lambda found: kept.append([len(record["rates"]) for record in found]))
-    assert kept == [[3, 3], [4, 4]]
-    assert [len(record["rates"]) for record in records] == [5, 5]
+    # Refused, of which it begins no second one.
+    object.__setattr__(job, "until", None)
+    refuses = "import sys, pathlib; pathlib.Path(sys.argv[1] + '.json').touch(exist_ok=False); sys.exit(2)"
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", refuses, str(tmp_path / "once")))
+    assert {record["failed"] for record in step.Measuring()(job)} == {"it said nothing"}
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", "raise SystemExit('fp16 needs a GPU.')"))
+    assert {record["failed"] for record in step.Measuring()(job)} == {"fp16 needs a GPU"}
 
 
 @pytest.mark.parametrize("when", ["warm", "race"])
@@ -371,12 +322,22 @@ def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
         measure()
 
 
+#: Ends the benchmark after the first heat.
+STOPS = """
+import json, os, signal, sys, time
+job = json.load(open(sys.argv[1]))
+record = {"heat": 0, "variant": job["heats"][0][0], "rates": [1.0] * 5, "flop": 1, "parameters": 1, "mixer": None}
+open(job["records"], "a").write(json.dumps([record]) + "\\n")
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(600)
+"""
+
+
 def test_what_was_measured_before_a_stop_is_kept(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     step, variants = load("step"), load("variants")
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
     measuring = step.Measuring()
-    goes_on = DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getppid(), signal.SIGTERM)")
-    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", f"{goes_on}\nimport time; time.sleep(600)"))
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", STOPS))
     before = signal.signal(signal.SIGTERM, measuring.stop)
     try:
         records = measuring(a_job(variants, heats))

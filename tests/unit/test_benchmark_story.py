@@ -18,8 +18,6 @@ from fastddr.data.grades import DDR
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-
 
 def run_of(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
     """A run's folder with a manifest of so many photographs by split and grade."""
@@ -93,36 +91,22 @@ def test_what_has_no_test_is_refused_before_hours_of_training(
     report.need_test(report.Options(data=str(tiny)), folder)
 
 
-def figures(accuracy: float) -> dict[str, Any]:
-    matrix = [[8, 2, 0, 0, 0]] * 5
-    return {"n": 50, "accuracy": accuracy, "qwk": 0.5, "macro_f1": 0.4, "recall": [0.8, 0.2, 0, 0, None],
-            "confusion_matrix": matrix}  # fmt: skip
-
-
-def row(**more: Any) -> dict[str, Any]:
-    return {
-        "name": "CNN", "family": "CNN", "arm": "cnn-2", "data": "mine", "whole_ddr": False, "published": {},
-        "pretraining": "", "seed": 0, "epochs": 3, "best_epoch": 2, "parameters": 12345, "images_per_second": 321.0,
-        "counts": {"train": 100, "valid": 40, "test": 50}, "train": figures(0.9), "valid": figures(0.8),
-        "test": figures(0.7), "valid_last": figures(0.6), "median": 70.0, "low": 60.0, "high": 80.0, "unit": "%",
-        "n": 1, **more,
-    }  # fmt: skip
-
-
-def test_the_reports_figures_are_shown_only_where_a_row_has_them(load: Callable[[str], Any]) -> None:
-    accounts = load("accounts")
-    ours = accounts.accuracies([row()])
-    assert "report's" not in ours
-    assert "| CNN | 90.0 % | 80.0 % | 70.0 % | 60.0 % |" in ours
-    assert "cannot be compared" in " ".join(accounts.sentences([row()]))
-    both = [row(whole_ddr=True, published={"train": 98.0, "test": 52.0}), row(whole_ddr=True, name="CNN, 4")]
-    table = accounts.accuracies(both).splitlines()
-    assert table[0].endswith("| the report's train | the report's valid | the report's test |")
-    assert table[2].endswith("| 98 % | | 52 % |")
-    assert table[3].endswith("| | | |")
-    assert "are of its last epoch" in " ".join(accounts.sentences(both))
-    assert "| CNN | 0.50 | 80.0 % | 20.0 % | 0.0 % | 0.0 % | – |" in accounts.details(both)
-    assert "| CNN | 12,345 | 3 | 2 | 321 | – | – |" in accounts.expenses(both)
+def test_the_reports_figures_stand_beside_those_of_ddr_whole(load: Callable[[str], Any]) -> None:
+    """A stored result of other data, whose texts are compared with the page, has the rest of both."""
+    accounts, counts = load("accounts"), {"train": 100, "valid": 40, "test": 50}
+    arm = {split: {"accuracy": 0.5} for split in counts}
+    rows: list[dict[str, Any]] = [
+        {"name": "CNN", **arm, "published": {"train": 98.0, "test": 52.0}}, {"name": "CNN, 4", **arm, "published": {}},
+    ]  # fmt: skip
+    assert accounts.accuracies(rows).splitlines() == [
+        "| | train | valid | test | the report's train | the report's valid | the report's test |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| CNN | 50.0 % | 50.0 % | 50.0 % | 98 % | | 52 % |",
+        "| CNN, 4 | 50.0 % | 50.0 % | 50.0 % | | | |",
+    ]
+    [about, said] = accounts.sentences([{"whole_ddr": True, "counts": counts, "seed": 0}])
+    assert about.startswith("Trained on DDR whole: 100 photographs of train")
+    assert said.startswith("The report's figures are of its last epoch")
 
 
 def test_curves_go_by_epoch(load: Callable[[str], Any]) -> None:
@@ -236,25 +220,6 @@ def test_ranks_stand_beside_seeds(load: Callable[[str], Any]) -> None:
         seeds.numbers(seeds.Options(ranks=(1, 100_000)))
     with pytest.raises(UserError, match="at least 5"):
         seeds.numbers(seeds.Options(ranks=(1, 2), seeds=(0, 1)))
-
-
-def test_the_generated_texts_have_both(load: Callable[[str], Any], tmp_path: Path) -> None:
-    blocks, stored, harness = load("blocks"), load("stored"), load("harness")
-    about = {"machine": {"cpu": "some", "cores": 2, "gpu": None}, "versions": {"torch": "2"}, "command": "python x",
-             "date": "2026-01-01T00:00:00+00:00"}  # fmt: skip
-    change = {"name": "baseline", "flags": "", "baseline": True, "valid": 142, "kappas": [0.5] * 3, "data": "mine",
-              "accuracy": harness.spread([0.5] * 3), "difference": harness.spread([0.0] * 3), "unit": "QWK",
-              **harness.spread([0.5] * 3)}  # fmt: skip
-    for name, rows in (("report", [row()]), ("ablation", [change]), ("ablation-pretraining", [change])):
-        path = tmp_path / f"{name}_2-core-cpu_2026-01-01.json"
-        path.write_text(json.dumps({"benchmark": name.partition("-")[0], "rows": rows, **about}))
-    results = stored.newest(tmp_path)
-    assert any("| CNN |" in text for text in blocks.BLOCKS["report"](results, lambda path: path.name))
-    for name, file in (("ablation", "ablation_"), ("pretraining", "ablation-pretraining_")):
-        found = blocks.BLOCKS[name](results, lambda path: path.name)
-        assert any("they decide nothing" in text for text in found)
-        assert any("| baseline |" in text for text in found)
-        assert [f"]({file}" in text for text in found if text.startswith("![Kappa")] == [True]
 
 
 def test_a_run_that_is_done_is_not_made_again_and_a_failure_is_a_sentence(

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import tyro
+from tests_support import BENCHMARKS, task
 
 from fastddr.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MACHINE = {"cpu": "some", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64", "gpu": None}
 
 
@@ -156,8 +156,6 @@ def test_a_loader_that_holds_training_up(load: Any) -> None:
 def test_what_stops_the_resident_loader_depends_on_its_store(
     store: str, stage: str, remedy: str, load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests_support import task
-
     from fastddr.data import manifest
 
     stages = load("stages")
@@ -225,17 +223,21 @@ def test_parts_that_fail_do_not_end_the_suite(
         assert suite.run(part, [], out, 60).file.partition("_")[0] == result
 
 
-@pytest.mark.parametrize(("cards", "parts"), [(0, ["scaling"]), (1, []), (2, ["scaling"])])
-def test_a_rehearsal_measures_scaling_where_there_can_be_ranks(
-    cards: int, parts: list[str], load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cards", "tiny", "begun"),
+    [(0, True, True), (1, True, False), (2, True, True), (0, False, False), (1, False, False), (2, False, True)],
+)
+def test_scaling_is_measured_on_several_gpus_and_rehearsed_on_a_cpu(
+    cards: int, tiny: bool, begun: bool, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite, begun = load("suite"), []
+    suite, ran = load("suite"), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(suite, "environment", lambda: {"machine": MACHINE})
-    monkeypatch.setattr(suite, "run", lambda part, *_: begun.append(part.name) or suite.Outcome(part.name, "done"))
-    assert suite.main(suite.Options(parts=("scaling",), tiny=True, out=tmp_path)) == 0
-    assert begun == parts
+    monkeypatch.setattr(suite, "run", lambda part, *_: ran.append(part.name) or suite.Outcome(part.name, "done"))
+    options = suite.Options(out=tmp_path / "out", parts=("decode", "scaling"), tiny=tiny, results=tmp_path)
+    assert suite.main(options) == 0
+    assert ran == ["decode", *["scaling"] * begun]
 
 
 def test_every_part_is_a_script_of_that_name(load: Any) -> None:

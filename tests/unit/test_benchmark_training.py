@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import elsewhere
+from tests_support import BENCHMARKS, elsewhere
 
 from fastddr.errors import UserError
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_names_and_options_of_recipes(load: Any) -> None:

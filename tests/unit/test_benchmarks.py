@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,34 +18,16 @@ import pytest
 import torch
 from PIL import Image
 from reference import needs_dali
+from tests_support import BENCHMARKS, ROOT, task
 
-from fastddr import loaders
 from fastddr.config import AugmentConfig
+from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.loaders import dali_decoder
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def task(**changes: Any) -> loaders.Task:
-    settings: dict[str, Any] = {
-        "files": ["photograph.jpg"] * 8,
-        "grades": np.zeros(8, dtype=np.int64),
-        "widths": np.full(8, 64),
-        "heights": np.full(8, 64),
-        "ids": np.arange(8),
-        "train": True,
-        "image_size": 32,
-        "canvas": 64,
-        "augment": AugmentConfig(),
-        "seed": 0,
-        "batch_size": 4,
-    }
-    return loaders.Task(**settings | changes)
-
 
 def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
-    load: Any, monkeypatch: pytest.MonkeyPatch
+    load: Any, found: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a file or RAM it would read a ring of a few batches, which a card keeps in its cache."""
     trials, loader = load("trials"), load("loader")
@@ -60,12 +41,12 @@ def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
 
         def __init__(self, store: str) -> None:
             self.spec = trials.Spec.parse("resident")
-            self.source = trials._Source(self.spec, task(store=store, device=torch.device("cuda")))
+            self.source = trials._Source(self.spec, task(found, store=store, device=torch.device("cuda")))
 
         def ask(self, question: str, *arguments: float) -> Any:
             return getattr(self.source, question)(*arguments)
 
-    panel = loader.Panel(task(device=torch.device("cuda")), {}, loader.Options())
+    panel = loader.Panel(task(found, device=torch.device("cuda")), {}, loader.Options())
     panel.trials = {"resident, mmap": Trial("mmap"), "resident, ram": Trial("ram")}
     panel.race()
     assert panel.rows == []
@@ -76,15 +57,15 @@ def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
 
 @pytest.mark.slow
 def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
-    ours = ["dali", "resident:ram"] if dali_decoder.installed() else ["torchvision:workers=0"]
+    ours = "dali" if dali_decoder.installed() else "torchvision:workers=0"
     done = subprocess.run(
         [
             *(sys.executable, "-B", str(BENCHMARKS / "loader.py")),
             *("--data", str(tiny), "--out", str(tmp_path / "r.json")),
             *("--image-size", "32", "--canvas", "64", "--batch-size", "8", "--length", "0", "--threads", "1"),
             *("--rounds", "5", "--seconds", "0.05", "--policies", "report"),
-            *("--loaders", *ours, "torch-pil", "torchvision-gpu"),
-            *("--step", ours[-1], "--step-model", "8", "1", "3", "8", "--steps", "10"),
+            *("--loaders", ours, "torch-pil", "torchvision-gpu"),
+            *("--step", ours, "--step-model", "8", "1", "3", "8", "--steps", "10"),
         ],
         capture_output=True,
         text=True,
@@ -102,7 +83,8 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
         assert {"name", "kind", "photographs", "policy", "median", "low", "high", "unit", "n"} <= set(row), row
         assert row["low"] <= row["median"] <= row["high"]
     by_name = {row["name"]: row for row in rows}
-    for name in ("torch-pil", ours[0].replace(":", ", ")):
+    label = ours.replace(":", ", ")
+    for name in ("torch-pil", label):
         row = by_name[name]
         assert (row["unit"], row["n"], row["threads"], row["batch_size"]) == ("images/s", 5, 1, 8)
         if sys.platform == "linux":
@@ -112,32 +94,21 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
     assert by_name["libjpeg-turbo, whole photographs, one core × 1"]["median"] > 0
     wait = next(row for row in rows if row["name"].startswith("data wait"))
     assert 0 <= wait["median"] <= 100
-    shares = [row for row in rows if row["kind"] == "profile" and row["name"].startswith(ours[0].replace(":", ", "))]
+    shares = [row for row in rows if row["kind"] == "profile" and row["name"].startswith(label)]
     assert {row["name"].partition(": ")[2] for row in shares} >= {"read", "decode", "Python"}
     assert all(0 <= row["median"] <= 100 for row in shares)
     if dali_decoder.installed():
         assert "target: dali / torch-pil ≥ 1.70:" in done.stdout
-        assert by_name["resident store alone, uint8"]["median"] > 0
         assert by_name["DALI, reading and decoding alone"]["median"] > 0
 
 
-def test_a_peer_that_is_not_installed_is_left_out(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    peers = load("peers")
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    monkeypatch.setattr(dali_decoder, "installed", lambda: False)
-    for name in ("spdl-decode-jpeg", "torchcodec", "dali-plain"):
-        assert "not installed" in peers.PEERS[name].missing(task())
-    assert "GPU" in peers.PEERS["torchvision-gpu"].missing(task())
-    assert peers.PEERS["torch-pil"].missing(task()) is None
-
-
-def test_names_and_options_of_loaders(load: Any) -> None:
-    spec = load("trials").Spec
+def test_names_and_options_of_loaders(load: Any, found: Manifest) -> None:
+    spec, wanted = load("trials").Spec, task(found)
     assert spec.parse("dali").label == "dali"
-    assert spec.parse("torchvision:workers=0").task(task(threads=4)).threads == 0
+    assert spec.parse("torchvision:workers=0").task(wanted).threads == 0
     mapped = spec.parse("resident:mmap,store_gib=0.5")
     assert mapped.label == "resident, mmap, store_gib=0.5"
-    assert (mapped.task(task()).store, mapped.task(task()).budget) == ("mmap", 2**29)
+    assert (mapped.task(wanted).store, mapped.task(wanted).budget) == ("mmap", 2**29)
     for wrong in ("dolly", "dali:mmap", "torchvision:workers=many", "resident:disk"):
         with pytest.raises(UserError, match=wrong.partition(":")[0]):
             spec.parse(wrong)
@@ -145,30 +116,28 @@ def test_names_and_options_of_loaders(load: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 @pytest.mark.parametrize("policy", ["report", "fundus"])
-def test_peers_give_normalised_batches(load: Any, tiny: Path, policy: str) -> None:
+@pytest.mark.parametrize("name", ["torch-pil", "torch-decode-jpeg", "torchcodec", "spdl-decode-jpeg", "dali-plain"])
+def test_peers_give_normalised_batches(load: Any, found: Manifest, name: str, policy: str) -> None:
     peers = load("peers")
     turned = {"rotate": 180.0, "scale": (0.9, 1.1), "brightness": 0.2, "hue": 0.02} if policy == "fundus" else {}
-    files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
-    wanted = task(
-        files=files, widths=np.full(8, 80), heights=np.full(8, 80), threads=0, augment=AugmentConfig(**turned)
-    )
-    for name in ("torch-pil", "torch-decode-jpeg", "torchcodec", "spdl-decode-jpeg", "dali-plain"):
-        if peers.PEERS[name].missing(wanted) is not None:
-            continue
-        threads = torch.get_num_threads()
-        peer = peers.PEERS[name](wanted)
-        try:
-            images = next(peer.batches())
-        finally:
-            peer.close()
-            torch.set_num_threads(threads)
-        assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32), name
-        # From black to white, in ImageNet's normalisation.
-        assert -2.2 < images.min() < 0 < images.max() < 2.7, name
+    wanted = task(found, image_size=32, canvas=64, threads=0, augment=AugmentConfig(**turned))
+    missing = peers.PEERS[name].missing(wanted)
+    if missing is not None:
+        pytest.skip(missing)
+    threads = torch.get_num_threads()
+    peer = peers.PEERS[name](wanted)
+    try:
+        images = next(peer.batches())
+    finally:
+        peer.close()
+        torch.set_num_threads(threads)
+    assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
+    # From black to white, in ImageNet's normalisation.
+    assert -2.2 < images.min() < 0 < images.max() < 2.7
 
 
 @needs_dali
-def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(load: Any, tmp_path: Path) -> None:
+def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(load: Any, found: Manifest, tmp_path: Path) -> None:
     y, x = np.mgrid[:96, :64].astype(np.uint8)
     files = []
     for k, size in enumerate([(64, 64)] * 6 + [(96, 64)] * 2):
@@ -176,7 +145,10 @@ def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(load: Any, tmp
         files.append(str(tmp_path / f"{k}.png"))
         Image.fromarray(pixels).save(files[-1])
     plain = AugmentConfig(hflip=False, vflip=False, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
-    wanted = task(files=files, heights=np.array([64] * 6 + [96] * 2), ids=np.arange(6), augment=plain)
+    wanted = task(
+        found, files=files, grades=np.zeros(8, dtype=np.int64), widths=np.full(8, 64),
+        heights=np.array([64] * 6 + [96] * 2), ids=np.arange(6), image_size=32, canvas=64, augment=plain,
+    )  # fmt: skip
     peer = load("dali_plain").DaliPlain(wanted)
     batches = list(itertools.islice(peer.batches(), 6))
     peer.close()
@@ -196,71 +168,17 @@ def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(load: Any, tmp
     assert peer._area() == pytest.approx([share / 1.25**2, share / 0.8**2])
 
 
-@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
-def test_spdl_sends_bytes_to_a_gpu_which_normalises_them(
-    load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peers = load("peers")
-    if peers.PEERS["spdl-decode-jpeg"].missing(task()) is not None:
-        pytest.skip("SPDL is not installed")
-    import spdl.io
-
-    sent: list[tuple[torch.dtype, int]] = []
-    loading: set[int] = set()
-    threads, whole = torch.get_num_threads(), peers.TorchDecodeJpeg.load
-
-    def send(images: torch.Tensor) -> torch.Tensor:
-        sent.append((images.dtype, threading.get_ident()))
-        return images
-
-    def loaded(file: str) -> torch.Tensor:
-        loading.add(threading.get_ident())
-        photograph: torch.Tensor = whole(file)
-        return photograph
-
-    def first(device: str) -> torch.Tensor:
-        files = sorted(map(str, tiny.rglob("*.jpg")))[:1] * 4  # whole, so that each batch has the same photographs
-        wanted = task(
-            files=files,
-            widths=np.full(8, 80),
-            heights=np.full(8, 80),
-            image_size=80,
-            canvas=80,
-            threads=1,
-            ids=np.arange(4),
-            augment=AugmentConfig(hflip=False, vflip=False),
-            device=torch.device(device),
-        )
-        peer = peers.PEERS["spdl-decode-jpeg"](wanted)
-        try:
-            return next(peer.batches())
-        finally:
-            peer.close()
-            torch.set_num_threads(threads)
-
-    monkeypatch.setattr(spdl.io, "transfer_tensor_h2d", send)
-    monkeypatch.setattr(peers.TorchDecodeJpeg, "load", loaded)
-    expected = first("cpu")
-    assert sent == []
-    real = torch.Tensor.to
-    # There is no card: what goes to it stays here.
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if "cuda" in str(a[:1]) else real(self, *a, **k))
-    torch.testing.assert_close(first("cuda"), expected)
-    assert {dtype for dtype, _ in sent} == {torch.uint8}
-    assert loading.isdisjoint(thread for _, thread in sent), "while one is sent, others are loaded"
-
-
-def test_texts_know_the_peers_that_there_are(load: Any) -> None:
+def test_texts_know_the_peers_that_there_are(load: Any, found: Manifest) -> None:
     peers, told = load("peers").PEERS, load("loaders_told")
     assert set(told._PEERS) == set(peers)
-    on_gpus = {name for name, peer in peers.items() if "GPU" in (peer.missing(task()) or "")}
+    on_gpus = {name for name, peer in peers.items() if "GPU" in (peer.missing(task(found)) or "")}
     assert set(told._ON_GPUS) == on_gpus
-    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for name, words in told._PEERS.items():
         assert f"| `{name}` | {words} |" in page
 
 
-def test_waiting_for_a_step_is_no_waiting_for_data(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_step_is_no_waiting_for_data(load: Any, found: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step before is waited for outside of `next`, where a loader that holds the host back would wait for it."""
     waiting, trials = load("waiting"), load("trials")
     from fastddr.meters import Waited
@@ -280,8 +198,7 @@ def test_waiting_for_a_step_is_no_waiting_for_data(load: Any, tiny: Path, monkey
 
     monkeypatch.setattr(waiting, "Waited", Noting)
     monkeypatch.setattr(waiting, "Watch", Looking)
-    files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
-    wanted = task(files=files, widths=np.full(8, 80), heights=np.full(8, 80))
+    wanted = task(found, ids=found.ids("train")[:8], image_size=32)
     build, networks, left = waiting.models.build, [], []
 
     def built(*arguments: Any, **settings: Any) -> Any:

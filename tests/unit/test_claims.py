@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tests_support import ROOT
 
 _NUMBER = (
     r"(?<![\w.])(?:\d[\d,.]*(?<![,.])|(?:half an?|dozen|hundred|thousand|two|three|four|five|six|seven|eight|nine|ten"

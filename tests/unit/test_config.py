@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tests_support import ROOT
 
 from fastddr.cli import parse
 from fastddr.config import (
@@ -52,8 +53,7 @@ def test_report_presets_keep_the_protocol_of_the_report() -> None:
 
 
 def test_preset_headers_give_command_time_and_result() -> None:
-    folder = Path(__file__).parents[2] / "fastddr" / "presets"
-    for file in folder.glob("*.yaml"):
+    for file in (ROOT / "fastddr" / "presets").glob("*.yaml"):
         header = " ".join(line for line in file.read_text().splitlines() if line.startswith("#"))
         for word in ("accelerate launch fastddr/train.py", "Time:", "Result:"):
             assert word in header, f"{file.name} does not say {word!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,8 @@ import torch
 from trackers import forget_wandb
 
 from fastddr.data import cache
+from fastddr.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS = [
     {"name": "dali", "kind": "fastddr", "photographs": "synthetic", "policy": policy, "batch_size": 8, "ram_gib": 0.5,
      "seeds": [0, 1], "median": 100.0, "low": 90.0, "high": 120.0, "n": 5, "unit": "images/s"}
@@ -208,6 +209,19 @@ def test_a_result_that_goes_on_is_complete_at_its_end_alone(harness: Any, tmp_pa
         raise RuntimeError
     assert len(json.loads(out.read_text())["rows"]) == 2
     assert not json.loads(going.path.read_text())["complete"]
+
+
+def test_where_nothing_was_measured_no_result_is_written(
+    harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, said = tmp_path / "r.json", f"Nothing was measured, so no result is written to {tmp_path / 'r.json'}."
+    with pytest.raises(UserError, match=re.escape(said)), harness.writing("train", ROWS[3:], out) as going:
+        going.save()
+    # What broke is what is told first.
+    with pytest.raises(RuntimeError, match="it broke"), harness.writing("train", [], out):
+        raise RuntimeError("it broke")
+    assert said in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_the_time_cut_short_is_not_complete(harness: Any, tmp_path: Path) -> None:

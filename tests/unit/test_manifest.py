@@ -14,12 +14,6 @@ from fastddr.data import manifest
 from fastddr.errors import UserError
 
 
-@pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that a test may spoil."""
-    return Path(shutil.copytree(tiny, tmp_path / "DDR-dataset"))
-
-
 def test_the_official_layout_from_both_folders(tiny: Path) -> None:
     above, inside = manifest.read(tiny), manifest.read(tiny / "DR_grading")
     assert above.path == inside.path

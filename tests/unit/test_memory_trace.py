@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from fastddr.memory.allocator import Allocator, replay
 from fastddr.memory.tape import Tape, rounded
 from fastddr.memory.tracing import Steps, Training, trace
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Make = Callable[[], nn.Module]
 SIZE = 8
 
@@ -222,11 +220,10 @@ def test_real_tensors_take_the_same_blocks_in_the_same_order(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says it once a process
 @pytest.mark.parametrize("name", SMALL)
-def test_the_cpu_allocator_has_given_out_as_much(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_allocator_has_given_out_as_much(name: str, load: Callable[[str], Any]) -> None:
     """An independent witness: what PyTorch's allocator was asked for in the same step, the scratch of kernels included,
     which no trace sees."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    on_cpu = importlib.import_module("memory").on_cpu
+    on_cpu = load("memory").on_cpu
     # Large enough that the maps outweigh the scratch.
     steps = Steps(128)
     training = Training(small(name, 128)(), steps, 16)

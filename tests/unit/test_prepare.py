@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import photographs
 import pytest
-from eyes import FEW, content, damage, eye, folders, official, run, table, told
+from eyes import FEW, damage, eye, folders, official, run, table, told
 from eyes import quick as quick  # a fixture of all these tests
 from PIL import Image, JpegImagePlugin
+from tests_support import content
 
 from fastddr.data import crop, layouts, photograph, sheet, survey
 from fastddr.data.crop import Recipe

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import photographs
 import pytest
-from eyes import content, damage, eye, folders, official, run, table, told
+from eyes import damage, eye, folders, official, run, table, told
 from eyes import quick as quick  # a fixture of all these tests
 from PIL import Image
+from tests_support import content
 
 from fastddr.config import SplitConfig
 from fastddr.data import crop, layouts, survey

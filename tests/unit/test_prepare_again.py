@@ -14,9 +14,9 @@ from typing import Any
 
 import photographs
 import pytest
-from eyes import FEW, content, damage, eye, folders, official, run, table, told
+from eyes import FEW, damage, eye, folders, official, run, table, told
 from eyes import quick as quick  # a fixture of all these tests
-from tests_support import unlistable
+from tests_support import content, unlistable
 
 from fastddr import files
 from fastddr.data import crop, layouts, output, photograph, survey

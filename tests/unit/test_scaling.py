@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests_support import BENCHMARKS
 
 from fastddr.errors import UserError
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
@@ -112,52 +111,3 @@ def test_an_all_reduce_on_paper(load: Callable[[str], Any]) -> None:
     # 50 or 33 passes of two bytes; the least that a step takes is what memory needs.
     moved = 64 * 33 * 2 * (256 // 8) ** 2 * 512 * 12
     assert model.step(64) == pytest.approx(moved / 3.35e12)
-
-
-def test_the_page_shows_what_was_worked_out(load: Callable[[str], Any], tmp_path: Path) -> None:
-    paper, stored = load("paper"), load("stored")
-    machine = {"cpu": "AMD EPYC", "cores": 2, "gpu": None}
-    record = {"benchmark": "scaling", "machine": machine, "versions": {"torch": "2.14.1"}, "rows": paper.rows(),
-              "date": "2026-12-01T00:00:00+00:00", "command": "python benchmarks/scaling.py --paper"}  # fmt: skip
-    path = tmp_path / "scaling-paper_2-core-cpu_2026-12-01.json"
-    path.write_text(json.dumps(record))
-    text = "\n".join(load("outcomes").scaling_paper([stored.read(path)], lambda target: target.name))
-    assert "| ConvMixer 512/12 k9 p8 | 3.8 | 15 | 7.9 |" in text
-    assert "| EyePACS | 8.9 | 70 | 173 |" in text
-    assert "Worked out, not measured, by `python benchmarks/scaling.py --paper`, 2026-12-01, [JSON](" in text
-
-
-def test_the_page_shows_what_was_measured(load: Callable[[str], Any], job: Any, tmp_path: Path) -> None:
-    seconds = {name: [1.0] * 5 for name in ("strong-1", "strong-2-alone", "weak-1", "weak-2-alone")}
-    seconds |= {name: [2.0] * 5 for name in ("strong-2", "weak-2")}
-    rows = load("scaling").rows(job, {"seconds": seconds, "bytes": 2_000_000})
-    machine = {"cpu": "AMD EPYC", "cores": 2, "gpu": None}
-    record = {"benchmark": "scaling", "machine": machine, "versions": {"torch": "2.14.1"}, "rows": rows,
-              "date": "2026-12-01T00:00:00+00:00", "command": "python benchmarks/scaling.py"}  # fmt: skip
-    path = tmp_path / "scaling_2-core-cpu_2026-12-01.json"
-    path.write_text(json.dumps(record))
-    about, table, *_ = load("outcomes").scaling([load("stored").read(path)], lambda target: target.name)
-    assert "ConvMixer 64/4 k5 p8, fp32 precision, 64 px without a loader, 2.0 MB of gradients" in about
-    half = "0.50 (0.50-0.50)"
-    assert table.splitlines()[2:] == [
-        "| 1 | 8.0 (8.0-8.0) | | | 8.0 (8.0-8.0) | | |",
-        f"| 2 | 4.0 (4.0-4.0) | 0.25 (0.25-0.25) | {half} | 8.0 (8.0-8.0) | {half} | {half} |",
-    ]
-
-
-@pytest.mark.parametrize("gpus", [0, 1, 2])
-def test_the_suite_measures_it_on_several_gpus(
-    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int
-) -> None:
-    suite = load("suite")
-    ran: list[str] = []
-
-    def run(part: Any, arguments: Any, folder: Path, limit: float) -> Any:
-        ran.append(part.name)
-        return suite.Outcome(part.name, "done")
-
-    monkeypatch.setattr(suite, "run", run)
-    monkeypatch.setattr(suite, "environment", lambda: {"machine": {"gpu": None, "cores": 2}})
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    suite.main(suite.Options(out=tmp_path / "out", parts=("decode", "scaling"), results=tmp_path))
-    assert ran == (["decode", "scaling"] if gpus == 2 else ["decode"])

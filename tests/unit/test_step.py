@@ -14,7 +14,7 @@ import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
-from tests_support import lines, settings
+from tests_support import lines, settings, status
 from torch import nn
 
 from fastddr import losses, optimizers, saving
@@ -277,7 +277,7 @@ def test_a_run_stops_and_names_the_photographs(tiny: Path, tmp_path: Path) -> No
     assert (record["step"], record["photographs"]) == (2, names)
     assert "--optimizer.on-nonfinite skip" in str(error.value)
     assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert status(tmp_path / "run")["state"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -370,6 +370,6 @@ def test_a_run_leaves_bad_steps_out_and_counts_them(tiny: Path, tmp_path: Path) 
         assert all(bool(value.isfinite().all()) for value in trainer.bare_model.state_dict().values())
     logged = lines(run)
     assert [line["train/skipped_steps"] for line in logged if "train/loss" in line] == [0, 1, 1, 1, 2, 2]
-    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert status(run)["state"] == "done"
     report = (run / "report" / "report.md").read_text()
     assert "2 (bad_steps.jsonl names the photographs)" in report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tests_support import table
 
 from fastddr.data import synthetic, workers
 from fastddr.data.eye.anatomy import draw_eye
@@ -44,11 +44,6 @@ def contents(root: Path) -> dict[str, bytes]:
 def labels(root: Path, split: str) -> dict[str, int]:
     rows = (line.split() for line in (root / "DR_grading" / f"{split}.txt").read_text().splitlines())
     return {name: int(grade) for name, grade in rows}
-
-
-def lesions(root: Path) -> list[dict[str, str]]:
-    with open(root / "DR_grading" / "lesions.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_process_that_ends_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +90,7 @@ def test_a_photograph_does_not_depend_on_the_others(made: Path) -> None:
     file = made / "DR_grading" / "train" / name
     # What JPEG at quality 95 leaves of it: far nearer than another photograph.
     assert np.abs(np.asarray(Image.open(file), float) - photo).mean() < 4
-    assert sum(row["name"] == name for row in lesions(made)) == len(found)
+    assert sum(row["name"] == name for row in table(made / "DR_grading" / "lesions.csv")) == len(found)
 
 
 def test_seed_split_and_index_each_make_another_photograph() -> None:
@@ -128,7 +123,7 @@ def test_photographs_are_jpegs_of_the_size_asked_for(made: Path) -> None:
 
 
 def test_lesions_lie_in_the_photographs_that_they_name(made: Path) -> None:
-    rows = lesions(made)
+    rows = table(made / "DR_grading" / "lesions.csv")
     grades = {(s, n): g for s in COUNTS for n, g in labels(made, s).items()}
     assert {grades[r["split"], r["name"]] for r in rows} == {1, 2, 3, 4}
     for row in rows:

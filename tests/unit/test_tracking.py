@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests_support import lines
 from trackers import alone as alone  # a fixture of all these tests
-from trackers import events, inspect, lines, offline_files, start, the_answers
+from trackers import events, inspect, offline_files, start, the_answers
 
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests_support import ROOT
+from tests_support import ROOT, lines
 from trackers import alone as alone  # a fixture of all these tests
-from trackers import events, history, inspect, lines, offline_files, start
+from trackers import events, history, inspect, offline_files, start
 
 from fastddr.config import TrackingConfig
 from fastddr.errors import UserError

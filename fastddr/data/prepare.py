@@ -33,7 +33,7 @@ from fastddr.data.crop import Job, Recipe, Result, Row
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import grade_of, located
 from fastddr.data.output import FOLDER, Output, put
-from fastddr.data.problems import Problem, errors, lister, one_line
+from fastddr.data.problems import LEAKS, Problem, errors, lister, one_line
 from fastddr.data.relabel import Kept
 from fastddr.data.survey import Progress, Survey
 from fastddr.data.workers import each
@@ -46,8 +46,6 @@ T = TypeVar("T")
 _INNER = "photographs/"
 #: Photographs for which one more process pays: it takes a second or two to start.
 _A_WORKER = 64
-#: Faults of a whole set and not of a photograph: no reason to leave one out here, where nothing is trained.
-_LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,7 @@ class _Main:
 
     def _bad(self) -> list[Problem]:
         """What cannot be used, as far as it is known."""
-        found = [problem for problem in errors(self.seen.problems()) if problem.kind not in _LEAKS]
+        found = [problem for problem in errors(self.seen.problems()) if problem.kind not in LEAKS]
         for entry in self.seen.entries:
             record = self.seen.records[entry.path]
             if max(record.width, record.height) > crop.LONGEST and not record.kind:

@@ -43,6 +43,8 @@ ERRORS = {
     "picture-in-two-splits": "keep it in one split",
     "patient-in-two-splits": "keep each patient in one split",
 }
+#: Errors of a whole set and not of a photograph: no reason to leave one out where nothing is trained.
+LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
 #: Kind of each note: what it means.
 NOTES = {
     "greyscale": "greyscale; read as grey RGB",

@@ -439,6 +439,27 @@ def test_the_same_picture_in_two_splits_is_an_error_of_the_one_that_is_trained_o
     assert FIRST not in kept
 
 
+@pytest.mark.parametrize("on_bad", ["raise", "exclude"])
+def test_what_leaks_between_splits_stays_where_it_is_only_scored(
+    data: Path, on_bad: Literal["raise", "exclude"]
+) -> None:
+    shutil.copy(data / "test/007-0019-000.jpg", data / FIRST)
+    seen = checked(data)
+    found = manifest.of(seen, on_bad, trained_on="of other photographs")
+    assert len(found) == len(SET)
+    assert not found.left_out
+    said = "1 photographs share their picture or patient with another split (picture-in-two-splits 1): nothing is"
+    assert sum(note.startswith(said) for note in found.notes) == 1
+    # The run's own, from which it was left out, and which have moved.
+    own = manifest.of(seen, "exclude")
+    if on_bad == "exclude":
+        again = manifest.of(seen, on_bad, trained_on=own.fingerprint)
+        assert (again.fingerprint, again.left_out) == (own.fingerprint, own.left_out)
+    else:
+        with pytest.raises(UserError, match=r"the same picture is in test too.*--on-bad exclude"):
+            manifest.of(seen, on_bad, trained_on=own.fingerprint)
+
+
 def test_duplicates_within_a_split_are_a_note_that_names_other_grades(data: Path) -> None:
     shutil.copy(data / FIRST, data / "train/007-0001-000.jpg")
     (problem,) = checked(data).problems()

@@ -29,6 +29,10 @@ from fastddr.errors import PASSING
 
 T = TypeVar("T")
 
+# What Pillow remarks on metadata is not printed: it says nothing of the pixels. Here, since whoever reads photographs
+# imports this, processes of loaders too.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 #: A file with more pixels is refused by its header, undecoded: Pillow's limit, 89 million, far above any fundus camera.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 #: A smaller side is no photograph.
@@ -108,12 +112,8 @@ def again(read: Callable[[str], T], file: str) -> T:
 
 @contextmanager
 def strict_sizes() -> Iterator[None]:
-    """Within it `header` refuses decompression bombs; for all threads, so it is entered before they start.
-
-    What Pillow remarks on metadata is not printed: it says nothing of the pixels.
-    """
+    """Within it `header` refuses decompression bombs; for all threads, so it is entered before they start."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -420,6 +422,17 @@ def test_of_many_photographs_few_wait_and_what_is_slow_to_save_is_saved_less_oft
     monkeypatch.setattr(photos, "_checked", photos.Photo)
     listed, _ = photos.ready(paths, None, lambda what, done, total: progress(done, total))
     assert [photo.path for photo in listed] == paths
+
+
+def test_what_pillow_remarks_on_metadata_is_not_printed(tmp_path: Path) -> None:
+    """In a process of its own: here warnings are what pytest makes of them."""
+    draw(tmp_path / "see_through.png", mode="P", transparency=bytes(range(256)))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x010F, 2, 999, 500, 0)  # beyond its end
+    Image.new("RGB", (40, 32)).save(tmp_path / "cut.jpg", exif=exif)
+    read = "import sys; from fastddr.data import photograph; [photograph.upright(file) for file in sys.argv[1:]]"
+    files = [tmp_path / "see_through.png", tmp_path / "cut.jpg"]
+    done = subprocess.run([sys.executable, "-c", read, *files], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 # ------------------------------------------------------------------------------------------ between photographs

@@ -57,8 +57,11 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         console.print(_problems(problems))
     console.print()
     bad = errors(problems)
-    if not bad and "train" not in seen.counts():
-        console.print("No errors: every photograph decodes. Training needs a split train, and there is none.")
+    there = {entry.split for entry in seen.entries if 0 <= entry.grade < UNGRADABLE}
+    lacking = [split for split in ("train", "valid") if split not in there]
+    if not bad and lacking:
+        said = "Training needs gradable photographs in train and valid, and there are none in"
+        console.print(f"No errors: every photograph decodes. {said} {' and '.join(lacking)}.", soft_wrap=True)
         return
     if not bad:
         console.print(f"No errors: every photograph decodes{_taken(seen)}", style="green", soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from photographs import LAYOUTS, SET, draw, folders, labelled, official
+from photographs import LAYOUTS, SET, draw, folders, labelled, official, photos
 from rich.console import Console
 
 from fastddr.__main__ import main
@@ -271,6 +271,22 @@ def test_the_last_line_says_what_training_leaves_out(tmp_path: Path, capsys: pyt
     assert "Training takes 25 and leaves out 1 without a grade." in capsys.readouterr().out
     assert check(folders(tmp_path / "graded", [photo for photo in SET if photo.grade < 5])) == 0
     assert "decodes, and training takes them all." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("grades", "lacking"),
+    [({"train": [0, 1], "valid": [5]}, "valid"), ({"train": [0, 1], "test": [2]}, "valid"),
+     ({"train": [5], "valid": [0]}, "train"), ({"test": [0, 1]}, "train and valid")],
+)  # fmt: skip
+def test_the_last_line_says_what_training_lacks(
+    grades: dict[str, list[int]], lacking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folders(tmp_path, photos(grades))
+    assert check(root) == 0
+    said = "Training needs gradable photographs in train and valid, and there are none in"
+    assert f"No errors: every photograph decodes. {said} {lacking}.\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the split"):
+        manifest.read(root).ids(lacking)
 
 
 def test_a_list_keeps_what_was_added_to_it_and_what_it_left_out(

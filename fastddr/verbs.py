@@ -167,7 +167,7 @@ class Prepare:
             for problem in found.bad:
                 print(f"left out: {problems.one_line(f'{problem.path}: {problem.reason}')}")
             for note in found.notes:
-                print(f"note: {note}")
+                print(f"note: {problems.one_line(note)}")
             if found.sheets:
                 print(f"look at {found.sheets[0]}: the retinas that were hardest to find come first")
             print(f"train on them with: accelerate launch -m fastddr train --data {shlex.quote(str(self.out))}")

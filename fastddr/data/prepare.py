@@ -64,7 +64,7 @@ class Summary:
     """What could not be used and is left out."""
     sheets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
-    """Sentences about what differs from the source."""
+    """Sentences about what was read and left out, and about what differs from the source."""
 
 
 def run(
@@ -216,7 +216,7 @@ class _Main:
         # one without lines is an error, and one that is not there a set without test.
         whole = {entry.label for entry in seen.entries if entry.label and seen.layout != "official"}
         labels = relabel.labels(seen.root, kept, sorted(whole))
-        now, _ = splits.assign(layouts.find(self.data, self.follow_links), SplitConfig())
+        now, of_draw = splits.assign(layouts.find(self.data, self.follow_links), SplitConfig())
         relabel.refuse_changed(seen.root, kept, now)
         pages = self._sheets(rows)
         removed = output.remove(output.known.keys() - {row.path for row in rows})
@@ -231,7 +231,8 @@ class _Main:
             removed=removed,
             bad=tuple(bad),
             sheets=tuple(pages),
-            notes=tuple(self._differences(kept)),
+            # The new set is split when it is read, so how this one would be is of no use here.
+            notes=(*(note for note in seen.notes if note not in of_draw), *self._differences(kept)),
         )
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import re
 import shlex
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +25,12 @@ from pathlib import Path
 from fastddr import ranks
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
-from fastddr.data import cache, layouts, photograph, splits, workers
+from fastddr.data import cache, crop, layouts, masters, photograph, splits, workers
 from fastddr.data.cache import Record
+from fastddr.data.crop import Recipe
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
-from fastddr.data.layouts.common import Fence, located
+from fastddr.data.layouts.common import Fence, is_photograph, located
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import Problem, errors
 from fastddr.errors import UserError
@@ -238,7 +239,7 @@ def take(
     Args:
         data: the folder in any layout (`fastddr.data.layouts`), or a label table.
         splitting: how to split what has no splits.
-        exclude: paths to leave out, as `fastddr check --fix-list` writes them.
+        exclude: paths to leave out, as `fastddr check --fix-list` writes them; of a prepared set, or of its source.
         on_progress: called with (headers read, photographs) now and then.
         afresh: look at every file, whatever is known of it.
         follow_links: also read what links lead to that lies outside of the folder.
@@ -250,6 +251,9 @@ def take(
     listing = layouts.find(data, follow_links)
     # Split first: what is left out later must not move others from one split to another.
     entries, notes = splits.assign(listing, splitting or SplitConfig())
+    if exclude and (recipe := masters.of_folder(listing.root)):
+        named = {one.path for found in (entries, listing.absent, listing.problems) for one in found}
+        exclude = frozenset(_of_master(path, named, recipe) for path in exclude)
     kept = [entry for entry in entries if entry.path not in exclude]
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
@@ -287,6 +291,12 @@ def take(
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
         listed=listed,
     )
+
+
+def _of_master(path: str, named: Container[str], recipe: Recipe) -> str:
+    """What a line of `--exclude` is called in a prepared set: it may be of the list that belongs to the source."""
+    renamed = crop.name_of(path, recipe.format)
+    return renamed if path not in named and is_photograph(path) and renamed in named else path
 
 
 def _asked(data: str | Path, splitting: SplitConfig, follow_links: bool) -> str:

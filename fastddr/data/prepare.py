@@ -278,13 +278,7 @@ class _Main:
 
     def _bad(self) -> list[Problem]:
         """What cannot be used, as far as it is known."""
-        found = [problem for problem in errors(self.seen.problems()) if problem.kind not in LEAKS]
-        for entry in self.seen.entries:
-            record = self.seen.records[entry.path]
-            if max(record.width, record.height) > crop.LONGEST and not record.kind:
-                size = f"{record.width} by {record.height} pixels, and a side may have {crop.LONGEST:,} here"
-                found.append(Problem(entry.path, "dimensions", f"{entry.where}it is {size}"))
-        return sorted(found)
+        return [problem for problem in errors(self.seen.problems()) if problem.kind not in LEAKS]
 
     def _absent(self, kept: Sequence[Kept]) -> list[Entry]:
         """What labels of the source name and the new set lacks, by the paths that it would have there."""

@@ -1,4 +1,4 @@
-"""What `fastddr prepare` leaves out: where splits are drawn it still counts, and a photograph too long is left out."""
+"""What `fastddr prepare` leaves out: where splits are drawn it still counts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import photographs
 import pytest
-from eyes import content, damage, eye, folders, official, run, table, told
+from eyes import content, damage, eye, folders, official, run
 from eyes import quick as quick  # a fixture of all these tests
 from photographs import labelled
-from PIL import Image
 
 from fastddr.__main__ import main
 from fastddr.config import SplitConfig
@@ -176,20 +175,6 @@ def test_all_left_out_is_one_sentence(tmp_path: Path) -> None:
     exclude = frozenset(entry.path for entry in survey.take(tmp_path / "data").entries)
     with pytest.raises(UserError, match="none of its photographs can be used"):
         run(tmp_path / "data", tmp_path / "out", exclude=exclude)
-
-
-def test_a_photograph_too_long_for_a_square_is_bad(tmp_path: Path) -> None:
-    data = folders(tmp_path / "data")
-    Image.new("RGB", (crop.LONGEST + 1, 1800)).save(data / "train" / "0" / "long.png")
-    Image.new("RGB", (crop.LONGEST, 1800)).save(data / "train" / "1" / "longest.png")
-    with pytest.raises(UserError, match=r"long\.png: it is 13378 by 1800 pixels.*replace it.*--on-bad exclude"):
-        run(data, tmp_path / "out")
-    done = run(data, tmp_path / "out", on_bad="exclude")
-    assert [(problem.path, problem.kind) for problem in done.bad] == [("train/0/long.png", "dimensions")]
-    assert {row["path"] for row in table(tmp_path / "out")} >= {"train/1/longest.jpg"}
-    assert set(told(data)) - set(told(tmp_path / "out")) == {"train/0/long"}
-    again = run(data, tmp_path / "out", on_bad="exclude")
-    assert (again.done, again.skipped) == (0, 9)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "webp": ("format", lambda path: draw(path, 99, format="WEBP")),
     "bomb": ("dimensions", _rgb_png(60_000, 60_000, 8, b"\0" * 64)),
     "small bomb": ("dimensions", _rgb_png(12_000, 12_000, 8, b"\0" * 64)),
+    "long": ("dimensions", _rgb_png(13_378, 1_800, 8, b"\0" * 64)),
     "ribbon": ("dimensions", lambda path: draw(path, 99, size=(400, 40))),
     "dicom": ("format", _bytes(lambda content: b"\0" * 128 + b"DICM" + content)),
     "heic": ("format", _bytes(lambda content: b"\0\0\0\x18ftypheic" + content)),

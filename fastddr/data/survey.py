@@ -41,9 +41,8 @@ Progress = Callable[[int, int], None]
 _CHUNK = 256
 #: Seconds a file from which on the storage, and not the interpreter, is what is waited for; then so many threads wait.
 _SLOW, _THREADS = 1e-3, 16
-#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill. At least so many
-#: times what the last one took: that of a large set is read, compared and written as a whole.
-_SAVE_EVERY, _SAVE_RARELY = 20.0, 20
+#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill.
+_SAVE_EVERY = 60.0
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
 _OUTER = ("missing", "broken-link", "outside", "unreadable", "unreadable-now", "format")
 
@@ -168,16 +167,15 @@ class Survey:
             keep: save what is found now and then, so that a kill loses little; of several ranks only one may.
         """
         found: dict[str, Record] = {}
-        saved, pause = time.monotonic(), _SAVE_EVERY
+        saved = time.monotonic()
         with photograph.strict_sizes(), ThreadPoolExecutor(threads) as pool:
             for path, record in zip(paths, workers.threaded(pool, self._decoded, paths), strict=True):
                 found[path] = record
                 if on_progress:
                     on_progress(len(found), len(paths))
-                if keep and (began := time.monotonic()) - saved > pause:
+                if keep and time.monotonic() - saved > _SAVE_EVERY:
                     self.learn(found)
                     saved = time.monotonic()
-                    pause = max(_SAVE_EVERY, _SAVE_RARELY * (saved - began))
         self.learn(found, keep=keep)
         return found
 

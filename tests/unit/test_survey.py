@@ -365,7 +365,6 @@ def test_a_broken_cache_is_made_anew(data: Path) -> None:
 
 def test_what_is_decoded_is_saved_on_the_way(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "_SAVE_EVERY", 0.0)
-    monkeypatch.setattr(survey, "_SAVE_RARELY", 0)
     seen = survey.take(data)
 
     class Killed(BaseException):
@@ -388,9 +387,7 @@ def test_what_another_machine_decoded_is_known_of_the_copy_here(data: Path) -> N
     assert survey.take(data).undecoded() == []
 
 
-def test_of_many_photographs_few_wait_and_what_is_slow_to_save_is_saved_less_often(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_many_photographs_few_wait_and_what_is_found_is_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """5,000 photographs of a second, and savings of 10 s."""
     clock, submitted, saved = 0.0, 0, 0
     paths = [f"{number}.jpg" for number in range(5000)]
@@ -417,7 +414,7 @@ def test_of_many_photographs_few_wait_and_what_is_slow_to_save_is_saved_less_oft
     monkeypatch.setattr(survey, "time", SimpleNamespace(monotonic=lambda: clock))
     found = survey.Survey("x", Path("x"), "csv", [], {}, [], []).decode(paths, 2, progress)
     assert [(path, record.size) for path, record in found.items()] == [(path, int(path[:-4])) for path in paths]
-    assert saved == 1 + (5000 - 21) // 201 + 1, "the first after 20 s, those after it every 200 s, and at the end"
+    assert saved == 5000 // 61 + 1, "a minute after the last, and at the end"
     submitted = 0
     monkeypatch.setattr(photos, "ThreadPoolExecutor", Counted)
     monkeypatch.setattr(photos, "_checked", photos.Photo)

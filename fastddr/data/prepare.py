@@ -301,7 +301,7 @@ class _Main:
             raise UserError(
                 one_line(
                     f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
-                    f"leave out what is bad with --on-bad exclude; {lister(self.seen.command)} lists all."
+                    f"leave out what is bad with --on-bad exclude; `{lister(self.seen.command)}` lists all."
                 )
             )
 

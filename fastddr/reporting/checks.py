@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fastddr.data.grades import DDR, UNGRADABLE, UNKNOWN
 from fastddr.data.layouts.common import some
-from fastddr.data.problems import ERRORS, NOTES, Problem, errors, one_line
+from fastddr.data.problems import ERRORS, NOTES, Problem, errors, lister, one_line
 from fastddr.data.survey import Survey
 
 #: Layouts in which DDR itself lies; beside their counts stand DDR's own.
@@ -70,7 +70,7 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         f"{len(bad):,} errors. Training stops at them; mend them, or leave them out with --on-bad exclude.", style="red"
     )
     if fix_list is None:
-        console.print(f"To see all or to edit the list first: {seen.command} --fix-list bad.csv", soft_wrap=True)
+        console.print(f"To see all or to edit the list first: {lister(seen.command)}", soft_wrap=True)
     else:
         listed = shlex.quote(str(fix_list))
         console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)

@@ -25,9 +25,8 @@ from pathlib import Path
 from fastddr import ranks
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
-from fastddr.data import cache, crop, layouts, masters, photograph, splits, workers
+from fastddr.data import cache, layouts, photograph, splits, workers
 from fastddr.data.cache import Record
-from fastddr.data.crop import Recipe
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
 from fastddr.data.layouts.common import Fence, is_photograph, located
@@ -249,9 +248,9 @@ def take(
     listing = layouts.find(data, follow_links)
     # Split first: what is left out later must not move others from one split to another.
     entries, notes = splits.assign(listing, splitting or SplitConfig())
-    if exclude and (recipe := masters.of_folder(listing.root)):
+    if exclude:
         named = {one.path for found in (entries, listing.absent, listing.problems) for one in found}
-        exclude = frozenset(_of_master(path, named, recipe) for path in exclude)
+        exclude = _of_masters(exclude, named, listing.root)
     kept = [entry for entry in entries if entry.path not in exclude]
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
@@ -291,10 +290,19 @@ def take(
     )
 
 
-def _of_master(path: str, named: Container[str], recipe: Recipe) -> str:
-    """What a line of `--exclude` is called in a prepared set: it may be of the list that belongs to the source."""
-    renamed = crop.name_of(path, recipe.format)
-    return renamed if path not in named and is_photograph(path) and renamed in named else path
+def _of_masters(exclude: frozenset[str], named: Container[str], root: Path) -> frozenset[str]:
+    """The lines of `--exclude` as a prepared set calls them: they may be of the list that belongs to its source."""
+    from fastddr.data import crop, masters  # SciPy takes its time, and most have no list
+
+    recipe = masters.of_folder(root)
+    if recipe is None:
+        return exclude
+
+    def here(path: str) -> str:
+        renamed = crop.name_of(path, recipe.format)
+        return renamed if path not in named and is_photograph(path) and renamed in named else path
+
+    return frozenset(map(here, exclude))
 
 
 def _asked(data: str | Path, splitting: SplitConfig, follow_links: bool) -> str:

@@ -11,20 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from fastddr import files, ranks
+from fastddr import ranks
 from fastddr.cli import flags, known
 from fastddr.collector import no_collector
 from fastddr.config import SplitConfig, check_splitting
 from fastddr.memory.asked import Plan
 from fastddr.progress import EpochBar
-
-if TYPE_CHECKING:
-    from fastddr.data.problems import Problem
 
 #: Exit code of `fastddr check` where the set has errors.
 EXIT_NOT_CLEAN = 1
@@ -42,7 +39,7 @@ class Check:
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print JSON instead of tables."""
     fix_list: Path | None = None
-    """Write the errors as CSV, which training takes as --exclude. Rows that you added to an older one stay."""
+    """Write the errors as CSV, which training takes as --exclude. A file that is there already is refused."""
     exclude: Path | None = None
     """Such a list; what stands in it is left out."""
     follow_links: bool = False
@@ -62,13 +59,10 @@ class Check:
             check_splitting(self.splitting)
             exclude = problems.read_list(self.exclude) if self.exclude else frozenset()
             if self.fix_list and main:
-                problems.own_list(self.fix_list)
-                # A place that cannot be written is told before the work, not after; and there is no list until all of
-                # it is known, since an empty one leaves out nothing.
-                if self.fix_list.exists():
-                    self.fix_list.open("a").close()
-                else:
-                    output.check_place(self.fix_list, "--fix-list")
+                # Before the work, not after; and there is no list until all of it is known, since an empty one leaves
+                # out nothing.
+                problems.refuse_list(self.fix_list)
+                output.check_place(self.fix_list, "--fix-list")
             with EpochBar(console, "reading headers", quiet=not main) as bar:
                 seen = survey.take(
                     self.data, self.splitting, exclude, lambda done, total: bar.update(done, total=total), afresh=True,
@@ -84,7 +78,12 @@ class Check:
         bad = problems.errors(listed)
         if main:
             if self.fix_list:
-                self._write_list(self.fix_list, bad, exclude, console)
+                # Training takes one list: this one takes the place of that of --exclude.
+                told = [problems.Problem(path, "excluded", "it stood in the list of --exclude") for path in exclude]
+                text = problems.write_list([*bad, *told])
+                problems.refuse_list(self.fix_list)
+                # Where it is a link, what it leads to.
+                output.put(self.fix_list.resolve(), text.encode("utf-8", "surrogateescape"))
             if self.as_json:
                 json.dump(checks.as_json(seen, listed), sys.stdout, indent=1)
                 print()
@@ -94,27 +93,6 @@ class Check:
         # The launcher ends all ranks when one ends with an error: they wait, and leave the verdict to rank 0.
         ranks.join()
         return EXIT_NOT_CLEAN if bad and main else 0
-
-    def _write_list(self, file: Path, bad: Sequence[Problem], exclude: frozenset[str], console: Console) -> None:
-        from fastddr.data import output, problems
-
-        pipe = file.exists() and not file.is_file()
-        kept, gone = ([], 0) if pipe else problems.kept_rows(file, bad, exclude)
-        # Training takes one list: the new one takes the place of that of --exclude.
-        more = exclude.difference(row[0] for row in kept)
-        told = [problems.Problem(path, "excluded", "it stood in the list of --exclude") for path in more]
-        text = problems.write_list([*bad, *told], kept)
-        if pipe:
-            with files.naming(file):
-                file.write_text(text, encoding="utf-8", errors="surrogateescape")
-            return
-        problems.own_list(file)
-        # Where it is a link, what it leads to.
-        output.put(file.resolve(), text.encode("utf-8", "surrogateescape"))
-        if kept:
-            console.print(f"note: {len(kept)} rows of the list that was there stay, behind the errors.")
-        if gone:
-            console.print(f"note: {gone} rows of the list that was there are gone: they are no errors any more.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +145,7 @@ class Prepare:
             for problem in found.bad:
                 print(f"left out: {problems.one_line(f'{problem.path}: {problem.reason}')}")
             for note in found.notes:
-                print(f"note: {note}")
+                print(f"note: {problems.one_line(note)}")
             if found.sheets:
                 print(f"look at {found.sheets[0]}: the retinas that were hardest to find come first")
             print(f"train on them with: accelerate launch -m fastddr train --data {shlex.quote(str(self.out))}")

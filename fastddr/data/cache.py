@@ -20,7 +20,7 @@ from fastddr import files
 from fastddr.errors import UserError
 
 #: Of the records. Raise it with every change of what they say: older ones are then made anew.
-_VERSION = 3
+_VERSION = 4
 
 
 class Record(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,9 +33,6 @@ LEAST, MOST = 16, 8192
 QUALITY = 100
 #: Of the PNGs. The files are a sixth larger than with Pillow's own level and take a fifth of the time.
 _COMPRESSION = 1
-#: A photograph with a longer side is refused: should no disc be found, the square round all of it would be above the
-#: number of pixels at which Pillow refuses a picture.
-LONGEST = math.isqrt(2 * photograph.MAX_PIXELS)
 #: Rows that are padded and resized at a time.
 _STRIP = 256
 #: Ends the hidden name of what is being written.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import dropwhile
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,8 @@ from fastddr.collector import no_collector
 from fastddr.config import SplitConfig
 from fastddr.data import masters, survey, workers
 from fastddr.data.grades import UNGRADABLE
-from fastddr.data.layouts import SPLITS
-from fastddr.data.problems import NOTES, Problem, errors, one_line, refuse
+from fastddr.data.layouts import SPLITS, Entry
+from fastddr.data.problems import LEAKS, NOTES, Problem, errors, one_line, refuse
 from fastddr.data.splits import UNUSED
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
@@ -149,26 +149,30 @@ def of(
     on_bad: Literal["raise", "exclude"] = "raise",
     ungradable: Literal["exclude", "class"] = "exclude",
     *,
-    trains: bool = True,
+    trained_on: str | None = None,
 ) -> Manifest:
     """The manifest of what a survey found usable.
 
     Args:
         on_bad: what to do about a photograph or a label that cannot be used.
         ungradable: whether photographs of grade 5 are left out or a class.
-        trains: whether it is to be trained on, for which it needs train and valid; what is only scored may be of one
-            split alone.
+        trained_on: where the photographs are only scored, the fingerprint of those that the run was trained on. They
+            may be of one split alone then. What leaks between splits of other photographs is no error: nothing was
+            trained on these. The run's own are known by being those that were usable when it was trained.
 
     Raises:
         UserError: with `on_bad="raise"` the first photograph or label that is not, and how many more there are; or a
             split is missing.
     """
-    problems = seen.problems()
+    trains, problems = trained_on is None, seen.problems()
+    entries, leaks = _usable(seen, problems), list[Problem]()
+    if not trains and replace(seen, entries=entries).fingerprint != trained_on:
+        leaks = [problem for problem in problems if problem.kind in LEAKS]
+        problems = [problem for problem in problems if problem.kind not in LEAKS]
+        entries = _usable(seen, problems)
     if on_bad == "raise":
         refuse(problems, seen.root, seen.command)
     bad = errors(problems)
-    paths = survey.bad_paths(problems)
-    entries = [entry for entry in seen.entries if entry.path not in paths]
     if not entries:
         raise UserError(f"{seen.root}: none of its photographs can be used; `{seen.command}` tells why.")
     for needed in ("train", "valid") if trains else ():
@@ -177,6 +181,12 @@ def of(
             raise UserError(f"{seen.root}: the split {needed!r} is missing; the photographs are in {named} alone.")
     # Where photographs are only scored, the settings of splits are those of a run, which nobody gave.
     notes = [note for note in seen.notes if trains or note != UNUSED]
+    if leaks:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(p.kind for p in leaks).items()))
+        notes.append(
+            f"{len({p.path for p in leaks})} photographs share their picture or patient with another split ({kinds}): "
+            "nothing is trained on them here, so they stay."
+        )
     if bad:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(p.kind for p in bad).items()))
         notes.append(f"{len(bad)} photographs or labels cannot be used and are left out ({kinds}); they are listed.")
@@ -207,6 +217,11 @@ def of(
         left_out=(*bad, *seen.excluded),
         grades=classes,
     )
+
+
+def _usable(seen: Survey, problems: Sequence[Problem]) -> list[Entry]:
+    bad = survey.bad_paths(problems)
+    return [entry for entry in seen.entries if entry.path not in bad]
 
 
 def fingerprint_in(file: Path) -> str:

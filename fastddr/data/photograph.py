@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import stat
 import struct
@@ -29,10 +30,16 @@ from fastddr.errors import PASSING
 
 T = TypeVar("T")
 
+# What Pillow remarks on metadata is not printed: it says nothing of the pixels. Here, since whoever reads photographs
+# imports this, processes of loaders too.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 #: A file with more pixels is refused by its header, undecoded: Pillow's limit, 89 million, far above any fundus camera.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 #: A smaller side is no photograph.
 MIN_SIDE = 8
+#: Nor is one with a longer one: the square round all of it would be above the pixels at which Pillow refuses a picture.
+MAX_SIDE = math.isqrt(2 * MAX_PIXELS)
 #: A longer one, for its short side, is none either.
 LONGEST = 8
 #: What is read, by Pillow's name. MPO is a JPEG with a second picture behind the first.
@@ -108,12 +115,8 @@ def again(read: Callable[[str], T], file: str) -> T:
 
 @contextmanager
 def strict_sizes() -> Iterator[None]:
-    """Within it `header` refuses decompression bombs; for all threads, so it is entered before they start.
-
-    What Pillow remarks on metadata is not printed: it says nothing of the pixels.
-    """
+    """Within it `header` refuses decompression bombs; for all threads, so it is entered before they start."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
@@ -304,6 +307,7 @@ def _facts(image: Image.Image, stream: io.BufferedReader | io.BytesIO, file: str
     if (
         width * height > MAX_PIXELS
         or min(width, height) < MIN_SIDE
+        or max(width, height) > MAX_SIDE
         or max(width, height) > LONGEST * min(width, height)
     ):
         raise BadPhotograph("dimensions", f"it is {width} by {height} pixels")

@@ -108,13 +108,27 @@ def _of(name: str) -> Iterator[tuple[str, bool]]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """What a glob means, sorted; a folder that cannot be listed is an error, and not one where nothing matches."""
+    """What a glob means, sorted, but what lies `aside` of what it names itself; a folder that cannot be listed is an
+    error, and not one where nothing matches."""
     above, name = os.path.split(pattern)
     if glob.has_magic(name):
         for folder in _matching(above) if glob.has_magic(above) else [above or "."]:
-            if os.path.isdir(folder) and not aside(*os.path.split(folder)):
+            if os.path.isdir(folder):
                 os.listdir(folder)
-    return sorted(glob.glob(pattern, recursive=True))
+    named = pattern
+    while glob.has_magic(named):
+        named = os.path.dirname(named)
+    return sorted(path for path in glob.glob(pattern, recursive=True) if not _aside(path, named))
+
+
+def _aside(path: str, named: str) -> bool:
+    """Whether a path lies in a folder, or is one, that is `aside`; of what was `named` itself nothing is asked."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    while len(folder) > len(named):
+        if aside(*os.path.split(folder)):
+            return True
+        folder = os.path.dirname(folder)
+    return False
 
 
 def _below(folder: str) -> Iterator[str]:

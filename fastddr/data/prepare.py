@@ -33,7 +33,7 @@ from fastddr.data.crop import Job, Recipe, Result, Row
 from fastddr.data.layouts import Entry
 from fastddr.data.layouts.common import grade_of, located
 from fastddr.data.output import FOLDER, Output, put
-from fastddr.data.problems import Problem, errors, lister, one_line
+from fastddr.data.problems import LEAKS, Problem, errors, lister, one_line
 from fastddr.data.relabel import Kept
 from fastddr.data.survey import Progress, Survey
 from fastddr.data.workers import each
@@ -46,8 +46,6 @@ T = TypeVar("T")
 _INNER = "photographs/"
 #: Photographs for which one more process pays: it takes a second or two to start.
 _A_WORKER = 64
-#: Faults of a whole set and not of a photograph: no reason to leave one out here, where nothing is trained.
-_LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Summary:
     """What could not be used and is left out."""
     sheets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
-    """Sentences about what differs from the source."""
+    """Sentences about what was read and left out, and about what differs from the source."""
 
 
 def run(
@@ -218,7 +216,7 @@ class _Main:
         # one without lines is an error, and one that is not there a set without test.
         whole = {entry.label for entry in seen.entries if entry.label and seen.layout != "official"}
         labels = relabel.labels(seen.root, kept, sorted(whole))
-        now, _ = splits.assign(layouts.find(self.data, self.follow_links), SplitConfig())
+        now, of_draw = splits.assign(layouts.find(self.data, self.follow_links), SplitConfig())
         relabel.refuse_changed(seen.root, kept, now)
         pages = self._sheets(rows)
         removed = output.remove(output.known.keys() - {row.path for row in rows})
@@ -233,7 +231,8 @@ class _Main:
             removed=removed,
             bad=tuple(bad),
             sheets=tuple(pages),
-            notes=tuple(self._differences(kept)),
+            # The new set is split when it is read, so how this one would be is of no use here.
+            notes=(*(note for note in seen.notes if note not in of_draw), *self._differences(kept)),
         )
 
     def close(self) -> None:
@@ -279,13 +278,7 @@ class _Main:
 
     def _bad(self) -> list[Problem]:
         """What cannot be used, as far as it is known."""
-        found = [problem for problem in errors(self.seen.problems()) if problem.kind not in _LEAKS]
-        for entry in self.seen.entries:
-            record = self.seen.records[entry.path]
-            if max(record.width, record.height) > crop.LONGEST and not record.kind:
-                size = f"{record.width} by {record.height} pixels, and a side may have {crop.LONGEST:,} here"
-                found.append(Problem(entry.path, "dimensions", f"{entry.where}it is {size}"))
-        return sorted(found)
+        return [problem for problem in errors(self.seen.problems()) if problem.kind not in LEAKS]
 
     def _absent(self, kept: Sequence[Kept]) -> list[Entry]:
         """What labels of the source name and the new set lacks, by the paths that it would have there."""
@@ -308,7 +301,7 @@ class _Main:
             raise UserError(
                 one_line(
                     f"{bad[0].sentence(self.seen.root)}{more} and run again (all the rest is done), or "
-                    f"leave out what is bad with --on-bad exclude; {lister(self.seen.command)} lists all."
+                    f"leave out what is bad with --on-bad exclude; `{lister(self.seen.command)}` lists all."
                 )
             )
 

@@ -7,8 +7,10 @@ leaves it out and lists it in the report (`--on-bad`). A *note* changes nothing.
 from __future__ import annotations
 
 import csv
+import itertools
+import os
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +45,8 @@ ERRORS = {
     "picture-in-two-splits": "keep it in one split",
     "patient-in-two-splits": "keep each patient in one split",
 }
+#: Errors of a whole set and not of a photograph: no reason to leave one out where nothing is trained.
+LEAKS = ("picture-in-two-splits", "patient-in-two-splits")
 #: Kind of each note: what it means.
 NOTES = {
     "greyscale": "greyscale; read as grey RGB",
@@ -118,7 +122,7 @@ def refuse(problems: Sequence[Problem], root: Path, command: str) -> None:
         return
     more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
     said = f"{bad[0].sentence(root)}{more}, or leave out what is bad with --on-bad exclude"
-    raise UserError(one_line(f"{said}; {lister(command)} lists all."))
+    raise UserError(one_line(f"{said}; `{lister(command)}` lists all."))
 
 
 def lister(command: str) -> str:
@@ -126,50 +130,20 @@ def lister(command: str) -> str:
 
     `command`: as of `Survey`.
     """
-    return f"`{command} --fix-list bad.csv`"
+    names = itertools.chain(["bad.csv"], (f"bad-{number}.csv" for number in itertools.count(2)))
+    return f"{command} --fix-list {next(name for name in names if not os.path.lexists(name))}"
 
 
-def write_list(problems: Iterable[Problem], more: Iterable[Sequence[str]] = ()) -> str:
-    """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted, and `more` rows."""
+def write_list(problems: Iterable[Problem]) -> str:
+    """The problems as CSV that `read_list` and `--exclude` take: `path,kind,reason`, sorted."""
     rows = [[p.path, p.kind, p.reason] for p in sorted(problems)]
-    return files.table([["path", "kind", "reason"], *rows, *more], quoted=True)
+    return files.table([["path", "kind", "reason"], *rows], quoted=True)
 
 
-def own_list(file: Path) -> None:
-    """Raise `UserError` where a file is there that `write_list` has not written, and that a list would replace."""
-    if file.is_file() and file.stat().st_size:
-        with files.naming(file), file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
-            first = stream.readline().strip().replace('"', "")
-        if first != "path,kind,reason":
-            raise UserError(f"--fix-list {file}: this file holds something else; give a new name for the list.")
-
-
-def kept_rows(file: Path, found: Iterable[Problem], excluded: Container[str]) -> tuple[list[list[str]], int]:
-    """The rows of an older list of `write_list` that a new one lacks and that nothing has shown to be out of date, and
-    how many others there are: those of errors that were looked for, and are no more.
-
-    Args:
-        file: the older list; none where nothing is there.
-        found: the errors of the new list.
-        excluded: paths that were not looked at this time.
-    """
-    try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            rows = [row for row in list(csv.reader(stream))[1:] if row and row[0]]
-    except FileNotFoundError:
-        return [], 0
-    except OSError as error:  # it says nothing of the list, in which there may be rows of the user's own
-        raise UserError(
-            f"--fix-list {file}: the list there cannot be read ({error.strerror}); give the same command again, or a "
-            "new name."
-        ) from None
-    except csv.Error as error:
-        raise UserError(f"--fix-list {file}: the list there cannot be read ({one_line(error)}); remove it.") from None
-    listed = {problem.path for problem in found}
-    lacking = [row for row in rows if row[0] not in listed]
-    # What bears no kind of an error was added by hand.
-    kept = [row for row in lacking if row[0] in excluded or len(row) < 2 or row[1] not in ERRORS]
-    return kept, len(lacking) - len(kept)
+def refuse_list(file: Path) -> None:
+    """Raise `UserError` where anything is there already: a list may have rows of the user's own."""
+    if file.exists():
+        raise UserError(f"--fix-list {file}: it is there already; give a new name for the list, or remove it.")
 
 
 def rows_of(file: str | Path, name: str) -> tuple[list[list[str]], int | None]:

@@ -70,7 +70,10 @@ def _page(tiles: Sequence[Image.Image]) -> bytes:
 
 
 def _tile(file: str, row: Row) -> Image.Image:
-    """A reduced photograph with circle and square, and two lines of text below."""
+    """A reduced photograph with circle and square, and two lines of text below.
+
+    Its name is the source's: what is wrong goes into a list for `--exclude`, which is of sources.
+    """
     image = photograph.upright(file)
     # All of the photograph and all of the square fit in.
     left, top = float(min(0, row.left)), float(min(0, row.top))
@@ -94,7 +97,7 @@ def _tile(file: str, row: Row) -> Image.Image:
     tile.paste(picture, (0, 0))
     pen = ImageDraw.Draw(tile)
     font = ImageFont.load_default(_FONT)
-    pen.text((2, _SIDE + 1), _fitted(one_line(row.path.rpartition("/")[2]), pen, font), _INK, font)
+    pen.text((2, _SIDE + 1), _fitted(one_line(row.source.rpartition("/")[2]), pen, font), _INK, font)
     pen.text((2, _SIDE + 18), f"{row.method} {float(row.confidence):.2f}", _INK, font)
     return tile
 

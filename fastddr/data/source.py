@@ -14,11 +14,11 @@ from fastddr.data.survey import Survey
 from fastddr.progress import EpochBar
 
 
-def open_data(config: Config, console: Console, *, trains: bool = True) -> manifest.Manifest:
+def open_data(config: Config, console: Console, *, trained_on: str | None = None) -> manifest.Manifest:
     """The manifest of a data set, or of the synthetic set, which is made where it is not there yet.
 
     What was never decoded is decoded now, by all ranks, unless `config.check` is header: a damaged photograph is found
-    before the first step and not in the last epoch. `trains`: as `manifest.of`.
+    before the first step and not in the last epoch. `trained_on`: as `manifest.of`.
 
     Raises:
         UserError: on every rank, what is wrong with the data; or that the ranks see different ones.
@@ -47,7 +47,7 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
     # Each machine has a cache of its own; what is known must be the same on all ranks.
     records = seen.records
     seen.records = runtime.from_main(lambda: records)
-    found = manifest.of(seen, config.on_bad, config.ungradable, trains=trains)
+    found = manifest.of(seen, config.on_bad, config.ungradable, trained_on=trained_on)
     counted = ", ".join(f"{split} {len(found.ids(split)):,}" for split in manifest.SPLITS if found.has(split))
     what = "gradable photographs" if config.ungradable == "exclude" else "photographs"
     console.print(f"  data {found.root}: {counted or 'no'} {what}")

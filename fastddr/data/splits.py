@@ -56,7 +56,6 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         else:
             test = _cut(entries, called, config.test_share, config.seed, "test")
             notes.append(f"The set has no splits: {config.test_share:.0%} for test were drawn {what}.")
-            notes += _nearly_ddr(entries) + _alike(listing, pool, called)
         rest = [entry for entry in entries if entry.path not in test]
         valid = _cut(rest, called, share, config.seed, "valid")
         notes.append(f"Of the rest, {share:.0%} for valid were drawn {what}.")
@@ -73,7 +72,6 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         called = _called(pool)
         valid = _cut(pool, called, share, config.seed, "valid")
         notes = [f"The set has no valid split: {share:.0%} of train were drawn for it {what}."]
-        notes += _alike(listing, pool, called)
         found = [e._replace(split="valid") if e.path in valid else e for e in entries]
     else:
         notes = [] if config == SplitConfig() else [UNUSED]
@@ -89,19 +87,6 @@ _DDR_ALL = tuple(sum(DDR[split][grade] for split in SPLITS) for grade in range(U
 def _by_grade(entries: Sequence[Entry]) -> tuple[int, ...]:
     counts = Counter(entry.grade for entry in entries)
     return tuple(counts[grade] for grade in range(UNGRADABLE))
-
-
-def _nearly_ddr(entries: Sequence[Entry]) -> list[str]:
-    """The sentence about a copy of DDR that is not whole, whose test split would be drawn by chance without a word."""
-    counts = _by_grade(entries)
-    apart = sum(abs(all_ - here) for all_, here in zip(_DDR_ALL, counts, strict=True))
-    if not 0 < apart <= sum(_DDR_ALL) / 100:
-        return []
-    return [
-        f"These are DDR's photographs but for {apart} (of grade 0-4 {'/'.join(map(str, counts))} instead of "
-        f"{'/'.join(map(str, _DDR_ALL))}): with just DDR's its official test split would be restored; scores on this "
-        "one compare with no other."
-    ]
 
 
 def _official_test(entries: Sequence[Entry]) -> frozenset[str] | None:
@@ -145,19 +130,6 @@ def _called(entries: Sequence[Entry]) -> dict[str, str]:
         return bare if bearers[bare] == 1 else os.path.splitext("/".join(path.split("/")[shared:]))[0]
 
     return {path: name(path) for path in alone}
-
-
-def _alike(listing: Listing, entries: Sequence[Entry], called: dict[str, str]) -> list[str]:
-    """The sentence about a set without patients in which most names repeat: its folders may be patients."""
-    bearers = Counter(map(_bare, called))
-    many = sum(bearers[_bare(path)] > 1 for path in called)
-    # Class folders are none.
-    if listing.layout == "folders" or len(called) < len(entries) or 2 * many <= len(entries):
-        return []
-    return [
-        f"{many} photographs bear names that others bear too, in other folders: if a folder is a patient, name it in a "
-        "column patient of a label table, or one patient's photographs fall into several splits."
-    ]
 
 
 def _cut(entries: Sequence[Entry], called: dict[str, str], share: float, seed: int, purpose: str) -> frozenset[str]:

@@ -17,7 +17,7 @@ import re
 import shlex
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from fastddr.data import cache, layouts, photograph, splits, workers
 from fastddr.data.cache import Record
 from fastddr.data.grades import UNGRADABLE, UNKNOWN
 from fastddr.data.layouts import SPLITS, Entry
-from fastddr.data.layouts.common import Fence, located
+from fastddr.data.layouts.common import Fence, is_photograph, located
 from fastddr.data.photograph import BadPhotograph
 from fastddr.data.problems import Problem, errors
 from fastddr.errors import UserError
@@ -40,9 +40,8 @@ Progress = Callable[[int, int], None]
 _CHUNK = 256
 #: Seconds a file from which on the storage, and not the interpreter, is what is waited for; then so many threads wait.
 _SLOW, _THREADS = 1e-3, 16
-#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill. At least so many
-#: times what the last one took: that of a large set is read, compared and written as a whole.
-_SAVE_EVERY, _SAVE_RARELY = 20.0, 20
+#: Seconds between two savings of the cache while photographs are decoded: so much is lost by a kill.
+_SAVE_EVERY = 60.0
 #: Errors of a file that a look at it may undo without its size or time of change saying so (rights, links).
 _OUTER = ("missing", "broken-link", "outside", "unreadable", "unreadable-now", "format")
 
@@ -167,16 +166,15 @@ class Survey:
             keep: save what is found now and then, so that a kill loses little; of several ranks only one may.
         """
         found: dict[str, Record] = {}
-        saved, pause = time.monotonic(), _SAVE_EVERY
+        saved = time.monotonic()
         with photograph.strict_sizes(), ThreadPoolExecutor(threads) as pool:
             for path, record in zip(paths, workers.threaded(pool, self._decoded, paths), strict=True):
                 found[path] = record
                 if on_progress:
                     on_progress(len(found), len(paths))
-                if keep and (began := time.monotonic()) - saved > pause:
+                if keep and time.monotonic() - saved > _SAVE_EVERY:
                     self.learn(found)
                     saved = time.monotonic()
-                    pause = max(_SAVE_EVERY, _SAVE_RARELY * (saved - began))
         self.learn(found, keep=keep)
         return found
 
@@ -238,7 +236,7 @@ def take(
     Args:
         data: the folder in any layout (`fastddr.data.layouts`), or a label table.
         splitting: how to split what has no splits.
-        exclude: paths to leave out, as `fastddr check --fix-list` writes them.
+        exclude: paths to leave out, as `fastddr check --fix-list` writes them; of a prepared set, or of its source.
         on_progress: called with (headers read, photographs) now and then.
         afresh: look at every file, whatever is known of it.
         follow_links: also read what links lead to that lies outside of the folder.
@@ -250,6 +248,9 @@ def take(
     listing = layouts.find(data, follow_links)
     # Split first: what is left out later must not move others from one split to another.
     entries, notes = splits.assign(listing, splitting or SplitConfig())
+    if exclude:
+        named = {one.path for found in (entries, listing.absent, listing.problems) for one in found}
+        exclude = _of_masters(exclude, named, listing.root)
     kept = [entry for entry in entries if entry.path not in exclude]
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
@@ -287,6 +288,21 @@ def take(
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
         listed=listed,
     )
+
+
+def _of_masters(exclude: frozenset[str], named: Container[str], root: Path) -> frozenset[str]:
+    """The lines of `--exclude` as a prepared set calls them: they may be of the list that belongs to its source."""
+    from fastddr.data import crop, masters  # SciPy takes its time, and most have no list
+
+    recipe = masters.of_folder(root)
+    if recipe is None:
+        return exclude
+
+    def here(path: str) -> str:
+        renamed = crop.name_of(path, recipe.format)
+        return renamed if path not in named and is_photograph(path) and renamed in named else path
+
+    return frozenset(map(here, exclude))
 
 
 def _asked(data: str | Path, splitting: SplitConfig, follow_links: bool) -> str:

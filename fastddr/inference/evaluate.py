@@ -69,7 +69,8 @@ def evaluate(asked: Evaluate) -> Path | None:
     config = settings(asked)
     began, restored, console = restore.begin(asked, config)
     run = restored.run
-    found = source.open_data(config, console, trains=asked.data is None)
+    other = None if asked.data is None else restored.fingerprint
+    found = source.open_data(config, console, trained_on=other)
     if asked.data is None and found.fingerprint != restored.fingerprint:
         raise UserError(
             f"{found.root}: these are not the photographs that {asked.run} was trained on (compare {run.manifest}); "

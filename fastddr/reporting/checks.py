@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fastddr.data.grades import DDR, UNGRADABLE, UNKNOWN
 from fastddr.data.layouts.common import some
-from fastddr.data.problems import ERRORS, NOTES, Problem, errors, one_line
+from fastddr.data.problems import ERRORS, NOTES, Problem, errors, lister, one_line
 from fastddr.data.survey import Survey
 
 #: Layouts in which DDR itself lies; beside their counts stand DDR's own.
@@ -57,8 +57,11 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         console.print(_problems(problems))
     console.print()
     bad = errors(problems)
-    if not bad and "train" not in seen.counts():
-        console.print("No errors: every photograph decodes. Training needs a split train, and there is none.")
+    there = {entry.split for entry in seen.entries if 0 <= entry.grade < UNGRADABLE}
+    lacking = [split for split in ("train", "valid") if split not in there]
+    if not bad and lacking:
+        said = "Training needs gradable photographs in train and valid, and there are none in"
+        console.print(f"No errors: every photograph decodes. {said} {' and '.join(lacking)}.", soft_wrap=True)
         return
     if not bad:
         console.print(f"No errors: every photograph decodes{_taken(seen)}", style="green", soft_wrap=True)
@@ -67,7 +70,7 @@ def show(seen: Survey, problems: Sequence[Problem], console: Console, fix_list: 
         f"{len(bad):,} errors. Training stops at them; mend them, or leave them out with --on-bad exclude.", style="red"
     )
     if fix_list is None:
-        console.print(f"To see all or to edit the list first: {seen.command} --fix-list bad.csv", soft_wrap=True)
+        console.print(f"To see all or to edit the list first: {lister(seen.command)}", soft_wrap=True)
     else:
         listed = shlex.quote(str(fix_list))
         console.print(f"They are listed in {listed}; to leave them out:", soft_wrap=True)

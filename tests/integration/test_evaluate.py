@@ -95,8 +95,11 @@ def test_all_photographs_and_other_data(run: Path, tiny: Path, tmp_path: Path) -
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     photographs = sorted((other / "DR_grading" / "test").glob("*.jpg"))
     photographs[0].write_bytes(photographs[1].read_bytes())
+    # A leak between splits of theirs: nothing is trained on them.
+    min((other / "DR_grading" / "train").glob("*.jpg")).write_bytes(photographs[2].read_bytes())
     own = report(run)["valid"]["calibrated"]["temperature"]
     figures, _, folder = evaluated(run, "--data", str(other), "--split", "all")
+    assert figures["all"]["n"] == 51
     assert figures["all"]["calibrated"]["temperature"] == own, "nothing is fitted on other photographs"
     trained = manifest.fingerprint_in(run / "manifest.csv")
     said = f"not the photographs that the run was trained on ({tiny.name}, fingerprint {trained})"
@@ -190,7 +193,7 @@ def test_other_photographs_need_no_splits_as_the_run_had_them(
         rows = [[f"{number}.png", grade, split] for number, grade in enumerate(grades)]
         write_csv(tmp_path / "labels.csv", ["path", "grade", "split"], rows)
         asked = evaluate.settings(flags.Evaluate(run, data=str(tmp_path)))
-        return source.open_data(asked, terminal(), trains=False)
+        return source.open_data(asked, terminal(), trained_on="of other photographs")
 
     found = read(0, 1, 2, 3, 4)
     assert len(evaluate._ids(found, "all")) == 5

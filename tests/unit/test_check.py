@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from photographs import LAYOUTS, SET, draw, folders, labelled, official
+from photographs import LAYOUTS, SET, draw, folders, labelled, official, photos
 from rich.console import Console
 
 from fastddr.__main__ import main
@@ -91,6 +90,7 @@ def test_errors_are_listed_and_the_list_mends_the_set(
     assert check(data, "--exclude", listed) == 0
     capsys.readouterr()
     data = data.rename(tmp_path / "[old]")  # which rich would take for markup
+    listed.unlink()
     check(data, "--fix-list", listed)
     assert f"--data '{data}' --exclude {listed}" in capsys.readouterr().out.replace("\n", "")
 
@@ -115,6 +115,7 @@ def test_the_command_that_a_refusal_names_lists_all(
 def lists(command: str, list_: Path) -> frozenset[str]:
     """What the command lists that a sentence names."""
     _, *words = shlex.split(command)
+    list_.unlink(missing_ok=True)
     main([*words[: words.index("--fix-list")], "--fix-list", str(list_)])
     return problems.read_list(list_)
 
@@ -140,6 +141,7 @@ def test_commands_that_are_named_look_beyond_the_same_links(
     capsys.readouterr()
     assert check(links, "--follow-links") == 1
     assert lists(capsys.readouterr().out.splitlines()[-1].partition(": ")[2], bad) == {torn}
+    bad.unlink()
     assert check(links, "--follow-links", "--fix-list", bad) == 1
     assert f"train --data {links} --follow-links --exclude {bad}" in capsys.readouterr().out
 
@@ -156,14 +158,13 @@ def test_commands_that_are_named_leave_out_what_was_left_out_by_hand(
     with pytest.raises(UserError, match="lists all") as refused:
         source.open_data(config, Console(quiet=True))
     assert lists(str(refused.value).split("`")[1], bad) == {torn, blurred}
-    bad.unlink()
     capsys.readouterr()
     assert main(["prepare", str(data), str(tmp_path / "out"), "--exclude", str(hand), "--sheet", "0"]) == 2
     assert lists(capsys.readouterr().err.split("`")[1], bad) == {torn, blurred}
-    bad.unlink()
     capsys.readouterr()
     assert check(data, "--exclude", hand) == 1
     assert lists(capsys.readouterr().out.splitlines()[-1].partition(": ")[2], bad) == {torn, blurred}
+    bad.unlink()
     assert check(data, "--exclude", hand, "--fix-list", bad) == 1
     assert capsys.readouterr().out.rstrip().endswith(f"train --data {data} --exclude {bad}")
     assert bad.read_text().count(blurred) == 1
@@ -273,64 +274,42 @@ def test_the_last_line_says_what_training_leaves_out(tmp_path: Path, capsys: pyt
     assert "decodes, and training takes them all." in capsys.readouterr().out
 
 
-def test_a_list_keeps_what_was_added_to_it_and_what_it_left_out(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("grades", "lacking"),
+    [({"train": [0, 1], "valid": [5]}, "valid"), ({"train": [0, 1], "test": [2]}, "valid"),
+     ({"train": [5], "valid": [0]}, "train"), ({"test": [0, 1]}, "train and valid")],
+)  # fmt: skip
+def test_the_last_line_says_what_training_lacks(
+    grades: dict[str, list[int]], lacking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad, empty, torn = tmp_path / "bad.csv", "train/007-0000-000.jpg", "train/007-0001-000.jpg"
-    whole = {path: (data / "DR_grading" / path).read_bytes() for path in (empty, torn)}
-    (data / "DR_grading" / empty).write_bytes(b"")
-    (data / "DR_grading" / torn).write_bytes(whole[torn][:-2])
-    assert check(data, "--fix-list", bad) == 1
-    with bad.open("a") as stream:
-        stream.write("train/007-0002-000.jpg\ntrain/007-0003-000.jpg,crop,the disc is wrong\n")
-    by_hand = {"train/007-0002-000.jpg", "train/007-0003-000.jpg"}
-    (data / "DR_grading" / torn).write_bytes(whole[torn])
-    capsys.readouterr()
-    assert check(data, "--fix-list", bad) == 1
-    said = capsys.readouterr().err
-    assert problems.read_list(bad) == by_hand | {empty}, "what was mended is no longer left out"
-    assert "2 rows of the list that was there stay" in said
-    assert "1 rows of the list that was there are gone" in said
-    assert check(data, "--exclude", bad, "--fix-list", bad) == 0
-    assert problems.read_list(bad) == by_hand | {empty}
-    assert "3 rows of the list that was there stay" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".bad*")), "written beside, and renamed"
+    root = folders(tmp_path, photos(grades))
+    assert check(root) == 0
+    said = "Training needs gradable photographs in train and valid, and there are none in"
+    assert f"No errors: every photograph decodes. {said} {lacking}.\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the split"):
+        manifest.read(root).ids(lacking)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
-def test_a_list_that_cannot_be_read_now_is_not_to_be_removed(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = tmp_path / "bad.csv"
-    bad.write_text(problems.write_list([]))
-
-    def away(*_: Any, **__: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(Path, "open", away)
-    said = rf"--fix-list {bad}: the list there cannot be read \({os.strerror(code)}\); give the same command again"
-    with pytest.raises(UserError, match=said):
-        problems.kept_rows(bad, [], ())
-    with pytest.raises(OSError, match="bad") as told:
-        problems.own_list(bad)
-    assert told.value.filename == str(bad)
-
-
-def test_a_list_that_is_a_link_or_a_pipe_or_not_one_any_more(
+def test_a_list_replaces_no_file(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (data / "DR_grading" / "train/007-0000-000.jpg").write_bytes(b"")
-    (tmp_path / "bad.csv").symlink_to(tmp_path / "real.csv")
-    assert check(data, "--fix-list", tmp_path / "bad.csv") == 1
-    assert (tmp_path / "bad.csv").is_symlink()
-    assert problems.read_list(tmp_path / "real.csv") == {"train/007-0000-000.jpg"}
-    assert check(data, "--fix-list", "/dev/null") == 1
-    if Path("/dev/full").exists():  # not on macOS
-        assert check(data, "--fix-list", "/dev/full") == 2
-        assert "fastddr: /dev/full: No space left on device; make room" in capsys.readouterr().err
-    new = tmp_path / "new.csv"
-    # Somebody writes something else there while photographs are decoded.
-    monkeypatch.setattr(problems, "kept_rows", lambda *_: (new.write_text("mine"), ([], 0))[1])
-    assert check(data, "--fix-list", new) == 2
-    assert "this file holds something else; give a new name for the list" in capsys.readouterr().err
-    assert new.read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    torn, blurred = "train/007-0000-000.jpg", "train/007-0001-000.jpg"
+    (data / "DR_grading" / torn).write_bytes(b"")
+    Path("bad.csv").symlink_to("real.csv")
+    assert check(data, "--fix-list", "bad.csv") == 1
+    assert Path("bad.csv").is_symlink()
+    assert problems.read_list("real.csv") == {torn}
+    with Path("real.csv").open("a") as stream:
+        stream.write(f"{blurred}\n")
+    before = Path("real.csv").read_text()
+    capsys.readouterr()
+    assert check(data, "--fix-list", "bad.csv") == 2
+    assert "bad.csv: it is there already; give a new name for the list, or remove it." in capsys.readouterr().err
+    assert check(data) == 1
+    assert capsys.readouterr().out.endswith(" --fix-list bad-2.csv\n"), "what is named can be given"
+    # Somebody writes something there while photographs are decoded.
+    real = survey.Survey.problems
+    monkeypatch.setattr(survey.Survey, "problems", lambda seen: (Path("new.csv").write_text("mine"), real(seen))[1])
+    assert check(data, "--fix-list", "new.csv") == 2
+    assert (Path("real.csv").read_text(), Path("new.csv").read_text()) == (before, "mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -158,6 +159,19 @@ def test_a_table_whose_photographs_all_lie_in_several_folders(tmp_path: Path) ->
         layouts.find(tmp_path / "trainLabels.csv")
     (tmp_path / "trainLabels.csv").rename(tmp_path / "resized" / "resized" / "trainLabels.csv")
     assert seen(layouts.find(tmp_path / "resized" / "resized")) == {"10_left.jpeg": 1, "10_right.jpeg": 2}
+
+
+def test_one_name_in_every_folder_is_soon_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`7/fundus.jpg`: each row may mean each photograph, and of some thousands that took hours."""
+    for number in range(60):
+        draw(tmp_path / str(number) / "fundus.jpg", number)
+    write_csv(tmp_path / "labels.csv", ["path", "grade"], [["fundus.jpg", 1]] * 60)
+    module, asked = importlib.import_module("fastddr.data.layouts.table"), [0]
+    real = module._below
+    monkeypatch.setattr(module, "_below", lambda *of: (asked.append(1), real(*of))[1])
+    with pytest.raises(UserError, match=r"names lies in several folders \(0, 1, 10, …\); put the"):
+        layouts.find(tmp_path)
+    assert sum(asked) < 60
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,11 @@ def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
     prepare.run(str(official(tmp_path / "raw")), tmp_path / "out", Recipe(48), sheet=2, workers=1)
     there = photos.find([str(tmp_path / "out")])
     assert not any("sheet" in path for path in there.paths), "contact sheets are no photographs"
+    (tmp_path / "out" / "@eaDir").mkdir()  # a disk station's previews
+    shutil.copy(there.paths[0], tmp_path / "out" / "@eaDir" / "x.jpg")
+    for pattern in ("out/**/*.jpg", "o*/**", "ou*/*/*/*.jpg", "out//*"):
+        assert sorted(photos.find([str(tmp_path / pattern)]).paths) == sorted(there.paths)
+    assert photos.find([str(tmp_path / "out" / "prepared" / "s*.jpg")]).paths, "what is named by itself is taken"
     found, said = photos.ready(there.paths, RECIPE, silent)
     assert [photo.file for photo in found] == list(there.paths)
     assert said == [f"no preparation of {len(found)} photographs: they are masters of `fastddr prepare` already"]

@@ -1,4 +1,4 @@
-"""What `fastddr prepare` leaves out: where splits are drawn it still counts, and a photograph too long is left out."""
+"""What `fastddr prepare` leaves out: where splits are drawn it still counts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from pathlib import Path
 
 import photographs
 import pytest
-from eyes import damage, eye, folders, official, run, table, told
+from eyes import damage, eye, folders, official, run
 from eyes import quick as quick  # a fixture of all these tests
-from PIL import Image
+from photographs import labelled
 from tests_support import content
 
+from fastddr.__main__ import main
 from fastddr.config import SplitConfig
 from fastddr.data import crop, layouts, survey
 from fastddr.data.crop import Recipe
 from fastddr.errors import UserError
 
 MANY = photographs.photos({"train": [0, 1, 2, 3, 4] * 8})
+#: All that is said where splits are drawn as from the source.
+LEFT_OUT = ("1 photographs are left out, as --exclude lists them.",)
 
 
 def splits(data: Path, seed: int) -> dict[str, str | None]:
@@ -58,7 +61,7 @@ def test_splits_are_drawn_as_from_the_source(tmp_path: Path, layout: str, format
         damage(survey.take(data).root / path)
     exclude = frozenset({excluded})
     done = run(data, tmp_path / "out", recipe=Recipe(32, format), on_bad="exclude", exclude=exclude)
-    assert done.notes == ()
+    assert done.notes == LEFT_OUT
     header, *rows = listed(tmp_path / "out")
     assert header == ["path", "grade", "patient"]
     of = {e.path: e for e in entries}
@@ -69,7 +72,7 @@ def test_splits_are_drawn_as_from_the_source(tmp_path: Path, layout: str, format
         assert len(after) == len(before[seed]) - len(wanted)
         assert after == {path: before[seed][path] for path in after}, f"seed {seed}"
     again = run(data, tmp_path / "out", recipe=Recipe(32, format), on_bad="exclude", exclude=exclude)
-    assert (again.done, again.removed, again.notes) == (0, 0, ())
+    assert (again.done, again.removed, again.notes) == (0, 0, LEFT_OUT)
 
 
 def test_the_official_test_split_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +82,7 @@ def test_the_official_test_split_is_that_of_the_source(tmp_path: Path, monkeypat
     before = splits(data, 0)
     bad, excluded = (next(e.path for e in survey.take(data).entries if e.split == s) for s in ("test", "train"))
     damage(data / bad)
-    assert run(data, tmp_path / "out", on_bad="exclude", exclude=frozenset({excluded})).notes == ()
+    assert run(data, tmp_path / "out", on_bad="exclude", exclude=frozenset({excluded})).notes == LEFT_OUT
     assert any("official test split of DDR was restored" in note for note in survey.take(tmp_path / "out").notes)
     after = splits(tmp_path / "out", 0)
     assert after == {path: before[path] for path in after}
@@ -91,11 +94,46 @@ def test_a_prepared_set_prepared_again_draws_as_the_first(tmp_path: Path) -> Non
     first, second = (survey.take(data).entries[place].path for place in (0, 30))
     run(data, tmp_path / "one", exclude=frozenset({first}))
     done = run(tmp_path / "one", tmp_path / "two", recipe=Recipe(16, "png"), exclude=frozenset({second}))
-    assert done.notes == ()
+    assert done.notes == LEFT_OUT
     assert [row[0] for row in listed(tmp_path / "two")[1:]] == sorted(crop.name_of(p, "png") for p in (first, second))
     for seed in (0, 1):
         after, before = splits(tmp_path / "two", seed), splits(data, seed)
         assert after == {path: before[path] for path in after}
+
+
+def test_what_is_read_and_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody can say it later: what has no label is not in the new set."""
+    data = labelled(tmp_path / "data")
+    photographs.draw(data / "photographs" / "orphan.jpg", 90)
+    first = survey.take(data).entries[0].path
+    (tmp_path / "list.csv").write_text(f"{first}\nphotographs/misspelt.jpg\n")
+    command = ["prepare", str(data), str(tmp_path / "out"), "--size", "32", "--exclude", str(tmp_path / "list.csv")]
+    for _ in range(2):
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        assert f"note: {LEFT_OUT[0]} 1 more of that list are not in the set." in said
+        assert "note: 1 photographs have no row in labels.csv and are left out: photographs/orphan.jpg." in said
+
+
+def test_the_list_of_the_source_holds_for_the_new_set(tmp_path: Path) -> None:
+    """Where photographs are no JPEGs, they have other names there."""
+    for number, name in enumerate(("one.tif", "one.png", "two.png", "three.JPG", "four.png")):
+        eye(tmp_path / "data" / name, number)
+    rows = [[name, 0, "train"] for name in ("one.tif", "one.png", "two.png", "three.JPG", "four.png")]
+    photographs.write_csv(tmp_path / "data" / "labels.csv", ["path", "grade", "split"], rows)
+    gone = frozenset({"one.tif", "two.png"})
+    run(tmp_path / "data", tmp_path / "out", exclude=gone)
+
+    def left(*exclude: str) -> set[str]:
+        return {entry.path for entry in survey.take(tmp_path / "out", exclude=frozenset(exclude)).entries}
+
+    all_ = {"one.jpg", "three.JPG", "four.jpg"}
+    assert left(*gone) == all_, "none of them is here any more, and one.jpg is another one"
+    assert left("two.png") == all_, "as in a set of JPEGs"
+    assert left("four.png") == left("four.jpg") == all_ - {"four.jpg"}
+    for line in ("five.png", "four.png,blurred"):
+        with pytest.raises(UserError, match="none of its 1 paths is a photograph"):
+            left(line)
 
 
 def test_nothing_left_out_is_no_list(tmp_path: Path) -> None:
@@ -138,20 +176,6 @@ def test_all_left_out_is_one_sentence(tmp_path: Path) -> None:
     exclude = frozenset(entry.path for entry in survey.take(tmp_path / "data").entries)
     with pytest.raises(UserError, match="none of its photographs can be used"):
         run(tmp_path / "data", tmp_path / "out", exclude=exclude)
-
-
-def test_a_photograph_too_long_for_a_square_is_bad(tmp_path: Path) -> None:
-    data = folders(tmp_path / "data")
-    Image.new("RGB", (crop.LONGEST + 1, 1800)).save(data / "train" / "0" / "long.png")
-    Image.new("RGB", (crop.LONGEST, 1800)).save(data / "train" / "1" / "longest.png")
-    with pytest.raises(UserError, match=r"long\.png: it is 13378 by 1800 pixels.*replace it.*--on-bad exclude"):
-        run(data, tmp_path / "out")
-    done = run(data, tmp_path / "out", on_bad="exclude")
-    assert [(problem.path, problem.kind) for problem in done.bad] == [("train/0/long.png", "dimensions")]
-    assert {row["path"] for row in table(tmp_path / "out")} >= {"train/1/longest.jpg"}
-    assert set(told(data)) - set(told(tmp_path / "out")) == {"train/0/long"}
-    again = run(data, tmp_path / "out", on_bad="exclude")
-    assert (again.done, again.skipped) == (0, 9)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,8 +275,11 @@ def _refuse_elsewhere(
                f"{way_out}, or restore them.")
         )  # fmt: skip
     if doubts and not entries:
-        shared = set.intersection(*({os.path.dirname(path) for path in paths} for paths in doubts))
-        homes = [home for home in sorted(shared - {""}) if all(_below(home, paths) == 1 for paths in doubts)]
+        # All photographs may bear one name: its rows have one list, and no more homes are sought than `some` shows.
+        unlike = {id(paths): paths for paths in doubts}.values()
+        shared = set.intersection(*({os.path.dirname(path) for path in paths} for paths in unlike))
+        alone = (home for home in sorted(shared - {""}) if all(_below(home, paths) == 1 for paths in unlike))
+        homes = list(islice(alone, 4))
         if homes:
             raise UserError(
                 f"{listing.root}: each photograph that {labels} names lies in several folders ({some(homes)}); put "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,8 @@ class Compared:
     """All but the seed, and the seed (`recipe`)."""
     fingerprint: str | None = None
     """Of the data that were scored; None where the report does not tell it."""
+    fit: bool = True
+    """Whether what is fitted to valid was fitted to these photographs: they are the run's own."""
 
 
 def compare(asked: Compare) -> list[Compared]:
@@ -99,7 +102,9 @@ def compare(asked: Compare) -> list[Compared]:
             first = drawn if first is None else first
             facts = report.about["facts"]
             known_as = recipe(place, split.weights, facts)
-            compared.append(Compared(name, split.weights, values, ci, differences, known_as, facts.get(_FINGERPRINT)))
+            scored = facts.get(_FINGERPRINT)
+            fit = report.about["fit"]
+            compared.append(Compared(name, split.weights, values, ci, differences, known_as, scored, fit))
             bar.update(len(compared), total=len(splits))
     return compared
 
@@ -154,7 +159,7 @@ def _rows(splits: Sequence[SplitResult], names: Sequence[str], common: bool) -> 
     Raises:
         UserError: they do not, or their truth differs.
     """
-    where = [{path: row for row, path in enumerate(split.paths)} for split in splits]
+    where = [{key: row for row, key in enumerate(keys)} for keys in _keys(splits)]
     shared = set(where[0]).intersection(*where[1:])
     for name, rows in zip(names, where, strict=True):
         if len(rows) > len(shared) and not common:
@@ -166,17 +171,25 @@ def _rows(splits: Sequence[SplitResult], names: Sequence[str], common: bool) -> 
         raise UserError(f"{', '.join(names)}: these runs scored no photograph in common.")
     if len({split.logits.shape[1] for split in splits}) > 1:
         raise UserError(f"{', '.join(names)}: these models do not tell apart as many grades; compare like with like.")
-    paths = sorted(shared)
-    orders = [torch.tensor([rows[path] for path in paths]) for rows in where]
+    keys = sorted(shared, key=lambda key: splits[0].paths[where[0][key]])
+    orders = [torch.tensor([rows[key] for key in keys]) for rows in where]
     for name, split, order in zip(names, splits, orders, strict=True):
         differ = (split.grades[order] != splits[0].grades[orders[0]]).nonzero()
         if len(differ):
-            path = paths[int(differ[0])]
+            path = split.paths[int(order[differ[0]])]
             raise UserError(
                 f"{name}: the grade of {path} is another than in {names[0]} ({len(differ)} such photographs); "
                 "score both on the same labels."
             )
     return orders
+
+
+def _keys(splits: Sequence[SplitResult]) -> list[Sequence[str]]:
+    """What photographs are the same by: paths without extension, which `fastddr prepare` may change; where that would
+    be the same of two, whole paths."""
+    bare = [[os.path.splitext(path)[0] for path in split.paths] for split in splits]
+    alone = all(len(set(names)) == len(names) for names in bare)
+    return [names if alone else split.paths for names, split in zip(bare, splits, strict=True)]
 
 
 def table(compared: Sequence[Compared]) -> list[list[str]]:
@@ -227,6 +240,7 @@ def _signed(value: float | None, interval: Sequence[float] | None, per_cent: boo
 
 def legend(compared: Sequence[Compared], split: str) -> str:
     """What the table needs to be understood."""
+    fitted = split in _FITTED and any(one.fit for one in compared)
     return (
         f"{compared[0].found['n']:,} photographs{tables.of_patients(compared[0].ci)} of {split}; "
         + "; ".join(f"{one.name}: {one.weights}" for one in compared)
@@ -234,7 +248,7 @@ def legend(compared: Sequence[Compared], split: str) -> str:
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
         + ("± is the standard deviation over training seeds, all else alike. " * bool(_seeds(compared)))
-        + ("On valid a regression has the advantage that its thresholds are fitted there. " * (split in _FITTED))
+        + ("On valid a regression has the advantage that its thresholds are fitted there. " * fitted)
         + _unlike(compared)
         + tables.DISCLAIMER
     )

@@ -204,6 +204,31 @@ def test_patients_are_drawn_whole_where_a_run_knows_them(tmp_path: Path) -> None
     assert compare.compare(Compare((nameless, other)))[0].ci["patients"] == 50, "by the first run that names any"
 
 
+def test_a_set_as_it_came_and_its_masters_are_the_same_photographs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fastddr prepare` makes a JPEG of a PNG."""
+    raw = folder(tmp_path / "raw", all=result(1, names=[f"a/{number:03d}.png" for number in range(200)]))
+    made = folder(tmp_path / "made", all=result(2, names=[f"a/{number:03d}.jpg" for number in range(200)]))
+    assert [one.found["n"] for one in compare.compare(Compare((raw, made), split="all"))] == [200, 200]
+    # Where an extension tells two photographs of a set apart, nobody knows which one is meant.
+    names = [f"a/{number // 2:03d}.{'png' if number % 2 else 'jpg'}" for number in range(200)]
+    twins = folder(tmp_path / "twins", all=result(1, names=names))
+    assert [one.found["n"] for one in compare.compare(Compare((twins, twins), split="all"))] == [200, 200]
+    assert main(["compare", str(made), str(twins), "--split", "all"]) == 2
+    assert "100 of its 200 photographs were not scored by all of the runs" in capsys.readouterr().err
+
+
+def test_thresholds_were_fitted_on_the_runs_own_photographs_alone(tmp_path: Path) -> None:
+    runs = [folder(tmp_path / name, all=result(1)) for name in ("one", "other")]
+    said = "On valid a regression has the advantage"
+    assert said in compare.legend(compare.compare(Compare(tuple(runs), split="all")), "all")
+    for place in runs:  # evaluations of other data
+        about = place / "report" / ABOUT
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"fit": False}))
+    assert said not in compare.legend(compare.compare(Compare(tuple(runs), split="all")), "all")
+
+
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = folder(tmp_path / "one", valid=result(1))
     names = [f"valid/{number:03d}.jpg" for number in range(10, 210)]

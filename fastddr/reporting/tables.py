@@ -224,10 +224,13 @@ def constant(found: Mapping[str, Figures]) -> list[str]:
     # Of photographs of two grades that were scored alone, a sound model may give them all the same one.
     if len(given) != 1 or sum(any(row) for row in matrix) < (2 if split == "valid" else 3):
         return []
-    return [
-        f"The model gives grade {given[0]} to every photograph of {split}: it has learned nothing yet; train it for "
-        "more epochs or at another learning rate, or begin at pretrained weights (--init)."
-    ]
+    said = f"The model gives grade {given[0]} to every photograph of {split}"
+    # Of others the reason may be another, like photographs that were not prepared.
+    why = (
+        ": it has learned nothing yet; train it for more epochs or at another learning rate, or begin at pretrained "
+        "weights (--init)" if split == "valid" else ""
+    )  # fmt: skip
+    return [f"{said}{why}."]
 
 
 def _recall(found: Mapping[str, Figures]) -> str:

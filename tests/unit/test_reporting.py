@@ -489,6 +489,10 @@ def test_a_model_that_gives_one_grade_to_all_has_learned_nothing_however_accurat
     of_few = figures(few.logits, few.grades)
     assert not tables.constant({"test": of_few}), "a sound model may do so with a few of two grades"
     assert tables.constant({"valid": of_few})
+    matrix[:, 2] = [3, 1, 30, 0, 4]
+    other = split(matrix)
+    [said] = tables.constant({"all": figures(other.logits, other.grades)})
+    assert said == "The model gives grade 2 to every photograph of all.", "the reason may be the photographs"
 
 
 def test_the_terminal_says_the_figures_and_what_exists(run: Path) -> None:

@@ -91,7 +91,10 @@ def export(asked: Export) -> Path:
     with files.naming(out), ExitStack() as stack:
         stack.callback(shutil.rmtree, part, ignore_errors=True)
         file = part / formats.FILES[asked.format]
-        about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
+        about = _about(asked, restored, deployed) | {
+            "prepared": asdict(recipe) if isinstance(recipe, Recipe) else recipe and "unknown",
+            "photographs": len(ids), "checked_on": said, "allowed": ALLOWED,
+        }  # fmt: skip
         try:
             formats.write(asked.format, deployed, file, about)
             run = formats.read(asked.format, file, rebuild, deployed)

@@ -66,6 +66,8 @@ class Manifest:
     """Each photograph and label that was left out because it could not be used, or by `--exclude`."""
     grades: int = UNGRADABLE
     """How many grades are classes: 5, or 6 where ungradable is one."""
+    test_drawn: bool = False
+    """Whether the test split was drawn by chance: the set has none of its own."""
 
     def __len__(self) -> int:
         return len(self.path)
@@ -206,6 +208,7 @@ def of(
         layout=seen.layout,
         left_out=(*bad, *seen.excluded),
         grades=classes,
+        test_drawn=seen.test_drawn,
     )
 
 

@@ -25,7 +25,7 @@ from fastddr.data.splits import UNUSED
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "named", "of", "read", "rows", "splits_by_name"]
+__all__ = ["SPLITS", "Manifest", "fingerprint_in", "named", "of", "read", "rows", "splits_by_name"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
@@ -217,18 +217,6 @@ def fingerprint_in(file: Path) -> str:
     with file.open(encoding="utf-8", errors="replace") as lines:
         first = lines.readline(len(_FINGERPRINT) + 100)
     return first.removeprefix(_FINGERPRINT).strip() if first.startswith(_FINGERPRINT) else ""
-
-
-def commonest(file: Path, classes: int) -> int | None:
-    """The most frequent grade below `classes` that a file of `Manifest.to_csv` has in train, of a tie the lowest.
-
-    None where there is no such file, or it tells of no such photograph.
-    """
-    grades, counted = [str(grade) for grade in range(classes)], [0] * classes
-    for row in rows(file):
-        if row.get("split") == "train" and row.get("grade") in grades:
-            counted[grades.index(row["grade"])] += 1
-    return counted.index(max(counted)) if any(counted) else None
 
 
 def named(path: str, grade: int | str) -> tuple[str, str]:

@@ -131,7 +131,6 @@ def evaluate(asked: Evaluate) -> Path | None:
         place, {split: result}, about, notes, root=found.root,
         left_out=found.left_out, folder=place, temperature=temperature,
         fit=own, title=f"{run.path.resolve().name}: {label}",
-        commonest=manifest.commonest(run.manifest, result.logits.shape[1]),
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place

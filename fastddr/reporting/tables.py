@@ -137,10 +137,10 @@ def markdown(
     titles = [title(split) for split in found]
     parts = [f"# {in_markdown(name)}", f"**{DISCLAIMER}**", "## Figures"]
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
-    if usual := next((values["baseline"] for values in found.values() if "baseline" in values), None):
+    if any("baseline" in values for values in found.values()):
         parts.append(
-            f"One grade for all: to give grade {usual['grade']}, the most frequent one in training, to every "
-            "photograph has that accuracy and a kappa of 0."
+            "One grade for all: to give every photograph the most frequent grade of its split has that accuracy, and a "
+            "kappa of 0."
         )
     parts += constant(found)
     known = any("patients" in values.get("ci", {}) for values in found.values())

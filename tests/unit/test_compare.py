@@ -43,7 +43,7 @@ def folder(path: Path, **splits: SplitResult) -> Path:
     (report / predictions.FILE).write_bytes(predictions.dump(splits))
     about = {
         "run": path.name, "facts": {}, "notes": [], "weights": dict.fromkeys(splits, "best"), "root": None,
-        "temperature": None, "fit": True, "commonest": None,
+        "temperature": None, "fit": True, "commonest": None,  # an earlier fastddr wrote the last
     }  # fmt: skip
     (report / ABOUT).write_text(json.dumps(about))
     return path

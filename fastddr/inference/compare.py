@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastddr import files
 from fastddr.config import flatten, may_change
 from fastddr.config.strict import read_yaml
 from fastddr.data import output
@@ -30,8 +29,6 @@ from fastddr.reporting import again, tables
 
 #: Splits that hold photographs of valid.
 _FITTED = ("valid", "valid_last", "all")
-#: Of the legend; by it a table is known again.
-_BOOTSTRAP = "those of differences by a paired bootstrap"
 #: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
 _OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
 #: Facts of a report that say how it scored, which an evaluation may do otherwise than its run.
@@ -77,7 +74,8 @@ def compare(asked: Compare) -> list[Compared]:
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
     if asked.out is not None:
-        _refuse_others(asked.out)
+        if asked.out.exists():
+            raise UserError(f"--out {asked.out}: it is there already; give another name, or remove it.")
         output.check_place(asked.out)
     reports = [again.stored(again.folder_of(place)) for place in asked.runs]
     splits = [_split(place, report, asked.split) for place, report in zip(asked.runs, reports, strict=True)]
@@ -107,25 +105,6 @@ def compare(asked: Compare) -> list[Compared]:
             compared.append(Compared(name, split.weights, values, ci, differences, known_as, scored, fit))
             bar.update(len(compared), total=len(splits))
     return compared
-
-
-def _refuse_others(out: Path) -> None:
-    """Raise `UserError` where something is there that a comparison may not replace."""
-    if out.exists() and not (out.is_file() and _ours(out)):
-        raise UserError(f"--out {out}: this file holds something else than a comparison; give a new name.")
-
-
-def _ours(file: Path) -> bool:
-    """Whether a file is empty or a comparison and nothing else, which a new one may replace."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if file.suffix == ".md":
-        table_, *rest = text.removesuffix("\n").split("\n\n")
-        known = len(rest) == 1 and _BOOTSTRAP in rest[0] and rest[0].endswith(tables.DISCLAIMER) and "\n" not in rest[0]
-        return not text or (known and all(line.startswith("|") for line in table_.splitlines()))
-    try:
-        return not text or files.parse(text).keys() - {"seeds"} == {"split", "first", "runs"}
-    except ValueError:
-        return False
 
 
 def _names(places: Sequence[Path]) -> list[str]:
@@ -244,7 +223,7 @@ def legend(compared: Sequence[Compared], split: str) -> str:
     return (
         f"{compared[0].found['n']:,} photographs{tables.of_patients(compared[0].ci)} of {split}; "
         + "; ".join(f"{one.name}: {one.weights}" for one in compared)
-        + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
+        + ". In brackets 95 % intervals over the photographs, those of differences by a paired bootstrap; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
         + ("± is the standard deviation over training seeds, all else alike. " * bool(_seeds(compared)))
@@ -359,7 +338,6 @@ def main(asked: Compare) -> int:
             text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
         else:
             text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-        _refuse_others(asked.out)
         # A link stays one.
         output.put(asked.out.resolve(), text.encode())
     show(compared, body, asked.split)

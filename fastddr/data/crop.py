@@ -55,7 +55,8 @@ class Recipe:
             raise UserError(f"--size {self.size}: choose from {LEAST} to {MOST} pixels.")
 
     def __str__(self) -> str:
-        return f"{self.size} px, {self.format}"
+        made = "" if self.version == VERSION else f", by version {self.version} of `fastddr prepare`"
+        return f"{self.size} px, {self.format}{made}"
 
 
 class Job(NamedTuple):

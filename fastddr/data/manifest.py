@@ -25,7 +25,7 @@ from fastddr.data.splits import UNUSED
 from fastddr.data.survey import Progress, Survey
 from fastddr.errors import UserError
 
-__all__ = ["SPLITS", "Manifest", "commonest", "fingerprint_in", "named", "of", "read", "rows", "splits_by_name"]
+__all__ = ["SPLITS", "Manifest", "fingerprint_in", "named", "of", "read", "rows", "splits_by_name"]
 
 #: What the first line of `Manifest.to_csv` begins with.
 _FINGERPRINT = "# fingerprint: "
@@ -66,6 +66,8 @@ class Manifest:
     """Each photograph and label that was left out because it could not be used, or by `--exclude`."""
     grades: int = UNGRADABLE
     """How many grades are classes: 5, or 6 where ungradable is one."""
+    test_drawn: bool = False
+    """Whether the test split was drawn by chance: the set has none of its own."""
 
     def __len__(self) -> int:
         return len(self.path)
@@ -216,6 +218,7 @@ def of(
         layout=seen.layout,
         left_out=(*bad, *seen.excluded),
         grades=classes,
+        test_drawn=seen.test_drawn,
     )
 
 
@@ -229,18 +232,6 @@ def fingerprint_in(file: Path) -> str:
     with file.open(encoding="utf-8", errors="replace") as lines:
         first = lines.readline(len(_FINGERPRINT) + 100)
     return first.removeprefix(_FINGERPRINT).strip() if first.startswith(_FINGERPRINT) else ""
-
-
-def commonest(file: Path, classes: int) -> int | None:
-    """The most frequent grade below `classes` that a file of `Manifest.to_csv` has in train, of a tie the lowest.
-
-    None where there is no such file, or it tells of no such photograph.
-    """
-    grades, counted = [str(grade) for grade in range(classes)], [0] * classes
-    for row in rows(file):
-        if row.get("split") == "train" and row.get("grade") in grades:
-            counted[grades.index(row["grade"])] += 1
-    return counted.index(max(counted)) if any(counted) else None
 
 
 def named(path: str, grade: int | str) -> tuple[str, str]:

@@ -28,9 +28,7 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
         UserError: some photographs have a split and others none, or the official test split was asked for and cannot be
             restored.
     """
-    there = listing.entries
-    # Without splits of its own a prepared set is split as its source is, whatever was left out of it.
-    entries = there + (listing.absent if all(entry.split is None for entry in there) else [])
+    there, entries = listing.entries, _counted(listing)
     given = {entry.split for entry in entries}
     pool = [entry for entry in entries if entry.split in (None, "train")]
     what = f"by chance (seed {config.seed}), stratified by grade, {_by(pool)}"
@@ -79,6 +77,19 @@ def assign(listing: Listing, config: SplitConfig) -> tuple[list[Entry], list[str
     if "train" in given and "test" not in given and not any("test split" in note for note in listing.notes):
         notes.append("There is no test split, so nothing is scored on it.")
     return found[: len(there)], notes
+
+
+def draws_test(listing: Listing, config: SplitConfig) -> bool:
+    """Whether the test split that `assign` gives is drawn by chance: neither the set's own, nor DDR's official one."""
+    entries = _counted(listing)
+    return all(e.split is None for e in entries) and (config.test == "random" or _official_test(entries) is None)
+
+
+def _counted(listing: Listing) -> list[Entry]:
+    """The entries that splits are made of: a prepared set without any is split as its source is, whatever was left out
+    of it."""
+    there = listing.entries
+    return there + (listing.absent if all(entry.split is None for entry in there) else [])
 
 
 _DDR_ALL = tuple(sum(DDR[split][grade] for split in SPLITS) for grade in range(UNGRADABLE))

@@ -67,6 +67,8 @@ class Survey:
     """What labels name and `entries` lack: by `--exclude`, or left out when the set was prepared."""
     listed: str | Path | None = None
     """The list of `--exclude`."""
+    test_drawn: bool = False
+    """Whether the test split was drawn by chance."""
 
     @property
     def command(self) -> str:
@@ -287,6 +289,7 @@ def take(
         absent=[entry for entry in entries if entry.path in exclude] + listing.absent,
         excluded=[Problem(path, "excluded", "it stands in the list of --exclude") for path in left_out],
         listed=listed,
+        test_drawn=splits.draws_test(listing, splitting or SplitConfig()),
     )
 
 

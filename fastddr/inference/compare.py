@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastddr import files
 from fastddr.config import flatten, may_change
 from fastddr.config.strict import read_yaml
 from fastddr.data import output
@@ -29,8 +29,6 @@ from fastddr.reporting import again, tables
 
 #: Splits that hold photographs of valid.
 _FITTED = ("valid", "valid_last", "all")
-#: Of the legend; by it a table is known again.
-_BOOTSTRAP = "those of differences by a paired bootstrap"
 #: Besides what a resume may change: what follows from the machine, and changes a figure's last digits at most.
 _OF_THE_MACHINE = {"loader", "threads", "micro_batch_size", "deterministic"}
 #: Facts of a report that say how it scored, which an evaluation may do otherwise than its run.
@@ -61,6 +59,8 @@ class Compared:
     """All but the seed, and the seed (`recipe`)."""
     fingerprint: str | None = None
     """Of the data that were scored; None where the report does not tell it."""
+    fit: bool = True
+    """Whether what is fitted to valid was fitted to these photographs: they are the run's own."""
 
 
 def compare(asked: Compare) -> list[Compared]:
@@ -74,7 +74,8 @@ def compare(asked: Compare) -> list[Compared]:
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
     if asked.out is not None:
-        _refuse_others(asked.out)
+        if asked.out.exists():
+            raise UserError(f"--out {asked.out}: it is there already; give another name, or remove it.")
         output.check_place(asked.out)
     reports = [again.stored(again.folder_of(place)) for place in asked.runs]
     splits = [_split(place, report, asked.split) for place, report in zip(asked.runs, reports, strict=True)]
@@ -99,28 +100,11 @@ def compare(asked: Compare) -> list[Compared]:
             first = drawn if first is None else first
             facts = report.about["facts"]
             known_as = recipe(place, split.weights, facts)
-            compared.append(Compared(name, split.weights, values, ci, differences, known_as, facts.get(_FINGERPRINT)))
+            scored = facts.get(_FINGERPRINT)
+            fit = report.about["fit"]
+            compared.append(Compared(name, split.weights, values, ci, differences, known_as, scored, fit))
             bar.update(len(compared), total=len(splits))
     return compared
-
-
-def _refuse_others(out: Path) -> None:
-    """Raise `UserError` where something is there that a comparison may not replace."""
-    if out.exists() and not (out.is_file() and _ours(out)):
-        raise UserError(f"--out {out}: this file holds something else than a comparison; give a new name.")
-
-
-def _ours(file: Path) -> bool:
-    """Whether a file is empty or a comparison and nothing else, which a new one may replace."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if file.suffix == ".md":
-        table_, *rest = text.removesuffix("\n").split("\n\n")
-        known = len(rest) == 1 and _BOOTSTRAP in rest[0] and rest[0].endswith(tables.DISCLAIMER) and "\n" not in rest[0]
-        return not text or (known and all(line.startswith("|") for line in table_.splitlines()))
-    try:
-        return not text or files.parse(text).keys() - {"seeds"} == {"split", "first", "runs"}
-    except ValueError:
-        return False
 
 
 def _names(places: Sequence[Path]) -> list[str]:
@@ -154,7 +138,7 @@ def _rows(splits: Sequence[SplitResult], names: Sequence[str], common: bool) -> 
     Raises:
         UserError: they do not, or their truth differs.
     """
-    where = [{path: row for row, path in enumerate(split.paths)} for split in splits]
+    where = [{key: row for row, key in enumerate(keys)} for keys in _keys(splits)]
     shared = set(where[0]).intersection(*where[1:])
     for name, rows in zip(names, where, strict=True):
         if len(rows) > len(shared) and not common:
@@ -166,17 +150,25 @@ def _rows(splits: Sequence[SplitResult], names: Sequence[str], common: bool) -> 
         raise UserError(f"{', '.join(names)}: these runs scored no photograph in common.")
     if len({split.logits.shape[1] for split in splits}) > 1:
         raise UserError(f"{', '.join(names)}: these models do not tell apart as many grades; compare like with like.")
-    paths = sorted(shared)
-    orders = [torch.tensor([rows[path] for path in paths]) for rows in where]
+    keys = sorted(shared, key=lambda key: splits[0].paths[where[0][key]])
+    orders = [torch.tensor([rows[key] for key in keys]) for rows in where]
     for name, split, order in zip(names, splits, orders, strict=True):
         differ = (split.grades[order] != splits[0].grades[orders[0]]).nonzero()
         if len(differ):
-            path = paths[int(differ[0])]
+            path = split.paths[int(order[differ[0]])]
             raise UserError(
                 f"{name}: the grade of {path} is another than in {names[0]} ({len(differ)} such photographs); "
                 "score both on the same labels."
             )
     return orders
+
+
+def _keys(splits: Sequence[SplitResult]) -> list[Sequence[str]]:
+    """What photographs are the same by: paths without extension, which `fastddr prepare` may change; where that would
+    be the same of two, whole paths."""
+    bare = [[os.path.splitext(path)[0] for path in split.paths] for split in splits]
+    alone = all(len(set(names)) == len(names) for names in bare)
+    return [names if alone else split.paths for names, split in zip(bare, splits, strict=True)]
 
 
 def table(compared: Sequence[Compared]) -> list[list[str]]:
@@ -227,14 +219,15 @@ def _signed(value: float | None, interval: Sequence[float] | None, per_cent: boo
 
 def legend(compared: Sequence[Compared], split: str) -> str:
     """What the table needs to be understood."""
+    fitted = split in _FITTED and any(one.fit for one in compared)
     return (
         f"{compared[0].found['n']:,} photographs{tables.of_patients(compared[0].ci)} of {split}; "
         + "; ".join(f"{one.name}: {one.weights}" for one in compared)
-        + f". In brackets 95 % intervals over the photographs, {_BOOTSTRAP}; * marks "
+        + ". In brackets 95 % intervals over the photographs, those of differences by a paired bootstrap; * marks "
         "differences whose interval leaves out 0. With several comparisons some stars are chance, and none speaks of "
         "another training seed. "
         + ("± is the standard deviation over training seeds, all else alike. " * bool(_seeds(compared)))
-        + ("On valid a regression has the advantage that its thresholds are fitted there. " * (split in _FITTED))
+        + ("On valid a regression has the advantage that its thresholds are fitted there. " * fitted)
         + _unlike(compared)
         + tables.DISCLAIMER
     )
@@ -345,7 +338,6 @@ def main(asked: Compare) -> int:
             text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
         else:
             text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
-        _refuse_others(asked.out)
         # A link stays one.
         output.put(asked.out.resolve(), text.encode())
     show(compared, body, asked.split)

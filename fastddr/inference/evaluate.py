@@ -17,6 +17,7 @@ import numpy as np
 from fastddr import reporting, runtime
 from fastddr.config import Config
 from fastddr.data import manifest, masters, source
+from fastddr.data.crop import Recipe
 from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.evaluation import grading, views
@@ -78,12 +79,15 @@ def evaluate(asked: Evaluate) -> Path | None:
         )
     runtime.on_main(lambda: _writable(run))
     temperature = runtime.from_main(lambda: _temperature(run, asked, config))
-    prepared = _prepared(asked, run, config, found)
-    for line in prepared:
+    # Also where they have moved since, and were named with --data.
+    own = found.fingerprint == restored.fingerprint
+    split, whole = runtime.from_main(lambda: _split(asked, run, found, own))
+    prepared = [] if own else _prepared(run, config, found)
+    for line in (*whole, *prepared):
         console.print(f"  {line}")
     weights = restored.weights + views.told(config.evaluation.tta)
     weights += ", nine windows averaged" if config.evaluation.field == "multi" else ""
-    ids = _ids(found, asked.split)
+    ids = _ids(found, split)
     with closing(scoring(config, found, began, ids, lambda line: console.print(f"  {line}"))) as loader:
         result = score(
             began.accelerator, restored.averaged, loader, paths=found.path, weights=weights, patients=found.patients
@@ -107,31 +111,43 @@ def evaluate(asked: Evaluate) -> Path | None:
     trained = replace(restore.stored(run.path), evaluation=config.evaluation, **by)
     multi = ["multi"] if config.evaluation.field == "multi" else []
     tta = [] if config.evaluation.tta == "none" else [config.evaluation.tta]
-    label = "-".join([asked.split, asked.weights, *tta, *multi])
+    label = "-".join([split, asked.weights, *tta, *multi])
     place = numbered(run.path / "evaluations" / f"{label}-{datetime.now():%Y%m%d-%H%M%S}")
     values = figures(result.logits, result.grades)
-    if asked.split in ("test", "all") and found.has("test"):
-        run.append_test_scoring("evaluate", result.weights, asked.split, values, found.fingerprint)
+    # Of other photographs a scoring of all is none of the run's own test.
+    tested = split == "test" or (split == "all" and (own or _shared(run, found, ids)))
+    if tested and found.has("test"):
+        run.append_test_scoring("evaluate", result.weights, split, values, found.fingerprint)
     about = facts(
         trained, found, began, restored.parameters, [], began_at=run.began_at(),
         grading=grading.unwrap(restored.model)[1],
     )  # fmt: skip
-    # Also where they have moved since, and were named with --data.
-    own = found.fingerprint == restored.fingerprint
     regression = config.loss.name == "mse"
     seen = (
-        _seen(asked.split, found, regression) if own else
+        _seen(split, found, regression) if own else
         [_others(trained, restored.fingerprint), *_alike(run, found, ids, regression)]
     )  # fmt: skip
-    notes = [*found.notes, *prepared, *seen]
+    notes = [*found.notes, *whole, *prepared, *seen]
     reporting.write(
-        place, {asked.split: result}, about, notes, root=found.root,
+        place, {split: result}, about, notes, root=found.root,
         left_out=found.left_out, folder=place, temperature=temperature,
         fit=own, title=f"{run.path.resolve().name}: {label}",
-        commonest=manifest.commonest(run.manifest, result.logits.shape[1]),
     )  # fmt: skip
     reporting.summary(place, tensorboard=False, console=console, folder=place)
     return place
+
+
+def _split(asked: Evaluate, run: RunFolder, found: Manifest, own: bool) -> tuple[str, list[str]]:
+    """What is scored, and the sentence where nobody asked for all of it.
+
+    That is so of other data than the run's, since none of them was trained on; but where they have a test split of
+    their own, or may be the run's own in another form, it is test.
+    """
+    if asked.split is not None:
+        return asked.split, []
+    if own or ("test" in found.split and not found.test_drawn) or _shared(run, found, _ids(found, "all")):
+        return "test", []
+    return "all", ["The set has no test split of its own, so all of its photographs are scored."]
 
 
 def _ids(found: Manifest, split: str) -> np.ndarray:
@@ -159,10 +175,8 @@ def _writable(run: RunFolder) -> None:
         pass
 
 
-def _prepared(asked: Evaluate, run: RunFolder, config: Config, found: Manifest) -> list[str]:
-    """The sentence about photographs that were prepared in another way than those that the run was trained on."""
-    if asked.data is None:
-        return []
+def _prepared(run: RunFolder, config: Config, found: Manifest) -> list[str]:
+    """The sentence about other photographs than the run's that were prepared in another way."""
     try:
         own = masters.of_run(run.manifest)
     except UserError:  # nobody knows
@@ -170,12 +184,20 @@ def _prepared(asked: Evaluate, run: RunFolder, config: Config, found: Manifest) 
     here = masters.of_folder(found.root)
     if own == here:
         return []
-    folder = shlex.quote(asked.data) + (" --follow-links" if config.follow_links else "")
     said = [f"prepared ({recipe})" if recipe else "not prepared" for recipe in (here, own)]
     return [
         f"These photographs are {said[0]}, and those of the run were {said[1]}: the figures are of that difference too."
-        + (f" `fastddr prepare {folder} FOLDER` prepares them." if own and not here else "")
+        + (f" `{_preparing(own, config)}` prepares them." if own and not here else "")
     ]
+
+
+def _preparing(recipe: Recipe, config: Config) -> str:
+    """The command that prepares these photographs as the run's were."""
+    flags = {"--size": recipe.size, "--format": recipe.format, "--exclude": config.exclude}
+    usual = {"--size": Recipe.size, "--format": Recipe.format, "--exclude": None}
+    more = [f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value != usual[flag]]
+    links = " --follow-links" if config.follow_links else ""
+    return f"fastddr prepare {shlex.quote(config.data)} FOLDER{''.join(more)}{links}"
 
 
 def _seen(split: str, found: Manifest, regression: bool) -> list[str]:
@@ -198,13 +220,19 @@ def _others(trained: Config, fingerprint: str) -> str:
     )
 
 
-def _alike(run: RunFolder, found: Manifest, ids: np.ndarray, regression: bool) -> list[str]:
-    """The sentence where most of the photographs that were scored may be the run's own in another form."""
+def _shared(run: RunFolder, found: Manifest, ids: np.ndarray) -> Counter[str]:
+    """How many of these photographs bear names and grades of the run's own, by its split; none unless most do."""
     own = manifest.splits_by_name(run.manifest)
     scored = {manifest.named(found.path[row], int(found.grade[row])) for row in ids.tolist()}
     there = Counter(own[key] for key in scored if key in own)
+    return there if 2 * there.total() > len(scored) else Counter()
+
+
+def _alike(run: RunFolder, found: Manifest, ids: np.ndarray, regression: bool) -> list[str]:
+    """The sentence where most of the photographs that were scored may be the run's own in another form."""
+    there = _shared(run, found, ids)
     seen = there["train"] + regression * there["valid"]
-    if not seen or 2 * there.total() <= len(scored):
+    if not seen:
         return []
     how = "was trained on or fitted its thresholds to" if regression else "was trained on"
     return [

@@ -72,10 +72,12 @@ def export(asked: Export) -> Path:
     began = runtime.start(config)
     restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
     recipe: Recipe | str | None
+    prepared: dict[str, Any] | str | None
     try:
         recipe = masters.of_run(restored.run.manifest)
+        prepared = None if recipe is None else asdict(recipe)
     except UserError:  # the file can be checked on any photographs; the card says what is not known
-        recipe = "as the run's were, which is not known any more"
+        prepared, recipe = "unknown", "as the run's were, which is not known any more"
     known = card.read(restored)
     seen, ids, said = _photographs(asked, restored, console)
     deployed = Deployed(restored.model, config).eval()
@@ -91,7 +93,9 @@ def export(asked: Export) -> Path:
     with files.naming(out), ExitStack() as stack:
         stack.callback(shutil.rmtree, part, ignore_errors=True)
         file = part / formats.FILES[asked.format]
-        about = _about(asked, restored, deployed) | {"photographs": len(ids), "checked_on": said, "allowed": ALLOWED}
+        about = _about(asked, restored, deployed) | {
+            "prepared": prepared, "photographs": len(ids), "checked_on": said, "allowed": ALLOWED,
+        }  # fmt: skip
         try:
             formats.write(asked.format, deployed, file, about)
             run = formats.read(asked.format, file, rebuild, deployed)

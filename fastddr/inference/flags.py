@@ -35,7 +35,7 @@ class Scoring:
     loader: Literal["auto", "dali", "torchvision"] | None = None
     """By default the run's."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """By default the run's on a GPU that can, else fp32."""
+    """By default fp32 of a run in fp32, else as `auto` of training."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Evaluate(Scoring):
     Several GPUs share the work: `accelerate launch -m fastddr evaluate RUN`.
     """
 
-    split: Literal["train", "valid", "test", "all"] = "test"
-    """Which photographs. Every scoring of test is noted in RUN/test_scorings.jsonl."""
+    split: Literal["train", "valid", "test", "all"] | None = None
+    """Which photographs; by default test, and all of other data that have no test split of their own. Every scoring of
+    test is noted in RUN/test_scorings.jsonl."""
     data: str | None = None
     """Other photographs than the run's, in any layout; by default those that it was trained on."""
     on_bad: Literal["raise", "exclude"] = "raise"

@@ -194,11 +194,9 @@ def _explain(
         return f"{grade} {_NAMES[grade]}, probability {probabilities[id_]:.2f}; right: what speaks for it"
 
     def keep(id_: int, sheet: Image.Image) -> None:
-        content, place = io.BytesIO(), places[id_]
+        content = io.BytesIO()
         sheet.save(content, "png")
-        if place.exists() and not asked.overwrite:
-            raise UserError(f"{place}: it came meanwhile; give another --explain, or --overwrite.")
-        files.put(place, content.getvalue())
+        files.put(places[id_], content.getvalue())
 
     loading = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
     with closing(loading) as loader, EpochBar(console, "explaining", len(usable)) as bar:

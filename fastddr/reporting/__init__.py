@@ -48,7 +48,6 @@ def write(
     fit: bool = True,
     title: str | None = None,
     predicted: bool = True,
-    commonest: int | None = None,
     vector: str | None = None,
 ) -> Path:
     """Write RUN/report/, or another folder, and return the path of its report.md.
@@ -59,10 +58,9 @@ def write(
     is there. `left_out` are the photographs and labels that were not used. The temperature for calibrated
     probabilities is fitted on valid where that is among the splits, else it is `temperature`, if there is one; with
     `fit` false, for photographs that are not the run's, none is fitted. `title` is by default the run's name.
-    Predictions are written unless they are there already (`predicted` false). `commonest` is the most frequent grade of
-    the photographs that were trained on, by default that of train where it is among the splits. `vector`, "pdf" or
-    "svg", draws all pictures but that of the photographs a second time, for print. Raises
-    OSError when a file cannot be written; a photograph that cannot be opened is a grey tile.
+    Predictions are written unless they are there already (`predicted` false). `vector`, "pdf" or "svg", draws all
+    pictures but that of the photographs a second time, for print. Raises OSError when a file cannot be written; a
+    photograph that cannot be opened is a grey tile.
     """
     # With them comes matplotlib, which a run has no use for until it ends.
     from fastddr.reporting import plots, ranked
@@ -71,15 +69,10 @@ def write(
     report.mkdir(parents=folder is not None, exist_ok=True)  # that of a run that is gone is not made anew
     if fit and "valid" in splits and len(splits["valid"].grades):
         temperature = fitted(splits["valid"].logits, splits["valid"].grades)
-    if commonest is None and "train" in splits and len(splits["train"].grades):
-        commonest = int(splits["train"].grades.bincount().argmax())
     found = {}
     for name, split in splits.items():
         own = name == LAST and len(split.grades)  # valid under other weights has a temperature of its own
         found[name] = _figures(split, fitted(split.logits, split.grades) if own else temperature)
-        if commonest is not None and len(split.grades):
-            share = float((split.grades == commonest).double().mean())
-            found[name]["baseline"] = {"grade": commonest, "accuracy": share}
     logged = read(Path(run_dir) / METRICS)
     shown = {name: splits[name] for name in splits if name in ("valid", "test")} or dict(splits)
     # Which epoch is the best is more than its kappa: of equal ones the loss decides, of six classes macro F1.
@@ -102,7 +95,6 @@ def write(
         "root": None if root is None else str(Path(root).absolute()),
         "temperature": temperature,
         "fit": fit,
-        "commonest": commonest,
     }
     files.put(report / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
     files.put(report / "metrics.json", (json.dumps(found, allow_nan=False, indent=1) + "\n").encode())
@@ -137,6 +129,10 @@ def _figures(split: SplitResult, temperature: float | None) -> dict[str, Any]:
     if temperature is not None:
         cooled = confidence(logits / temperature, grades)
         found["calibrated"] = {"temperature": temperature, "ece": cooled["ece"], "loss": cooled["loss"]}
+    if values["n"]:
+        of_grades = [sum(row) for row in values["confusion_matrix"]]
+        most = max(of_grades)
+        found["baseline"] = {"grade": of_grades.index(most), "accuracy": most / values["n"]}
     return found
 
 

@@ -17,7 +17,7 @@ from fastddr.reporting import ABOUT, predictions
 #: What about.json holds.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "facts": dict, "notes": list, "weights": dict, "root": (str, type(None)), "run": str,
-    "temperature": (float, int, type(None)), "fit": bool, "commonest": (int, type(None)),
+    "temperature": (float, int, type(None)), "fit": bool,
 }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def write(place: Path, root: Path | None = None, vector: str | None = None) -> P
     return reporting.write(
         run, splits, about["facts"], about["notes"], root=where, left_out=found.left_out, folder=folder,
         temperature=about["temperature"], fit=about["fit"], title=title, predicted=False,
-        commonest=about["commonest"], vector=vector,
+        vector=vector,
     )  # fmt: skip
 
 

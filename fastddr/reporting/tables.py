@@ -137,10 +137,10 @@ def markdown(
     titles = [title(split) for split in found]
     parts = [f"# {in_markdown(name)}", f"**{DISCLAIMER}**", "## Figures"]
     parts.append(table(["", *titles], [[label, *cells] for label, cells in rows(found)]))
-    if usual := next((values["baseline"] for values in found.values() if "baseline" in values), None):
+    if any("baseline" in values for values in found.values()):
         parts.append(
-            f"One grade for all: to give grade {usual['grade']}, the most frequent one in training, to every "
-            "photograph has that accuracy and a kappa of 0."
+            "One grade for all: to give every photograph the most frequent grade of its split has that accuracy, and a "
+            "kappa of 0."
         )
     parts += constant(found)
     known = any("patients" in values.get("ci", {}) for values in found.values())
@@ -224,10 +224,13 @@ def constant(found: Mapping[str, Figures]) -> list[str]:
     # Of photographs of two grades that were scored alone, a sound model may give them all the same one.
     if len(given) != 1 or sum(any(row) for row in matrix) < (2 if split == "valid" else 3):
         return []
-    return [
-        f"The model gives grade {given[0]} to every photograph of {split}: it has learned nothing yet; train it for "
-        "more epochs or at another learning rate, or begin at pretrained weights (--init)."
-    ]
+    said = f"The model gives grade {given[0]} to every photograph of {split}"
+    # Of others the reason may be another, like photographs that were not prepared.
+    why = (
+        ": it has learned nothing yet; train it for more epochs or at another learning rate, or begin at pretrained "
+        "weights (--init)" if split == "valid" else ""
+    )  # fmt: skip
+    return [f"{said}{why}."]
 
 
 def _recall(found: Mapping[str, Figures]) -> str:

@@ -181,6 +181,34 @@ def test_other_photographs_may_be_of_one_split_alone(
     assert said in capsys.readouterr().err
 
 
+def test_other_data_without_a_test_split_are_scored_whole(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of them, drawn by chance, would be a weaker external validation; and nothing of it was trained on."""
+    for number in range(15):
+        draw(tmp_path / "other" / str(number % 5) / f"{number}.png", number)
+    before = (run / "test_scorings.jsonl").read_text()
+    figures, _, folder = evaluated(run, "--data", str(tmp_path / "other"))
+    said = "The set has no test split of its own, so all of its photographs are scored."
+    assert said in capsys.readouterr().out
+    assert said in (folder / "report.md").read_text()
+    assert figures["all"]["n"] == 15
+    assert (run / "test_scorings.jsonl").read_text() == before, "none of the run's own test"
+    figures, _, folder = evaluated(run, "--data", str(tmp_path / "other"), "--split", "test")
+    assert figures["test"]["n"] == 5, "what was drawn, where it is asked for"
+    assert said not in (folder / "report.md").read_text()
+    assert (run / "test_scorings.jsonl").read_text().count("\n") == before.count("\n") + 1
+    # The run's own photographs in a form without splits: most of all would flatter, and all holds those of test.
+    for row in table(run / "report" / "predictions.csv"):
+        (tmp_path / "own" / row["grade"]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny / "DR_grading" / row["path"], tmp_path / "own" / row["grade"])
+    figures, _, _ = evaluated(run, "--data", str(tmp_path / "own"))
+    assert list(figures) == ["test"]
+    before = (run / "test_scorings.jsonl").read_text()
+    evaluated(run, "--data", str(tmp_path / "own"), "--split", "all")
+    assert (run / "test_scorings.jsonl").read_text().count("\n") == before.count("\n") + 1
+
+
 def test_other_photographs_need_no_splits_as_the_run_had_them(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,25 +294,16 @@ def test_a_card_that_is_too_small_is_one_sentence(
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("trained", "capability", "card", "precision"),
-    [
-        ("bf16", (8, 6), "A40", "bf16"),
-        ("bf16", (7, 5), "Tesla T4", "fp32"),
-        ("fp16", (7, 5), "Tesla T4", "fp16"),
-        ("fp16", (8, 6), "A40", "fp16"),
-        ("fp16", (7, 5), "GTX 1660", "fp32"),
-        ("fp32", (8, 6), "A40", "fp32"),
-        ("bf16", None, "", "fp32"),
-    ],
-)
-def test_a_run_is_scored_in_what_the_card_can(
-    trained: Any, capability: Any, card: str, precision: str, run: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_in_half_precision_is_scored_in_what_suits_this_device(
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restore.runtime, "on_cpu", lambda: capability is None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
-    assert restore._precision(replace(restore.stored(run), precision=trained)) == precision
+    config = restore.stored(run)
+    for trained, asked, wanted in (
+        ("fp32", None, "fp32"), ("bf16", None, "auto"), ("fp16", None, "auto"), ("fp32", "bf16", "bf16"),
+        ("bf16", "fp32", "fp32"),
+    ):  # fmt: skip
+        monkeypatch.setattr(restore, "stored", lambda _, trained=trained: replace(config, precision=trained))
+        assert restore.settings(flags.Evaluate(run, precision=asked)).precision == wanted  # type: ignore[arg-type]
 
 
 def test_an_output_that_is_not_finite_is_no_grade(

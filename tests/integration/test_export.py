@@ -72,6 +72,7 @@ def test_a_file_gives_the_runs_answers(run: Path, tiny: Path, tmp_path: Path, fo
     assert list(tmp_path.iterdir()) == [out], "nothing is left beside"
     assert 0 <= about["difference"] <= 1e-6 < about["allowed"]
     assert about["photographs"] == 11
+    assert about["prepared"] is None
     assert str(run.parent) not in (out / "export.json").read_text(), "no place of this machine"
     card = (out / "model_card.md").read_text()
     assert "Research use only; not a medical device." in card
@@ -222,9 +223,16 @@ def test_a_file_with_other_answers_is_not_kept(
 def test_how_photographs_were_prepared_may_be_forgotten(run: Path, tiny: Path, tmp_path: Path) -> None:
     """A run without its manifest.csv is exported all the same; the card says what nobody knows."""
     copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    text = (copy / "manifest.csv").read_text()
+    told = '# prepared: {"prepare": 2, "size": 96, "format": "png"}'
+    (copy / "manifest.csv").write_text(text.replace("# prepared: null", told))
+    flags = ["--format", "safetensors", "--photographs", str(tiny), "--count", "2", "--out"]
+    assert main(["export", str(copy), *flags, str(tmp_path / "known")]) == 0
+    about = json.loads((tmp_path / "known" / "export.json").read_text())
+    assert about["prepared"] == {"size": 96, "format": "png", "version": 2}
     (copy / "manifest.csv").unlink()
-    flags = ["--format", "safetensors", "--photographs", str(tiny), "--out", str(tmp_path / "out")]
-    assert main(["export", str(copy), *flags]) == 0
+    assert main(["export", str(copy), *flags, str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["prepared"] == "unknown"
     assert "prepared as the run's were, which is not known any more" in (tmp_path / "out/model_card.md").read_text()
 
 

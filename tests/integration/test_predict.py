@@ -23,7 +23,7 @@ from fastddr.__main__ import main
 from fastddr.data import crop, prepare
 from fastddr.errors import UserError
 from fastddr.evaluation import explain
-from fastddr.inference import flags, restore
+from fastddr.inference import evaluate, flags, restore
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,33 @@ def test_the_command_that_prepares_other_photographs_can_be_typed(
     assert main(["evaluate", str(run), "--data", str(data), "--follow-links"]) == 0
     [command] = re.findall(r"`(fastddr prepare .*?)` prepares them", capsys.readouterr().out)
     assert main(shlex.split(command.replace("FOLDER", shlex.quote(str(out))))[1:]) == 0
-    assert len(list(out.rglob("*.jpg"))) >= 13
+    made = list((out / "DR_grading").rglob("*.jpg"))
+    assert len(made) >= 13
+    with Image.open(made[0]) as image:
+        assert image.size == (96, 96), "as the run's are"
+    (tmp_path / "bad list.csv").write_text("x.jpg")
+    config = replace(restore.stored(run), data="set", exclude=str(tmp_path / "bad list.csv"))
+    command = evaluate._preparing(crop.Recipe(512, "png"), config)
+    assert shlex.split(command) == [
+        "fastddr",
+        "prepare",
+        "set",
+        "FOLDER",
+        "--format",
+        "png",
+        "--exclude",
+        config.exclude,
+    ]
+
+
+def test_the_runs_own_masters_are_prepared_wherever_they_lie(
+    run: Path, masters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also copied without what `fastddr prepare` noted beside them: paths, bytes and grades are the run's."""
+    shutil.copytree(masters / "DR_grading", tmp_path / "DR_grading")
+    _, _, folder = evaluated(run, "--data", str(tmp_path / "DR_grading"), "--split", "valid")
+    assert "prepare" not in capsys.readouterr().out
+    assert "not prepared" not in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize("window", ["full", "center"])
@@ -226,9 +252,7 @@ def test_what_a_user_gets_wrong(
     assert Path("labels.csv").read_text().startswith("path,grade,split")
 
 
-def test_a_heat_map_for_each_photograph(
-    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_heat_map_for_each_photograph(run: Path, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("captum")
     one = next((tiny / "DR_grading" / "test").glob("*.jpg"))
     (tmp_path / "other").mkdir()
@@ -243,13 +267,6 @@ def test_a_heat_map_for_each_photograph(
     side = (sheet.shape[1] - 4) // 2
     plain, heat = sheet[:side, :side], sheet[:side, side + 4 :]
     assert np.abs(plain - heat).max() > 30, "the one on the right is under its map"
-    # Another command puts its own there while these are made.
-    there, overlay = tmp_path / "new" / f"00001-{one.stem}.heat.png", explain.overlay
-    monkeypatch.setattr(explain, "overlay", lambda *what: (there.write_text("theirs"), overlay(*what))[1])
-    new = ["--out", str(tmp_path / "new.csv"), "--explain", str(there.parent)]
-    assert main(["predict", str(run), str(one), *new]) == 2
-    assert "it came meanwhile; give another --explain, or --overwrite" in capsys.readouterr().err
-    assert there.read_text() == "theirs"
 
 
 def test_heat_maps_are_of_the_grades_in_the_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,3 +200,19 @@ def test_a_loader_whose_profile_fails_is_said_and_the_rest_goes_on(
     said = capsys.readouterr().out
     for what in ("the profile of resident", "resident kernel alone", "resident store alone, uint8"):
         assert f"{what} is left out: {load('harness').sentence(problem)}." in said
+
+
+def test_of_damaged_photographs_libjpeg_has_a_limit_and_of_others_none(
+    load: Any, panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all loaders pass over must not end a measurement, nor what only some can read."""
+    monkeypatch.setattr(load("limits"), "copied", lambda *_: [1e9] * 5)
+    whole, file = Path(panel.task.files[0]).read_bytes(), tmp_path / "p.jpg"
+    panel.task, panel.options = replace(panel.task, files=[str(file)]), replace(panel.options, seconds=0.01)
+    for content, limits in ((whole[:-2] + bytes(9) + whole[-2:], 2), (b"\x89PNG", 1)):
+        file.write_bytes(content)
+        panel.rows.clear()
+        panel.limits()
+        assert len(panel.rows) == limits
+        said = f"The limit of libjpeg-turbo is left out: {file} cannot be decoded by libjpeg-turbo ("
+        assert (said in capsys.readouterr().out) == (limits == 1)

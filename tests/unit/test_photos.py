@@ -277,6 +277,8 @@ def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
     assert [photo.file for photo in found] == list(there.paths)
     assert said == [f"no preparation of {len(found)} photographs: they are masters of `fastddr prepare` already"]
     assert photos.ready(there.paths, replace(RECIPE, size=64), silent)[1][-1].startswith("note: ")
+    earlier = photos.ready(there.paths, replace(RECIPE, version=1), silent)[1][-1]
+    assert earlier.endswith("made otherwise than the run's, which are 48 px, jpeg, by version 1 of `fastddr prepare`")
     assert photos.ready(there.paths, None, silent)[1][-1].startswith("note: ")
 
 

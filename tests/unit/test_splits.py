@@ -57,6 +57,9 @@ def test_a_copy_that_is_not_whole_is_split_by_chance_or_refused() -> None:
     assert {e.path for e in found if e.split == "test"} != {e.path for e in whole_ddr(1).entries[:3759]}
     with pytest.raises(UserError, match=r"cannot be restored: .*6266/630/4477/236/913, but are 6265/"):
         splits.assign(whole_ddr(spare=1), SplitConfig(test="official"))
+    assert splits.draws_test(whole_ddr(spare=1), SplitConfig())
+    assert splits.draws_test(whole_ddr(), SplitConfig(test="random"))
+    assert not splits.draws_test(whole_ddr(), SplitConfig()), "the official one is restored"
     random, _ = splits.assign(whole_ddr(), SplitConfig(test="random"))
     official_, _ = splits.assign(whole_ddr(), SplitConfig())
     assert {e.path for e in random if e.split == "test"} != {e.path for e in official_ if e.split == "test"}

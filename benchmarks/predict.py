@@ -7,7 +7,7 @@ Both grade the same photographs in one process that has loaded everything. `pred
 more to see that it is whole, and writes its table; the plain way does neither. Every way has one turn a round;
 intervals are those of the median over the rounds, ratios are taken round by round. Photographs are taken as they are,
 so nothing is prepared. Both show the model the same pixels, but for rounding: upright, the canvas and the window of the
-run; and both run it in one precision.
+run; and both run it in the run's precision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 
-from fastddr import runtime
 from fastddr.config import Config, load_preset
 from fastddr.data import photos, synthetic
 from fastddr.errors import UserError
@@ -85,7 +84,7 @@ def ours(run: Path, files: Sequence[str], batch_size: int, out: Path) -> Callabl
 
 @torch.inference_mode()
 def graded(model: nn.Module, config: Config, files: Sequence[str], batch_size: int) -> torch.Tensor:
-    """The loop that everybody writes first, in the configuration's precision: probabilities of the grades, (n, C).
+    """The loop that everybody writes first, in the run's precision: probabilities of the grades, (n, C).
 
     Raises:
         UserError: the run shows nine windows of a photograph, which this loop does not.
@@ -137,9 +136,7 @@ def main(options: Options) -> None:
         run = options.run or trained(Path(folder))
         device = torch.device("cpu" if on_cpu() else "cuda")
         restored = restore.restore(run, restore.settings(flags.Scoring(run=run)), "best", device, lambda line: None)
-        card = (None, "") if device.type == "cpu" else runtime.card_of(device)
-        precision, _ = runtime.choose_precision(restored.config.precision, "", *card)
-        config, model = replace(restored.config, precision=precision), restored.averaged
+        config, model = restored.config, restored.averaged
         graded(model, config, [], 1)  # what it refuses is told before anything is measured
         trials: dict[str, Callable[[], float]] = {}
         for size in options.batch_sizes:

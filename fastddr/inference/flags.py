@@ -35,7 +35,7 @@ class Scoring:
     loader: Literal["auto", "dali", "torchvision"] | None = None
     """By default the run's."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """By default fp32 of a run in fp32, else as `auto` of training."""
+    """By default the run's on a GPU that can, else fp32."""
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,28 @@ def settings(asked: Scoring) -> Config:
             tta=asked.tta or config.evaluation.tta,
             batch_size=None,
         ),
-        # What half precision suits is this device's to say, as in training.
-        precision=asked.precision or ("fp32" if config.precision == "fp32" else "auto"),
+        precision=asked.precision or _precision(config),
     )
+
+
+def _precision(config: Config) -> Any:
+    """As the run was trained; but float32 on a CPU, and on a card that only emulates bfloat16 or gets halves wrong."""
+    if runtime.on_cpu():
+        return "fp32"
+    best, _ = runtime.choose_precision("auto", "", torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    # A run in float16 may be scored so on any card that can; one in bfloat16 may be too large in float16.
+    cannot = best == "fp32" or (config.precision == "bf16" and best != "bf16")
+    return "fp32" if cannot and config.precision in ("bf16", "fp16") else config.precision
+
+
+def why_precision(asked: Scoring, config: Config) -> str:
+    """The reason for the precision of `settings`."""
+    if asked.precision is not None:
+        return "--precision asked for it"
+    trained = stored(asked.run).precision
+    if config.precision == trained:
+        return "the run was trained in it"
+    return f"the run was trained in {trained}, which this device is slow or wrong in"
 
 
 def check_finite(result: SplitResult, precision: str) -> None:
@@ -166,7 +185,7 @@ def begin(asked: Scoring, config: Config) -> tuple[runtime.Runtime, Restored, Co
         UserError: as `runtime.start` and `restore`.
     """
     console = terminal(quiet=not runtime.join().is_main_process)
-    began = runtime.start(config)
+    began = runtime.start(config, precision_of=why_precision(asked, config))
     console.print(f"  device {began.device.type}, ranks: {began.world}")
     for decision in began.decisions:  # `accelerate launch` may have asked for another precision
         if decision.startswith(("precision", "accelerate launch")):

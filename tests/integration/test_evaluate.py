@@ -294,16 +294,25 @@ def test_a_card_that_is_too_small_is_one_sentence(
         assert error.count("\n") == 1
 
 
-def test_a_run_in_half_precision_is_scored_in_what_suits_this_device(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("trained", "capability", "card", "precision"),
+    [
+        ("bf16", (8, 6), "A40", "bf16"),
+        ("bf16", (7, 5), "Tesla T4", "fp32"),
+        ("fp16", (7, 5), "Tesla T4", "fp16"),
+        ("fp16", (8, 6), "A40", "fp16"),
+        ("fp16", (7, 5), "GTX 1660", "fp32"),
+        ("fp32", (8, 6), "A40", "fp32"),
+        ("bf16", None, "", "fp32"),
+    ],
+)
+def test_a_run_is_scored_in_what_the_card_can(
+    trained: Any, capability: Any, card: str, precision: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = restore.stored(run)
-    for trained, asked, wanted in (
-        ("fp32", None, "fp32"), ("bf16", None, "auto"), ("fp16", None, "auto"), ("fp32", "bf16", "bf16"),
-        ("bf16", "fp32", "fp32"),
-    ):  # fmt: skip
-        monkeypatch.setattr(restore, "stored", lambda _, trained=trained: replace(config, precision=trained))
-        assert restore.settings(flags.Evaluate(run, precision=asked)).precision == wanted  # type: ignore[arg-type]
+    monkeypatch.setattr(restore.runtime, "on_cpu", lambda: capability is None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    assert restore._precision(replace(restore.stored(run), precision=trained)) == precision
 
 
 def test_an_output_that_is_not_finite_is_no_grade(

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -24,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastddr import alone, ranks, runtime
 from fastddr.config import Config
 from fastddr.errors import UserError
+from fastddr.inference import restore
+from fastddr.inference.flags import Scoring
 from fastddr.meters import RATE, WAIT, Window, largest, of_training
 from fastddr.ranks import cores
 from fastddr.runtime import card_of, choose_precision, divide_batch, share_gradients, start
@@ -53,9 +56,17 @@ def test_precision(asked: str, launched: str, capability: tuple[int, int] | None
     assert choose_precision("fp32", "no", None, why="the run began in it")[1] == "the run began in it"
 
 
-def test_the_reason_for_a_precision_is_said() -> None:
-    config, why = Config(precision="bf16", batch_size=2), "the run began in it"
-    assert f"precision bf16: {why}" in start(config, precision_of=why).decisions
+def test_the_reason_for_a_runs_precision_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Config(precision="bf16", batch_size=2)
+    monkeypatch.setattr(restore, "stored", lambda _: trained)
+    for asked, here, why in (
+        (None, "bf16", "the run was trained in it"),
+        (None, "fp32", "the run was trained in bf16, which this device is slow or wrong in"),
+        ("fp32", "fp32", "--precision asked for it"),
+    ):
+        config = replace(trained, precision=here)
+        assert restore.why_precision(Scoring(Path("run"), precision=asked), config) == why
+        assert f"precision {here}: {why}" in start(config, precision_of=why).decisions
 
 
 def test_half_precision_is_not_chosen_for_cards_that_get_it_wrong() -> None:

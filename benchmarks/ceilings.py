@@ -190,7 +190,7 @@ def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)

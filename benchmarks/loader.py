@@ -341,11 +341,10 @@ def main(options: Options) -> None:
     waiters = [Spec.parse(text) for text in options.step]
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     rows: list[dict[str, Any]] = []
-    kinds = sources.roots(options.data, options.encodings, options.photographs, options.size)
     with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:
-        for photographs, root in kinds:
+        for photographs, root in sources.roots(options.data, options.encodings, options.photographs, options.size):
             found = sources.read(root)
             warm = sources.warm(found)
             for policy in options.policies:

@@ -334,7 +334,7 @@ def main(options: Options) -> None:
     even = [kernel for kernel in options.kernels if kernel % 2 == 0]
     if even:
         raise UserError(f"--kernels {even[0]}: an even kernel changes the map's size; take odd ones.")
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
@@ -352,11 +352,12 @@ def main(options: Options) -> None:
     if options.tiny:
         shapes = [Shape(4, 32, 16)]
     numbers = [numbers_of(precision, device.type) for precision in dtypes]
-    harness.say("ceilings …")
-    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
-    rows = ceilings.rows()
-    harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
+    rows: list[dict[str, Any]] = []
     with harness.writing("operations", rows, options.out, wandb=options.wandb, tiny=options.tiny):
+        harness.say("ceilings …")
+        ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
+        rows += ceilings.rows()
+        harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
         for precision, shape in product(dtypes, shapes):
             found = race(shape, precision, options, ceilings, Clock(device, queued=True))
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])

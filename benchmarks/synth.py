@@ -74,30 +74,36 @@ def main(options: Options) -> None:
 
     from fastddr.ranks import available_cores
 
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     cores = available_cores()
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}
     trials["1 core"] = Trial(options, 1, max(options.photographs // cores, 36))
     harness.say(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
-    harness.interleaved(trials, rounds=1)
-    speeds = harness.interleaved(trials, options.rounds)
     what = {"size": options.size, "counts": options.counts, "quality": 95, "version": synthetic.VERSION}
-    rows: list[dict[str, Any]] = [
-        {
-            "name": label,
-            "workers": trials[label].workers,
-            "photographs": sum(map(sum, trials[label].counts.values())),
-            **what,
-            **harness.spread(values),
-            "unit": "photographs/s",
-        }
-        for label, values in speeds.items()
-    ]
-    if cores > 1:
-        ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
-        rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
-    harness.show(f"Synthetic photographs of {options.size}², {options.counts} proportions", rows)
-    harness.say(f"written to {harness.write('synth', rows, options.out, wandb=options.wandb)}")
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, list[float]] = {}
+    with harness.writing("synth", rows, options.out, wandb=options.wandb):
+        harness.interleaved(trials, rounds=1)
+        try:
+            harness.interleaved(trials, options.rounds, found=speeds)
+        finally:
+            # Also where it is stopped; else all rounds are whole.
+            speeds = harness.whole_rounds(speeds)
+            rows += [
+                {
+                    "name": label,
+                    "workers": trials[label].workers,
+                    "photographs": sum(map(sum, trials[label].counts.values())),
+                    **what,
+                    **harness.spread(values),
+                    "unit": "photographs/s",
+                }
+                for label, values in speeds.items()
+            ]
+        if cores > 1:
+            ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
+            rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
+        harness.show(f"Synthetic photographs of {options.size}², {options.counts} proportions", rows)
 
 
 if __name__ == "__main__":

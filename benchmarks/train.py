@@ -298,8 +298,7 @@ def main(options: Options) -> None:
     # One that is named twice is measured once: rows go by the label.
     specs = list({spec.label: spec for spec in map(Spec.parse, options.recipes or usual)}.values())
     part = "kappa" if options.target_qwk else None
-    harness.begin(options.out, options.rounds)
-    [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
+    harness.begin(options.rounds)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
     until = None if options.seconds is None else time.monotonic() + options.seconds
@@ -312,6 +311,7 @@ def main(options: Options) -> None:
             rows.extend(done)
             written.save()
 
+        [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
         root = Path(folder) / "photographs"
         images = class_folders(source, root, length)
         found = sources.read(source)

@@ -371,18 +371,20 @@ def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
         measure()
 
 
-def test_what_was_measured_before_a_stop_is_kept(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_before_a_stop_is_kept(
+    number: signal.Signals, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step, variants = load("step"), load("variants")
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
     measuring = step.Measuring()
-    goes_on = DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getppid(), signal.SIGTERM)")
+    goes_on = DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", f"os.kill(os.getppid(), {number})")
     monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", f"{goes_on}\nimport time; time.sleep(600)"))
-    before = signal.signal(signal.SIGTERM, measuring.stop)
-    try:
+    before = signal.getsignal(number)
+    with measuring:
         records = measuring(a_job(variants, heats))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert measuring.stopped
+    assert signal.getsignal(number) == before
+    assert measuring.stopped == number
     assert [record.get("failed") for record in records] == [None, "the benchmark was stopped"]
 
 

@@ -130,7 +130,7 @@ def main(options: Options) -> None:
         report(rows[-1])
     # A suite wants to know that the decoder fails.
     with harness.writing("decode", rows, options.out, wandb=options.wandb, failures=True):
-        kinds = sources.roots(None, options.encodings, options.photographs, 512) if ways else []
+        kinds = sources.roots(None, options.encodings, options.photographs) if ways else []
         # First the way that training takes.
         for way, (photographs, root), side in itertools.product(ways, kinds, (256, 512)):
             about = described(photographs, side, way, options.batch_size, batches)

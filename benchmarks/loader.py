@@ -52,8 +52,6 @@ class Options(script.Output):
     """Of the synthetic photographs: JPEG quality and chroma."""
     photographs: int | None = None
     """Size of the synthetic set; by default that of the quickstart."""
-    size: int = 512
-    """Side of the synthetic photographs in pixels."""
     length: int = 6260
     """Photographs in an epoch, at least: the set is repeated. 0 = the set as it is."""
     loaders: tuple[str, ...] = (
@@ -344,7 +342,7 @@ def main(options: Options) -> None:
     harness.begin(options.rounds)
     rows: list[dict[str, Any]] = []
     with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:
-        for photographs, root in sources.roots(options.data, options.encodings, options.photographs, options.size):
+        for photographs, root in sources.roots(options.data, options.encodings, options.photographs):
             found = sources.read(root)
             warm = sources.warm(found)
             for policy in options.policies:

@@ -135,7 +135,7 @@ def main(options: Options) -> None:
         harness.writing("predict", rows, options.out, wandb=options.wandb),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
     ):
-        [(kind, root)] = sources.roots(options.data, ("95-420",), None, 512)
+        [(kind, root)] = sources.roots(options.data, ("95-420",), None)
         found = photos.find([str(root)]).paths
         files = found[:: max(1, len(found) // options.photographs)][: options.photographs]
         run = options.run or trained(Path(folder))

@@ -23,14 +23,14 @@ from fastddr.ranks import available_cores
 NAMES = {"95-420": "synthetic, quality 95, 4:2:0", "100-444": "synthetic, quality 100, 4:4:4"}
 
 
-def roots(data: Path | None, encodings: Sequence[str], photographs: int | None, size: int) -> list[tuple[str, Path]]:
+def roots(data: Path | None, encodings: Sequence[str], photographs: int | None) -> list[tuple[str, Path]]:
     """(Name, folder) of each kind of photographs; synthetic ones are made where they are not there yet."""
     if data is not None:
         return [(data.resolve().name, data)]
     counts = synthetic.ddr_counts(photographs) if photographs else synthetic.DEFAULT_COUNTS
     console, total = Console(soft_wrap=True), sum(map(sum, counts.values()))
     with EpochBar(console, "making the synthetic photographs, once", total) as bar:
-        root = synthetic.ensure(counts, size, on_progress=lambda done, _: bar.update(done))
+        root = synthetic.ensure(counts, on_progress=lambda done, _: bar.update(done))
     # The generator's own encoding is 95-420.
     return [(NAMES[name], root if name == "95-420" else full_chroma(root)) for name in encodings]
 

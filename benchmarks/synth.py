@@ -5,8 +5,8 @@
 
 Each round makes the set in a temporary folder, as `fastddr synth` does, once on all cores and once on one; the first
 round warms up and is not counted. A rate is for all from no folder to the finished set: the start of the worker
-processes is in it. The set has DDR's proportions of grades, or with `--counts quickstart` those of the quickstart's,
-in which more eyes are ill; these take longer.
+processes is in it. The set has DDR's proportions of grades: where more eyes are ill, photographs take
+longer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import script
 
@@ -32,20 +32,8 @@ class Options(script.Output):
     """How many a round makes on all cores; on one core, that by the number of cores."""
     size: int = 512
     """Side of the photographs in pixels."""
-    counts: Literal["ddr", "quickstart"] = "ddr"
-    """Proportions of the grades: DDR's, or the flatter ones of the quickstart's set."""
     rounds: int = 7
     """Counted rounds."""
-
-
-def _counts(proportions: str, total: int) -> dict[str, tuple[int, ...]]:
-    if proportions == "ddr":
-        return synthetic.ddr_counts(total)
-    whole = sum(map(sum, synthetic.DEFAULT_COUNTS.values()))
-    return {
-        split: tuple(max(round(n * total / whole), 1) for n in numbers)
-        for split, numbers in synthetic.DEFAULT_COUNTS.items()
-    }
 
 
 class Trial:
@@ -53,7 +41,7 @@ class Trial:
 
     def __init__(self, options: Options, workers: int, total: int) -> None:
         self.size, self.workers = options.size, workers
-        self.counts = _counts(options.counts, total)
+        self.counts = synthetic.ddr_counts(total)
 
     def __call__(self) -> float:
         """Photographs a second."""
@@ -79,7 +67,7 @@ def main(options: Options) -> None:
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}
     trials["1 core"] = Trial(options, 1, max(options.photographs // cores, 36))
     harness.say(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
-    what = {"size": options.size, "counts": options.counts, "quality": 95, "version": synthetic.VERSION}
+    what = {"size": options.size, "counts": "ddr", "quality": 95, "version": synthetic.VERSION}
     rows: list[dict[str, Any]] = []
     speeds: dict[str, list[float]] = {}
     with harness.writing("synth", rows, options.out, wandb=options.wandb):
@@ -103,7 +91,7 @@ def main(options: Options) -> None:
         if cores > 1:
             ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
             rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
-        harness.show(f"Synthetic photographs of {options.size}², {options.counts} proportions", rows)
+        harness.show(f"Synthetic photographs of {options.size}²", rows)
 
 
 if __name__ == "__main__":

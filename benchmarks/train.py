@@ -311,7 +311,7 @@ def main(options: Options) -> None:
             rows.extend(done)
             written.save()
 
-        [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
+        [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs)
         root = Path(folder) / "photographs"
         images = class_folders(source, root, length)
         found = sources.read(source)

@@ -150,10 +150,10 @@ def main(options: Options) -> int:
     base = cli.parse(baseline(options), "baseline")
     folder = options.folder or Path("runs") / f"ablation-{Path(options.data).name}"
     changes = chosen(options, base)
-    folder.mkdir(parents=True, exist_ok=True)
-    harness.begin(options.out)
+    harness.check_folder(folder, "--folder")
+    harness.begin()
     rows: list[dict[str, Any]] = []
-    with whole.ending():
+    with harness.writing("ablation", rows, options.out, wandb=options.wandb):
         for name, flags in changes.items():
             found = row(name, flags, options.seeds, options, folder)
             if "failed" in found:
@@ -161,13 +161,11 @@ def main(options: Options) -> int:
                 if name == BASELINE:
                     return 1
             rows.append(compared(found, rows[0] if rows else found))
-    # First of all: what is drawn can be drawn again.
-    out = harness.write("ablation", rows, options.out, wandb=options.wandb)
     picture = plots.save(plots.changes(rows), f"{base.model} on {rows[0]['data']}", folder / "ablation.png")
     text = f"{accounts.changes(rows)}\n\n{accounts.caution(rows[0]['valid'])}\n\n![Valid by epoch]({picture.name})\n"
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     harness.say(text)
-    harness.say(f"written to {folder / 'ablation.md'} and {out}")
+    harness.say(f"written to {folder / 'ablation.md'}")
     return int(any("failed" in found for found in rows))
 
 

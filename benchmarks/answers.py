@@ -92,27 +92,33 @@ def main(options: Options, questions: dict[str, tuple[tuple[str, ...], float]] |
     Raises:
         UserError: too few rounds, or a question that cannot be answered.
     """
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     questions = QUESTIONS if questions is None else questions
     if importlib.util.find_spec("timm") is None:
         left = [name for name, (flags, _) in questions.items() if any(flag.startswith("timm:") for flag in flags)]
         questions = {name: question for name, question in questions.items() if name not in left}
         if left:
             harness.say(f"without timm: left out {', '.join(left)}; pip install -e '.[timm]'")
-    with tempfile.TemporaryDirectory() as folder:
-        found = harness.interleaved(
-            asked(questions, Path(folder)), options.rounds,
-            lambda number: harness.say(f"  round {number} of {options.rounds}"),
-        )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for name, values in found.items():
-        row = {"name": name, "kind": "answer", **harness.spread(values), "unit": "s"}
-        if name in questions:
-            most = questions[name][1]
-            row |= {"flags": " ".join(questions[name][0]), "target": most, "met": row["median"] <= most}
-        rows.append(row)
-    harness.show("Seconds to an answer", rows)
-    harness.say(f"written to {harness.write('answers', rows, options.out, wandb=options.wandb)}")
+    found: dict[str, list[float]] = {}
+    with (
+        harness.writing("answers", rows, options.out, wandb=options.wandb),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        trials = asked(questions, Path(folder))
+        try:
+            harness.interleaved(
+                trials, options.rounds, lambda k: harness.say(f"  round {k} of {options.rounds}"), found=found
+            )
+        finally:
+            # Also where it is stopped; else all rounds are whole.
+            for name, values in harness.whole_rounds(found).items():
+                row = {"name": name, "kind": "answer", **harness.spread(values), "unit": "s"}
+                if name in questions:
+                    most = questions[name][1]
+                    row |= {"flags": " ".join(questions[name][0]), "target": most, "met": row["median"] <= most}
+                rows.append(row)
+        harness.show("Seconds to an answer", rows)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,18 @@ def main(options: Options) -> None:
     """
     if not options.cards or min(options.cards) <= 0 or not options.image_sizes or min(options.image_sizes) < 32:
         raise UserError("--cards are sizes in GiB above 0, --image-sizes sides of 32 px at least; give one of each.")
-    harness.begin(options.out)
+    harness.begin()
     # Not what a GPU of this machine was calibrated to: the cards are others.
     allowance = allowances.DECLARED
     rows: list[dict[str, Any]] = []
-    for name, flags in TRAININGS.items():
-        if "best" in flags and importlib.util.find_spec("timm") is None:
-            harness.say(f"{name}: left out, since timm is not installed; pip install -e '.[timm]'")
-            continue
-        rows += rows_of(name, flags, options, allowance)
-        harness.say(f"{name}: {', '.join(str(row['median']) for row in rows if row['training'] == name)}")
-    harness.say(accounts.cards(rows))
-    harness.say(f"written to {harness.write('cards', rows, options.out, wandb=options.wandb)}")
+    with harness.writing("cards", rows, options.out, wandb=options.wandb):
+        for name, flags in TRAININGS.items():
+            if "best" in flags and importlib.util.find_spec("timm") is None:
+                harness.say(f"{name}: left out, since timm is not installed; pip install -e '.[timm]'")
+                continue
+            rows += rows_of(name, flags, options, allowance)
+            harness.say(f"{name}: {', '.join(str(row['median']) for row in rows if row['training'] == name)}")
+        harness.say(accounts.cards(rows))
 
 
 if __name__ == "__main__":

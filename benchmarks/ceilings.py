@@ -53,8 +53,6 @@ class Options(script.Output):
     """Size of the synthetic set; by default that of the quickstart."""
     decode: bool = True
     """Also measure decoding."""
-    numbers: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] | None = None
-    """Kinds of numbers; by default all that the device has."""
     rounds: int = 7
     """Counted rounds."""
     threads: int | None = None
@@ -174,7 +172,7 @@ def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
     from fastddr.data import manifest
 
     photographs = 60 if options.tiny else options.photographs
-    for name, root in sources.roots(options.data, options.encodings, photographs, 512):
+    for name, root in sources.roots(options.data, options.encodings, photographs):
         files = manifest.read(root).files()
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
             harness.say(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
@@ -190,11 +188,11 @@ def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
-    numbers = options.numbers or ("fp32", *["tf32"] * (device.type == "cuda"), "bf16", "fp16")
+    numbers = ("fp32", *["tf32"] * (device.type == "cuda"), "bf16", "fp16")
     rows: list[dict[str, Any]] = []
     with harness.writing("ceilings", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         rows += measure(device, numbers, options.rounds, threads, tiny=options.tiny).rows()

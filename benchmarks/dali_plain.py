@@ -38,7 +38,9 @@ class DaliPlain(Peer):
         from nvidia.dali import Pipeline
         from nvidia.dali.plugin.pytorch import DALIClassificationIterator, LastBatchPolicy
 
-        pipeline = Pipeline(task.batch_size, max(1, task.threads), dali_decoder.device_id(task))
+        pipeline = Pipeline(
+            task.batch_size, max(1, task.threads), dali_decoder.device_id(task), prefetch_queue_depth=self.prefetch
+        )
         with pipeline:
             pipeline.set_outputs(*self._graph())
         self.iterator: Any = DALIClassificationIterator(

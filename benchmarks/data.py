@@ -88,10 +88,15 @@ def main(options: Options) -> None:
     Raises:
         UserError: too few rounds.
     """
-    harness.begin(options.out, options.rounds)
-    # The set may be in the user's cache; what is measured is not, or the second round would find it known.
-    data = options.data or synthetic.ensure()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    harness.begin(options.rounds)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, list[float]] = {}
+    with (
+        harness.writing("data", rows, options.out, wandb=options.wandb),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
+        # The set may be in the user's cache; what is measured is not, or the second round would find it known.
+        data = options.data or synthetic.ensure()
         os.environ["FASTDDR_CACHE"] = f"{folder}/cache"
         many = linked(Path(folder) / "many", options.rows)
         manifest.read(many)
@@ -116,9 +121,7 @@ def main(options: Options) -> None:
             return len(photographs) / preparing(data, options.size)
 
         first = [labels() for _ in range(options.rounds)]
-        trials = {"headers": headers, "decode": decode, "prepare": prepared}
-        found = harness.interleaved(trials, options.rounds, lambda k: harness.say(f"round {k} of {options.rounds}"))
-        found["labels"] = first
+        rows.append({"name": "labels", "photographs": options.rows, **harness.spread(first), "unit": "s"})
         sizes = sorted({(r.width, r.height) for r in seen.records.values()})
         about = {
             "photographs": len(photographs),
@@ -127,12 +130,17 @@ def main(options: Options) -> None:
             "most": "×".join(map(str, sizes[-1])),
             "kilobytes": round(sum(r.size for r in seen.records.values()) / len(photographs) / 1000),
         }
-    rows: list[dict[str, Any]] = [{"name": "labels", "photographs": options.rows, "unit": "s"}]
-    rows += [{"name": name, **about, "unit": "photographs/s"} for name in ("headers", "decode", "prepare")]
-    rows[-1]["size"] = options.size
-    rows = [row | harness.spread(found[row["name"]]) for row in rows]
-    harness.show("Reading, checking and preparing", rows, ["photographs"])
-    harness.say(f"written to {harness.write('data', rows, options.out, wandb=options.wandb)}")
+        trials = {"headers": headers, "decode": decode, "prepare": prepared}
+        try:
+            harness.interleaved(
+                trials, options.rounds, lambda k: harness.say(f"round {k} of {options.rounds}"), found=found
+            )
+        finally:
+            # Also where it is stopped; else all rounds are whole.
+            for name, values in harness.whole_rounds(found).items():
+                made = {"size": options.size} if name == "prepare" else {}
+                rows.append({"name": name, **about, **made, **harness.spread(values), "unit": "photographs/s"})
+        harness.show("Reading, checking and preparing", rows, ["photographs"])
 
 
 if __name__ == "__main__":

@@ -119,8 +119,7 @@ def main(options: Options) -> None:
 
     from fastddr.loaders import dali_decoder
 
-    harness.begin(options.out)
-    kinds = sources.roots(None, options.encodings, options.photographs, 512)
+    harness.begin()
     rows: list[dict[str, Any]] = []
     gpu = torch.cuda.is_available()
     batches = options.batches or (32 if gpu else 16)
@@ -131,6 +130,7 @@ def main(options: Options) -> None:
         report(rows[-1])
     # A suite wants to know that the decoder fails.
     with harness.writing("decode", rows, options.out, wandb=options.wandb, failures=True):
+        kinds = sources.roots(None, options.encodings, options.photographs) if ways else []
         # First the way that training takes.
         for way, (photographs, root), side in itertools.product(ways, kinds, (256, 512)):
             about = described(photographs, side, way, options.batch_size, batches)

@@ -344,7 +344,7 @@ def main(options: Options) -> None:
     do: dict[str, Callable[[Options, Runs], list[dict[str, Any]]]] = {
         "kills": kills, "stops": stops, "saves": saves, "disk": disk, "bad": bad, "ranks": ranks,
     }  # fmt: skip
-    harness.begin(options.out)
+    harness.begin()
     rows: list[dict[str, Any]] = []
     # A disk of ours that could not be unmounted must not hide what went wrong.
     with (

@@ -1,6 +1,6 @@
 """What all benchmarks share: interleaved rounds, medians with intervals, the machine, and the JSON that they write.
 
-A benchmark calls `begin`, measures, and calls `write`.
+A benchmark calls `begin`, and measures within `writing`.
 
 Rows: {"name", settings..., "median", "low", "high", "unit", "n"}; low and high are the 95 % percentile-bootstrap
 interval of the median over n rounds.
@@ -49,19 +49,17 @@ LEAST_ROUNDS = 3
 _before: dict[str, Any] | None = None
 
 
-def begin(out: Path | None = None, rounds: int = 5) -> dict[str, Any]:
+def begin(rounds: int = 5) -> dict[str, Any]:
     """Record what else the machine does now, and say so where it is busy; call it before anything is measured.
 
-    `write` stores it beside the conditions of the end.
+    `writing` stores it beside the conditions of the end.
 
     Raises:
-        UserError: so few rounds give no interval, or a result could not be written to `out`.
+        UserError: so few rounds give no interval.
     """
     global _before
     if rounds < 5:
         raise UserError(f"--rounds {rounds}: an interval wants at least 5.")
-    if out is not None:
-        check_out(out)
     _before = conditions.take(before=True)
     say(conditions.sentence(_before, "Before the measurement"))
     return _before
@@ -213,12 +211,10 @@ class Written:
         """Whether there is anything to write."""
         return holds_figures(self.benchmark, self.rows) or (self.failures and bool(self.rows))
 
-    def save(self, *, wandb: bool = False, complete: bool = False) -> None:
+    def save(self) -> None:
         """Write what there is now, if there is a figure: what is yet to come may never end."""
         if self.worth:
-            self.path = write(
-                self.benchmark, self.rows, self.out, wandb=wandb, complete=complete, failures=self.failures
-            )
+            _write(self, complete=False)
 
 
 def end_with_parent() -> None:
@@ -234,11 +230,13 @@ def writing(
 ) -> Generator[Written, None, None]:  # fmt: skip
     """Writes the rows when its block ends, in whatever way: what was measured before a failure is not lost.
 
-    By default to results/NAME_HARDWARE_DATE.json, with a `part` to NAME-PART_....
+    By default to results/NAME_HARDWARE_DATE.json, with a `part` to NAME-PART_...; `tiny` ones lie in runs/benchmarks/.
+    With `wandb` the figures become a W&B run as well (`tracked`); whatever happens to that, the JSON is there.
 
     SIGTERM, by which a suite stops its parts, ends the block as Ctrl-C does. Only where the block came to its end is
-    the result marked complete, unless `--seconds` cut it short. Where there is no figure, nothing is written, but with
-    `failures`, of which that is the finding.
+    the result complete, unless `--seconds` cut it short. One that is not, or has no figure, is not published: it goes
+    to NAME-incomplete_... and so takes the place of no file that could be; a later one that is takes that away. Where
+    there is no figure, nothing is written, but with `failures`, of which that is the finding.
 
     Raises:
         UserError: the result could not be written, which is told before the block begins; or it has no figure.
@@ -259,7 +257,12 @@ def writing(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             if written.worth:
-                written.save(wandb=wandb, complete=complete)
+                record = _write(written, complete=complete)
+                if wandb and written.path is not None:
+                    # Here, because each loader's process imports this file.
+                    import tracked
+
+                    tracked.keep(record, written.path, say=say)
                 say(f"written to {written.path}")
             elif complete:
                 raise _nothing(written.out)
@@ -273,32 +276,16 @@ def _nothing(path: Path) -> UserError:
     return UserError(f"Nothing was measured, so no result is written to {path}.")
 
 
-def write(
-    benchmark: str, rows: Sequence[Mapping[str, Any]], out: Path | None, *,
-    wandb: bool = False, complete: bool = True, tiny: bool = False, failures: bool = False,
-) -> Path:  # fmt: skip
-    """Write the result as JSON and return where: by default results/NAME_HARDWARE_DATE.json.
-
-    One that is not `complete`, that `--seconds` cut short or that has no figure is not published: it goes to
-    NAME-incomplete_... and so takes the place of no file that could be; a later one that is takes that away. `tiny`
-    ones lie in runs/benchmarks/ by default. With `wandb` the figures become a W&B run as well (`tracked`); whatever
-    happens to that, the JSON is there.
-
-    Raises:
-        UserError: no row has a figure; with `failures` there may be none.
-    """
-    out = out or place(benchmark, tiny=tiny)
-    figures = holds_figures(benchmark, rows)
-    if not (figures or failures):
-        raise _nothing(out)
+def _write(written: Written, *, complete: bool) -> dict[str, Any]:
+    """Write the result as JSON, and return that."""
     now = datetime.now(UTC)
     hardware = machine()
     after = conditions.take(before=False)
     say(conditions.sentence(after, "After the measurement"))
     program = Path(sys.argv[0])
-    complete = complete and all(row.get("failed") != TIME_UP for row in rows)
-    record = {
-        "benchmark": benchmark,
+    complete = complete and all(row.get("failed") != TIME_UP for row in written.rows)
+    record: dict[str, Any] = {
+        "benchmark": written.benchmark,
         "machine": hardware,
         "versions": versions(),
         "date": now.isoformat(timespec="seconds"),
@@ -306,22 +293,16 @@ def write(
         "command": shlex.join(["python", f"{program.parent.name}/{program.name}", *map(_public, sys.argv[1:])]),
         "conditions": {"before": _before, "after": after},
         "complete": complete,
-        "rows": list(rows),
+        "rows": list(written.rows),
     }
-    beside = incomplete(out)
-    if not (complete and figures):
-        out = beside
-    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = incomplete(written.out)
+    publishable = complete and holds_figures(written.benchmark, written.rows)
+    written.path = written.out if publishable else beside
     # Who reads it meanwhile, or after a kill, finds a whole one.
-    files.put(out, f"{json.dumps(record, indent=1)}\n".encode())
-    if out != beside:
+    files.put(written.path, f"{json.dumps(record, indent=1)}\n".encode())
+    if publishable:
         beside.unlink(missing_ok=True)
-    if wandb:
-        # Here, because each loader's process imports this file.
-        import tracked
-
-        tracked.keep(record, out, say=say)
-    return out
+    return record
 
 
 def incomplete(out: Path) -> Path:
@@ -341,12 +322,22 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out} is a folder; give the name of a file in it, which ends in .json.")
     if out.suffix != ".json":
         raise UserError(f"--out {out}: give a name that ends in .json.")
+    check_folder(out.parent)
+
+
+def check_folder(folder: Path, flag: str = "--out") -> None:
+    """See that files can be written into a folder, which is made.
+
+    Raises:
+        UserError: they cannot; `flag` gives another place.
+    """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as problem:
-        raise UserError(f"--out {out} cannot be written: {problem.strerror}.") from None
+        why = "it is a file" if folder.is_file() else problem.strerror
+        raise UserError(f"{folder} cannot be written to: {why}; give another {flag}.") from None
 
 
 def place(benchmark: str, part: str | None = None, *, tiny: bool = False) -> Path:

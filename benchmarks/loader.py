@@ -16,9 +16,8 @@ set of a few batches would show how loaders begin and end an epoch, and not how 
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +35,8 @@ from stored import DISTURBED
 from trials import OURS, Spec, Trial
 
 from fastddr.config.sections import POLICIES
-from fastddr.data import manifest
 from fastddr.data.grades import UNGRADABLE
+from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
 from fastddr.loaders import Task
 from fastddr.ranks import available_cores
@@ -53,14 +52,12 @@ class Options(script.Output):
     """Of the synthetic photographs: JPEG quality and chroma."""
     photographs: int | None = None
     """Size of the synthetic set; by default that of the quickstart."""
-    size: int = 512
-    """Side of the synthetic photographs in pixels."""
     length: int = 6260
     """Photographs in an epoch, at least: the set is repeated. 0 = the set as it is."""
     loaders: tuple[str, ...] = (
         "dali", "resident:mmap", "resident", "torchvision", "torchvision:workers=0", "replay", *PEERS,
     )  # fmt: skip
-    """Names with options: `dali`, `resident:mmap`, `torchvision:workers=0`; also workers=, prefetch=, store_gib=."""
+    """Names with options: `dali`, `resident:mmap,store_gib=4`, `torchvision:workers=0`, `torch-pil:prefetch=4`."""
     policies: tuple[str, ...] = ("report", "fundus")
     """What is done to a photograph. `report`: window and flips. `fundus`: also rotation, scale and colour."""
     image_size: int = 256
@@ -89,9 +86,8 @@ STORE_ALONE = "resident store alone, uint8"
 KERNEL_ALONE = "resident kernel alone"
 
 
-def make_task(root: Path, policy: str, options: Options) -> tuple[Task, float]:
+def make_task(found: Manifest, policy: str, options: Options) -> tuple[Task, float]:
     """The task, and the mean size of a file in kilobytes."""
-    found = manifest.read(root)
     # All splits: nothing is learnt here, and longer epochs are nearer to a real set's.
     ids = np.flatnonzero(found.grade < UNGRADABLE)
     times = max(1, -(-options.length // len(ids)))
@@ -117,16 +113,25 @@ def make_task(root: Path, policy: str, options: Options) -> tuple[Task, float]:
 class Panel:
     """All that is measured for one kind of photographs and one policy."""
 
-    def __init__(self, task: Task, about: Mapping[str, Any], options: Options) -> None:
+    def __init__(
+        self, task: Task, about: Mapping[str, Any], options: Options, rows: list[dict[str, Any]] | None = None
+    ) -> None:
         self.task, self.about, self.options = task, dict(about), options
         self.trials: dict[str, Trial] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.rows = [] if rows is None else rows
+        """Where its rows are put, behind those of other panels."""
+        self._first = len(self.rows)
         self.speeds: dict[str, list[float]] = {}
         self.kinds: dict[str, str] = {}
 
     def _add(self, name: str, kind: str, values: Sequence[float], unit: str = "images/s", **more: Any) -> None:
         row = {"name": name, "kind": kind, **self.about, **harness.spread(values), "unit": unit, **more}
         self.rows.append(row)
+
+    @property
+    def mine(self) -> list[dict[str, Any]]:
+        """The rows of this panel."""
+        return self.rows[self._first :]
 
     def begin(self, specs: Sequence[Spec]) -> None:
         """Start the loaders; what cannot run here is left out, and said why."""
@@ -184,7 +189,7 @@ class Panel:
             # Also where it is stopped; else all rounds are whole.
             for label, values in harness.whole_rounds(self.speeds).items():
                 self._add(label, self.kinds[label], values, **self._cost(self.trials.get(label)))
-        others = [row["others_cpu_share"] for row in self.rows if "others_cpu_share" in row]
+        others = [row["others_cpu_share"] for row in self.mine if "others_cpu_share" in row]
         if others and max(others) > DISTURBED:
             harness.say(
                 f"Other processes took up to {100 * max(others):.0f} % of the cores meanwhile; "
@@ -275,8 +280,8 @@ class Panel:
         self.trials = {}
 
 
-def measure(panel: Panel, specs: Sequence[Spec]) -> None:
-    """One panel from its beginning to its end."""
+def measure(panel: Panel, specs: Sequence[Spec], keep: Callable[[], None] = lambda: None) -> None:
+    """One panel from its beginning to its end, and `keep` before its loaders are ended: who stops it may not wait."""
     try:
         panel.begin(specs)
         panel.race()
@@ -284,6 +289,7 @@ def measure(panel: Panel, specs: Sequence[Spec]) -> None:
         panel.compare()
         panel.profile()
     finally:
+        keep()
         panel.close()
 
 
@@ -328,38 +334,41 @@ def main(options: Options) -> None:
     unknown = [policy for policy in options.policies if policy not in POLICIES]
     if unknown:
         raise UserError(f"--policies {' '.join(unknown)}: known are {', '.join(POLICIES)}.")
-    specs = [Spec.parse(text) for text in options.loaders]
+    # One that is named twice is measured once: rows go by the label.
+    specs = list({spec.label: spec for spec in map(Spec.parse, options.loaders)}.values())
     waiters = [Spec.parse(text) for text in options.step]
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     rows: list[dict[str, Any]] = []
-    kinds = sources.roots(options.data, options.encodings, options.photographs, options.size)
     with harness.writing("loader", rows, options.out, wandb=options.wandb) as written:
-        for (photographs, root), policy in itertools.product(kinds, options.policies):
-            task, kilobytes = make_task(root, policy, options)
-            about = {
-                "photographs": photographs,
-                "policy": policy,
-                "mean_kilobytes": round(kilobytes, 1),
-                "image_size": options.image_size,
-                "canvas": options.canvas,
-                "batch_size": options.batch_size,
-                "epoch": len(task.ids),
-                "threads": task.threads,
-                "device": task.device.type,
-            }
-            harness.say(f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}")
-            panel = Panel(task, about, options)
-            try:
-                measure(panel, specs)
+        for photographs, root in sources.roots(options.data, options.encodings, options.photographs):
+            found = sources.read(root)
+            warm = sources.warm(found)
+            for policy in options.policies:
+                task, kilobytes = make_task(found, policy, options)
+                about = {
+                    "photographs": photographs,
+                    "policy": policy,
+                    "mean_kilobytes": round(kilobytes, 1),
+                    "image_size": options.image_size,
+                    "canvas": options.canvas,
+                    "batch_size": options.batch_size,
+                    "epoch": len(task.ids),
+                    "threads": task.threads,
+                    "device": task.device.type,
+                    # A setting only where it is not as ever.
+                    **({} if warm else {"in_page_cache": False}),
+                }
+                harness.say(
+                    f"{photographs}, {policy}: epochs of {len(task.ids)}, {task.threads} threads, {task.device}"
+                )
+                panel = Panel(task, about, options, rows)
+                measure(panel, specs, written.save)
                 if policy == options.policies[0]:
                     waits(panel, waiters)
-            finally:
-                rows += panel.rows
-            if panel.rows:
-                report(panel.rows)
-            written.save()  # should the next panel never end
+                if panel.mine:
+                    report(panel.mine)
     if written.path is not None:
         harness.say(f"drawn: {plot.beside(stored.read(written.path)).name}")
 

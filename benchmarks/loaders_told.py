@@ -97,7 +97,10 @@ def _conditions(panels: Sequence[tuple[str, str]], result: Result) -> list[str]:
     """What a reader must know to compare fairly, in sentences."""
     lengths = sorted({row["epoch"] for row in result.measured if "epoch" in row})
     told = [f"An epoch has {words(f'{length:,}' for length in lengths)} photographs."] if lengths else []
-    told.append("Files lie in the page cache.")
+    if any(row.get("in_page_cache") is False for row in result.measured):
+        told.append("The photographs are more than the free memory, so loaders also read from the disk.")
+    else:
+        told.append("Files lie in the page cache.")
     if not any(row["kind"] == "peer" for row in result.measured):
         return told
     tried = {row["name"].partition(", ")[0] for row in result.rows}

@@ -369,7 +369,7 @@ def main(options: Options) -> None:
         whole = torch.cuda.get_device_properties(0).total_memory / GIB
         if not 0 < size <= whole:
             raise UserError(f"--cards {size:g}: give sizes above 0 and up to this card's own {whole:.2f} GiB.")
-    harness.begin(options.out)
+    harness.begin()
     rows: list[dict[str, Any]] = []
     with harness.writing("memory", rows, options.out, wandb=options.wandb, tiny=options.tiny):
         _measure(options, rows, gpu=gpu)

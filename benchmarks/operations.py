@@ -60,12 +60,8 @@ _GRADIENTS = {"data gradient": [True, False, False], "weight gradient": [False, 
 class Options(script.Output):
     """Time single operations."""
 
-    batch: int | None = None
-    """Images; by default 64 on a GPU and 8 on a CPU."""
     channels: tuple[int, ...] = ()
     """Widths; by default 512 and 768 on a GPU, 128 on a CPU."""
-    side: int = 32
-    """Side of the maps."""
     kernels: tuple[int, ...] = (3, 5, 7, 9)
     """Sides of the depthwise kernels, odd."""
     dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] | None = None
@@ -334,7 +330,7 @@ def main(options: Options) -> None:
     even = [kernel for kernel in options.kernels if kernel % 2 == 0]
     if even:
         raise UserError(f"--kernels {even[0]}: an even kernel changes the map's size; take odd ones.")
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
@@ -348,15 +344,16 @@ def main(options: Options) -> None:
         keep_memory()
     dtypes = options.dtypes or (("bf16", "fp16") if gpu else ("fp32",))
     widths = options.channels or ((512, 768) if gpu else (128,))
-    shapes = [Shape(options.batch or (64 if gpu else 8), channels, options.side) for channels in widths]
+    shapes = [Shape(64 if gpu else 8, channels, 32) for channels in widths]
     if options.tiny:
         shapes = [Shape(4, 32, 16)]
     numbers = [numbers_of(precision, device.type) for precision in dtypes]
-    harness.say("ceilings …")
-    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
-    rows = ceilings.rows()
-    harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
+    rows: list[dict[str, Any]] = []
     with harness.writing("operations", rows, options.out, wandb=options.wandb, tiny=options.tiny):
+        harness.say("ceilings …")
+        ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
+        rows += ceilings.rows()
+        harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
         for precision, shape in product(dtypes, shapes):
             found = race(shape, precision, options, ceilings, Clock(device, queued=True))
             columns.show(f"{shape}, {precision}", [row for row in found if row["kind"] == "operation"])

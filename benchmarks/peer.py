@@ -15,11 +15,14 @@ class Peer(ABC):
     """Batches of images, for ever."""
 
     name: ClassVar[str]
-    #: Batches that each worker may have made before anybody asks, as `DataLoader` has it by default.
-    prefetch: ClassVar[int] = 2
+    #: Which of `workers` and `prefetch` it heeds.
+    options: ClassVar[tuple[str, ...]] = ("workers", "prefetch")
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.prefetch = task.prefetch or 2
+        """Batches that each worker, or a pipeline's last stage, may have made before anybody asks: two is the default
+        of `DataLoader` and of DALI."""
         self.files = [task.files[id_] for id_ in task.ids]
 
     @classmethod

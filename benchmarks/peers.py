@@ -4,7 +4,8 @@ Each peer does the whole work: read the JPEG, decode it, a random window of the 
 with colour a random turn, scale and jitter, and normalisation, to float32 batches (b, 3, h, w) in the main process,
 shuffled, epoch after epoch. Windows and turns come from the peer's own random numbers, in its own documented way. The
 window is cut before it is turned, which is the least work: the corners get black, where fastddr's loaders show what is
-there. Number of workers and batch are the same for all, and prefetch is what each has by default, two batches.
+there. Number of workers and batch are the same for all, and prefetch is what each has by default, two batches, where
+no option says otherwise.
 
 `pip install -e ".[peers]"` installs what can be had from the registry. FFCV is not here: it installs from source only,
 against OpenCV's and libturbojpeg's headers, and reads a file of its own form instead of photographs. Nor is SPDL's own
@@ -245,6 +246,7 @@ class TorchvisionGpu(Peer):
     """
 
     name = "torchvision-gpu"
+    options = ("workers",)  # each reads one batch ahead
 
     @classmethod
     def missing(cls, task: Task) -> str | None:

@@ -128,11 +128,16 @@ def main(options: Options) -> None:
     Raises:
         UserError: too few rounds, or a run that the plain loop cannot follow.
     """
-    harness.begin(options.out, options.rounds)
-    [(kind, root)] = sources.roots(options.data, ("95-420",), None, 512)
-    found = photos.find([str(root)]).paths
-    files = found[:: max(1, len(found) // options.photographs)][: options.photographs]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    harness.begin(options.rounds)
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, list[float]] = {}
+    with (
+        harness.writing("predict", rows, options.out, wandb=options.wandb),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
+        [(kind, root)] = sources.roots(options.data, ("95-420",), None)
+        found = photos.find([str(root)]).paths
+        files = found[:: max(1, len(found) // options.photographs)][: options.photographs]
         run = options.run or trained(Path(folder))
         device = torch.device("cpu" if on_cpu() else "cuda")
         restored = restore.restore(run, restore.settings(flags.Scoring(run=run)), "best", device, lambda line: None)
@@ -144,18 +149,23 @@ def main(options: Options) -> None:
             trials[f"plain loop, {_batches(size)}"] = plain(model, config, files, size)
         for turn in trials.values():  # once before it counts: caches, buffers, DALI's pools
             turn()
-        speeds = harness.interleaved(trials, options.rounds, lambda k: harness.say(f"  round {k} of {options.rounds}"))
-    about: dict[str, Any] = {
-        "photographs": kind, "graded": len(files), "model": config.model, "image_size": config.image_size,
-        "canvas": config.canvas, "threads": available_cores(), "device": device.type,
-    }  # fmt: skip
-    rows = [{"name": name, **about, **harness.spread(values), "unit": "images/s"} for name, values in speeds.items()]
-    for size in options.batch_sizes:
-        ours_, other = (f"{way}, {_batches(size)}" for way in ("fastddr predict", "plain loop"))
-        ratio = harness.ratio(speeds[ours_], speeds[other])
-        rows.append({"name": f"{ours_} / plain loop", "kind": "ratio", **about, **ratio, "unit": "×"})
-    harness.show("Grading photographs", rows)
-    harness.say(f"written to {harness.write('predict', rows, options.out, wandb=options.wandb)}")
+        about: dict[str, Any] = {
+            "photographs": kind, "graded": len(files), "model": config.model, "image_size": config.image_size,
+            "canvas": config.canvas, "threads": available_cores(), "device": device.type,
+        }  # fmt: skip
+        try:
+            harness.interleaved(
+                trials, options.rounds, lambda k: harness.say(f"  round {k} of {options.rounds}"), found=speeds
+            )
+        finally:
+            # Also where it is stopped; else all rounds are whole.
+            for name, values in harness.whole_rounds(speeds).items():
+                rows.append({"name": name, **about, **harness.spread(values), "unit": "images/s"})
+        for size in options.batch_sizes:
+            ours_, other = (f"{way}, {_batches(size)}" for way in ("fastddr predict", "plain loop"))
+            ratio = harness.ratio(speeds[ours_], speeds[other])
+            rows.append({"name": f"{ours_} / plain loop", "kind": "ratio", **about, **ratio, "unit": "×"})
+        harness.show("Grading photographs", rows)
 
 
 def _batches(size: int) -> str:

@@ -34,6 +34,21 @@ class Options(script.Output):
     """How many runs."""
 
 
+def timed(seed: int, found: dict[str, list[float]]) -> None:
+    """Run the command once, and put what it took and what its model came to behind the figures of earlier seeds."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "fastddr" / "train.py")]
+        environment = os.environ | {"FASTDDR_CACHE": f"{folder}/cache", "WANDB_MODE": "offline"}
+        began = time.perf_counter()
+        arguments = ["--seed", str(seed), "--run-dir", "run"]
+        subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        found.setdefault("whole command", []).append(time.perf_counter() - began)
+        figures = json.loads(Path(folder, "run/report/metrics.json").read_text())
+        for split in ("valid", "test"):
+            for key in ("qwk", "accuracy"):
+                found.setdefault(f"{split} {key}", []).append(figures[split][key])
+
+
 def main(options: Options) -> None:
     """Run, print and write.
 
@@ -43,28 +58,18 @@ def main(options: Options) -> None:
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: give it at least 1 run.")
     found: dict[str, list[float]] = {}
-    seeds = list(range(options.seeds))
-    harness.begin(options.out)
-    for seed in seeds:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "fastddr" / "train.py")]
-            environment = os.environ | {"FASTDDR_CACHE": f"{folder}/cache", "WANDB_MODE": "offline"}
-            began = time.perf_counter()
-            arguments = ["--seed", str(seed), "--run-dir", "run"]
-            subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-            found.setdefault("whole command", []).append(time.perf_counter() - began)
-            figures = json.loads(Path(folder, "run/report/metrics.json").read_text())
-            for split in ("valid", "test"):
-                for key in ("qwk", "accuracy"):
-                    found.setdefault(f"{split} {key}", []).append(figures[split][key])
-        harness.say(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3g}" for name, values in found.items()))
-    rows: list[dict[str, Any]] = [
-        {"name": name, "preset": "quickstart", "seeds": seeds, **harness.spread(values)}
-        | {"unit": "s" if name == "whole command" else ""}
-        for name, values in found.items()
-    ]
-    harness.show("The quickstart, synthetic set included", rows)
-    harness.say(f"written to {harness.write('quickstart', rows, options.out, wandb=options.wandb)}")
+    harness.begin()
+    rows: list[dict[str, Any]] = []
+    with harness.writing("quickstart", rows, options.out, wandb=options.wandb):
+        for seed in range(options.seeds):
+            timed(seed, found)
+            rows[:] = [
+                {"name": name, "preset": "quickstart", "seeds": list(range(seed + 1)), **harness.spread(values)}
+                | {"unit": "s" if name == "whole command" else ""}
+                for name, values in found.items()
+            ]
+            harness.say(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3g}" for name, values in found.items()))
+        harness.show("The quickstart, synthetic set included", rows)
 
 
 if __name__ == "__main__":

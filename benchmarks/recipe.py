@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import sources
 import torch
 
 from fastddr.config import Config
-from fastddr.data import manifest
 from fastddr.data.grades import UNGRADABLE
 from fastddr.ranks import available_cores
 
@@ -119,7 +119,7 @@ def class_folders(root: Path, target: Path, length: int) -> int:
     `length` is the least number of training photographs: the list is repeated, each link a photograph of its own.
     0 = as it is.
     """
-    found = manifest.read(root)
+    found = sources.read(root)
     files = found.files()
     sizes = {}
     for split in ("train", "valid", "test"):

@@ -197,10 +197,12 @@ def main(options: Options) -> int:
     name = "quick" if options.quick else Path(options.data).name
     folder = options.folder or Path("runs") / f"report-{name}"
     need_test(options, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    harness.begin(options.out)
-    arms, rows, failed = story.of(options.arms), [], dict[str, str]()
-    with whole.ending():
+    harness.check_folder(folder, "--folder")
+    harness.begin()
+    arms, failed = story.of(options.arms), dict[str, str]()
+    record: list[dict[str, Any]] = []
+    out = options.out or (folder / "report.json" if options.quick else None)
+    with harness.writing("report", record, out, wandb=options.wandb):
         if options.weights == "synthetic" and any(arm.pretrained for arm in arms):
             harness.say(f"pretraining: a ConvMixer on a second synthetic set, into {folder / 'pretraining'}")
             if wrong := pretrain(options, folder):
@@ -208,19 +210,16 @@ def main(options: Options) -> int:
         for arm in arms:
             wrong = whole.train(folder / arm.key, flags(arm, options, folder))
             if wrong is None:
-                rows.append(account(arm, options, folder))
+                record.append(account(arm, options, folder))
                 harness.say(
-                    f"{arm.key}: test {rows[-1]['median']:.1f} %, QWK {accounts.or_dash(rows[-1]['test']['qwk'])}"
+                    f"{arm.key}: test {record[-1]['median']:.1f} %, QWK {accounts.or_dash(record[-1]['test']['qwk'])}"
                 )
             else:
                 failed[arm.name] = wrong
+                record.append({"name": arm.name, "failed": wrong})
                 harness.say(f"{arm.key}: not trained: {wrong}")
-    if not rows:
-        return 1
-    harness.say(written(rows, failed, folder))
-    out = options.out or (folder / "report.json" if options.quick else None)
-    record = [*rows, *({"name": name, "failed": wrong} for name, wrong in failed.items())]
-    harness.say(f"written to {folder / 'report.md'} and {harness.write('report', record, out, wandb=options.wandb)}")
+    harness.say(written([row for row in record if "failed" not in row], failed, folder))
+    harness.say(f"written to {folder / 'report.md'}")
     return int(bool(failed))
 
 

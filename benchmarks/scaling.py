@@ -144,7 +144,7 @@ def main(options: Options) -> None:
         harness.show("Scaling on paper", worked)
     else:
         wanted, worked, part = job(options), [], None
-        harness.begin(options.out, options.rounds)
+        harness.begin(options.rounds)
     with harness.writing("scaling", worked, options.out, part=part, wandb=options.wandb):
         if not options.paper:
             worked += rows(wanted, measured(wanted))

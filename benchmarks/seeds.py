@@ -105,25 +105,28 @@ def main(options: Options) -> None:
     """
     ranks = numbers(options)
     cli.parse(common(options), "--flags")
-    harness.begin(options.out)
+    harness.begin()
     found: dict[int, list[Mapping[str, Any]]] = {count: [] for count in ranks}
-    with whole.ending():
-        for seed, count in itertools.product(options.seeds, ranks):
-            run = options.folder / f"ranks{count}-seed{seed}"
-            wrong = whole.train(run, [*common(options), "--seed", str(seed)], ranks=count)
-            if wrong is not None:
-                raise UserError(f"{run} could not be trained: {wrong}")
-            figures = whole.figures(run)
-            valid = figures.get("valid_last") or figures["valid"]
-            # Where kappa is not defined, nothing was learnt.
-            found[count].append({**valid, "qwk": valid["qwk"] or 0.0})
-            said = ", ".join(f"{name} {found[count][-1][key]:.4f}" for key, name in COMPARED.items())
-            harness.say(f"{count} rank(s), seed {seed}: {said} on valid")
-    rows = [row(count, options.seeds, found[count]) for count in ranks]
+    rows: list[dict[str, Any]] = []
     about = {"preset": options.preset, "flags": options.flags}
-    rows = [{**rows[0], **about}, *({**compared(one, rows[0]), **about} for one in rows[1:])]
-    harness.say(f"{accounts.ranks(rows)}\n\n{accounts.between_ranks(rows)}")
-    harness.say(f"written to {harness.write('seeds', rows, options.out, wandb=options.wandb)}")
+    with harness.writing("seeds", rows, options.out, wandb=options.wandb):
+        for number, seed in enumerate(options.seeds, 1):
+            for count in ranks:
+                run = options.folder / f"ranks{count}-seed{seed}"
+                wrong = whole.train(run, [*common(options), "--seed", str(seed)], ranks=count)
+                if wrong is not None:
+                    raise UserError(f"{run} could not be trained: {wrong}")
+                figures = whole.figures(run)
+                valid = figures.get("valid_last") or figures["valid"]
+                # Where kappa is not defined, nothing was learnt.
+                found[count].append({**valid, "qwk": valid["qwk"] or 0.0})
+                said = ", ".join(f"{name} {found[count][-1][key]:.4f}" for key, name in COMPARED.items())
+                harness.say(f"{count} rank(s), seed {seed}: {said} on valid")
+            # As of a race: so many tell something, should it be stopped.
+            if number >= harness.LEAST_ROUNDS:
+                base, *others = (row(count, options.seeds[:number], found[count]) for count in ranks)
+                rows[:] = [{**base, **about}, *({**compared(one, base), **about} for one in others)]
+        harness.say(f"{accounts.ranks(rows)}\n\n{accounts.between_ranks(rows)}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from fastddr.data import synthetic
+from fastddr.data import manifest, problems, survey, synthetic
+from fastddr.data.manifest import Manifest
 from fastddr.errors import UserError
+from fastddr.loaders import capacity
 from fastddr.progress import EpochBar
 from fastddr.ranks import available_cores
 
@@ -21,16 +23,45 @@ from fastddr.ranks import available_cores
 NAMES = {"95-420": "synthetic, quality 95, 4:2:0", "100-444": "synthetic, quality 100, 4:4:4"}
 
 
-def roots(data: Path | None, encodings: Sequence[str], photographs: int | None, size: int) -> list[tuple[str, Path]]:
+def roots(data: Path | None, encodings: Sequence[str], photographs: int | None) -> list[tuple[str, Path]]:
     """(Name, folder) of each kind of photographs; synthetic ones are made where they are not there yet."""
     if data is not None:
         return [(data.resolve().name, data)]
     counts = synthetic.ddr_counts(photographs) if photographs else synthetic.DEFAULT_COUNTS
     console, total = Console(soft_wrap=True), sum(map(sum, counts.values()))
     with EpochBar(console, "making the synthetic photographs, once", total) as bar:
-        root = synthetic.ensure(counts, size, on_progress=lambda done, _: bar.update(done))
+        root = synthetic.ensure(counts, on_progress=lambda done, _: bar.update(done))
     # The generator's own encoding is 95-420.
     return [(NAMES[name], root if name == "95-420" else full_chroma(root)) for name in encodings]
+
+
+def read(root: Path) -> Manifest:
+    """The manifest of a set.
+
+    Raises:
+        UserError: something in it cannot be used. A benchmark leaves nothing out, so there is no flag for that.
+    """
+    seen = survey.take(root)
+    bad = problems.errors(seen.problems())
+    if bad:
+        more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
+        said = f"{bad[0].sentence(seen.root)}{more}; or measure a set without what is bad"
+        raise UserError(problems.one_line(f"{said}: `fastddr prepare {root} NEW-SET --on-bad exclude` makes one."))
+    return manifest.of(seen)
+
+
+def warm(found: Manifest) -> bool:
+    """Read the photographs once, so that they lie in the page cache, and say so; False where they do not fit there."""
+    console, total = Console(soft_wrap=True), int(found.size.sum())
+    about = f"{len(found)} photographs ({total / 2**20:,.0f} MiB)"
+    if total > capacity.free_ram():
+        console.print(f"{about} are more than the free memory, so loaders also read from the disk.", highlight=False)
+        return False
+    console.print(f"reading {about} once, so that they lie in the page cache", highlight=False)
+    with ThreadPoolExecutor(available_cores()) as threads:
+        for _ in threads.map(lambda file: len(Path(file).read_bytes()), found.files()):
+            pass
+    return True
 
 
 def full_chroma(root: Path) -> Path:

@@ -130,15 +130,27 @@ def heats(options: Options) -> list[list[Variant]]:
 
 
 class Measuring:
-    """The processes that measure, one after the other; `stop` ends the one that is there, and no other begins."""
+    """The processes that measure, one after the other.
+
+    Within it SIGTERM, by which a suite stops its parts, and Ctrl-C end the one that is there, and no other begins.
+    """
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
-        self.stopped = False
+        self.stopped = 0
+        """The signal that stopped it."""
 
-    def stop(self, *_: object) -> None:
-        """For SIGTERM: what was measured until then is kept."""
-        self.stopped = True
+    def __enter__(self) -> Measuring:
+        self._before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, _: object) -> None:
+        """For SIGTERM and Ctrl-C: what was measured until then is kept."""
+        self.stopped = number
         if self.process is not None:
             self.process.kill()
 
@@ -186,16 +198,12 @@ class Measuring:
                 self.process = process
                 if self.stopped:  # just now
                     process.kill()
-                try:
-                    _, said = process.communicate()
-                except BaseException:  # Ctrl-C: it must not outlive this one
-                    process.kill()
-                    raise
+                _, said = process.communicate()
             self.process = None
             lines = records.read_text().splitlines(keepends=True) if records.exists() else []
         # A process that is killed may leave half a line.
         found = [record for line in lines if line.endswith("\n") for record in json.loads(line)]
-        if process.returncode and "Traceback" in said:
+        if process.returncode and "Traceback" in said and not self.stopped:
             sys.stderr.write(said)
         why = (said.strip().splitlines() or ["it said nothing"])[-1].rstrip(".")
         if process.returncode < 0:
@@ -317,33 +325,33 @@ def main(options: Options) -> None:
     options = options.filled(gpu=gpu)
     for model in options.models:
         networks.check(model)
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     threads = options.threads or available_cores()
     torch.set_num_threads(threads)
     numbers = list(dict.fromkeys(numbers_of(precision, device.type) for precision in options.precisions))
-    ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
-    rows = ceilings.rows()
-    harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
-    measuring = Measuring()
-    # As when the time is up; a suite stops its parts in this way.
-    signal.signal(signal.SIGTERM, measuring.stop)
-    for precision, batch_size, image_size in product(options.precisions, options.batch_sizes, options.image_sizes):
-        job = Job(
-            precision, batch_size, image_size, heats(options), Variant(options.models[0], "eager", "NCHW"),
-            options.optimizer, options.rounds, options.steps, threads, until, "",
-        )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with harness.writing("step", rows, options.out, wandb=options.wandb, tiny=options.tiny):
+        ceilings = measure(device, numbers, options.rounds, threads, tiny=options.tiny)
+        rows += ceilings.rows()
+        harness.show(f"Ceilings of {harness.hardware_name(harness.machine())}", rows)
+        with Measuring() as measuring:
+            for precision, batch_size, image_size in product(
+                options.precisions, options.batch_sizes, options.image_sizes
+            ):
+                job = Job(
+                    precision, batch_size, image_size, heats(options), Variant(options.models[0], "eager", "NCHW"),
+                    options.optimizer, options.rounds, options.steps, threads, until, "",
+                )  # fmt: skip
+                if measuring.stopped:
+                    harness.say(f"{about(job)} is left out: the benchmark was stopped.")
+                    continue
+                harness.say(f"{about(job)} …")
+                found = rows_of(job, measuring(job), ceilings)
+                report(job, found)
+                rows += found
         if measuring.stopped:
-            harness.say(f"{about(job)} is left out: the benchmark was stopped.")
-            continue
-        harness.say(f"{about(job)} …")
-        found = rows_of(job, measuring(job), ceilings)
-        report(job, found)
-        rows += found
-    out = harness.write(
-        "step", rows, options.out, wandb=options.wandb, complete=not measuring.stopped, tiny=options.tiny
-    )
-    harness.say(f"written to {out}")
+            sys.exit(128 + measuring.stopped)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def main(options: Options) -> int:
     if options.minutes <= 0:
         raise UserError(f"--minutes {options.minutes:g}: give it some time, ten are enough for most machines.")
     folder = options.out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
+    harness.check_folder(folder)
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
     say(f"{harness.hardware_name(record['environment']['machine'])}, into {folder}")
     ends = time.perf_counter() + 60 * options.minutes

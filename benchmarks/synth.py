@@ -5,8 +5,8 @@
 
 Each round makes the set in a temporary folder, as `fastddr synth` does, once on all cores and once on one; the first
 round warms up and is not counted. A rate is for all from no folder to the finished set: the start of the worker
-processes is in it. The set has DDR's proportions of grades, or with `--counts quickstart` those of the quickstart's,
-in which more eyes are ill; these take longer.
+processes is in it. The set has DDR's proportions of grades: where more eyes are ill, photographs take
+longer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import script
 
@@ -32,20 +32,8 @@ class Options(script.Output):
     """How many a round makes on all cores; on one core, that by the number of cores."""
     size: int = 512
     """Side of the photographs in pixels."""
-    counts: Literal["ddr", "quickstart"] = "ddr"
-    """Proportions of the grades: DDR's, or the flatter ones of the quickstart's set."""
     rounds: int = 7
     """Counted rounds."""
-
-
-def _counts(proportions: str, total: int) -> dict[str, tuple[int, ...]]:
-    if proportions == "ddr":
-        return synthetic.ddr_counts(total)
-    whole = sum(map(sum, synthetic.DEFAULT_COUNTS.values()))
-    return {
-        split: tuple(max(round(n * total / whole), 1) for n in numbers)
-        for split, numbers in synthetic.DEFAULT_COUNTS.items()
-    }
 
 
 class Trial:
@@ -53,7 +41,7 @@ class Trial:
 
     def __init__(self, options: Options, workers: int, total: int) -> None:
         self.size, self.workers = options.size, workers
-        self.counts = _counts(options.counts, total)
+        self.counts = synthetic.ddr_counts(total)
 
     def __call__(self) -> float:
         """Photographs a second."""
@@ -74,30 +62,36 @@ def main(options: Options) -> None:
 
     from fastddr.ranks import available_cores
 
-    harness.begin(options.out, options.rounds)
+    harness.begin(options.rounds)
     cores = available_cores()
     trials = {f"{cores} cores": Trial(options, cores, options.photographs)} if cores > 1 else {}
     trials["1 core"] = Trial(options, 1, max(options.photographs // cores, 36))
     harness.say(f"{options.photographs} photographs of {options.size}², {cores} cores; {options.rounds} rounds …")
-    harness.interleaved(trials, rounds=1)
-    speeds = harness.interleaved(trials, options.rounds)
-    what = {"size": options.size, "counts": options.counts, "quality": 95, "version": synthetic.VERSION}
-    rows: list[dict[str, Any]] = [
-        {
-            "name": label,
-            "workers": trials[label].workers,
-            "photographs": sum(map(sum, trials[label].counts.values())),
-            **what,
-            **harness.spread(values),
-            "unit": "photographs/s",
-        }
-        for label, values in speeds.items()
-    ]
-    if cores > 1:
-        ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
-        rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
-    harness.show(f"Synthetic photographs of {options.size}², {options.counts} proportions", rows)
-    harness.say(f"written to {harness.write('synth', rows, options.out, wandb=options.wandb)}")
+    what = {"size": options.size, "counts": "ddr", "quality": 95, "version": synthetic.VERSION}
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, list[float]] = {}
+    with harness.writing("synth", rows, options.out, wandb=options.wandb):
+        harness.interleaved(trials, rounds=1)
+        try:
+            harness.interleaved(trials, options.rounds, found=speeds)
+        finally:
+            # Also where it is stopped; else all rounds are whole.
+            speeds = harness.whole_rounds(speeds)
+            rows += [
+                {
+                    "name": label,
+                    "workers": trials[label].workers,
+                    "photographs": sum(map(sum, trials[label].counts.values())),
+                    **what,
+                    **harness.spread(values),
+                    "unit": "photographs/s",
+                }
+                for label, values in speeds.items()
+            ]
+        if cores > 1:
+            ratio = harness.ratio(speeds[f"{cores} cores"], speeds["1 core"])
+            rows.append({"name": f"{cores} cores / 1 core", **what, **ratio, "unit": "×"})
+        harness.show(f"Synthetic photographs of {options.size}²", rows)
 
 
 if __name__ == "__main__":

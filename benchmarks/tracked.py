@@ -57,7 +57,7 @@ def keep(record: Mapping[str, Any], result: Path, *, say: Callable[[str], None])
     """Make the run and end it. Online or offline as WANDB_MODE says, else online where there is a login.
 
     Args:
-        record: what `harness.write` wrote.
+        record: what `harness.writing` wrote.
         result: where; its name is the run's.
         say: gets one line: the page of the run, or what to type to upload it, or why there is none.
     """

@@ -37,9 +37,10 @@ from halted import Halted
 from recipe import Case, Epoch, class_folders
 from recipes import Spec, make
 
+from fastddr import sampling
 from fastddr.config import Config, load_preset
 from fastddr.config import check as check_config
-from fastddr.data import manifest
+from fastddr.config.sections import AugmentConfig
 from fastddr.errors import UserError
 from fastddr.ranks import available_cores
 
@@ -260,6 +261,15 @@ def _judged(
     return rows
 
 
+def unequal(specs: Sequence[Spec], augment: AugmentConfig) -> str | None:
+    """What to say where fastddr's loops do more to a photograph than those of others; None where all do the same."""
+    if sampling.only_crops(augment) and sampling.only_normalises(augment):
+        return None
+    if not any(spec.kind == "peer" for spec in specs):
+        return None
+    return f"The loops of others only cut and mirror, which is less work than policy {augment.policy}."
+
+
 def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
     """Tables of one case."""
     title = f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch_size']}, {rows[0]['precision']}"
@@ -279,14 +289,16 @@ def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
 def main(options: Options) -> None:
     """Measure, print and write."""
     say = harness.say
-    if options.target_qwk and len(options.seeds) < 5:
+    if options.target_qwk and len(set(options.seeds)) < 5:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: an interval wants at least 5.")
+    if options.target_qwk and options.seconds is not None:
+        raise UserError("--seconds ends no race to a kappa, in which every seed counts; leave it out, or --target-qwk.")
     gpu = torch.cuda.is_available()
     usual = (_GPU_KAPPA if gpu else _CPU_KAPPA) if options.target_qwk else (_GPU if gpu else _CPU)
-    specs = [Spec.parse(text) for text in options.recipes or usual]
+    # One that is named twice is measured once: rows go by the label.
+    specs = list({spec.label: spec for spec in map(Spec.parse, options.recipes or usual)}.values())
     part = "kappa" if options.target_qwk else None
-    harness.begin(options.out, options.rounds)
-    [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs, 512)
+    harness.begin(options.rounds)
     length = options.length if options.length is not None else 6260 if gpu else 0
     rows: list[dict[str, Any]] = []
     until = None if options.seconds is None else time.monotonic() + options.seconds
@@ -299,15 +311,17 @@ def main(options: Options) -> None:
             rows.extend(done)
             written.save()
 
+        [(photographs, source)] = sources.roots(options.data, ("95-420",), options.photographs)
         root = Path(folder) / "photographs"
         images = class_folders(source, root, length)
-        found = manifest.read(source)
+        found = sources.read(source)
         sides = {int(side) for side in np.minimum(found.width, found.height)}
         side = sides.pop() if len(sides) == 1 else None
         for case, about in cases(options, root, side):
             about = {"photographs": photographs, "epoch": images, **about}
             say(f"{about['model']}, {about['image_size']} of {about['canvas']} px, batch {about['batch_size']}, "
                 f"{about['precision']}: epochs of {images} photographs")  # fmt: skip
+            say(unequal(specs, case.config.augment))
             if not options.target_qwk:
                 done = race(specs, case, about, options.rounds, until, say, keep)
                 rows += done

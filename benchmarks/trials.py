@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,9 +24,14 @@ from fastddr import loaders
 from fastddr.errors import UserError
 from fastddr.loaders import Task, dali_decoder
 
-#: Names of fastddr's own loaders that can be measured.
-OURS = ("dali", "resident", "torchvision", "replay")
+#: fastddr's own loaders that can be measured, and which options each heeds; `Peer.options` has those of others.
+OURS: dict[str, tuple[str, ...]] = {
+    "dali": ("workers", "prefetch"), "resident": ("workers", "store_gib"), "torchvision": ("workers", "prefetch"),
+    "replay": (),
+}  # fmt: skip
 STORES = ("auto", "vram", "ram", "mmap")
+#: How the value of an option is written.
+_VALUES = {"workers": r"\d+", "prefetch": r"[1-9]\d*", "store_gib": r"\d+(\.\d+)?"}
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,20 @@ class Spec:
         """From `NAME[:OPTION[,OPTION]]`, an option being `key=value` or a kind of store.
 
         Raises:
-            UserError: there is no such loader or option.
+            UserError: there is no such loader, or it has no such option.
         """
         name, given = script.named("--loaders", text, (*OURS, *PEERS))
+        known = OURS[name] if name in OURS else PEERS[name].options
         options = {}
         for key, value in given.items():
             if name == "resident" and key in STORES and not value:
                 options["store"] = key
-                continue
-            if key not in ("workers", "prefetch", "store_gib") or not value.replace(".", "", 1).isdigit():
-                raise UserError(f"--loaders {text}: options are workers=N, prefetch=N, store_gib=X and, of resident, "
-                                f"{', '.join(STORES)}.")  # fmt: skip
-            options[key] = value
+            elif key in known and re.fullmatch(_VALUES[key], value):
+                options[key] = value
+            else:
+                raise UserError(f"--loaders {text}: {_offered(name, known)}.")
+        if "prefetch" in options and options.get("workers") == "0":
+            raise UserError(f"--loaders {text}: without workers nothing is made ahead; leave prefetch out.")
         return cls(name, options)
 
     @property
@@ -80,6 +88,14 @@ class Spec:
         if self.name == "dali" and not dali_decoder.installed():
             return "NVIDIA DALI is not installed; see the README"
         return None
+
+
+def _offered(name: str, known: Sequence[str]) -> str:
+    """The options of a loader, for whoever gave another."""
+    if not known:
+        return f"{name} has no options"
+    forms = [f"{key}={'X' if key == 'store_gib' else 'N'}" for key in known]
+    return f"options of {name} are {', '.join([*forms, *(STORES if name == 'resident' else ())])}; N is a whole number"
 
 
 class Turn(NamedTuple):
@@ -121,7 +137,7 @@ class _Source:
         self.loader: Any = None if self.peer is not None else loaders.build(spec.name, task)
         self.stream: Generator[int, None, None] | None = None
         # Batches that may be ready when a turn begins, and one more; and those that workers bring all at once.
-        self.ready, self.burst = max(2 * task.threads, 4) + 1, max(task.threads, 1)
+        self.ready, self.burst = max((task.prefetch or 2) * task.threads, 4) + 1, max(task.threads, 1)
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self.task.device)[0] if self.gpu else 0

@@ -7,12 +7,11 @@ started again. How long it took is known only of a run that one start brought to
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,6 @@ ROOT = Path(__file__).parents[1]
 _MEMORY = ("memory/peak_allocated_gib", "memory/peak_rss_gib")
 #: In a run's folder: how long it took, where one start brought it to its end.
 _CLOCK = "seconds.json"
-
-
-@contextmanager
-def ending() -> Iterator[None]:
-    """Within it SIGTERM is an exception, so that a run which is under way is told to save and to end."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def launcher(ranks: int) -> list[str]:

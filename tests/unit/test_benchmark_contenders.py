@@ -175,9 +175,55 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
 
     monkeypatch.setattr(loader, "Trial", Stopped)
     monkeypatch.setattr(dali_decoder, "installed", lambda: True)
+    kept: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        assert len(panel.trials) == 2
+        assert not any(trial.closed for trial in panel.trials.values()), "they may need longer than a suite waits"
+        kept.extend(panel.rows)
+
     with pytest.raises(SystemExit):
-        loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")])
-    assert {row["name"]: row["n"] for row in panel.rows} == {"dali": 3, "replay": 3}
+        loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")], keep)
+    assert {row["name"]: row["n"] for row in kept} == {"dali": 3, "replay": 3}
+
+
+def test_what_is_named_twice_is_measured_once(load: Any, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A second one of the same label would take the first one's place, which nobody would end."""
+    loader, train, measured = load("loader"), load("train"), []
+
+    class Enough(Exception):
+        pass
+
+    def stop(specs: Any) -> None:
+        measured.append([spec.label for spec in specs])
+        raise Enough
+
+    monkeypatch.setattr(loader, "measure", lambda panel, specs, keep: stop(specs))
+    monkeypatch.setattr(train, "race", lambda specs, *_: stop(specs))
+    monkeypatch.setattr(load("harness"), "begin", lambda *_: None)
+    out = tmp_path / "r.json"
+    with pytest.raises(Enough):
+        loader.main(loader.Options(data=tiny, out=out, loaders=("dali", "torch-pil", "dali", "torch-pil:")))
+    with pytest.raises(Enough):
+        train.main(train.Options(data=tiny, out=out, recipes=("fastddr", "report", "fastddr")))
+    assert measured == [["dali", "torch-pil"], ["fastddr", "report"]]
+
+
+def test_a_race_to_a_kappa_refuses_what_it_would_pass_over(load: Any, tmp_path: Path) -> None:
+    train = load("train")
+    for wrong in ({"seconds": 60.0}, {"seeds": (0, 0, 0, 0, 0)}):
+        with pytest.raises(UserError, match=f"^--{next(iter(wrong))} "):
+            train.main(train.Options(target_qwk=(0.5,), out=tmp_path / "r.json", **wrong))
+
+
+def test_it_is_said_where_fastddr_does_more_to_a_photograph_than_the_loops_of_others(load: Any) -> None:
+    from fastddr.config.sections import POLICIES
+
+    train, parse = load("train"), load("recipes").Spec.parse
+    both = [parse("fastddr"), parse("report")]
+    assert "less work than policy fundus" in train.unequal(both, POLICIES["fundus"])
+    assert train.unequal(both, POLICIES["report"]) is None
+    assert train.unequal(both[:1], POLICIES["fundus"]) is None
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("its process\nhas died"), UserError("OSError: no cache.")])

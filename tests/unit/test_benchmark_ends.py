@@ -59,13 +59,56 @@ def test_where_a_result_cannot_be_written_nothing_is_measured(load: Any, tmp_pat
     for out, said in (
         (tmp_path, "is a folder"),
         (tmp_path / "r.txt", r"ends in \.json"),
-        (tmp_path / "file" / "r.json", "cannot be written"),
+        (tmp_path / "file" / "r.json", "cannot be written to: it is a file; give another --out"),
     ):
         with pytest.raises(UserError, match=said), harness.writing("x", [], out):
             pytest.fail("it was begun")
-        with pytest.raises(UserError, match=said):
-            harness.begin(out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ablation", "answers", "cards", "data", "operations", "predict", "quickstart", "report", "seeds", "step",
+             "synth"],
+)  # fmt: skip
+def test_the_default_place_is_looked_at_before_anything_is_measured(
+    name: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout of somebody else's, for one."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(load("harness"), "place", lambda *_, **__: tmp_path / "file" / "r.json")
+    monkeypatch.setattr(load("harness"), "begin", lambda *_: None)
+    module = load(name)
+    given = {"ablation": {"folder": tmp_path}, "report": {"folder": tmp_path}, "seeds": {"ranks": (1, 2)}}
+    with pytest.raises(UserError, match="cannot be written to: it is a file; give another --out"):
+        module.main(module.Options(**given.get(name, {})))
+
+
+@pytest.mark.parametrize(("name", "flag"), [("ablation", "folder"), ("report", "folder"), ("suite", "out")])
+def test_a_folder_that_cannot_be_written_to_is_told(name: str, flag: str, load: Any, tmp_path: Path) -> None:
+    file, module = tmp_path / "file", load(name)
+    file.touch()
+    with pytest.raises(UserError, match=f"^{file} cannot be written to: it is a file; give another --{flag}"):
+        module.main(module.Options(**{flag: file}))
+
+
+def test_rounds_before_a_stop_are_kept(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = load("answers"), []
+
+    def seconds(*_: Any) -> float:
+        asked.append(1)
+        if len(asked) == 11:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(answers, "seconds", seconds)
+    monkeypatch.setattr(load("harness"), "begin", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        answers.main(answers.Options(out=tmp_path / "r.json"), {"small": (("--vram", "8"), 20.0)})
+    record = json.loads((tmp_path / "r-incomplete.json").read_text())
+    assert {row["name"]: row["n"] for row in record["rows"]} == dict.fromkeys(
+        ("help of predict", "small", "small, again"), 3
+    )
+    assert not record["complete"]
 
 
 def test_where_too_few_runs_are_asked_for_nothing_is_written(load: Any, tmp_path: Path) -> None:
@@ -91,10 +134,8 @@ def test_a_rehearsal_is_not_published(load: Any, tmp_path: Path, monkeypatch: py
     row = {"name": "a", "kind": "step", **harness.spread([1.0] * 5), "unit": "s"}
     with harness.writing("memory", [row], None, tiny=True) as written:
         pass
-    also = harness.write("step", [row], None, tiny=True)
-    for path in (written.path, also):
-        assert path.parent == Path("runs") / "benchmarks"
-        assert path.exists()
+    assert written.path.parent == Path("runs") / "benchmarks"
+    assert written.path.exists()
 
 
 def test_a_trial_that_fails_is_left_out_of_the_rounds(load: Any) -> None:

@@ -324,26 +324,28 @@ def test_an_error_of_cuda_ends_the_process_but_not_one_of_memory(
 
 #: Ends the benchmark after the first heat.
 STOPS = """
-import json, os, signal, sys, time
+import json, os, sys, time
 job = json.load(open(sys.argv[1]))
 record = {"heat": 0, "variant": job["heats"][0][0], "rates": [1.0] * 5, "flop": 1, "parameters": 1, "mixer": None}
 open(job["records"], "a").write(json.dumps([record]) + "\\n")
-os.kill(os.getppid(), signal.SIGTERM)
+os.kill(os.getppid(), %d)
 time.sleep(600)
 """
 
 
-def test_what_was_measured_before_a_stop_is_kept(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_before_a_stop_is_kept(
+    number: signal.Signals, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step, variants = load("step"), load("variants")
     heats = [[variants.Variant(model, "eager", "NCHW")] for model in ("cnn", "resnet")]
     measuring = step.Measuring()
-    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", STOPS))
-    before = signal.signal(signal.SIGTERM, measuring.stop)
-    try:
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", STOPS % number))
+    before = signal.getsignal(number)
+    with measuring:
         records = measuring(a_job(variants, heats))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert measuring.stopped
+    assert signal.getsignal(number) == before
+    assert measuring.stopped == number
     assert [record.get("failed") for record in records] == [None, "the benchmark was stopped"]
 
 

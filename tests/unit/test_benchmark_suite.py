@@ -289,7 +289,7 @@ def test_ways_to_decode(load: Any, gpu: bool, tmp_path: Path, monkeypatch: pytes
     trials: list[str] = []
     monkeypatch.setattr(load("sources"), "roots", roots)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(load("harness"), "begin", lambda out: None)
+    monkeypatch.setattr(load("harness"), "begin", lambda: None)
     monkeypatch.setattr(load("harness"), "machine", lambda: MACHINE)
     monkeypatch.setattr(load("conditions"), "take", lambda before: {})
     monkeypatch.setattr(load("conditions"), "sentence", lambda *_: None)

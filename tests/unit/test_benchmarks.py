@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pydoc
+import shutil
 import subprocess
 import sys
 import weakref
@@ -112,6 +114,70 @@ def test_names_and_options_of_loaders(load: Any, found: Manifest) -> None:
     for wrong in ("dolly", "dali:mmap", "torchvision:workers=many", "resident:disk"):
         with pytest.raises(UserError, match=wrong.partition(":")[0]):
             spec.parse(wrong)
+    # What a loader would pass over, its label must not claim.
+    for wrong in ("dali:store_gib=4", "torch-pil:store_gib=1", "replay:workers=3", "resident:prefetch=4",
+                  "torchvision-gpu:prefetch=4", "dali:workers=1.5", "dali:workers=²", "torch-pil:prefetch=0",
+                  "torch-pil:workers=0,prefetch=4"):  # fmt: skip
+        with pytest.raises(UserError, match=f"^--loaders {wrong}: "):
+            spec.parse(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+def test_peers_work_as_far_ahead_as_they_are_told(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers, spec = load("peers").PEERS, load("trials").Spec
+    files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
+    wanted = task(files=files, widths=np.full(8, 80), heights=np.full(8, 80), threads=1)
+    for name, owner, method, setting in (
+        ("torch-pil", "torch.utils.data.DataLoader", "__init__", "prefetch_factor"),
+        ("spdl-decode-jpeg", "spdl.pipeline.PipelineBuilder", "add_sink", 0),
+        ("dali-plain", "nvidia.dali.Pipeline", "__init__", "prefetch_queue_depth"),
+    ):
+        if peers[name].missing(wanted) is not None:
+            continue
+        given: list[int] = []
+        real = getattr(pydoc.locate(owner), method)
+
+        def seen(self: Any, *plain: Any, real: Any = real, at: Any = setting, to: Any = given, **named: Any) -> Any:
+            to.append(plain[at] if isinstance(at, int) else named[at])
+            return real(self, *plain, **named)
+
+        monkeypatch.setattr(f"{owner}.{method}", seen)
+        threads = torch.get_num_threads()
+        for text in (name, f"{name}:prefetch=4"):
+            peer = peers[name](spec.parse(text).task(wanted))
+            next(peer.batches())
+            peer.close()
+        torch.set_num_threads(threads)
+        assert given == [2, 4], name
+
+
+def test_photographs_are_read_before_loaders_where_memory_holds_them(
+    load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources, read = load("sources"), []
+    found = sources.read(tiny)
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(str(path)) or whole(path))
+    size = int(found.size.sum())
+    monkeypatch.setattr(sources.capacity, "free_ram", lambda: size)
+    assert sources.warm(found)
+    assert sorted(read) == sorted(found.files())
+    assert f"reading {len(read)} photographs (" in capsys.readouterr().out
+    read.clear()
+    monkeypatch.setattr(sources.capacity, "free_ram", lambda: size - 1)
+    assert not sources.warm(found)
+    assert read == []
+    assert "are more than the free memory" in capsys.readouterr().out
+
+
+def test_a_bad_photograph_ends_a_benchmark_with_advice_that_it_can_take(load: Any, tiny: Path, tmp_path: Path) -> None:
+    bad = shutil.copytree(tiny, tmp_path / "bad")
+    first = next(bad.rglob("*.jpg"))
+    first.write_bytes(b"no JPEG")
+    with pytest.raises(UserError, match=r"measure a set without what is bad: `fastddr prepare .*") as told:
+        load("sources").read(bad)
+    assert str(first) in str(told.value)
+    assert len(load("sources").read(tiny)) > 0
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")

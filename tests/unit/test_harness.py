@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,9 +61,9 @@ def test_conditions_are_stored_before_and_after(
     assert began["others_cpu_share"] == 0.5
     assert (began["disturbed"], began["gpus"]) == (True, None)
     taking(monkeypatch, conditions, 0.02)
-    record = json.loads(harness.write("some", ROWS, tmp_path / "r.json").read_text())
+    record = json.loads(write(harness, ROWS, tmp_path / "r.json").read_text())
     said = capsys.readouterr().out
-    assert said.count("\n") == 1
+    assert said.count("\n") == 2, "and where the result lies"
     wanted = "the machine is busy (other processes take 50 % of the cores): measure again on an idle one."
     assert f"Before the measurement {wanted}" in said
     assert record["conditions"]["before"] == began
@@ -72,9 +73,18 @@ def test_conditions_are_stored_before_and_after(
 
 
 def test_a_result_is_written_without_begin(harness: Any, tmp_path: Path) -> None:
-    record = json.loads(harness.write("some", ROWS, tmp_path / "r.json").read_text())
+    record = json.loads(write(harness, ROWS, tmp_path / "r.json").read_text())
     assert record["conditions"]["before"] is None
     assert {"benchmark", "machine", "versions", "date", "command", "rows"} <= set(record)
+
+
+def write(harness: Any, rows: list[dict[str, Any]], out: Path, *, complete: bool = True, **more: Any) -> Path:
+    """Where the result lies of a benchmark that ended with these rows, or was stopped."""
+    with suppress(KeyboardInterrupt), harness.writing(more.pop("benchmark", "some"), rows, out, **more) as written:
+        if not complete:
+            raise KeyboardInterrupt
+    path: Path = written.path
+    return path
 
 
 CARD = "GPU-11111111-2222-3333-4444-555555555555"
@@ -157,7 +167,7 @@ def test_without_nvidia_smi_it_is_unknown(card: Callable[..., Any], tmp_path: Pa
 def written(harness: Any, out: Path, argv: list[str], monkeypatch: pytest.MonkeyPatch, **more: Any) -> Path:
     """Where a result of one row goes, of a benchmark that was started so."""
     monkeypatch.setattr(sys, "argv", ["benchmarks/train.py", *argv])
-    place: Path = harness.write("train", ROWS[:1], out, **more)
+    place: Path = write(harness, ROWS[:1], out, benchmark="train", **more)
     return place
 
 
@@ -191,7 +201,7 @@ def test_what_is_not_complete_takes_the_place_of_nothing_and_is_gone_once_it_is(
     assert not beside.exists()
     whole = out.read_text()
     assert written(harness, out, command, monkeypatch, complete=False) == beside
-    failed = harness.write("train", [ROWS[3]], out, failures=True)
+    failed = write(harness, [ROWS[3]], out, benchmark="train", failures=True)
     assert (failed, out.read_text()) == (beside, whole), "what has no figure is not published either"
     assert [result.path for result in load("stored").newest(tmp_path)] == [out]
     assert written(harness, tmp_path / "r.json", command, monkeypatch, complete=False).name == "r-incomplete.json"
@@ -283,7 +293,7 @@ def test_an_offline_run_is_read_back(
         return init(**options)
 
     monkeypatch.setattr(wandb, "init", begin)
-    out = harness.write("some", ROWS, offline / "some_2-core-cpu_2026-11-24.json", wandb=True)
+    out = write(harness, ROWS, offline / "some_2-core-cpu_2026-11-24.json", wandb=True)
     wandb.teardown()
     assert (asked["project"], asked["job_type"], asked["group"], asked["name"]) == (
         "fastddr", "benchmark", "some", out.stem
@@ -321,9 +331,10 @@ def test_without_wandb_the_json_is_there(
         monkeypatch.setitem(sys.modules, "wandb", None)
     else:
         monkeypatch.setattr("wandb.init", broken)
-    out = harness.write("some", ROWS, offline / "r.json", wandb=True)
+    out = write(harness, ROWS, offline / "r.json", wandb=True)
     assert json.loads(out.read_text())["rows"] == ROWS
     said = capsys.readouterr().out.strip().splitlines()
+    assert said.pop() == f"written to {out}"
     assert len(said) == 1, said
     why = {"disabled": " by WANDB_MODE", "not installed": "import of wandb halted", "broken": ": no service"}[how]
     assert said[0].startswith("W&B is off")

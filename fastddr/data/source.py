@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastddr import runtime
+from fastddr import ranks
 from fastddr.config import Config
 from fastddr.data import manifest, problems, survey, synthetic
 from fastddr.data.survey import Survey
@@ -40,13 +40,13 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
             )
 
     # Rank 0 goes first: the others then find the synthetic set made and the headers cached.
-    seen = runtime.on_main(take) or take()
+    seen = ranks.on_main(take) or take()
     seen.agree()
     if config.check == "full":
         decode(seen, console)
     # Each machine has a cache of its own; what is known must be the same on all ranks.
     records = seen.records
-    seen.records = runtime.from_main(lambda: records)
+    seen.records = ranks.from_main(lambda: records)
     found = manifest.of(seen, config.on_bad, config.ungradable, trains=trains)
     counted = ", ".join(f"{split} {len(found.ids(split)):,}" for split in manifest.SPLITS if found.has(split))
     what = "gradable photographs" if config.ungradable == "exclude" else "photographs"

@@ -390,7 +390,7 @@ def test_all_ranks_score_the_best_one_of_rank_0(tmp_path: Path, monkeypatch: pyt
         checkpoints.point(run.checkpoints, run.checkpoints / "step-00000001", best=True)
         return made
 
-    monkeypatch.setattr(saving.runtime, "from_main", elsewhere)
+    monkeypatch.setattr(saving.ranks, "from_main", elsewhere)
     found, label = saving.best(run, Progress(step=2, best_step=2), print)
     assert (found.state["progress"]["step"], label) == (2, "best (step 2, epoch 2)")
 

@@ -81,7 +81,7 @@ class Trainer:
         if resumed:
             self.run = run = runs.RunFolder(where, ranks.on_main(lambda: runs.hold(where, self.console.print)))
             ranks.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
-            runs.seen(where)
+            ranks.on_all(lambda: runs.seen(where))
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
             if saving.finished(run, config, self.console):
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
@@ -172,9 +172,8 @@ class Trainer:
         if not self._resuming:  # on all ranks alike
             lock = ranks.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
             self.run = runs.RunFolder(self.run.path, lock)
-        if self.runtime.is_main:
-            self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
-        runs.seen(self.run.path)
+        ranks.on_main(lambda: self.run.begin(dump(self.config), self.manifest.to_csv(), taken))
+        ranks.on_all(lambda: runs.seen(self.run.path))
 
     def _say(self, line: str) -> None:
         self.console.print(f"  {line}")

@@ -39,8 +39,8 @@ def open_data(config: Config, console: Console, *, trains: bool = True) -> manif
                 listed=config.exclude,
             )
 
-    # Rank 0 goes first: the others then find the synthetic set made and the headers cached.
-    seen = ranks.on_main(take) or take()
+    # The others find the synthetic set made and the headers cached.
+    seen = ranks.main_first(take)
     seen.agree()
     if config.check == "full":
         decode(seen, console)

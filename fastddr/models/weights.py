@@ -96,11 +96,12 @@ def begin(
     """
     if config.init is None:
         return ()
-    read: list[Source] = []
-    # Rank 0 first: what it downloads the others find.
-    ranks.from_main(lambda: read.append(source(config, best)))
-    there = read[0] if read else source(config, best)
-    found = fit(model, there.tensors, config)
+
+    def take() -> tuple[Source, Fit]:
+        there = source(config, best)
+        return there, fit(model, there.tensors, config)
+
+    there, found = ranks.main_first(take)
     # A file may lie on each machine by itself, and a run may train on and name another checkpoint the best.
     ranks.agree(
         lambda: _digest(found.taken),

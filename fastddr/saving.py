@@ -258,19 +258,14 @@ class Saver:
                 self.flush()
             run = self._run
             again = f"give the same command with --run-dir {run.path}"
+            if run.replaced or (error.errno == errno.ENOENT and not os.path.isdir(run.path)):
+                left, again = f"its folder {run.path} was moved or deleted", f"bring it back, and {again}"
+            else:
+                left = self._left()
+                if error.errno not in PASSING:
+                    again = f"make room or mend the folder, and {again}"
             ends = f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}"
-            if error.errno == errno.ENOENT and not os.path.isdir(run.path):
-                raise UserError(
-                    f"{ends}, for its folder {run.path} is gone (was it moved?): bring it back, and {again}."
-                ) from error
-            if run.replaced:
-                raise UserError(
-                    f"{run.path}: this run's folder was moved or deleted, and another is in its place; the run ends at "
-                    f"step {progress.step}: where it was moved, give the same command with --run-dir and its new place."
-                ) from error
-            if error.errno not in PASSING:
-                again = f"make room or mend the folder, and {again}"
-            raise UserError(f"{ends}, and {self._left()}: {again}.") from error
+            raise UserError(f"{ends}, and {left}: {again}.") from error
 
     def _left(self) -> str:
         try:

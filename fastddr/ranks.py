@@ -12,17 +12,19 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastddr import control_groups
+from fastddr import control_groups, network
 from fastddr.errors import UserError, unusable
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -35,18 +37,15 @@ _PR_SET_PDEATHSIG = 1
 _REASON, _WAITED = "fastddr/ended/", "fastddr/waited/"
 #: Seconds for which a rank waits for that, and for the others to answer a call.
 _PATIENCE = 3.0
-#: A group over the CPU for calls, and for waits that may be long, once `expect` was called.
+#: Groups over the CPU, once the ranks have met: for what they say to each other, and for calls and long waits. Two,
+#: since a group in which somebody has waited in vain cannot be called.
+_talk: Any = None
 _roll_call: Any = None
-#: An address that no machine has (RFC 5737).
-_ANYWHERE = "192.0.2.1"
 #: Why a rank ends that was asked to and cannot save.
 INTERRUPTED = "interrupted"
 #: What gloo's errors say, which have no class of their own: of a connection that broke, and of a wait that was long.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 _TIMED_OUT = "Timed out"
-#: Of two ranks that never met; and as the first of all groups is made also: no such network here, no way from it.
-_UNREACHED = "connectFullMesh failed"
-_NO_WAY = (_UNREACHED, "Unable to find address for", "Network is unreachable", "No route to host")
 #: What NCCL's errors say where another rank is why; all others are of this machine.
 _NCCL_LOST = (
     "ncclRemoteError", "remote process", "closed by remote peer", "closed by peer", "reset by peer", "aborted",
@@ -144,10 +143,11 @@ def gather(items: list[T]) -> list[T]:
     """The items of all processes, rank by rank, on every process."""
     if world() == 1:
         return items
-    from accelerate.utils import gather_object
+    import torch.distributed as dist
 
-    join()
-    return list(gather_object(items))
+    everywhere: list[list[T]] = [[]] * world()
+    dist.all_gather_object(everywhere, items, group=talk())
+    return [item for part in everywhere for item in part]
 
 
 def tried(do: Callable[[], T]) -> tuple[list[T], str]:
@@ -170,10 +170,31 @@ def on_all(do: Callable[[], T]) -> T:
     return made[0]
 
 
-def from_first(do: Callable[[], T]) -> T:
+def from_main(do: Callable[[], T]) -> T:
     """What rank 0 makes of `do`, on every rank, as is what a user can mend there. Called by all."""
-    made = on_all(lambda: [do()] if rank() == 0 else [])
-    return gather(made)[0]
+    told: list[Any] = [tried(do) if rank() == 0 else None]
+    if world() > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(told, src=0, group=talk())
+    made, said = told[0]
+    if said:
+        raise UserError(said)
+    value: T = made[0]
+    return value
+
+
+def on_main(do: Callable[[], T]) -> T | None:
+    """Do something on rank 0 alone, and give what it makes there, None elsewhere; errors as `from_main`."""
+    made: list[T] = []
+    from_main(lambda: made.append(do()))
+    return made[0] if made else None
+
+
+def main_first(do: Callable[[], T]) -> T:
+    """As `on_all`; rank 0 goes first, and the others find what it has downloaded or cached."""
+    first = on_main(do)
+    return on_all(lambda: do() if first is None else first)
 
 
 def agree(what: Callable[[], str], otherwise: str) -> None:
@@ -186,34 +207,33 @@ def agree(what: Callable[[], str], otherwise: str) -> None:
         raise UserError(otherwise)
 
 
-def expect(minutes: float) -> timedelta:
+def expect(minutes: float) -> None:
     """From now on a rank that has not entered a collective for so long is taken for frozen; called by all ranks.
 
     Before that, while data are looked at, one rank may keep the others waiting for longer.
     """
+    if world() == 1:
+        return
     import torch.distributed as dist
 
-    global _roll_call
     timeout = timedelta(minutes=minutes)
-    if world() == 1:
-        return timeout
-    _roll_call = dist.new_group(backend="gloo", timeout=PATIENT)
     # PyTorch 2.11 has it under its former name.
     set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     # NCCL ends a process whose wait was too long, so the wait over the CPU in each step must be the shorter one.
     spare = timedelta(0) if dist.get_backend() == "gloo" else timedelta(minutes=1)
     set_timeout(timeout + spare)
-    return timeout
+    set_timeout(timeout, talk())
 
 
 def wait() -> None:
     """Wait for the other ranks, one of which may be long at work of its own: it writes a report, or trackers upload.
 
-    Over the CPU, where a rank that ends is noticed at once. After `expect`, and called by all ranks.
+    Over the CPU, where a rank that ends is noticed at once. Called by all ranks.
     """
-    import torch.distributed as dist
-
     if world() > 1:
+        import torch.distributed as dist
+
+        talk()
         dist.barrier(_roll_call)
 
 
@@ -285,38 +305,10 @@ def _why(error: RuntimeError) -> str:
         if _in_time(lambda: any(_noted(_WAITED, other) is not None for other in _others())):
             return _too_late()
         time.sleep(0.1)
-    if _UNREACHED in str(error):
-        return _networks(error)
     return (
         "another rank ended without a word; the launcher's last lines say which, and -9 means that it was killed "
         f"(what was seen of it here: {_last_line(error)})."
     )
-
-
-def _networks(error: RuntimeError) -> str:
-    name = os.environ.get("GLOO_SOCKET_IFNAME")
-    return (
-        f"this machine and another one of the job do not reach each other over gloo ({_last_line(error)}"
-        + (f"; GLOO_SOCKET_IFNAME is {name}" if name else "")
-        + "); set GLOO_SOCKET_IFNAME on each to the network that they share, which `ip -brief address` lists."
-    )
-
-
-@contextmanager
-def meeting() -> Iterator[None]:
-    """Around what lets the ranks meet: on the right network, and a sentence where they do not reach each other.
-
-    Raises:
-        UserError: gloo has no way between this machine and another one.
-    """
-    _name_network()
-    try:
-        yield
-    except RuntimeError as error:
-        said = str(error)
-        if "gloo" not in said.lower() or not any(words in said for words in _NO_WAY):
-            raise
-        raise UserError(_networks(error)) from error
 
 
 def _others() -> Iterator[int]:
@@ -357,7 +349,7 @@ def _too_late() -> str:
 
 
 def _silent() -> str:
-    """Which ranks do not answer a call now; only rank 0 can tell, and none before `expect`."""
+    """Which ranks do not answer a call now; only rank 0 can tell, and none before they have met."""
     import torch.distributed as dist
 
     if _roll_call is None:
@@ -389,62 +381,30 @@ def leave() -> None:
         PartialState().destroy_process_group()
 
 
-def join() -> None:
-    """Join the other processes over the CPU, unless this one has joined them already. Waits for all of them."""
-    if world() > 1:
-        from accelerate import PartialState
+def join(*, cpu: bool) -> PartialState:
+    """Meet the other processes, which train on the CPU or on GPUs. Safe to call again.
 
-        joined_before = bool(PartialState._shared_state)
-        with meeting():
-            state = PartialState(cpu=True, timeout=PATIENT)
-        if not joined_before:
-            # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
-            atexit.register(state.destroy_process_group)
-        meet()
-
-
-def meet() -> None:
-    """Wait until all ranks are here; they have joined each other before."""
+    Raises:
+        UserError: gloo has no way between this machine and another one.
+    """
     import torch
     import torch.distributed as dist
+    from accelerate import PartialState
 
-    # Accelerate's names a GPU also where the ranks meet over the CPU, and there may be fewer GPUs than ranks.
-    if world() > 1:
-        nccl = dist.get_backend() == "nccl"
-        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
-
-
-def _name_network() -> None:
-    """On several machines: let gloo take the network on which the first one is reached, unless the user named one.
-
-    By itself it takes the address of the machine's name, which on many systems is 127.0.1.1. Where the first machine
-    has no address of IPv4, that stays so.
-    """
-    first = os.environ.get("MASTER_ADDR", "")
-    # Where the first machine calls itself so, nobody else is there.
-    if world() == local_world() or "GLOO_SOCKET_IFNAME" in os.environ or first.startswith(("127.", "localhost")):
-        return
-    import psutil
-
-    networks = {
-        one.address: name
-        for name, found in psutil.net_if_addrs().items()
-        for one in found
-        if one.family == socket.AF_INET and not one.address.startswith("127.")
-    }
-    here = _address_towards(first)
-    # The first machine's own name may be 127.0.1.1 to it: then the network of its way to everywhere, or its only one.
-    if here is not None and here.startswith("127."):
-        here = _address_towards(_ANYWHERE) or (next(iter(networks)) if len(networks) == 1 else None)
-    if here in networks:
-        os.environ["GLOO_SOCKET_IFNAME"] = networks[here]
+    global _talk, _roll_call
+    with network.meeting(several=world() > local_world()):
+        state = PartialState(cpu=cpu, timeout=PATIENT)
+        if _met() and _talk is None:
+            _talk, _roll_call = (dist.new_group(backend="gloo", timeout=PATIENT) for _ in range(2))
+            if dist.get_backend() == "nccl":
+                # Tried now, and it takes its part of the card before anybody looks how much is free.
+                dist.barrier(device_ids=[torch.cuda.current_device()])
+    return state
 
 
-def _address_towards(place: str) -> str | None:
-    """This machine's IPv4 address on the way to a place; None where there is no such way."""
-    # Nothing is sent; the system says from which address it would be.
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((place, 9))
-        here: str = probe.getsockname()[0]
-        return here
-    return None
+def talk() -> Any:
+    """The group of all ranks over the CPU, for what they say to each other; those that have not joined meet there."""
+    if _talk is None:
+        # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
+        atexit.register(join(cpu=True).destroy_process_group)
+    return _talk

@@ -8,21 +8,17 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
 from fastddr import alone, ranks
 from fastddr.config import Config
 from fastddr.errors import UserError
-
-T = TypeVar("T")
 
 #: From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -220,31 +216,12 @@ def join() -> PartialState:
     if cards == 0 and not _asked_for_cpu() and ranks.world() > ranks.local_world() and (blind := _blind()) is not None:
         # Machines of which some have found their GPUs and some have not would wait for each other.
         raise UserError(f"{blind}; mend it on this machine, or train on all of them with `accelerate launch --cpu`.")
-    with ranks.meeting():
-        state = PartialState(cpu=on_cpu(), timeout=ranks.PATIENT)
+    state = ranks.join(cpu=on_cpu())
     # Where Accelerate was told the card of a single process, it leaves the current one as it is, and events and Triton
     # are of that one. A device without an index is the current one.
     if state.device.type == "cuda" and state.device.index is not None:
         torch.cuda.set_device(state.device)
     return state
-
-
-def from_main(do: Callable[[], T]) -> T:
-    """What rank 0 makes of `do`, on every rank; its `UserError`, or `OSError` as one, is raised on every rank too."""
-    told: list[Any] = [ranks.tried(do) if join().is_main_process else None]
-    broadcast_object_list(told)
-    made, said = told[0]
-    if said:
-        raise UserError(said)
-    value: T = made[0]
-    return value
-
-
-def on_main(do: Callable[[], T]) -> T | None:
-    """Do something on rank 0 alone, and give what it makes there, None elsewhere; errors as `from_main`."""
-    made: list[T] = []
-    from_main(lambda: made.append(do()))
-    return made[0] if made else None
 
 
 def on_cpu() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastddr import checkpoints, runs, runtime
+from fastddr import checkpoints, ranks, runs
 from fastddr.checkpoints import Snapshot, Training
 from fastddr.config import Config, from_mapping
 from fastddr.config.strict import read_yaml
@@ -45,9 +45,9 @@ def finished(run: RunFolder, config: Config, console: Console) -> bool:
         stored = from_mapping(read_yaml(run.config), str(run.config))
         return None if runs.placed(config) == runs.placed(stored) else manifest.fingerprint_in(run.manifest)
 
-    if runtime.from_main(lambda: run.status().get("state")) != "done":
+    if ranks.from_main(lambda: run.status().get("state")) != "done":
         return False
-    began = runtime.from_main(began_with)
+    began = ranks.from_main(began_with)
     if began is not None:
         _same_data(run, began, source.open_data(config, console).fingerprint)
     return True
@@ -85,7 +85,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
             )
         return None
 
-    path = runtime.from_main(newest)
+    path = ranks.from_main(newest)
     if path is None:
         return None
     saved = checkpoints.load(path)
@@ -104,7 +104,7 @@ def resume(run: RunFolder, training: Training, fingerprint: str, say: Callable[[
         checkpoints.point(run.checkpoints, path, best=progress.best_step == progress.step)
         return progress.best_step in (0, progress.step) or _is_best(run, progress, say)
 
-    if not runtime.from_main(mended):
+    if not ranks.from_main(mended):
         # The next epoch that is scored is the best one; were it compared with the lost one, there might never be one.
         progress.best_qwk = progress.best_loss = None
         progress.best_step = progress.best_epoch = 0
@@ -153,7 +153,7 @@ def best(run: RunFolder, progress: Progress, say: Callable[[str], None]) -> tupl
                 say(f"the {name} checkpoint is lost: {error}")
         raise problem
 
-    found = checkpoints.load(runtime.from_main(choose))
+    found = checkpoints.load(ranks.from_main(choose))
     known = found.state["progress"]
     at, is_best = f"(step {known['step']}, epoch {known['epoch']})", known["step"] == progress.best_step
     progress.best_step, progress.best_epoch = known["step"], known["epoch"]
@@ -258,19 +258,14 @@ class Saver:
                 self.flush()
             run = self._run
             again = f"give the same command with --run-dir {run.path}"
+            if run.replaced or (error.errno == errno.ENOENT and not os.path.isdir(run.path)):
+                left, again = f"its folder {run.path} was moved or deleted", f"bring it back, and {again}"
+            else:
+                left = self._left()
+                if error.errno not in PASSING:
+                    again = f"make room or mend the folder, and {again}"
             ends = f"{error.filename or run.path}: {error.strerror}; the run ends at step {progress.step}"
-            if error.errno == errno.ENOENT and not os.path.isdir(run.path):
-                raise UserError(
-                    f"{ends}, for its folder {run.path} is gone (was it moved?): bring it back, and {again}."
-                ) from error
-            if run.replaced:
-                raise UserError(
-                    f"{run.path}: this run's folder was moved or deleted, and another is in its place; the run ends at "
-                    f"step {progress.step}: where it was moved, give the same command with --run-dir and its new place."
-                ) from error
-            if error.errno not in PASSING:
-                again = f"make room or mend the folder, and {again}"
-            raise UserError(f"{ends}, and {self._left()}: {again}.") from error
+            raise UserError(f"{ends}, and {left}: {again}.") from error
 
     def _left(self) -> str:
         try:

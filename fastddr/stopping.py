@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from fastddr import ranks
 from fastddr.errors import UserError
 
 #: A second Ctrl-C stops at once; one that comes sooner after the first is the launcher's copy of it.
@@ -66,7 +66,6 @@ class Stopping:
         *,
         rank: int,
         world: int,
-        timeout: timedelta | None = None,
         since: float | None = None,
     ) -> None:
         """To be made by all ranks; signals are heard within `listening` only.
@@ -75,7 +74,6 @@ class Stopping:
             file: rank 0 looks for it.
             max_hours: stop so many after `since`, None: never.
             save_every_minutes: by rank 0's clock a checkpoint is due so many after the last one, None: never.
-            timeout: how long a rank waits for the others' answer.
             since: when the run's start began (`time.monotonic`), None: now.
         """
         self._file, self._rank, self._world = file, rank, world
@@ -94,10 +92,6 @@ class Stopping:
         #: Whether the clock wants a checkpoint; the same on all ranks after `ask`, until one is `saved`.
         self.wanted = False
         self._pending: tuple[torch.Tensor, Any] | None = None
-        # On the CPU also where the ranks train on GPUs: an answer from there would come behind all that is queued.
-        self._group: Any = None
-        if world > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
     def listening(self) -> AbstractContextManager[None]:
         """Take the signals of `_NAMES` as requests."""
@@ -167,7 +161,8 @@ class Stopping:
         asked = torch.tensor([self._reasons.index(reason), due], dtype=torch.int32)
         highest = torch.distributed.ReduceOp.MAX
         before = self._pending
-        self._pending = asked, torch.distributed.all_reduce(asked, op=highest, group=self._group, async_op=True)
+        # On the CPU also where the ranks train on GPUs: an answer from there would come behind all that is queued.
+        self._pending = asked, torch.distributed.all_reduce(asked, op=highest, group=ranks.talk(), async_op=True)
         if before is None:
             return None
         answer, work = before

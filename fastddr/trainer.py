@@ -76,12 +76,12 @@ class Trainer:
     def _set_up(self) -> None:
         config, state = self.config, runtime.join()
         self.console = terminal(quiet=not state.is_main_process)
-        where, resumed = runtime.from_main(lambda: runs.locate(config, datetime.now()))
+        where, resumed = ranks.from_main(lambda: runs.locate(config, datetime.now()))
         self.run = run = runs.RunFolder(where)
         if resumed:
-            self.run = run = runs.RunFolder(where, runtime.on_main(lambda: runs.hold(where, self.console.print)))
-            runtime.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
-            runs.seen(where)
+            self.run = run = runs.RunFolder(where, ranks.on_main(lambda: runs.hold(where, self.console.print)))
+            ranks.on_main(lambda: run.stop.unlink(missing_ok=True))  # left from earlier
+            ranks.on_all(lambda: runs.seen(where))
             config = self.config = runs.continue_from(config, self.run, state.num_processes)
             if saving.finished(run, config, self.console):
                 self.console.print(f"{where} is done; its report is {where / 'report' / 'report.md'}.")
@@ -141,7 +141,7 @@ class Trainer:
         self._began = True
         about = asdict(self.config) | {"fingerprint": fingerprint, "code": code_state(), "versions": versions()}
         # The others wait for it, as long as it takes: W&B may take its time.
-        self.tracker = runtime.on_main(lambda: Tracker.start(
+        self.tracker = ranks.on_main(lambda: Tracker.start(
             self.run.path, about, options=config.tracking,
             resume_step=None if going_on is None else going_on.step,
             validated=self.progress.step == self.progress.epoch * self.steps_per_epoch,
@@ -151,9 +151,10 @@ class Trainer:
             self.run, training, self.config, main=is_main, fingerprint=fingerprint, step=self.progress.step,
             before=self.tracker.sync,
         )  # fmt: skip
+        ranks.expect(config.rank_timeout_minutes)
         self.stopping = Stopping(
             self.run.stop, config.max_hours, config.save_every_minutes, rank=self.runtime.rank,
-            world=self.runtime.world, timeout=ranks.expect(config.rank_timeout_minutes), since=self._entered,
+            world=self.runtime.world, since=self._entered,
         )  # fmt: skip
         self.console.print(
             f"{config.model}, {self.parameters:,} parameters, on {len(self.train_loader.task.ids):,} "
@@ -166,14 +167,13 @@ class Trainer:
     def _begin(self, taken: Sequence[str]) -> None:
         """Make a new run's folder, with what `--init` took. A default name that is taken by now gets a number."""
         named = self._named
-        self.run = runs.RunFolder(runtime.from_main(lambda: runs.claim(self.run.path, named)), self.run.lock)
+        self.run = runs.RunFolder(ranks.from_main(lambda: runs.claim(self.run.path, named)), self.run.lock)
         self.config = replace(self.config, run_dir=str(self.run.path))
         if not self._resuming:  # on all ranks alike
-            lock = runtime.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
+            lock = ranks.on_main(lambda: runs.hold(self.run.path, self.console.print, begins=True))
             self.run = runs.RunFolder(self.run.path, lock)
-        if self.runtime.is_main:
-            self.run.begin(dump(self.config), self.manifest.to_csv(), taken)
-        runs.seen(self.run.path)
+        ranks.on_main(lambda: self.run.begin(dump(self.config), self.manifest.to_csv(), taken))
+        ranks.on_all(lambda: runs.seen(self.run.path))
 
     def _say(self, line: str) -> None:
         self.console.print(f"  {line}")
@@ -349,7 +349,7 @@ class Trainer:
             progress.epoch -= 1
             raise
         # All ranks hold all logits; the figures, and the packages that they need, are rank 0's work.
-        values = runtime.from_main(lambda: figures(found.logits, found.grades))
+        values = ranks.from_main(lambda: figures(found.logits, found.grades))
         best = progress.keep_if_best(deciding(values), values["loss"])
         self.tracker.log(grading.logged(values, progress.grading), step=progress.step, epoch=progress.epoch)
         assert self.saver is not None

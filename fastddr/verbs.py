@@ -91,7 +91,7 @@ class Check:
                 checks.show(seen, listed, Console(highlight=False, markup=False, emoji=False), self.fix_list)
             sys.stdout.flush()
         # The launcher ends all ranks when one ends with an error: they wait, and leave the verdict to rank 0.
-        ranks.join()
+        ranks.wait()
         return EXIT_NOT_CLEAN if bad and main else 0
 
 

@@ -99,7 +99,7 @@ def run(
     """
     main = _Main(data, Path(out), recipe or Recipe(), exclude, listed, on_bad, follow_links, sheet)
     try:
-        root, place, jobs = ranks.from_first(lambda: _written(main.begin, out))
+        root, place, jobs = ranks.from_main(lambda: _written(main.begin, out))
         mine = ranks.share(jobs)
 
         def make() -> list[Result]:
@@ -112,7 +112,7 @@ def run(
             return found
 
         found = ranks.gather(ranks.on_all(lambda: _written(make, out)))
-        return ranks.from_first(lambda: _written(lambda: main.end(found), out))
+        return ranks.from_main(lambda: _written(lambda: main.end(found), out))
     except UserError as error:  # the names of photographs may hold anything
         raise UserError(one_line(error)) from None
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastddr import runtime
+from fastddr import ranks
 from fastddr.config import Config
 from fastddr.data import manifest, problems, survey, synthetic
 from fastddr.data.survey import Survey
@@ -39,14 +39,14 @@ def open_data(config: Config, console: Console, *, trained_on: str | None = None
                 listed=config.exclude,
             )
 
-    # Rank 0 goes first: the others then find the synthetic set made and the headers cached.
-    seen = runtime.on_main(take) or take()
+    # The others find the synthetic set made and the headers cached.
+    seen = ranks.main_first(take)
     seen.agree()
     if config.check == "full":
         decode(seen, console)
     # Each machine has a cache of its own; what is known must be the same on all ranks.
     records = seen.records
-    seen.records = runtime.from_main(lambda: records)
+    seen.records = ranks.from_main(lambda: records)
     found = manifest.of(seen, config.on_bad, config.ungradable, trained_on=trained_on)
     counted = ", ".join(f"{split} {len(found.ids(split)):,}" for split in manifest.SPLITS if found.has(split))
     what = "gradable photographs" if config.ungradable == "exclude" else "photographs"

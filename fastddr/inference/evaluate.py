@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastddr import reporting, runtime
+from fastddr import ranks, reporting
 from fastddr.config import Config
 from fastddr.data import manifest, masters, source
 from fastddr.data.crop import Recipe
@@ -77,11 +77,11 @@ def evaluate(asked: Evaluate) -> Path | None:
             f"{found.root}: these are not the photographs that {asked.run} was trained on (compare {run.manifest}); "
             "restore them, or name them with --data."
         )
-    runtime.on_main(lambda: _writable(run))
-    temperature = runtime.from_main(lambda: _temperature(run, asked, config))
+    ranks.on_main(lambda: _writable(run))
+    temperature = ranks.from_main(lambda: _temperature(run, asked, config))
     # Also where they have moved since, and were named with --data.
     own = found.fingerprint == restored.fingerprint
-    split, whole = runtime.from_main(lambda: _split(asked, run, found, own))
+    split, whole = ranks.from_main(lambda: _split(asked, run, found, own))
     prepared = [] if own else _prepared(run, config, found)
     for line in (*whole, *prepared):
         console.print(f"  {line}")
@@ -94,7 +94,7 @@ def evaluate(asked: Evaluate) -> Path | None:
         )
     restore.check_finite(result, began.precision)
     # The loader takes the window of the size that a photograph had.
-    if changed := runtime.from_main(lambda: found.changed(ids)):
+    if changed := ranks.from_main(lambda: found.changed(ids)):
         raise UserError(
             f"{found.root / changed[0]}: this photograph ({len(changed)} in all) was changed or removed while it was "
             "scored, so nothing was written; restore it, or give the command again once nobody works on the set."

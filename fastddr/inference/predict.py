@@ -66,11 +66,12 @@ def predict(asked: Predict) -> Answer:
         UserError: the run, its weights or the place of the table cannot be used, or there are no photographs.
     """
     config = restore.settings(asked)
-    runtime.from_main(lambda: _free(asked, config.evaluation.field))
-    found = runtime.from_main(lambda: photos.find(asked.photographs))
+    runtime.join()
+    ranks.from_main(lambda: _free(asked, config.evaluation.field))
+    found = ranks.from_main(lambda: photos.find(asked.photographs))
     began, restored, console = restore.begin(asked, config)
     with EpochBar(console, "looking at photographs") as bar:
-        recipe = runtime.from_main(lambda: _recipe(asked, restored))
+        recipe = ranks.from_main(lambda: _recipe(asked, restored))
         listed, said = photos.ready(
             found.paths, recipe, lambda _, done, total: bar.update(done, total=total),
             given=asked.preparation != "auto",
@@ -81,8 +82,8 @@ def predict(asked: Predict) -> Answer:
     answer = Answer(tuple(listed), None)
     if usable:
         logits = _logits(asked, config, restored, began, usable, console)
-        answer = _of_unchanged(runtime.from_main(lambda: photos.again(listed)), usable, logits)
-    runtime.from_main(lambda: _write(asked, answer, config.num_classes))
+        answer = _of_unchanged(ranks.from_main(lambda: photos.again(listed)), usable, logits)
+    ranks.from_main(lambda: _write(asked, answer, config.num_classes))
     if asked.explain is not None and answer.logits is not None:
         _explain(asked, asked.explain, config, restored, began, answer, answer.logits, console)
     if began.is_main:
@@ -179,7 +180,7 @@ def _explain(
         _check_folder(asked, folder)  # it may have been filled while photographs were graded
         folder.mkdir(parents=True, exist_ok=True)
 
-    runtime.from_main(make)
+    ranks.from_main(make)
     done = 0
 
     def count(more: int) -> None:
@@ -201,7 +202,7 @@ def _explain(
     loading = scoring(config, listed, began, np.arange(len(usable)), lambda line: None)
     with closing(loading) as loader, EpochBar(console, "explaining", len(usable)) as bar:
         explain.write(restored.model, loader, config.augment, grades, title, keep, count)
-    ranks.meet()
+    ranks.wait()
     console.print(f"heat maps: {folder}")
 
 

@@ -174,7 +174,7 @@ def together(asked: Scoring) -> Iterator[None]:
 
     with ranks.watched(), meters.enough_memory(sentence):
         yield
-        ranks.join()
+        ranks.wait()
     ranks.leave()
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastddr import ranks, runtime
+from fastddr import ranks
 from fastddr.config import Config, from_mapping
 from fastddr.config.sections import IMAGENET_MEAN, IMAGENET_STD
 from fastddr.config.strict import read_yaml
@@ -96,11 +96,12 @@ def begin(
     """
     if config.init is None:
         return ()
-    read: list[Source] = []
-    # Rank 0 first: what it downloads the others find.
-    runtime.from_main(lambda: read.append(source(config, best)))
-    there = read[0] if read else source(config, best)
-    found = fit(model, there.tensors, config)
+
+    def take() -> tuple[Source, Fit]:
+        there = source(config, best)
+        return there, fit(model, there.tensors, config)
+
+    there, found = ranks.main_first(take)
     # A file may lie on each machine by itself, and a run may train on and name another checkpoint the best.
     ranks.agree(
         lambda: _digest(found.taken),

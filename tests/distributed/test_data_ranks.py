@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tests_support import ROOT, forked
 
+from fastddr import load_preset, models
 from fastddr.__main__ import main
 from fastddr.data import survey
 
@@ -53,6 +55,7 @@ MACHINES = """
 import contextlib, io, json, os, sys
 from pathlib import Path
 from fastddr import ranks
+from fastddr import load_preset, models
 from fastddr.__main__ import main
 
 home = Path(sys.argv[1]) / str(ranks.rank())
@@ -89,12 +92,15 @@ def test_machines_with_other_copies_and_lists_agree_or_stop(tiny: Path, tmp_path
     labels.write_text(f"{labels.read_text()}more.jpg 0\n")
     (tmp_path / "0" / "list.csv").write_text(f"test/{names[0]}\n")
     (tmp_path / "0" / "only").symlink_to("same")
+    torch.save(models.from_config(load_preset("quickstart"), print).state_dict(), tmp_path / "0" / "w.pth")
     commands = [
         ["check", "only"],
         ["check", "same", "--exclude", "list.csv"],
         ["check", "other"],
         ["check", "rotten", "--json"],
         ["prepare", "same", str(tmp_path / "out"), "--exclude", "list.csv"],
+        ["train", "--data", "only", "--run-dir", str(tmp_path / "run")],
+        ["train", "--data", "same", "--run-dir", str(tmp_path / "run"), "--init", "w.pth"],
     ]
     (tmp_path / "go.py").write_text(MACHINES)
     began = time.monotonic()
@@ -102,12 +108,14 @@ def test_machines_with_other_copies_and_lists_agree_or_stop(tiny: Path, tmp_path
     assert time.monotonic() - began < 150, "none waits for another"
     assert done.returncode == 0, done.stderr[-3000:]
     told, other = (json.loads((tmp_path / rank / "told.json").read_text()) for rank in "01")
-    for number in (0, 1, 2, 4):
+    for number in (0, 1, 2, 4, 5, 6):
         assert told[number][0] == other[number][0] == 2
         assert number == 2 or told[number] == other[number]
     assert "only: there is no such folder" in told[0][1][0]
     assert "list.csv: this list cannot be read" in told[1][1][0]
     assert "the ranks see different photographs" in told[2][1][0]
     assert "list.csv: this list cannot be read" in told[4][1][0]
+    assert "only: there is no such folder" in told[5][1][0]
+    assert "w.pth: there is no such file" in told[6][1][0]
     assert told[3][0] == 1
     assert set(told[3][2]) >= set(torn), "each photograph is decoded by one of them"

@@ -101,3 +101,39 @@ def test_a_rank_that_writes_what_is_left_is_not_taken_for_frozen(tiny: Path, tmp
     done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+#: Rank 1 says nothing when the ranks tell each other something.
+SILENT = """
+import os, sys, time
+from fastddr import ranks
+
+ranks.join(cpu=True)
+if sys.argv[1] == "frozen":
+    ranks.expect(0.05)
+if ranks.rank() == 0:
+    try:
+        with ranks.watched():
+            ranks.gather([0])
+    except ranks.RankLost as lost:
+        print(lost)
+elif sys.argv[1] == "frozen":
+    time.sleep(15)
+else:
+    ranks.tell("it had enough")
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "said"), [("frozen", "rank 1 did not answer in time"), ("ended", "rank 1 ended: it had enough")]
+)
+def test_a_rank_that_does_not_take_part_in_what_they_say_is_named(how: str, said: str, tmp_path: Path) -> None:
+    """Also by a call, which goes another way than that in which was waited in vain."""
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    done = forked(2, script, how, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(said)

@@ -81,3 +81,28 @@ def test_a_mistake_is_told_and_no_rank_hangs(tiny: Path, tmp_path: Path) -> None
     done = forked(2, script, "--data", str(tiny), "--run-dir", ".", *FLAGS, cwd=tmp_path)
     assert done.returncode != 0
     assert "not a run" in done.stderr
+
+
+#: Rank 0's disk is full when it makes the run's folder.
+FULL = """
+import errno, os, sys
+from fastddr import ranks, runs, train
+
+def begin(run, *_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.config))
+
+if ranks.rank() == 0:
+    runs.RunFolder.begin = begin
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_that_rank_0_cannot_begin_is_told_by_all(tiny: Path, tmp_path: Path) -> None:
+    """And not after a while as one that the others do not see."""
+    script = tmp_path / "full.py"
+    script.write_text(FULL)
+    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *FLAGS, cwd=tmp_path)
+    told = done.stderr.splitlines()[-2:]
+    assert told[0] == told[1], "both ranks end in the same sentence"
+    assert told[0].startswith("fastddr: run/config.yaml: No space left on device")

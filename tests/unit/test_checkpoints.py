@@ -232,7 +232,7 @@ def test_what_the_disk_says_ends_a_run_in_one_sentence(
     said, again = str(told.value), f"give the same command with --run-dir {run.path}."
     assert said.startswith(f"{run.path}: {os.strerror(code)}; the run ends at step 2, ")
     if code == errno.ENOENT:
-        assert said.endswith(f"its folder {run.path} is gone (was it moved?): bring it back, and {again}")
+        assert said.endswith(f"and its folder {run.path} was moved or deleted: bring it back, and {again}")
     else:
         assert said.endswith(f": {again}" if code in PASSING else f": make room or mend the folder, and {again}")
         left = f"in {run.checkpoints}:" if code == errno.EMFILE else "step-00000001:"
@@ -287,7 +287,7 @@ def test_what_is_in_the_place_of_a_run_that_was_moved_is_left_as_it_is(place: st
             ),
         ]
         for end in ends:
-            said = "another is in its place; the run ends at step 2: "
+            said = "another folder is in its place; the run ends at step 2, and its folder .* was moved or deleted: "
             with pytest.raises(UserError, match=said), saver.readable(Progress(step=2)):
                 end()
         saver.close()
@@ -390,7 +390,7 @@ def test_all_ranks_score_the_best_one_of_rank_0(tmp_path: Path, monkeypatch: pyt
         checkpoints.point(run.checkpoints, run.checkpoints / "step-00000001", best=True)
         return made
 
-    monkeypatch.setattr(saving.runtime, "from_main", elsewhere)
+    monkeypatch.setattr(saving.ranks, "from_main", elsewhere)
     found, label = saving.best(run, Progress(step=2, best_step=2), print)
     assert (found.state["progress"]["step"], label) == (2, "best (step 2, epoch 2)")
 

@@ -296,6 +296,22 @@ def test_the_warning_saves_and_queues_again(machine: Machine, tmp_path: Path) ->
     assert json.loads((job.run / "status.json").read_text())["state"] == "preempted", "it waited for the trainer"
 
 
+def test_a_life_that_got_no_further_before_the_warning_is_the_last(machine: Machine, tmp_path: Path) -> None:
+    """Else a time in which no split can be scored would be paid for again and again."""
+    job = Slurm(machine, tmp_path, 1)
+    job.trains("preempted")
+    job.start().communicate(timeout=60)
+    job.trains("preempted", wait=True)
+    (job.run / "begun").unlink()
+    process = job.start()
+    waited(lambda: (job.run / "begun").exists())
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "it has not gone on" in said
+    assert not job.requeued
+
+
 def test_a_run_that_ends_before_it_hears_the_warning_is_done(machine: Machine, tmp_path: Path) -> None:
     job = Slurm(machine, tmp_path, 1)
     job.trains("done", wait=True)
@@ -328,6 +344,10 @@ def test_a_job_that_slurm_preempts_with_a_time_of_grace_is_queued_again(machine:
     job.machine.calls_file.write_text("")
     said, _ = job.start().communicate(timeout=60)
     assert not job.requeued, said
+    # Preempted again it comes back, also where it got no further.
+    (job.run / "begun").unlink()
+    said, _ = job.start().communicate(timeout=60)
+    assert job.requeued, said
 
 
 def test_a_flag_in_the_place_of_the_run_folder_is_told(machine: Machine, tmp_path: Path) -> None:

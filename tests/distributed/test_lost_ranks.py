@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from reference import needs_dali
-from tests_support import SMALL, first_checkpoint, forked, job, task
+from tests_support import SMALL, first_checkpoint, forked, job, lines, report, task
 
 from fastddr import checkpoints
 from fastddr.data import manifest
+from fastddr.evaluation.grading import Grading
 
 
 def rank(number: int, cwd: Path) -> int:
@@ -94,13 +95,20 @@ sys.exit(train.main())
 
 
 @pytest.mark.slow
-def test_a_rank_that_writes_what_is_left_is_not_taken_for_frozen(tiny: Path, tmp_path: Path) -> None:
+def test_a_rank_that_writes_what_is_left_of_a_regression_is_not_taken_for_frozen(tiny: Path, tmp_path: Path) -> None:
     script = tmp_path / "long.py"
     script.write_text(LONG_END)
     small = [*SMALL, "--micro-batch-size", "2", "--rank-timeout-minutes", "0.1"]
-    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *small, cwd=tmp_path)
+    regression = ["--loss.name", "mse", "--lr", "0.02"]
+    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *small, *regression, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+    run = tmp_path / "run"
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    # The thresholds were fitted on the gathered valid split, under the weights of rank 0; the report's scoring agrees.
+    best = checkpoints.load(run / "checkpoints" / "best").state["progress"]
+    [line] = [line for line in lines(run) if line["step"] == best["step"] and "valid/qwk" in line]
+    assert report(run)["valid"]["qwk"] == pytest.approx(line["valid/qwk"])
+    assert tuple(best["grading"]["thresholds"]) != Grading().thresholds
 
 
 #: Rank 1 says nothing when the ranks tell each other something.

@@ -53,7 +53,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
     folder = tmp_path_factory.mktemp("worlds")
     script = folder / "frozen.py"
     script.write_text(FROZEN)
-    small = [*SMALL, "--micro-batch-size", "2", "--model", "resnet", "--memory.checkpointing"]
+    small = [*SMALL, "--micro-batch-size", "2", "--model", "resnet", "--memory.checkpointing", "--epochs", "1"]
     worlds = ",".join(map(str, WORLDS))
     done = forked(worlds, script, "--data", str(tiny), "--run-dir", "on{ranks}", *small, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,8 +69,8 @@ def losses(run: Path, name: str) -> list[float]:
 @pytest.mark.parametrize("name", ["train/loss", "valid/loss"])
 def test_the_loss_is_the_same_on_any_number_of_ranks(runs: dict[int, Path], name: str) -> None:
     one = losses(runs[1], name)
-    assert len(one) == (6 if name == "train/loss" else 2)
-    assert max(one) - min(one) > 1e-3, "it moves, so that another course would be seen"
+    assert len(one) == (3 if name == "train/loss" else 1)
+    assert name == "valid/loss" or max(one) - min(one) > 1e-3, "it moves, so that another course would be seen"
     for world in WORLDS[1:]:
         assert losses(runs[world], name) == pytest.approx(one, rel=2e-5)
 
@@ -80,7 +80,7 @@ def test_gradients_are_shared_once_a_step(runs: dict[int, Path]) -> None:
     for world in WORLDS[1:]:
         found: dict[str, Any] = json.loads((runs[world] / "ddp.json").read_text())
         assert found["accumulation"] == 4 // world
-        assert found["shared"] == list(range(6)), "and not on the inner steps of an accumulation"
+        assert found["shared"] == list(range(3)), "and not on the inner steps of an accumulation"
         assert found["gradient_as_bucket_view"]
         assert not found["find_unused_parameters"]
         assert not found["broadcast_buffers"]

@@ -148,9 +148,12 @@ def test_processes_die_with_the_one_that_is_killed(
 ) -> None:
     data, wanted = undisturbed[24]
     script = f"""
-import os, signal
+import os, signal, time
 from pathlib import Path
 from fastddr.data import crop, prepare, sheet
+if not os.environ.get("WHOLE"):  # in the workers too: the last of three parts is begun as the first is told
+    write = crop._write
+    crop._write = lambda *what: (time.sleep(0.1), write(*what))
 if __name__ == "__main__":
     sheet._SIDE = 40
     def progress(done, total):
@@ -165,7 +168,7 @@ if __name__ == "__main__":
     # The pipe is open as long as one of the processes lives: this returns when all of them are dead.
     done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
     assert done.returncode == -9
-    assert 8 <= len(list((tmp_path / "out").rglob("n*.jpg"))) < 25
+    assert 8 <= len(list((tmp_path / "out").rglob("n*.jpg"))) < 23
     assert not (tmp_path / "out" / "DR_grading").exists()
     done = subprocess.run(command, capture_output=True, timeout=60, env=environment | {"WHOLE": "1"})
     assert done.returncode == 0, done.stderr.decode()[-3000:]

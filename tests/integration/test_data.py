@@ -84,11 +84,13 @@ def test_a_run_goes_on_only_with_the_same_photographs(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_report", lambda self: None)
         train(copy, tmp_path / "run", "--epochs", "1")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
     spoil(copy, "train", 3, 0)
     with pytest.raises(UserError, match="the file is empty"):
         train(copy, tmp_path / "run", "--epochs", "1")
     with pytest.raises(UserError, match="not those that this run began with"):
         train(copy, tmp_path / "run", "--epochs", "1", "--on-bad", "exclude")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
 def test_ungradable_as_a_sixth_class(tiny: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from photographs import draw, write_csv
-from tests_support import evaluated, forked, report, table, train
+from tests_support import evaluated, report, table, train
 from torch import nn
 
 import fastddr
@@ -424,20 +424,6 @@ def test_ranks_that_read_two_checkpoints_are_refused(run: Path, monkeypatch: pyt
     monkeypatch.setattr(ranks, "gather", lambda mine: [*mine, '{"step": 0}'])
     with pytest.raises(UserError, match="another checkpoint became the best one while it was read"):
         restore.restore(run, config, "best", torch.device("cpu"))
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_work(run: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
-    before = list((run / "evaluations").glob("*"))
-    # 13 photographs at 3 a rank: of the last three each, one rank has padding alone.
-    done = forked(2, "fastddr", "evaluate", str(copy), "--split", "test", "--batch-size", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    [folder] = set((copy / "evaluations").iterdir()) - {copy / "evaluations" / path.name for path in before}
-    rows = table(folder / "predictions.csv")
-    wanted = reported(run, "test")
-    assert [row["path"] for row in rows] == [row["path"] for row in wanted]
-    assert [float(row["p0"]) for row in rows] == pytest.approx([float(row["p0"]) for row in wanted], abs=1e-6)
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def test_a_file_gives_the_runs_answers(run: Path, tiny: Path, tmp_path: Path, fo
     out = tmp_path / "out"
     tmp_path.chmod(0o2755)
     assert main(["export", str(run), "--format", format, "--out", str(out), "--window", window]) == 0
-    assert out.stat().st_mode & stat.S_ISGID, "a folder passes its group on"
+    # Elsewhere a folder has the group of the one above without the bit.
+    assert sys.platform == "darwin" or out.stat().st_mode & stat.S_ISGID, "a folder passes its group on"
     about = json.loads((out / "export.json").read_text())
     file = out / formats.FILES[format]  # type: ignore[index]
     assert sorted(path.name for path in out.iterdir()) == sorted(["export.json", "model_card.md", file.name])
@@ -97,20 +99,15 @@ def test_a_regression_is_exported_with_its_thresholds(regression: Path, tmp_path
     if format == "safetensors":
         best = load_file(regression / "checkpoints" / "best" / "model.safetensors")
         assert load_file(out / "model.safetensors").keys() == best.keys()
-        assert "one value" in (out / "model_card.md").read_text()
-
-
-def test_the_card_says_how_the_figures_came_and_test_is_left_alone(regression: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main(["export", str(regression), "--format", "safetensors", "--out", str(out)]) == 0
-    card = (out / "model_card.md").read_text()
-    figures = report(regression)
-    assert set(figures) == {"train", "valid", "valid_last"}
-    assert f"{figures['valid']['qwk']:.3f} (" in card
-    assert "flips averaged views, and this file sees one" in card
-    assert "thresholds between the grades were fitted on valid" in card
-    assert "thresholds between the grades were fitted on valid" in (regression / "report" / "report.md").read_text()
-    assert not (regression / "test_scorings.jsonl").exists()
+        card = (out / "model_card.md").read_text()
+        assert "one value" in card
+        figures = report(regression)
+        assert set(figures) == {"train", "valid", "valid_last"}
+        assert f"{figures['valid']['qwk']:.3f} (" in card
+        assert "flips averaged views, and this file sees one" in card
+        assert "thresholds between the grades were fitted on valid" in card
+        assert "thresholds between the grades were fitted on valid" in (regression / "report" / "report.md").read_text()
+        assert not (regression / "test_scorings.jsonl").exists(), "test is left alone"
 
 
 def test_the_card_has_the_figures_of_the_last_weights(

@@ -120,6 +120,7 @@ from fastddr.models import levers
 def backend(*_):
     raise {error}
 
+levers.check_compiler = lambda *_: None
 levers.compiled = lambda model, *_: torch.compile(model, backend=backend)
 sys.exit(train.main())
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import ROOT, SMALL, evaluated, forked, lines, report, settings, train, weights
+from tests_support import evaluated, lines, report, settings, train, weights
 
 from fastddr import checkpoints, cli, losses
 from fastddr.errors import UserError
@@ -91,18 +91,6 @@ def test_a_regression_begins_at_the_weights_of_a_classifier(
 def test_what_does_not_go_with_a_regression_is_one_sentence(tiny: Path, flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         cli.parse(["--data", str(tiny), "--loss.name", "mse", *flags], "test")
-
-
-@pytest.mark.slow
-def test_two_ranks_fit_the_same_grading(tiny: Path, tmp_path: Path) -> None:
-    script = ROOT / "fastddr" / "train.py"
-    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *SMALL, *REGRESSION, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    step, kept = graded(tmp_path / "run", "best")
-    # Fitted on the gathered valid split, under the weights of rank 0; the report's scoring agrees.
-    line = next(line for line in lines(tmp_path / "run") if line["step"] == step and "valid/qwk" in line)
-    assert report(tmp_path / "run")["valid"]["qwk"] == pytest.approx(line["valid/qwk"])
-    assert kept != Grading()
 
 
 def test_class_weights_come_from_train_and_change_the_run_as_mixing_does(tiny: Path, tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ from fastddr import checkpoints, cli, config, runs
 from fastddr import trainer as trainer_module
 from fastddr.data import manifest
 from fastddr.errors import UserError
-from fastddr.saving import Saver
-from fastddr.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +134,6 @@ def test_one_seed_gives_one_result_bit_for_bit(run: Path, tiny: Path, tmp_path: 
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(tiny: Path, tmp_path: Path) -> None:
-    """On the CNN, which has no BatchNorm that would see the micro batches."""
-    common = ("--model", "cnn", "--optimizer.name", "sgd", "--lr", "0.01")
-    ends = [
-        checkpoints.load(train(tiny, tmp_path / size, *common, "--micro-batch-size", size) / "checkpoints" / "last")
-        for size in ("8", "2")
-    ]
-    for name, tensor in ends[0].model.items():
-        assert torch.allclose(tensor, ends[1].model[name], rtol=1e-4, atol=1e-6), name
-
-
 def test_the_average_of_the_weights_follows_its_recurrence(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,23 +182,6 @@ def test_the_report_is_of_the_best_weights_and_names_them(
     assert found["test"]["weights"] == "best (step 3, epoch 1)"
 
 
-def test_an_end_before_the_links_loses_nothing(
-    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-
-    def die(*_: object) -> None:
-        raise Ended
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "point", die)
-        with pytest.raises(Ended):
-            train(tiny, folder)
-    train(tiny, folder)
-    one, two = weights(run), weights(folder)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 def test_two_runs_begun_in_one_second_get_two_folders(tmp_path: Path) -> None:
     assert runs.claim(tmp_path / "a", named=False) == tmp_path / "a"
     assert runs.claim(tmp_path / "a", named=False) == tmp_path / "a-2"
@@ -222,41 +192,6 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tiny: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         train(tiny, tmp_path / "file" / "run")
-
-
-class Ended(BaseException):
-    """Ends a run at a line of our choice; nothing in fastddr may catch it. A kill, after which no `finally` runs, is in
-    tests/faults."""
-
-
-def test_an_interrupted_run_goes_on_to_the_same_weights(
-    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twice interrupted, once in the middle of an epoch and once at its end, it ends as if nothing had been."""
-    folder = tmp_path / "run"
-    save = Saver.save
-    for stop in (2, 3):
-
-        def save_and_die(self: Saver, progress: runs.Progress, *, best: bool, stop: int = stop) -> None:
-            save(self, progress, best=best)
-            self.flush()
-            if progress.step == stop:
-                raise Ended
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Saver, "save", save_and_die)
-            with pytest.raises(Ended):
-                train(tiny, folder, "--save-every-steps", "2")
-    moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
-    train(moved, folder, "--save-every-steps", "2")
-    assert config.load_preset(str(folder / "config.yaml")).data == str(moved), "where `fastddr evaluate` looks"
-    one, two = weights(run), weights(folder)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    logged, whole = lines(folder), lines(run)
-    assert [(line["step"], *sorted(line)) for line in logged] == [(line["step"], *sorted(line)) for line in whole]
-    for line, other in zip(logged, whole, strict=True):
-        for key in ("train/loss", "valid/qwk", "train/lr"):
-            assert line.get(key) == pytest.approx(other.get(key))
 
 
 def test_a_saved_configuration_begins_a_new_run(run: Path) -> None:
@@ -313,9 +248,8 @@ def test_a_finished_run_takes_its_photographs_from_anywhere_and_no_others(
     train(gone, done)  # its own data: it needs them no more
 
 
-@pytest.mark.parametrize("model", ["cnn", "resnet"])
-def test_the_other_models_and_the_other_loader(model: str, tiny: Path, tmp_path: Path) -> None:
-    run = train(tiny, tmp_path / model, "--model", model, "--loader", "torchvision", "--evaluation.field", "full")
+def test_another_model_and_another_loader(tiny: Path, tmp_path: Path) -> None:
+    run = train(tiny, tmp_path / "run", "--model", "cnn", "--loader", "torchvision", "--evaluation.field", "full")
     assert (run / "report" / "report.md").is_file()
 
 
@@ -340,24 +274,6 @@ def test_a_run_does_not_go_on_with_other_settings(run: Path, tiny: Path, more: S
         train(tiny, run, *more)
     assert said in str(caught.value)
     assert json.loads((run / "status.json").read_text())["state"] == "done", "a refused start leaves the run alone"
-
-
-def test_a_run_does_not_go_on_with_other_data(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, folder = Path(shutil.copytree(tiny, tmp_path / "data")), tmp_path / "run"
-    with monkeypatch.context() as patch:
-
-        def die(*_: object) -> None:
-            raise Ended
-
-        patch.setattr(Trainer, "_report", die)
-        with pytest.raises(Ended):
-            train(data, folder)
-    photograph = next((data / "DR_grading" / "test").iterdir())
-    photograph.write_bytes(photograph.read_bytes() + b"\0")
-    before = (folder / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match="not those that this run began with"):
-        train(data, folder, "--max-hours", "5")
-    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny: Path, tmp_path: Path) -> None:
@@ -406,12 +322,3 @@ def test_help_and_version(tmp_path: Path) -> None:
     wrong = fastddr_command(sys.executable, "-m", "fastddr", "trian", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "did you mean 'train'" in wrong.stderr
-
-
-@pytest.mark.parametrize("store", ["mmap", "none"])
-def test_where_photographs_are_kept_changes_nothing(store: str, run: Path, tiny: Path, tmp_path: Path) -> None:
-    """The run of the fixture kept them in RAM."""
-    other = train(tiny, tmp_path / "run", "--loader", "resident", "--loading.store", store)
-    expected, seen = weights(run), weights(other)
-    assert all(torch.equal(expected[name], seen[name]) for name in expected)
-    assert (other / "report" / "predictions.csv").read_text() == (run / "report" / "predictions.csv").read_text()

@@ -5,17 +5,39 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tests_support import ROOT, printed
+
+
+def installed_with_fastddr() -> set[str]:
+    """The distributions that fastddr and all of its extras bring along, by their normalised names."""
+    extras = importlib.metadata.metadata("fastddr").get_all("Provides-Extra") or []
+    seen: set[tuple[str, str]] = set()
+    wanted = [("fastddr", extra) for extra in ("", *extras)]
+    for name, extra in wanted:  # which grows
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        with suppress(importlib.metadata.PackageNotFoundError):  # of another system, or an extra that is not there
+            for one in map(Requirement, importlib.metadata.requires(name) or []):
+                if one.marker is None or one.marker.evaluate({"extra": extra}):
+                    wanted += [(canonicalize_name(one.name), more) for more in ("", *one.extras)]
+    return {name for name, _ in seen}
 
 
 def test_no_file_of_the_package_shadows_another_module() -> None:
     """`accelerate launch fastddr/train.py` puts fastddr/ first on sys.path."""
     ours = {p.stem for p in (ROOT / "fastddr").iterdir() if not p.name.startswith("__") and p.suffix in ("", ".py")}
     assert ours >= {"train", "config", "data", "loaders"}
-    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    assert not ours & (taken - {"fastddr"})
+    known = installed_with_fastddr()
+    assert known >= {"torch", "tensorboard", "markdown"}, "what is needed by what is needed too"
+    modules = importlib.metadata.packages_distributions().items()
+    taken = {module for module, of in modules if known & set(map(canonicalize_name, of))}
+    assert not ours & ((taken | set(sys.stdlib_module_names)) - {"fastddr"})
 
 
 def test_train_py_is_short_and_defines_no_class() -> None:

@@ -39,7 +39,8 @@ def labels(matrix: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and grades of a small split: some grades absent, some photographs twice (a tie in every score).
+    """Logits and grades of a small split: some grades absent, some photographs twice (a tie in every score), some all
+    right and sure.
 
     Drawn from a continuum: on a coarse grid two different photographs may tie in exact arithmetic but not in
     floating point, and the AUC of two right computations then differs.
@@ -49,6 +50,8 @@ def splits(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     logits = 3 * rng.standard_normal((n, classes), dtype=np.float32)
     rows = draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n))
     grades = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+    if draw(st.booleans()):
+        return 40.0 * torch.nn.functional.one_hot(torch.tensor(grades), classes), torch.tensor(grades)
     return torch.from_numpy(logits[rows]), torch.tensor(grades)
 
 
@@ -265,33 +268,6 @@ def test_figures_are_those_of_scikit_learn(split: tuple[torch.Tensor, torch.Tens
         expected["average_precision"] = np.mean([sk.average_precision_score(truth == g, p[:, g]) for g in present])
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=1e-9), key
-
-
-@settings(max_examples=30, deadline=None)
-@given(splits(), st.randoms(use_true_random=False))
-def test_the_order_of_photographs_is_nothing(split: tuple[torch.Tensor, torch.Tensor], random: Any) -> None:
-    logits, grades = split
-    order = list(range(len(grades)))
-    random.shuffle(order)
-    same(figures(logits[order], grades[order]), figures(logits, grades))
-
-
-@settings(max_examples=30, deadline=None)
-@given(splits())
-def test_a_perfect_grader_scores_one(split: tuple[torch.Tensor, torch.Tensor]) -> None:
-    logits, grades = split
-    found = figures(40.0 * torch.nn.functional.one_hot(grades, logits.shape[1]), grades)
-    matrix, present = found.pop("confusion_matrix"), len(grades.unique())
-    assert matrix == np.diag(np.bincount(grades, minlength=logits.shape[1])).tolist()
-    assert found.pop("n") == len(grades)
-    assert found.pop("loss") == pytest.approx(0, abs=1e-9)
-    assert found.pop("ece") == pytest.approx(0, abs=1e-6)
-    assert (found["auc"] is None) == (present == 1)
-    assert (found["qwk"] is None) == (len(grades[grades < 5].unique()) < 2)
-    assert sum(value is not None for value in found["recall"]) == present
-    without = found.pop("without_ungradable", {"n": 0})
-    assert without.pop("n") == int((grades < 5).sum()) * ("qwk" in without)
-    assert all(value == pytest.approx(1) for value in flat([found, without]).values() if value is not None)
 
 
 def test_an_absent_grade_is_none_and_outside_the_means() -> None:

@@ -133,9 +133,10 @@ def test_tritons_kernel_computes_what_the_reference_does() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with PyTorch for CUDA)")
-def test_headers_are_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_looked_for_where_triton_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's own scheme names a folder that need not be there."""
-    known = kernels.sysconfig.get_paths("posix_prefix")
+    (tmp_path / "Python.h").touch()
+    known = {"include": str(tmp_path)}
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(kernels.sysconfig, "get_default_scheme", lambda: "posix_local")
     monkeypatch.setattr(
@@ -168,6 +169,7 @@ def test_a_kernel_is_tried_on_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_triton_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/clang" if name == "clang" else None)
     monkeypatch.setattr("os.path.isfile", lambda path: True)

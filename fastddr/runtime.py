@@ -187,8 +187,9 @@ def keep_memory() -> None:
 _TASKS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
-def join() -> PartialState:
-    """Join the other ranks, on the GPU or the CPU. Safe to call again."""
+def join(*, cpu: bool = False) -> PartialState:
+    """Join the other ranks, on the GPU or the CPU, with `cpu` on that whatever there is. Safe to call again."""
+    cpu = cpu or on_cpu()
     ranks.die_with_parent()
     tasks = max(int(os.environ.get(name) or 1) for name in _TASKS)
     if tasks > 1 and not os.environ.get("WORLD_SIZE"):
@@ -207,7 +208,7 @@ def join() -> PartialState:
                 f"accelerate launch asked for {what}, which fastddr does not do: each GPU holds the whole model; "
                 "launch with --config_file accelerate_config.yaml, or leave it out in `accelerate config`."
             )
-    cards = 0 if on_cpu() else torch.cuda.device_count()
+    cards = 0 if cpu else torch.cuda.device_count()
     if 0 < cards < ranks.local_world():
         raise UserError(
             f"{ranks.local_world()} processes on a machine with {cards} GPU(s): each needs one of its own; start as "
@@ -216,7 +217,7 @@ def join() -> PartialState:
     if cards == 0 and not _asked_for_cpu() and ranks.world() > ranks.local_world() and (blind := _blind()) is not None:
         # Machines of which some have found their GPUs and some have not would wait for each other.
         raise UserError(f"{blind}; mend it on this machine, or train on all of them with `accelerate launch --cpu`.")
-    state = ranks.join(cpu=on_cpu())
+    state = ranks.join(cpu=cpu)
     # Where Accelerate was told the card of a single process, it leaves the current one as it is, and events and Triton
     # are of that one. A device without an index is the current one.
     if state.device.type == "cuda" and state.device.index is not None:
@@ -266,19 +267,20 @@ def _blind() -> str | None:
     )
 
 
-def start(config: Config, trainer: object = None, precision_of: str = ASKED) -> Runtime:
+def start(config: Config, trainer: object = None, precision_of: str = ASKED, *, cpu: bool = False) -> Runtime:
     """Choose device, precision and threads, and seed, for the process.
 
     Args:
         trainer: the one that this is for, if any.
         precision_of: why the configuration names its precision, where it names one.
+        cpu: on the CPU, whatever there is.
 
     Raises:
         UserError: a precision or a batch that this machine cannot do, or another Trainer is open.
     """
     alone.check(trainer)
-    state = join()
-    cpu = on_cpu()
+    state = join(cpu=cpu)
+    cpu = cpu or on_cpu()
     decisions = [f"device {'cpu' if cpu else 'cuda'}: {_why_device(cpu)}"]
     capability, card = (None, "") if cpu else card_of(state.device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()

@@ -69,7 +69,8 @@ def export(asked: Export) -> Path:
     _check_place(out, asked.overwrite)
     if asked.count < 0:
         raise UserError(f"--count {asked.count}: give a number of photographs, or 0 for all.")
-    began = runtime.start(config)
+    # All of it is work of the CPU, which no card has to be usable for.
+    began = runtime.start(config, cpu=True)
     restored = restore.restore(asked.run, config, asked.weights, torch.device("cpu"), console.print)
     recipe: Recipe | str | None
     prepared: dict[str, Any] | str | None

@@ -113,6 +113,18 @@ def test_the_card_of_a_process_is_the_current_one(
     assert taken == current
 
 
+def test_work_of_the_cpu_needs_no_card_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(_: torch.device) -> tuple[tuple[int, int], str]:
+        raise UserError("this card is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "card_of", too_old)
+    config = replace(Config(), precision="fp32", batch_size=4)
+    assert runtime.start(config, cpu=True).device.type == "cpu"
+    with pytest.raises(UserError, match="too old"):
+        runtime.start(config)
+
+
 @pytest.mark.parametrize("driver", [True, False])
 def test_a_driver_that_is_too_old_is_no_machine_without_a_gpu(driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastddr import control_groups, network
 from fastddr.errors import UserError, unusable
@@ -194,7 +194,7 @@ def on_main(do: Callable[[], T]) -> T | None:
 def main_first(do: Callable[[], T]) -> T:
     """As `on_all`; rank 0 goes first, and the others find what it has downloaded or cached."""
     first = on_main(do)
-    return on_all(lambda: do() if first is None else first)
+    return on_all(lambda: cast(T, first) if rank() == 0 else do())
 
 
 def agree(what: Callable[[], str], otherwise: str) -> None:
@@ -376,8 +376,11 @@ def leave() -> None:
     """Leave the other processes, where this one has joined them; the last that it does with them."""
     from accelerate import PartialState
 
+    global _talk, _roll_call
+    # A process that ends without leaving is aborted now and then, by threads of gloo that still run; those of a group
+    # end with the last that holds it.
+    _talk = _roll_call = None
     if PartialState._shared_state:
-        # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
         PartialState().destroy_process_group()
 
 
@@ -405,6 +408,6 @@ def join(*, cpu: bool) -> PartialState:
 def talk() -> Any:
     """The group of all ranks over the CPU, for what they say to each other; those that have not joined meet there."""
     if _talk is None:
-        # A process that ends without leaving is aborted now and then, by threads of gloo that still run.
-        atexit.register(join(cpu=True).destroy_process_group)
+        join(cpu=True)
+        atexit.register(leave)
     return _talk

@@ -127,10 +127,11 @@ class RunFolder:
 
     def begin(self, config: str, manifest: str, taken: Sequence[str]) -> None:
         """Write what a new run is: its configuration, its photographs, and what it took of the weights it begins at."""
-        self.write(self.config, config)
-        self.write(self.manifest, manifest)
-        if taken:
-            self.write(self.init, "\n".join(taken) + "\n")
+        with files.naming(self.path):
+            self.write(self.config, config)
+            self.write(self.manifest, manifest)
+            if taken:
+                self.write(self.init, "\n".join(taken) + "\n")
 
     def renew(self, config: Config) -> None:
         """Write down the runtime keys of this start, as where the photographs lie now.

@@ -432,11 +432,8 @@ class Trainer:
                 stack.callback(self.run.lock.close)
             # After a failure the other ranks may sit in a collective, and leaving the group would wait for them; the
             # launcher ends them when this process ends.
-            if self._began and not (failed and self.runtime.world > 1):
-                stack.callback(self.accelerator.end_training)
-            elif self.finished and not self._began:
-                # As `end_training` does: a process that ends without leaving its group is aborted now and then.
-                stack.callback(runtime.join().destroy_process_group)
+            if not (failed and self.runtime.world > 1) if self._began else self.finished:
+                stack.callback(ranks.leave)
             stack.callback(self.tracker.finish, failed=failed)
             # On a GPU what is left behind a collective that never ends cannot be freed.
             if self.loaders is not None and not (failed and self.runtime.world > 1 and torch.cuda.is_initialized()):

@@ -168,10 +168,13 @@ def of(
     """
     trains, problems = trained_on is None, seen.problems()
     entries, leaks = _usable(seen, problems), list[Problem]()
-    if not trains and replace(seen, entries=entries).fingerprint != trained_on:
-        leaks = [problem for problem in problems if problem.kind in LEAKS]
-        problems = [problem for problem in problems if problem.kind not in LEAKS]
-        entries = _usable(seen, problems)
+    if not trains:
+        others = [problem for problem in problems if problem.kind not in LEAKS]
+        # The run's own, whether or not their leaks were known when it was trained.
+        own = {replace(seen, entries=usable).fingerprint for usable in (entries, _usable(seen, others))}
+        if trained_on not in own:
+            leaks, problems = [problem for problem in problems if problem.kind in LEAKS], others
+            entries = _usable(seen, problems)
     if on_bad == "raise":
         refuse(problems, seen.root, seen.command)
     bad = errors(problems)
@@ -234,19 +237,20 @@ def fingerprint_in(file: Path) -> str:
     return first.removeprefix(_FINGERPRINT).strip() if first.startswith(_FINGERPRINT) else ""
 
 
-def named(path: str, grade: int | str) -> tuple[str, str]:
-    """A photograph by its name, without folder and extension, and its grade: its copy in another form has the same."""
-    return os.path.splitext(path.rpartition("/")[2])[0], str(grade)
+def named(path: str, grade: int | str, *, folders: bool = False) -> tuple[str, str]:
+    """A photograph by its name, without extension, and its grade, which its copy in another form has too; with
+    `folders`, or else without them."""
+    return os.path.splitext(path if folders else path.rpartition("/")[2])[0], str(grade)
 
 
 def splits_by_name(file: Path) -> dict[tuple[str, str], str]:
-    """The split of each photograph of a file of `Manifest.to_csv` as `named`, without those that are named alike.
+    """The split of each photograph of a file of `Manifest.to_csv` as `named`, those that are named alike with folders.
 
     Empty where there is no such file.
     """
-    photographs = [(named(row.get("path") or "", row.get("grade") or ""), row.get("split") or "") for row in rows(file)]
-    bearers = Counter(name for (name, _), _ in photographs)
-    return {key: split for key, split in photographs if bearers[key[0]] == 1}
+    photographs = [(row.get("path") or "", row.get("grade") or "", row.get("split") or "") for row in rows(file)]
+    bearers = Counter(named(path, grade)[0] for path, grade, _ in photographs)
+    return {named(path, grade, folders=bearers[named(path, grade)[0]] > 1): split for path, grade, split in photographs}
 
 
 def rows(file: Path) -> Iterator[dict[str, str]]:

@@ -118,14 +118,16 @@ def _matching(pattern: str) -> list[str]:
     named = pattern
     while glob.has_magic(named):
         named = os.path.dirname(named)
-    return sorted(path for path in glob.glob(pattern, recursive=True) if not _aside(path, named))
+    return sorted(path for path in glob.glob(pattern, recursive=True) if not _aside(path, named, pattern.split(os.sep)))
 
 
-def _aside(path: str, named: str) -> bool:
-    """Whether a path lies in a folder, or is one, that is `aside`; of what was `named` itself nothing is asked."""
+def _aside(path: str, named: str, asked: Sequence[str]) -> bool:
+    """Whether a path lies in a folder, or is one, that is `aside`; of what was `named` itself, or is `asked` for by its
+    own name, nothing is asked."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     while len(folder) > len(named):
-        if aside(*os.path.split(folder)):
+        above, name = os.path.split(folder)
+        if name not in asked and aside(above, name):
             return True
         folder = os.path.dirname(folder)
     return False

@@ -252,7 +252,8 @@ def take(
     entries, notes = splits.assign(listing, splitting or SplitConfig())
     if exclude:
         named = {one.path for found in (entries, listing.absent, listing.problems) for one in found}
-        exclude = _of_masters(exclude, named, listing.root)
+        here = _of_masters(named, listing.root)
+        exclude = frozenset(map(here, exclude))
     kept = [entry for entry in entries if entry.path not in exclude]
     # By split and path: ids, and with them a run's windows, must not depend on the order of lines in a file.
     order = {split: place for place, split in enumerate(SPLITS)}
@@ -263,7 +264,7 @@ def take(
         for line in sorted(exclude.difference(left_out)):
             # A note beside the path: it would be trained on.
             pieces = [*re.split(r"[,;\t|#:]", line), *(line[: gap.start()] for gap in re.finditer(r"\s", line))]
-            if not photographs.isdisjoint(map(str.strip, pieces)):
+            if not photographs.isdisjoint(here(piece.strip()) for piece in pieces):
                 raise UserError(
                     f"--exclude: its line {line!r} holds more than the path of a photograph, if only a blank; write "
                     "the path alone, or the names of the columns above the first line, as in path,reason."
@@ -293,19 +294,19 @@ def take(
     )
 
 
-def _of_masters(exclude: frozenset[str], named: Container[str], root: Path) -> frozenset[str]:
-    """The lines of `--exclude` as a prepared set calls them: they may be of the list that belongs to its source."""
+def _of_masters(named: Container[str], root: Path) -> Callable[[str], str]:
+    """How a prepared set calls a photograph of `--exclude`, which may be of the list that belongs to its source."""
     from fastddr.data import crop, masters  # SciPy takes its time, and most have no list
 
     recipe = masters.of_folder(root)
-    if recipe is None:
-        return exclude
 
     def here(path: str) -> str:
+        if recipe is None:
+            return path
         renamed = crop.name_of(path, recipe.format)
         return renamed if path not in named and is_photograph(path) and renamed in named else path
 
-    return frozenset(map(here, exclude))
+    return here
 
 
 def _asked(data: str | Path, splitting: SplitConfig, follow_links: bool) -> str:

@@ -74,8 +74,7 @@ def compare(asked: Compare) -> list[Compared]:
     if asked.out is not None and asked.out.suffix not in (".md", ".json"):
         raise UserError(f"--out {asked.out}: write to a .md or a .json.")
     if asked.out is not None:
-        if asked.out.exists():
-            raise UserError(f"--out {asked.out}: it is there already; give another name, or remove it.")
+        _refuse_there(asked.out)
         output.check_place(asked.out)
     reports = [again.stored(again.folder_of(place)) for place in asked.runs]
     splits = [_split(place, report, asked.split) for place, report in zip(asked.runs, reports, strict=True)]
@@ -329,6 +328,11 @@ def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
     return (statistics.fmean(known), statistics.stdev(known)) if len(known) == len(values) else None
 
 
+def _refuse_there(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out {out}: it is there already; give another name, or remove it.")
+
+
 def main(asked: Compare) -> int:
     """Run the verb; its exit code."""
     compared = compare(asked)
@@ -338,6 +342,7 @@ def main(asked: Compare) -> int:
             text = json.dumps(as_json(compared, asked.split), indent=1, allow_nan=False) + "\n"
         else:
             text = f"{tables.table(body[0], body[1:])}\n\n{legend(compared, asked.split)}\n"
+        _refuse_there(asked.out)  # since it was looked at another command may have written it
         # A link stays one.
         output.put(asked.out.resolve(), text.encode())
     show(compared, body, asked.split)

@@ -115,7 +115,8 @@ def evaluate(asked: Evaluate) -> Path | None:
     place = numbered(run.path / "evaluations" / f"{label}-{datetime.now():%Y%m%d-%H%M%S}")
     values = figures(result.logits, result.grades)
     # Of other photographs a scoring of all is none of the run's own test.
-    tested = split == "test" or (split == "all" and (own or _shared(run, found, ids)))
+    known = _known(run, found, ids)
+    tested = split == "test" or (split == "all" and (own or _most(known, ids)))
     if tested and found.has("test"):
         run.append_test_scoring("evaluate", result.weights, split, values, found.fingerprint)
     about = facts(
@@ -125,7 +126,7 @@ def evaluate(asked: Evaluate) -> Path | None:
     regression = config.loss.name == "mse"
     seen = (
         _seen(split, found, regression) if own else
-        [_others(trained, restored.fingerprint), *_alike(run, found, ids, regression)]
+        [_others(trained, restored.fingerprint), *_alike(known, ids, regression)]
     )  # fmt: skip
     notes = [*found.notes, *whole, *prepared, *seen]
     reporting.write(
@@ -145,9 +146,13 @@ def _split(asked: Evaluate, run: RunFolder, found: Manifest, own: bool) -> tuple
     """
     if asked.split is not None:
         return asked.split, []
-    if own or ("test" in found.split and not found.test_drawn) or _shared(run, found, _ids(found, "all")):
+    known = _known(run, found, ids := _ids(found, "all"))
+    if own or (found.has("test") and (not found.test_drawn or _most(known, ids))):
         return "test", []
-    return "all", ["The set has no test split of its own, so all of its photographs are scored."]
+    said = "The set has no test split of its own, so all of its photographs are scored."
+    if trained := known["train"]:
+        said += f" {trained:,} of them bear names and grades of photographs that the run was trained on."
+    return "all", [said]
 
 
 def _ids(found: Manifest, split: str) -> np.ndarray:
@@ -187,14 +192,14 @@ def _prepared(run: RunFolder, config: Config, found: Manifest) -> list[str]:
     said = [f"prepared ({recipe})" if recipe else "not prepared" for recipe in (here, own)]
     return [
         f"These photographs are {said[0]}, and those of the run were {said[1]}: the figures are of that difference too."
-        + (f" `{_preparing(own, config)}` prepares them." if own and not here else "")
+        + (f" `{_preparing(own, config)}` prepares them." if own and own.version == Recipe.version and not here else "")
     ]
 
 
 def _preparing(recipe: Recipe, config: Config) -> str:
     """The command that prepares these photographs as the run's were."""
-    flags = {"--size": recipe.size, "--format": recipe.format, "--exclude": config.exclude}
-    usual = {"--size": Recipe.size, "--format": Recipe.format, "--exclude": None}
+    flags = {"--size": recipe.size, "--format": recipe.format, "--exclude": config.exclude, "--on-bad": config.on_bad}
+    usual = {"--size": Recipe.size, "--format": Recipe.format, "--exclude": None, "--on-bad": "raise"}
     more = [f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value != usual[flag]]
     links = " --follow-links" if config.follow_links else ""
     return f"fastddr prepare {shlex.quote(config.data)} FOLDER{''.join(more)}{links}"
@@ -220,19 +225,26 @@ def _others(trained: Config, fingerprint: str) -> str:
     )
 
 
-def _shared(run: RunFolder, found: Manifest, ids: np.ndarray) -> Counter[str]:
-    """How many of these photographs bear names and grades of the run's own, by its split; none unless most do."""
+def _known(run: RunFolder, found: Manifest, ids: np.ndarray) -> Counter[str]:
+    """How many of these photographs bear names and grades of the run's own, by its split."""
     own = manifest.splits_by_name(run.manifest)
-    scored = {manifest.named(found.path[row], int(found.grade[row])) for row in ids.tolist()}
-    there = Counter(own[key] for key in scored if key in own)
-    return there if 2 * there.total() > len(scored) else Counter()
+    scored = {
+        manifest.named(found.path[row], int(found.grade[row]), folders=folders)
+        for row in ids.tolist()
+        for folders in (False, True)
+    }
+    return Counter(own[key] for key in scored if key in own)
 
 
-def _alike(run: RunFolder, found: Manifest, ids: np.ndarray, regression: bool) -> list[str]:
+def _most(known: Counter[str], ids: np.ndarray) -> bool:
+    """Whether most of the photographs may be the run's own in another form."""
+    return 2 * known.total() > len(ids)
+
+
+def _alike(known: Counter[str], ids: np.ndarray, regression: bool) -> list[str]:
     """The sentence where most of the photographs that were scored may be the run's own in another form."""
-    there = _shared(run, found, ids)
-    seen = there["train"] + regression * there["valid"]
-    if not seen:
+    seen = known["train"] + regression * known["valid"]
+    if not (_most(known, ids) and seen):
         return []
     how = "was trained on or fitted its thresholds to" if regression else "was trained on"
     return [

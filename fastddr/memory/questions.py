@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -117,8 +119,13 @@ def _here() -> tuple[str, float] | None:
 
     if torch.cuda.is_initialized() or not torch.backends.cuda.is_built():
         return _first_card()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(_first_card).result()
+    try:
+        # Of later Pythons: the threads beside are PyTorch's, and at rest.
+        quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+        with quiet, ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            return pool.submit(_first_card).result()
+    except (OSError, ImportError, BrokenProcessPool):  # no further process, or one that its driver ends
+        return None  # what was measured of the card is a better answer than what is declared; it is not needed for one
 
 
 def _first_card() -> tuple[str, float] | None:

@@ -121,9 +121,9 @@ def test_most_names_and_grades_tell_the_runs_photographs_in_another_form(run: Pa
         ("test", True, None),
     ):
         ids = evaluate._ids(found, split)
-        notes = evaluate._alike(RunFolder(run), masters, ids, regression)
+        notes = evaluate._alike(evaluate._known(RunFolder(run), masters, ids), ids, regression)
         assert notes == [] if said is None else notes[0].startswith(said)
-        assert evaluate._alike(RunFolder(run), others, ids, regression) == []
+        assert evaluate._alike(evaluate._known(RunFolder(run), others, ids), ids, regression) == []
 
 
 def test_the_runs_own_photographs_are_known_in_another_place(run: Path, tiny: Path, tmp_path: Path) -> None:

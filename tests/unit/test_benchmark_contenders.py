@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,31 @@ def test_training_loops_that_are_stopped_keep_their_whole_rounds(
         train.race(specs, None, about, 5, None, lambda line: None, kept.extend)
     found = {row["name"]: row["n"] for row in kept}
     assert found == ({"fastddr": 4, "report": 4, "fastddr / report": 4} if stopped_in == 5 else {}), "two are too few"
+
+
+def test_a_training_loop_says_what_it_is_before_its_turns(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped in the midst of a turn answers no question any more."""
+    train, recipes = load("train"), load("recipes")
+    asked: list[str] = []
+
+    def ask(self: Any, question: str, *arguments: object) -> Any:
+        asked.append(question)
+        said = {"epoch": load("recipe").Epoch(8, 1.0, 0.5), "vram": {}, "about": {"loader": "dali"}, "rest": None}
+        return said[question]
+
+    def begin(self: Any, *_: object) -> None:
+        self.memory, self._process = 0, SimpleNamespace(pid=os.getpid())
+
+    monkeypatch.setattr(train.Halted, "__init__", begin)
+    monkeypatch.setattr(train.Halted, "ask", ask)
+    contender = train.Contender(recipes.Spec.parse("fastddr"), None)
+    contender.warm()
+    contender()
+    assert asked == ["epoch", "vram", "about", "rest", "epoch", "rest"], "others have the card while it is halted"
+    before = len(asked)
+    row = contender.row()
+    assert (row["loader"], row["data_wait"]) == ("dali", 0.5)
+    assert len(asked) == before
 
 
 def test_loaders_that_are_stopped_keep_their_whole_rounds(

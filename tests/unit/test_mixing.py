@@ -179,6 +179,15 @@ def test_shares_follow_their_distribution_and_the_coin_is_fair() -> None:
     assert blended / 600 == pytest.approx(0.5, abs=0.08)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_on_the_device_is_asked_for(kind: dict[str, float]) -> None:
+    """On the meta device there are no values, so whatever waits for one fails."""
+    image, grade = photographs(8).to("meta"), torch.zeros(8, dtype=torch.int64, device="meta")
+    for step in range(4):
+        mixed, target = mixer(kind)(step, 0, image, grade)
+        assert (mixed.device.type, target.device.type) == ("meta", "meta")
+
+
 def test_a_mixer_is_built_where_it_is_asked_for() -> None:
     plain = Config()
     batch = photographs(), torch.tensor([0, 1, 2, 3, 4, 5])

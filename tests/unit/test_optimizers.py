@@ -191,6 +191,12 @@ def test_ema_follows_a_wrapped_model() -> None:
     torch.testing.assert_close(ema[3].bias, 0.1 * start + 0.9 * model[3].bias)
 
 
+def test_ema_update_reads_nothing_back_to_the_host() -> None:
+    model = tiny().to("meta")  # a meta tensor has no value: any read of one raises
+    ema = optimizers.make_ema(model)
+    optimizers.update_ema(ema, model, 0, 0.9)
+
+
 def test_averages_stay_where_a_step_was_left_out() -> None:
     model = tiny()
     ema = optimizers.make_ema(model)

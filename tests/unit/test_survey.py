@@ -174,6 +174,14 @@ def test_every_fault_is_named_and_training_obeys_the_verdict(what: str, data: Pa
         assert kind in NOTES
 
 
+def test_the_longest_side_that_is_taken_is_that_of_a_square_that_pillow_decodes(data: Path) -> None:
+    """One more is a fault, above. `prepare` makes a square round all of a photograph."""
+    _rgb_png(photograph.MAX_SIDE, 1_800, 8, b"\0" * 64)(data / FIRST)
+    assert photograph.MAX_SIDE == 13_377
+    header = photograph.header(str(data / FIRST))
+    assert (header.width, header.height) == (photograph.MAX_SIDE, 1_800)
+
+
 def test_orientation_is_read_from_every_format(tmp_path: Path) -> None:
     for extension in ("jpg", "png", "tif"):
         path = draw(tmp_path / f"a.{extension}", orientation=8)

@@ -152,11 +152,13 @@ def launch(ranks: int, script: str | Path, *arguments: str, cwd: Path) -> subpro
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
 
 
-def forked(ranks: int | str, script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def forked(
+    ranks: int | str, script: str | Path, *arguments: str, cwd: Path, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Ranks of a script or of a module by its name, to their end, where the launcher is not the point: `forked.py`."""
     script_ = ["-m", script] if isinstance(script, str) else [str(script)]
     command = [sys.executable, str(Path(__file__).parent / "forked.py"), str(ranks), *script_, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment())
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment())
 
 
 @contextmanager

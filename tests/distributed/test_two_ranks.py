@@ -37,7 +37,7 @@ def test_two_ranks_that_compile_end_near_those_that_do_not(
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     sparing = ["--compile", "--memory.activation-budget", "0.3"]
     script = ROOT / "fastddr" / "train.py"
-    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *FLAGS, *sparing, cwd=tmp_path)
+    done = forked(2, script, "--data", str(tiny), "--run-dir", "run", *FLAGS, *sparing, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     eager, compiled = weights(run), weights(tmp_path / "run")
     assert eager.keys() == compiled.keys(), "plain names"

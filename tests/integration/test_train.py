@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from fastddr import checkpoints, cli, config, runs
 from fastddr import trainer as trainer_module
 from fastddr.data import manifest
 from fastddr.errors import UserError
+from fastddr.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +127,35 @@ def test_best_is_the_best_by_kappa_and_then_by_loss(run: Path) -> None:
     assert figures["valid_last"]["qwk"] == pytest.approx(kappas[6])
 
 
-def test_one_seed_gives_one_result_bit_for_bit(run: Path, tiny: Path, tmp_path: Path) -> None:
-    again = train(tiny, tmp_path / "again", "--loading.prefetch", "3")
+def test_one_seed_gives_one_result_bit_for_bit(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where photographs are kept in a file, and not in RAM as those of the fixture's run."""
+    again = train(tiny, tmp_path / "again", "--loading.prefetch", "3", "--loading.store", "mmap")
+    assert "loader resident in mmap" in capsys.readouterr().out
+    assert (again / "report" / "predictions.csv").read_text() == (run / "report" / "predictions.csv").read_text()
     one, two = weights(run), weights(again)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = weights(train(tiny, tmp_path / "other", "--seed", "1"))
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(tiny: Path, tmp_path: Path) -> None:
+    """On the CNN, which has no BatchNorm that would see the micro batches, and where the size of a gradient matters:
+    neither divided by itself, as Adam does, nor clipped."""
+    common = ("--model", "cnn", "--optimizer.name", "sgd", "--lr", "0.01", "--optimizer.clip-norm", "1e6")
+    ends = []
+    for size in ("8", "2"):
+        with Trainer(settings(tiny, tmp_path / size, *common, "--micro-batch-size", size)) as trainer:
+            before = copy.deepcopy(trainer.bare_model.state_dict())
+            trainer.train_epoch()
+            assert trainer.runtime.accumulation == 8 // int(size)
+            ends.append({name: tensor - before[name] for name, tensor in trainer.bare_model.state_dict().items()})
+            trainer.stopping.settle()
+    for name, moved in ends[0].items():
+        assert moved.any(), name
+        torch.testing.assert_close(ends[1][name], moved, rtol=1e-3, atol=1e-6)
 
 
 def test_the_average_of_the_weights_follows_its_recurrence(

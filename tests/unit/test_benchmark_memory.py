@@ -62,17 +62,19 @@ def card(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return make
 
 
-def test_the_largest_batch_is_found_and_predicted(
-    memory: Any, card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("what", "unit"), [("batch", "photographs"), ("crop", "px")])
+def test_the_largest_is_found_and_predicted(
+    memory: Any, card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, what: str, unit: str
 ) -> None:
     card("torch.OutOfMemoryError: CUDA out of memory.")
     monkeypatch.setattr(memory, "MOST_BATCH", 16)
+    monkeypatch.setattr(memory, "MOST_SIDE", 128)
     trial = memory.Trial("convmixer-16-2-k3-p8", 64, 4, "fp32", False, limit_gib=0.004)
-    row = memory.largest(trial, "batch", WHOLE)
+    row = memory.largest(trial, what, WHOLE)
     assert row["predicted"] == row["median"] > 0
-    assert (row["share"], row["unit"], row["n"]) == (1.0, "photographs", 1)
+    assert (row["share"], row["unit"], row["n"]) == (1.0, unit, 1)
     # A card with less to give is predicted less.
-    less = memory.largest(trial, "batch", replace(WHOLE, context=GIB // 500))
+    less = memory.largest(trial, what, replace(WHOLE, context=GIB // 500))
     assert less["predicted"] < less["median"] == row["median"]
 
 

@@ -9,6 +9,7 @@ import pydoc
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -59,15 +60,15 @@ def test_the_kernel_alone_is_measured_where_photographs_are_in_the_cards_memory(
 
 @pytest.mark.slow
 def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
-    ours = "dali" if dali_decoder.installed() else "torchvision:workers=0"
+    ours = ["dali", "resident:ram"] if dali_decoder.installed() else ["torchvision:workers=0"]
     done = subprocess.run(
         [
             *(sys.executable, "-B", str(BENCHMARKS / "loader.py")),
             *("--data", str(tiny), "--out", str(tmp_path / "r.json")),
             *("--image-size", "32", "--canvas", "64", "--batch-size", "8", "--length", "0", "--threads", "1"),
             *("--rounds", "5", "--seconds", "0.05", "--policies", "report"),
-            *("--loaders", ours, "torch-pil", "torchvision-gpu"),
-            *("--step", ours, "--step-model", "8", "1", "3", "8", "--steps", "10"),
+            *("--loaders", *ours, "torch-pil", "torchvision-gpu"),
+            *("--step", ours[-1], "--step-model", "8", "1", "3", "8", "--steps", "10"),
         ],
         capture_output=True,
         text=True,
@@ -85,8 +86,8 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
         assert {"name", "kind", "photographs", "policy", "median", "low", "high", "unit", "n"} <= set(row), row
         assert row["low"] <= row["median"] <= row["high"]
     by_name = {row["name"]: row for row in rows}
-    label = ours.replace(":", ", ")
-    for name in ("torch-pil", label):
+    labels = [name.replace(":", ", ") for name in ours]
+    for name in ("torch-pil", *labels):
         row = by_name[name]
         assert (row["unit"], row["n"], row["threads"], row["batch_size"]) == ("images/s", 5, 1, 8)
         if sys.platform == "linux":
@@ -96,12 +97,14 @@ def test_a_run_writes_rows_and_a_picture(tiny: Path, tmp_path: Path) -> None:
     assert by_name["libjpeg-turbo, whole photographs, one core × 1"]["median"] > 0
     wait = next(row for row in rows if row["name"].startswith("data wait"))
     assert 0 <= wait["median"] <= 100
-    shares = [row for row in rows if row["kind"] == "profile" and row["name"].startswith(label)]
+    shares = [row for row in rows if row["kind"] == "profile" and row["name"].startswith(labels[0])]
     assert {row["name"].partition(": ")[2] for row in shares} >= {"read", "decode", "Python"}
     assert all(0 <= row["median"] <= 100 for row in shares)
     if dali_decoder.installed():
         assert "target: dali / torch-pil ≥ 1.70:" in done.stdout
         assert by_name["DALI, reading and decoding alone"]["median"] > 0
+        assert by_name["resident store alone, uint8"]["median"] > 0
+        assert by_name["resident, ram"]["first_epoch_seconds"] > 0
 
 
 def test_names_and_options_of_loaders(load: Any, found: Manifest) -> None:
@@ -232,6 +235,51 @@ def test_a_plain_dali_pipeline_gives_windows_of_masters_each_once(load: Any, fou
     assert images.shape == (4, 3, 32, 32)
     share = 0.25 * (6 + 2 * 64 / 96) / 8
     assert peer._area() == pytest.approx([share / 1.25**2, share / 0.8**2])
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+def test_spdl_sends_bytes_to_a_gpu_which_normalises_them(
+    load: Any, found: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, spdl = load("peers"), pytest.importorskip("spdl.io")
+    sent: list[tuple[torch.dtype, int]] = []
+    loading: set[int] = set()
+    threads, whole = torch.get_num_threads(), peers.TorchDecodeJpeg.load
+
+    def send(images: torch.Tensor) -> torch.Tensor:
+        sent.append((images.dtype, threading.get_ident()))
+        return images
+
+    def loaded(file: str) -> torch.Tensor:
+        loading.add(threading.get_ident())
+        photograph: torch.Tensor = whole(file)
+        return photograph
+
+    def first(device: str) -> torch.Tensor:
+        # One photograph, whole, so that each batch has the same.
+        plain = AugmentConfig(hflip=False, vflip=False)
+        wanted = task(
+            found, files=found.files()[:1] * 4, ids=np.arange(4), image_size=80, augment=plain,
+            device=torch.device(device),
+        )  # fmt: skip
+        peer = peers.PEERS["spdl-decode-jpeg"](wanted)
+        try:
+            images: torch.Tensor = next(peer.batches())
+            return images
+        finally:
+            peer.close()
+            torch.set_num_threads(threads)
+
+    monkeypatch.setattr(spdl, "transfer_tensor_h2d", send)
+    monkeypatch.setattr(peers.TorchDecodeJpeg, "load", loaded)
+    expected = first("cpu")
+    assert sent == []
+    real = torch.Tensor.to
+    # There is no card: what goes to it stays here.
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if "cuda" in str(a[:1]) else real(self, *a, **k))
+    torch.testing.assert_close(first("cuda"), expected)
+    assert {dtype for dtype, _ in sent} == {torch.uint8}
+    assert loading.isdisjoint(thread for _, thread in sent), "while one is sent, others are loaded"
 
 
 def test_texts_know_the_peers_that_there_are(load: Any, found: Manifest) -> None:

@@ -145,7 +145,8 @@ def compared(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
 
 def main(options: Options) -> int:
     """Run what is not run yet, print and write; exit code 1 if a change could not be trained."""
-    if len(set(options.seeds)) < 3:
+    seeds = tuple(dict.fromkeys(options.seeds))
+    if len(seeds) < 3:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: give at least 3, one alone decides nothing.")
     base = cli.parse(baseline(options), "baseline")
     folder = options.folder or Path("runs") / f"ablation-{Path(options.data).name}"
@@ -155,11 +156,11 @@ def main(options: Options) -> int:
     rows: list[dict[str, Any]] = []
     with harness.writing("ablation", rows, options.out, wandb=options.wandb):
         for name, flags in changes.items():
-            found = row(name, flags, options.seeds, options, folder)
+            found = row(name, flags, seeds, options, folder)
             if "failed" in found:
-                harness.say(f"{name}: not trained: {found['failed']}")
                 if name == BASELINE:
-                    return 1
+                    raise UserError(f"The baseline could not be trained: {found['failed']}")
+                harness.say(f"{name}: not trained: {found['failed']}")
             rows.append(compared(found, rows[0] if rows else found))
     picture = plots.save(plots.changes(rows), f"{base.model} on {rows[0]['data']}", folder / "ablation.png")
     text = f"{accounts.changes(rows)}\n\n{accounts.caution(rows[0]['valid'])}\n\n![Valid by epoch]({picture.name})\n"

@@ -169,11 +169,9 @@ def _decoding_rows(options: Options, cores: int) -> Iterator[dict[str, Any]]:
     # Not at the top: `step` and `operations` import this file and need no photographs.
     import sources
 
-    from fastddr.data import manifest
-
     photographs = 60 if options.tiny else options.photographs
     for name, root in sources.roots(options.data, options.encodings, photographs):
-        files = manifest.read(root).files()
+        files = sources.read(root).files()
         if not all(file.lower().endswith((".jpg", ".jpeg")) for file in files):
             harness.say(f"Decoding of {name} is left out: not all of its photographs are JPEGs.")
             continue

@@ -28,6 +28,7 @@ class DaliPlain(Peer):
     """
 
     name = "dali-plain"
+    options = ("workers", "prefetch")
 
     @classmethod
     def missing(cls, task: Task) -> str | None:

@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -151,13 +151,24 @@ class Halted:
         self.memory = max(self.memory, harness.memory(self._process.pid or 0))
 
     def close(self) -> None:
-        """End the object, its workers and its process."""
-        self._signal(signal.SIGCONT)
-        with suppress(OSError):
-            self._pipe.send(None)
-        self._process.join(10)
-        if self._process.is_alive():
-            self._signal(signal.SIGKILL)
-            self._process.join()
-        self._pipe.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """End the object, its workers and its process; at once, where this is interrupted."""
+        try:
+            self._signal(signal.SIGCONT)
+            with suppress(OSError):
+                self._pipe.send(None)
+            self._process.join(10)
+        finally:
+            if self._process.is_alive():
+                self._signal(signal.SIGKILL)
+                # Without its group yet, it has begun nothing else.
+                self._process.kill()
+                self._process.join()
+            self._pipe.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def close_all(objects: Iterable[Any]) -> None:
+    """Close each, also where it fails for another or is interrupted: Python waits at its end for a halted process."""
+    with ExitStack() as closing:
+        for each in objects:
+            closing.callback(each.close)

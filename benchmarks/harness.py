@@ -243,6 +243,8 @@ def writing(
     """
 
     def stop(number: int, frame: object) -> None:
+        # Asked again: what ends now must not be cut short.
+        signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + number)
 
     written = Written(out or place(benchmark, part, tiny=tiny), benchmark, rows, failures)

@@ -30,6 +30,7 @@ import sources
 import stages
 import targets
 import torch
+from halted import close_all
 from peers import PEERS
 from stored import DISTURBED
 from trials import OURS, Spec, Trial
@@ -275,9 +276,8 @@ class Panel:
 
     def close(self) -> None:
         """End all loaders."""
-        for trial in self.trials.values():
-            trial.close()
-        self.trials = {}
+        trials, self.trials = self.trials, {}
+        close_all(trials.values())
 
 
 def measure(panel: Panel, specs: Sequence[Spec], keep: Callable[[], None] = lambda: None) -> None:
@@ -289,8 +289,10 @@ def measure(panel: Panel, specs: Sequence[Spec], keep: Callable[[], None] = lamb
         panel.compare()
         panel.profile()
     finally:
-        keep()
-        panel.close()
+        try:
+            keep()
+        finally:
+            panel.close()
 
 
 def waits(panel: Panel, specs: Sequence[Spec]) -> None:
@@ -336,7 +338,7 @@ def main(options: Options) -> None:
         raise UserError(f"--policies {' '.join(unknown)}: known are {', '.join(POLICIES)}.")
     # One that is named twice is measured once: rows go by the label.
     specs = list({spec.label: spec for spec in map(Spec.parse, options.loaders)}.values())
-    waiters = [Spec.parse(text) for text in options.step]
+    waiters = list({spec.label: spec for spec in map(Spec.parse, options.step)}.values())
     if any(spec.name not in OURS for spec in waiters):
         raise UserError(f"--step: it can measure {', '.join(OURS)}.")
     harness.begin(options.rounds)
@@ -367,6 +369,7 @@ def main(options: Options) -> None:
                 measure(panel, specs, written.save)
                 if policy == options.policies[0]:
                     waits(panel, waiters)
+                    written.save()
                 if panel.mine:
                     report(panel.mine)
     if written.path is not None:

@@ -97,10 +97,15 @@ def _conditions(panels: Sequence[tuple[str, str]], result: Result) -> list[str]:
     """What a reader must know to compare fairly, in sentences."""
     lengths = sorted({row["epoch"] for row in result.measured if "epoch" in row})
     told = [f"An epoch has {words(f'{length:,}' for length in lengths)} photographs."] if lengths else []
-    if any(row.get("in_page_cache") is False for row in result.measured):
-        told.append("The photographs are more than the free memory, so loaders also read from the disk.")
-    else:
+    large = dict.fromkeys(row["photographs"] for row in result.measured if row.get("in_page_cache") is False)
+    sets = dict.fromkeys(name for name, _ in panels)
+    if not large:
         told.append("Files lie in the page cache.")
+    else:
+        which = f" `{'` and `'.join(large)}`" if len(large) < len(sets) else ""
+        told.append(f"The photographs{which} are more than the free memory, so loaders also read from the disk.")
+    if 0 < len(large) < len(sets):
+        told.append("The others' files lie in the page cache.")
     if not any(row["kind"] == "peer" for row in result.measured):
         return told
     tried = {row["name"].partition(", ")[0] for row in result.rows}

@@ -88,9 +88,9 @@ class Trial:
         """What is traced for it."""
         return Steps(self.image_size, networks.CLASSES, self.precision, recomputed=self.recomputed)
 
-    def make(self) -> nn.Module:
+    def make(self, device: torch.device) -> nn.Module:
         """The network."""
-        return networks.build(self.model, self.image_size).to(memory_format=torch.channels_last)
+        return networks.as_trained(self.model, self.image_size, device)
 
 
 @dataclass
@@ -142,7 +142,7 @@ def measured(trial: Trial) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")
         if trial.limit_gib is not None:
             cap(trial, device)
-    network = trial.make().to(device)
+    network = trial.make(device)
     training = Training(network, trial.steps, trial.batch_size)
     if trial.compiled:
         training.model = torch.compile(training.model)
@@ -189,7 +189,7 @@ def cap(trial: Trial, device: torch.device) -> None:
 
 def _first_step(trial: Trial, device: torch.device) -> None:
     """A step of few of its photographs; of BatchNorm's smallest maps one alone would be too few."""
-    training = Training(trial.make().to(device), trial.steps, min(trial.batch_size, 2))
+    training = Training(trial.make(device), trial.steps, min(trial.batch_size, 2))
     training.begin()
     training.step(0)
 

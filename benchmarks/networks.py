@@ -10,14 +10,18 @@ torchvision:resnet50          a model of torchvision's
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from flops import Mixer
 from torch import nn
 
 from fastddr import models
+from fastddr.config import Config
 from fastddr.errors import UserError
+from fastddr.models import levers
 
 #: Grades of DDR without the ungradable.
 CLASSES = 5
@@ -51,7 +55,7 @@ def build(name: str, image_size: int) -> nn.Module:
         RuntimeError, ValueError: the package does not know it.
     """
     settings = mixer(name)
-    source, _, rest = name.partition(":" if ":" in name else ",")
+    source, rest = _parts(name)
     if source in _PEERS and find_spec(source) is None:
         raise UserError(f"{source} is not installed; pip install {source}.")
     if source == "timm":
@@ -65,16 +69,37 @@ def build(name: str, image_size: int) -> nn.Module:
         from torchvision.models import get_model
 
         return get_model(rest, num_classes=CLASSES)
-    chosen: dict[str, object] = {}
+    source, chosen = _ours(name)
+    return models.build(source, num_classes=CLASSES, image_size=image_size, **chosen)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    source, _, rest = name.partition(":" if ":" in name else ",")
+    return source, rest
+
+
+def _ours(name: str) -> tuple[str, dict[str, Any]]:
+    """A model of fastddr's and its settings, as far as the name says them."""
+    settings = mixer(name)
     if settings is not None:
-        source = "convmixer"
-        chosen = {
+        return "convmixer", {
             "dim": settings.dim, "depth": settings.depth, "kernel_size": settings.kernel, "patch_size": settings.patch,
         }  # fmt: skip
-    for pair in filter(None, rest.split(",")):
-        key, _, value = pair.partition("=")
-        chosen[key] = int(value) if value.isdigit() else value
-    return models.build(source, num_classes=CLASSES, image_size=image_size, **chosen)
+    source, rest = _parts(name)
+    pairs = (pair.partition("=") for pair in rest.split(",") if pair)
+    return source, {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+
+
+def as_trained(name: str, image_size: int, device: torch.device) -> nn.Module:
+    """As `build`, on a device, its maps in the order in which fastddr trains such a model there."""
+    network = build(name, image_size).to(device).to(memory_format=torch.channels_last)
+    config = Config()
+    if _parts(name)[0] not in _PEERS:
+        source, chosen = _ours(name)
+        config = replace(config, model=source, **{source: replace(getattr(config, source), **chosen)})
+        if levers.layout(config, device) == "NCHW":
+            levers.keep_contiguous(network)
+    return network
 
 
 def settings_of(name: str, network: nn.Module) -> Mixer | None:

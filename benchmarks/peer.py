@@ -16,7 +16,9 @@ class Peer(ABC):
 
     name: ClassVar[str]
     #: Which of `workers` and `prefetch` it heeds.
-    options: ClassVar[tuple[str, ...]] = ("workers", "prefetch")
+    options: ClassVar[tuple[str, ...]] = ("workers",)
+    #: Whether each worker makes `prefetch` batches ahead, as in a `DataLoader`, and not all together.
+    ahead_each: ClassVar[bool] = False
 
     def __init__(self, task: Task) -> None:
         self.task = task

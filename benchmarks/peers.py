@@ -55,6 +55,9 @@ class _Photographs(Dataset[tuple[Tensor, int]]):
 class _InWorkers(Peer):
     """torchvision's transforms in the workers of a `DataLoader`."""
 
+    options = ("workers", "prefetch")
+    ahead_each = True
+
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         grades = [int(task.grades[id_]) for id_ in task.ids]
@@ -185,6 +188,7 @@ class SpdlDecodeJpeg(Peer):
     """
 
     name = "spdl-decode-jpeg"
+    options = ("workers", "prefetch")
 
     @classmethod
     def missing(cls, task: Task) -> str | None:
@@ -245,8 +249,7 @@ class TorchvisionGpu(Peer):
     each photograph gets its window, and the batch is normalised at once, on the GPU.
     """
 
-    name = "torchvision-gpu"
-    options = ("workers",)  # each reads one batch ahead
+    name = "torchvision-gpu"  # each worker reads one batch ahead
 
     @classmethod
     def missing(cls, task: Task) -> str | None:

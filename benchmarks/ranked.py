@@ -69,7 +69,7 @@ def main(job: Job, out: Path) -> None:
         if run.rank >= ranks:
             continue
         torch.manual_seed(0)
-        network = networks.build(job.model, job.image_size).to(device)
+        network = networks.as_trained(job.model, job.image_size, device)
         gradient_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
         # So small a rate that weights which are not shared stay together.
         optimizer = optimizers.build(network, "adam", lr=1e-8)

@@ -218,6 +218,8 @@ def main(options: Options) -> int:
                 failed[arm.name] = wrong
                 record.append({"name": arm.name, "failed": wrong})
                 harness.say(f"{arm.key}: not trained: {wrong}")
+        if len(failed) == len(arms):
+            raise UserError("No model could be trained; why stands above.")
     harness.say(written([row for row in record if "failed" not in row], failed, folder))
     harness.say(f"written to {folder / 'report.md'}")
     return int(bool(failed))

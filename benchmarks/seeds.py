@@ -103,14 +103,15 @@ def main(options: Options) -> None:
     Raises:
         UserError: a run could not be trained.
     """
-    ranks = numbers(options)
+    ranks, seeds = numbers(options), tuple(dict.fromkeys(options.seeds))
     cli.parse(common(options), "--flags")
+    harness.check_folder(options.folder, "--folder")
     harness.begin()
     found: dict[int, list[Mapping[str, Any]]] = {count: [] for count in ranks}
     rows: list[dict[str, Any]] = []
     about = {"preset": options.preset, "flags": options.flags}
     with harness.writing("seeds", rows, options.out, wandb=options.wandb):
-        for number, seed in enumerate(options.seeds, 1):
+        for number, seed in enumerate(seeds, 1):
             for count in ranks:
                 run = options.folder / f"ranks{count}-seed{seed}"
                 wrong = whole.train(run, [*common(options), "--seed", str(seed)], ranks=count)
@@ -124,7 +125,7 @@ def main(options: Options) -> None:
                 harness.say(f"{count} rank(s), seed {seed}: {said} on valid")
             # As of a race: so many tell something, should it be stopped.
             if number >= harness.LEAST_ROUNDS:
-                base, *others = (row(count, options.seeds[:number], found[count]) for count in ranks)
+                base, *others = (row(count, seeds[:number], found[count]) for count in ranks)
                 rows[:] = [{**base, **about}, *({**compared(one, base), **about} for one in others)]
         harness.say(f"{accounts.ranks(rows)}\n\n{accounts.between_ranks(rows)}")
 

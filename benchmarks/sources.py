@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -45,8 +46,9 @@ def read(root: Path) -> Manifest:
     bad = problems.errors(seen.problems())
     if bad:
         more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
+        advice = f"`fastddr prepare {shlex.quote(str(root))} NEW-SET --on-bad exclude` makes one."
         said = f"{bad[0].sentence(seen.root)}{more}; or measure a set without what is bad"
-        raise UserError(problems.one_line(f"{said}: `fastddr prepare {root} NEW-SET --on-bad exclude` makes one."))
+        raise UserError(problems.one_line(f"{said}: {advice}"))
     return manifest.of(seen)
 
 

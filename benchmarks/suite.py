@@ -12,7 +12,6 @@ figures are compared with those in `results/` of the same hardware, and `diagnos
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -167,21 +166,24 @@ def run(part: Part, arguments: Sequence[str], folder: Path, limit: float) -> Out
             code = process.wait(limit)
             state, why = ("done", "") if code == 0 else ("failed", f"exit code {code}: {_last_line(log)}")
         except subprocess.TimeoutExpired:
-            # As Ctrl-C, so that it ends its own processes.
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
             state, why = "stopped", f"it was not done after {limit:.0f} s"
         except BaseException:  # Ctrl-C: the part must not outlive the suite
-            process.terminate()
-            process.wait()
+            _end(process)
             raise
     seconds = round(time.perf_counter() - began, 1)
     new = (place.name for place, then in zip(places, before, strict=True) if _written(place) != then)
     return Outcome(part.name, state, seconds, why, next(new, ""))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """First as Ctrl-C, so that it writes what it has and ends its own processes."""
+    process.terminate()
+    try:
+        process.wait(20)
+    finally:
+        process.kill()  # nothing of one that has ended
+        process.wait()
 
 
 def _written(file: Path) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ import sources
 import targets
 import torch
 from flops import Mixer
-from halted import Halted
+from halted import Halted, close_all
 from recipe import Case, Epoch, class_folders
 from recipes import Spec, make
 
@@ -234,8 +234,7 @@ def race(
         keep(rows + _judged(contenders, harness.whole_rounds(speeds), about))
         raise
     finally:
-        for contender in contenders.values():
-            contender.close()
+        close_all(contenders.values())
 
 
 def _as_its_loader(spec: Spec, case: Case, contenders: Mapping[str, Contender]) -> Case:
@@ -289,7 +288,8 @@ def report(rows: Sequence[Mapping[str, Any]], say: Any) -> None:
 def main(options: Options) -> None:
     """Measure, print and write."""
     say = harness.say
-    if options.target_qwk and len(set(options.seeds)) < 5:
+    seeds = tuple(dict.fromkeys(options.seeds))
+    if options.target_qwk and len(seeds) < 5:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: an interval wants at least 5.")
     if options.target_qwk and options.seconds is not None:
         raise UserError("--seconds ends no race to a kappa, in which every seed counts; leave it out, or --target-qwk.")
@@ -328,7 +328,7 @@ def main(options: Options) -> None:
                 report(done, say)
             else:
                 before = len(rows)
-                for done in kappas.race(specs, case, about, options.target_qwk, options.seeds, say):
+                for done in kappas.race(specs, case, about, options.target_qwk, seeds, say):
                     # A training for each seed takes long: what there is must outlive an end before the last.
                     rows[before:] = done
                     written.save()

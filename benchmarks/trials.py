@@ -137,7 +137,9 @@ class _Source:
         self.loader: Any = None if self.peer is not None else loaders.build(spec.name, task)
         self.stream: Generator[int, None, None] | None = None
         # Batches that may be ready when a turn begins, and one more; and those that workers bring all at once.
-        self.ready, self.burst = max((task.prefetch or 2) * task.threads, 4) + 1, max(task.threads, 1)
+        each, ahead = spec.name == "torchvision" if self.peer is None else self.peer.ahead_each, task.prefetch or 2
+        most = ahead * task.threads if each else max(ahead + task.threads, 2 * task.threads)
+        self.ready, self.burst = max(most, 4) + 1, max(task.threads, 1)
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self.task.device)[0] if self.gpu else 0

@@ -11,12 +11,13 @@ from typing import Any
 from unittest.mock import patch
 
 import harness
+import networks
 import torch
 from accelerate import Accelerator
 from halted import own_cache
 from trials import Spec
 
-from fastddr import loaders, losses, models, optimizers
+from fastddr import loaders, losses, optimizers
 from fastddr.loaders import Task
 from fastddr.meters import Waited
 from fastddr.runtime import numerics
@@ -57,10 +58,7 @@ def _share(spec: Spec, task: Task, model: tuple[int, int, int, int], steps: int)
     accelerator = Accelerator(mixed_precision="bf16" if gpu else "no", cpu=not gpu)
     dim, depth, kernel, patch_size = model
     torch.manual_seed(0)
-    network = models.build(
-        "convmixer", num_classes=5, image_size=task.image_size, dim=dim, depth=depth, kernel_size=kernel,
-        patch_size=patch_size,
-    ).to(task.device)  # fmt: skip
+    network = networks.as_trained(f"convmixer-{dim}-{depth}-k{kernel}-p{patch_size}", task.image_size, task.device)
     network, optimizer = accelerator.prepare(network, optimizers.build(network, "adam", lr=1e-3))
     criterion, tally = losses.CrossEntropy(), Tally.zeros(task.device)
     loader = loaders.build(spec.name, spec.task(task))

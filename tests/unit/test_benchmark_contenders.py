@@ -213,6 +213,29 @@ def test_loaders_that_are_stopped_keep_their_whole_rounds(
     assert {row["name"]: row["n"] for row in kept} == {"dali": 3, "replay": 3}
 
 
+def test_all_loaders_are_closed_whatever_becomes_of_the_file_and_of_the_first(
+    load: Any, panel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python waits at its end for one that stays halted."""
+    loader, trials = load("loader"), load("trials")
+    closed: list[str] = []
+
+    class Interrupted(Turns):
+        def close(self) -> None:
+            closed.append(self.spec.name)
+            raise KeyboardInterrupt
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loader, "Trial", Interrupted)
+    monkeypatch.setattr(dali_decoder, "installed", lambda: True)
+    monkeypatch.setattr(panel, "limits", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        loader.measure(panel, [trials.Spec(name) for name in ("dali", "replay")], full)
+    assert sorted(closed) == ["dali", "replay"]
+
+
 def test_what_is_named_twice_is_measured_once(load: Any, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A second one of the same label would take the first one's place, which nobody would end."""
     loader, train, measured = load("loader"), load("train"), []
@@ -233,6 +256,19 @@ def test_what_is_named_twice_is_measured_once(load: Any, tiny: Path, tmp_path: P
     with pytest.raises(Enough):
         train.main(train.Options(data=tiny, out=out, recipes=("fastddr", "report", "fastddr")))
     assert measured == [["dali", "torch-pil"], ["fastddr", "report"]]
+    seen: list[Any] = []
+    monkeypatch.setattr(train.kappas, "race", lambda *given: seen.append(given[4]) or stop([]))
+    with pytest.raises(Enough):
+        train.main(train.Options(data=tiny, out=out, target_qwk=(0.5,), seeds=(0, 1, 2, 3, 4, 4)))
+    assert seen == [(0, 1, 2, 3, 4)], "one that counts twice draws the median to itself"
+    panels: list[Any] = []
+    monkeypatch.setattr(load("sources"), "warm", lambda found: False)
+    monkeypatch.setattr(loader, "measure", lambda panel, specs, keep: panels.append(panel))
+    monkeypatch.setattr(loader, "waits", lambda panel, specs: stop(specs))
+    with pytest.raises(Enough):
+        loader.main(loader.Options(data=tiny, out=out, step=("dali", "dali:")))
+    assert measured[-1] == ["dali"]
+    assert panels[0].about["in_page_cache"] is False
 
 
 def test_a_race_to_a_kappa_refuses_what_it_would_pass_over(load: Any, tmp_path: Path) -> None:

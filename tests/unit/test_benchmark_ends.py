@@ -83,7 +83,9 @@ def test_the_default_place_is_looked_at_before_anything_is_measured(
         module.main(module.Options(**given.get(name, {})))
 
 
-@pytest.mark.parametrize(("name", "flag"), [("ablation", "folder"), ("report", "folder"), ("suite", "out")])
+@pytest.mark.parametrize(
+    ("name", "flag"), [("ablation", "folder"), ("report", "folder"), ("seeds", "folder"), ("suite", "out")]
+)
 def test_a_folder_that_cannot_be_written_to_is_told(name: str, flag: str, load: Any, tmp_path: Path) -> None:
     file, module = tmp_path / "file", load(name)
     file.touch()
@@ -109,6 +111,20 @@ def test_rounds_before_a_stop_are_kept(load: Any, tmp_path: Path, monkeypatch: p
         ("help of predict", "small", "small, again"), 3
     )
     assert not record["complete"]
+
+
+def test_where_no_run_could_be_trained_that_is_the_reason(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load("harness"), "begin", lambda *_: None)
+    monkeypatch.setattr(load("whole"), "train", lambda *_: "no memory")
+    for name, given, said in (
+        ("ablation", {"changes": ("mse",)}, "^The baseline could not be trained: no memory"),
+        ("report", {"quick": True, "arms": ("cnn-2",)}, "^No model could be trained"),
+    ):
+        module = load(name)
+        with pytest.raises(UserError, match=said):
+            module.main(module.Options(out=tmp_path / "r.json", folder=tmp_path / "runs", **given))
 
 
 def test_where_too_few_runs_are_asked_for_nothing_is_written(load: Any, tmp_path: Path) -> None:
@@ -173,6 +189,9 @@ class Thing:
     def die(self): os._exit(7)
     def close(self): pass
 
+class Slow(Thing):
+    def close(self): time.sleep(600)
+
 def broken():
     raise OSError("no such card")
 
@@ -190,6 +209,14 @@ def stopped_while_asking(thing):
         thing.ask("slow")
     except SystemExit:
         return halted(thing)
+
+def stopped_while_closing(thing):
+    pid = thing._process.pid
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        thing.close()
+    except SystemExit:
+        return psutil.pid_exists(pid)
 
 def halted(thing):
     process, ends = psutil.Process(thing._process.pid), time.monotonic() + 10
@@ -210,6 +237,7 @@ if __name__ == "__main__":
     thing.close()
     print(attempt(lambda: thing.ask("fine", 3)))
     print(attempt(lambda: Halted("broken", broken)))
+    print(stopped_while_closing(Halted("slow", Slow)))
 """
 
 
@@ -227,6 +255,7 @@ def test_what_fails_in_a_halted_process_is_told_and_not_the_end(tmp_path: Path) 
         "RuntimeError: the process of thing has died (7)",
         "RuntimeError: the process of thing is not there any more",
         "UserError: OSError: no such card",
+        "False",
     ]
     assert "Traceback" in done.stderr, "where it happened is there for whoever looks for it"
     assert list((tmp_path / "cache").iterdir()) == []

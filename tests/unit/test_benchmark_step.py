@@ -22,6 +22,7 @@ from torch import nn
 import fastddr
 from fastddr import runtime
 from fastddr.errors import UserError
+from fastddr.models import levers
 
 CPU = torch.device("cpu")
 #: Settings, side of the images; GFLOP of an image and its GB eager and compiled in bf16, as published for them.
@@ -100,6 +101,23 @@ def test_maps_are_in_the_layout_that_is_named(load: Any, name: str, layout: str)
     found.clear()
     network(images.contiguous(memory_format=networks.LAYOUTS[layout]))
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("convmixer-16-2-k9-p8", "NCHW"), ("convmixer,dim=16,depth=2,patch_size=8", "NCHW"),
+     ("convmixer-16-2-k3-p8", "NHWC"), ("resnet,depth=10,width=16", "NHWC")],
+)  # fmt: skip
+def test_maps_are_where_the_trainer_of_a_gpu_has_them(
+    name: str, layout: str, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks, chosen = load("networks"), levers.layout
+    monkeypatch.setattr(levers, "layout", lambda config, device: chosen(config, torch.device("cuda")))
+    network = networks.as_trained(name, 64, CPU)
+    found = elsewhere(network, networks.LAYOUTS[layout])
+    # As loaders give them.
+    network(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+    assert set(found) <= {"patches"}, "which is cut by a matrix product, in any layout"
 
 
 def test_unknown_networks_and_packages(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +365,21 @@ def test_what_was_measured_before_a_stop_is_kept(
     assert signal.getsignal(number) == before
     assert measuring.stopped == number
     assert [record.get("failed") for record in records] == [None, "the benchmark was stopped"]
+
+
+def test_a_stop_is_the_exit_code_and_the_result_is_not_complete(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = load("step")
+    monkeypatch.setattr(load("harness"), "begin", lambda *_: None)
+    ceilings = SimpleNamespace(rows=list, peak=lambda precision: None, bandwidth=1.0)
+    monkeypatch.setattr(step, "measure", lambda *_, **__: ceilings)
+    monkeypatch.setattr(step, "WORKER", (sys.executable, "-c", STOPS % signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        step.main(step.Options(models=("cnn", "resnet"), modes=("eager",), layouts=("NCHW",), out=tmp_path / "r.json"))
+    assert ended.value.code == 128 + signal.SIGTERM
+    record = json.loads((tmp_path / "r-incomplete.json").read_text())
+    assert (record["complete"], record["rows"][0]["name"]) == (False, "cnn, eager, NCHW")
 
 
 def test_rows_and_ratios_of_records(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

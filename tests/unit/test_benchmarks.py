@@ -125,6 +125,31 @@ def test_names_and_options_of_loaders(load: Any, found: Manifest) -> None:
             spec.parse(wrong)
 
 
+@pytest.mark.parametrize(("text", "ready"), [("dali:prefetch=8", 33), ("dali", 33), ("torchvision:prefetch=8", 129)])
+def test_batches_that_may_be_ready_are_each_workers_of_a_dataloader_alone(
+    text: str, ready: int, load: Any, found: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = load("trials")
+    monkeypatch.setattr(trials.loaders, "build", lambda name, task: SimpleNamespace(task=task))
+    spec = trials.Spec.parse(text)
+    assert trials._Source(spec, spec.task(task(found, threads=16))).ready == ready
+
+
+def test_only_sets_that_are_too_large_are_said_to_be_read_from_the_disk(load: Any) -> None:
+    told, sets = load("loaders_told"), ("small", "large")
+    for large, said in (
+        ((), "Files lie in the page cache."),
+        (sets, "The photographs are more than the free memory, so loaders also read from the disk."),
+        (("large",), "The photographs `large` are more than the free memory, so loaders also read from the disk. "
+                     "The others' files lie in the page cache."),
+    ):  # fmt: skip
+        rows = [
+            {"photographs": name, "kind": "fastddr", **({"in_page_cache": False} if name in large else {})}
+            for name in sets
+        ]
+        assert " ".join(told._conditions([(name, "report") for name in sets], SimpleNamespace(measured=rows))) == said
+
+
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 def test_peers_work_as_far_ahead_as_they_are_told(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peers, spec = load("peers").PEERS, load("trials").Spec
@@ -174,12 +199,16 @@ def test_photographs_are_read_before_loaders_where_memory_holds_them(
 
 
 def test_a_bad_photograph_ends_a_benchmark_with_advice_that_it_can_take(load: Any, tiny: Path, tmp_path: Path) -> None:
-    bad = shutil.copytree(tiny, tmp_path / "bad")
+    bad = shutil.copytree(tiny, tmp_path / "a bad set")
     first = next(bad.rglob("*.jpg"))
     first.write_bytes(b"no JPEG")
     with pytest.raises(UserError, match=r"measure a set without what is bad: `fastddr prepare .*") as told:
         load("sources").read(bad)
     assert str(first) in str(told.value)
+    assert f"fastddr prepare '{bad}' NEW-SET" in str(told.value), "it is to be typed"
+    ceilings = load("ceilings")
+    with pytest.raises(UserError, match="measure a set without what is bad"):
+        list(ceilings._decoding_rows(ceilings.Options(data=bad), 1))
     assert len(load("sources").read(tiny)) > 0
 
 
@@ -313,14 +342,14 @@ def test_waiting_for_a_step_is_no_waiting_for_data(load: Any, found: Manifest, m
     monkeypatch.setattr(waiting, "Waited", Noting)
     monkeypatch.setattr(waiting, "Watch", Looking)
     wanted = task(found, ids=found.ids("train")[:8], image_size=32)
-    build, networks, left = waiting.models.build, [], []
+    build, networks, left = waiting.networks.build, [], []
 
     def built(*arguments: Any, **settings: Any) -> Any:
         network = build(*arguments, **settings)
         networks.append(weakref.ref(network))
         return network
 
-    monkeypatch.setattr(waiting.models, "build", built)
+    monkeypatch.setattr(waiting.networks, "build", built)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.extend(network() for network in networks))
     row = waiting.share(trials.Spec("replay"), wanted, (8, 1, 3, 8), 10)
     assert left == [None], "a card's memory is left to the loaders that are measured next"

@@ -88,8 +88,10 @@ class Trial:
         """What is traced for it."""
         return Steps(self.image_size, networks.CLASSES, self.precision, recomputed=self.recomputed)
 
-    def make(self, device: torch.device) -> nn.Module:
-        """The network."""
+    def make(self, device: torch.device | None = None) -> nn.Module:
+        """The network, on a device, in the order of maps in which it is trained there; without one, to be traced."""
+        if device is None:
+            return networks.build(self.model, self.image_size).to(memory_format=torch.channels_last)
         return networks.as_trained(self.model, self.image_size, device)
 
 

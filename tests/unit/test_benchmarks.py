@@ -151,10 +151,8 @@ def test_only_sets_that_are_too_large_are_said_to_be_read_from_the_disk(load: An
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
-def test_peers_work_as_far_ahead_as_they_are_told(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peers, spec = load("peers").PEERS, load("trials").Spec
-    files = sorted(map(str, tiny.rglob("*.jpg")))[:8]
-    wanted = task(files=files, widths=np.full(8, 80), heights=np.full(8, 80), threads=1)
+def test_peers_work_as_far_ahead_as_they_are_told(load: Any, found: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers, spec, wanted = load("peers").PEERS, load("trials").Spec, task(found, threads=1)
     for name, owner, method, setting in (
         ("torch-pil", "torch.utils.data.DataLoader", "__init__", "prefetch_factor"),
         ("spdl-decode-jpeg", "spdl.pipeline.PipelineBuilder", "add_sink", 0),

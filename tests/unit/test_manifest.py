@@ -129,6 +129,17 @@ def test_csv_has_every_row_and_the_fingerprint(tiny: Path) -> None:
     assert len(lines) == len(found) + 3
 
 
+def test_photographs_of_one_name_are_known_by_their_folders(tmp_path: Path) -> None:
+    """In another form they may have another extension, and those of a name of their own another folder."""
+    rows = ["0,1/left.jpg,train,2", "1,2/left.jpg,test,2", "2,2/alone.png,valid,0"]
+    (tmp_path / "manifest.csv").write_text("# fingerprint: x\n" + "\n".join(["id,path,split,grade", *rows]) + "\n")
+    known = manifest.splits_by_name(tmp_path / "manifest.csv")
+    assert known[manifest.named("1/left.png", 2, folders=True)] == "train"
+    assert known[manifest.named("2/left.png", 2, folders=True)] == "test"
+    assert known[manifest.named("elsewhere/alone.jpg", 0)] == "valid"
+    assert len(known) == 3
+
+
 def spoil(folder: Path, what: str) -> None:
     labels = folder / "train.txt"
     lines = labels.read_text().splitlines()

@@ -272,7 +272,8 @@ def test_masters_are_not_prepared_again(tmp_path: Path) -> None:
     shutil.copy(there.paths[0], tmp_path / "out" / "@eaDir" / "x.jpg")
     for pattern in ("out/**/*.jpg", "o*/**", "ou*/*/*/*.jpg", "out//*"):
         assert sorted(photos.find([str(tmp_path / pattern)]).paths) == sorted(there.paths)
-    assert photos.find([str(tmp_path / "out" / "prepared" / "s*.jpg")]).paths, "what is named by itself is taken"
+    for pattern in ("out/prepared/s*.jpg", "o*/prepared/s*.jpg"):
+        assert photos.find([str(tmp_path / pattern)]).paths, "what is named by itself is taken"
     found, said = photos.ready(there.paths, RECIPE, silent)
     assert [photo.file for photo in found] == list(there.paths)
     assert said == [f"no preparation of {len(found)} photographs: they are masters of `fastddr prepare` already"]

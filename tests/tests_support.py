@@ -269,3 +269,17 @@ def elsewhere(network: nn.Module, layout: torch.memory_format) -> list[str]:
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_pre_hook(look)
     return found
+
+
+def first_batch(kind: Any, wanted: loaders.Task) -> torch.Tensor:
+    """What a peer of the benchmarks gives first; where it cannot be had here, the test is skipped with its reason."""
+    if (missing := kind.missing(wanted)) is not None:
+        pytest.skip(missing)
+    threads = torch.get_num_threads()
+    peer = kind(wanted)
+    try:
+        images: torch.Tensor = next(peer.batches()).clone()
+    finally:
+        peer.close()
+        torch.set_num_threads(threads)
+    return images

@@ -146,8 +146,11 @@ def _split(asked: Evaluate, run: RunFolder, found: Manifest, own: bool) -> tuple
     """
     if asked.split is not None:
         return asked.split, []
-    known = _known(run, found, ids := _ids(found, "all"))
-    if own or (found.has("test") and (not found.test_drawn or _most(known, ids))):
+    if own or (found.has("test") and not found.test_drawn):
+        return "test", []
+    ids = _ids(found, "all")
+    known = _known(run, found, ids)
+    if found.has("test") and _most(known, ids):
         return "test", []
     said = "The set has no test split of its own, so all of its photographs are scored."
     if trained := known["train"]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference import needs_dali
-from tests_support import task
+from tests_support import first_batch, task
 
 from fastddr.data import manifest
 from fastddr.loaders import dali_decoder
@@ -21,18 +21,8 @@ CARD = torch.device("cuda", 0)
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 @pytest.mark.parametrize("name", ["torch-pil", "torch-decode-jpeg", "spdl-decode-jpeg", "torchvision-gpu"])
 def test_peers_give_normalised_batches_on_the_card(name: str, load: Callable[[str], Any], tiny: Path) -> None:
-    peers = load("peers")
     wanted = task(manifest.read(tiny), device=CARD, threads=1, batch_size=4, image_size=32)
-    missing = peers.PEERS[name].missing(wanted)
-    if missing is not None:
-        pytest.skip(missing)
-    threads = torch.get_num_threads()
-    peer = peers.PEERS[name](wanted)
-    try:
-        images = next(peer.batches()).clone()
-    finally:
-        peer.close()
-        torch.set_num_threads(threads)
+    images = first_batch(load("peers").PEERS[name], wanted)
     assert (images.shape, images.dtype, images.device) == ((4, 3, 32, 32), torch.float32, CARD)
     # From black to white, in ImageNet's normalisation.
     assert -2.2 < images.min() < 0 < images.max() < 2.7

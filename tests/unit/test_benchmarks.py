@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import needs_dali
-from tests_support import BENCHMARKS, ROOT, task
+from tests_support import BENCHMARKS, ROOT, first_batch, task
 
 from fastddr.config import AugmentConfig
 from fastddr.data.manifest import Manifest
@@ -214,19 +214,9 @@ def test_a_bad_photograph_ends_a_benchmark_with_advice_that_it_can_take(load: An
 @pytest.mark.parametrize("policy", ["report", "fundus"])
 @pytest.mark.parametrize("name", ["torch-pil", "torch-decode-jpeg", "torchcodec", "spdl-decode-jpeg", "dali-plain"])
 def test_peers_give_normalised_batches(load: Any, found: Manifest, name: str, policy: str) -> None:
-    peers = load("peers")
     turned = {"rotate": 180.0, "scale": (0.9, 1.1), "brightness": 0.2, "hue": 0.02} if policy == "fundus" else {}
     wanted = task(found, image_size=32, canvas=64, threads=0, augment=AugmentConfig(**turned))
-    missing = peers.PEERS[name].missing(wanted)
-    if missing is not None:
-        pytest.skip(missing)
-    threads = torch.get_num_threads()
-    peer = peers.PEERS[name](wanted)
-    try:
-        images = next(peer.batches())
-    finally:
-        peer.close()
-        torch.set_num_threads(threads)
+    images = first_batch(load("peers").PEERS[name], wanted)
     assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
     # From black to white, in ImageNet's normalisation.
     assert -2.2 < images.min() < 0 < images.max() < 2.7

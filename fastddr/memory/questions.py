@@ -58,17 +58,19 @@ def run(asked: Plan, flags: list[str]) -> int:
         found, path = allowances.calibrate()
         sys.stdout.write(f"context {gib(found.context)}, workspaces {gib(found.workspaces)}; kept in {path}\n")
         return 0
-    card = None if asked.card is None else cards.known(asked.card)
+    card, here = None if asked.card is None else cards.known(asked.card), _here()
     vram = asked.vram if asked.vram is not None else None if card is None else card.memory
+    if vram is None and here is not None:
+        device, vram = here
+        card = next((one for one in cards.CARDS.values() if one.device == device), None)
     if vram is None:
-        raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME.")
+        raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME; there is no GPU here.")
     if asked.gpus < 1:
         raise UserError(f"--gpus {asked.gpus}: it must be above 0.")
     for flag, number in (("--vram", vram), ("--tbps", asked.tbps), ("--tflops", asked.tflops)):
         if number is not None and not 0 < number < _ABSURD:  # NaN is in no range
             raise UserError(f"{flag} {number:g}: it must be above 0 and below {_ABSURD:,}.")
     # What was measured here is of this card alone, and another may be asked about.
-    here = _here()
     same = here is not None and abs(here[1] - vram) <= _ALIKE * vram and (card is None or card.device == here[0])
     allowance = allowances.load(here[0] if here is not None and same else None)
     with _without_card():
@@ -126,6 +128,8 @@ def _here() -> tuple[str, float] | None:
             return pool.submit(_first_card).result()
     except (OSError, ImportError, BrokenProcessPool):  # no further process, or one that its driver ends
         return None  # what was measured of the card is a better answer than what is declared; it is not needed for one
+    except RuntimeError:  # this process has counted its cards, after which PyTorch refuses CUDA to its forks
+        return _first_card()
 
 
 def _first_card() -> tuple[str, float] | None:
@@ -195,7 +199,7 @@ def _question(asked: Plan, config: Config, vram: float, limit: int, allowance: a
     console.print(_kinds(found))
     verdict = "fits" if fits else "does not fit"
     console.print(
-        f"{verdict}: {gib(found.total)} of the {gib(limit)} that may be used of {vram:g} GiB; "
+        f"{verdict}: {gib(found.total)} of the {gib(limit)} that may be used of {vram:.4g} GiB; "
         f"{'most' if fits else 'what binds'}: {found.binding}"
     )
     if found.estimated:
@@ -258,7 +262,7 @@ def _table(
         json.dump([asdict(line) for line in found], sys.stdout, indent=1)
         print()
         return 0
-    table = Table(title=f"{vram:g} GiB a card, {asked.gpus} GPU(s), {gib(limit)} of each used", title_justify="left")
+    table = Table(title=f"{vram:.4g} GiB a card, {asked.gpus} GPU(s), {gib(limit)} of each used", title_justify="left")
     for heading in ("model", "image of canvas", "most at once", "micro batch", "accumulated", "store", "peak",
                     "images/s at most"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("model", "store") else "right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,31 @@ def test_what_was_measured_here_says_nothing_of_another_card(monkeypatch: pytest
     for card in ("RTX 3090", "RTX 4090"):
         assert command.main(["plan", "--card", card]) == 2
     assert asked == ["NVIDIA X", None, "NVIDIA GeForce RTX 3090", None]
+
+
+def test_without_a_card_that_is_named_plan_is_of_the_one_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(questions, "_table", lambda _, flags, card, vram, *more: asked.append((card, vram)) or 0)
+    for device in ("NVIDIA GeForce RTX 3090", "NVIDIA X"):
+        monkeypatch.setattr(questions, "_here", lambda device=device: (device, 23.68751))
+        assert command.main(["plan"]) == 0
+    assert asked == [(cards.CARDS["RTX 3090"], 23.68751), (None, 23.68751)]
+    assert command.main(["plan", *SMALL]) == 0
+    assert "that may be used of 23.69 GiB" in capsys.readouterr().out
+
+
+def test_a_process_that_has_counted_its_cards_asks_for_them_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch then refuses CUDA to its forks."""
+
+    class Refused(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+
+    monkeypatch.setattr(questions.ProcessPoolExecutor, "submit", lambda *_: Refused())
+    monkeypatch.setattr(questions, "_first_card", lambda: ("NVIDIA X", 8.0))
+    assert questions._here() == ("NVIDIA X", 8.0)
 
 
 @pytest.mark.parametrize("seen", ["2", None])

@@ -3,6 +3,8 @@
     python benchmarks/memory.py                      # on a GPU: six models, crops, batches, precisions, recomputation
     python benchmarks/memory.py --cards 4 6 8 12 16 24   # and the largest batch on smaller cards than this, emulated
     python benchmarks/memory.py --tiny               # a rehearsal on a CPU, where the witness is the CPU's allocator
+    python tests/card/run.py python benchmarks/memory.py --image-sizes 256 --batch-sizes 4 --precisions bf16 fp32
+                                                     # PyTorch's CUDA allocator without a GPU: all but kernels' scratch
 
 On a GPU a trial is some steps of `fastddr.step.training_step`; measured are the most that PyTorch's allocator gave out
 and reserved, and what the driver says is used beyond that (the context). Predicted are the same step's tape and the
@@ -324,7 +326,7 @@ def row(trial: Trial, *, gpu: bool) -> dict[str, Any]:
     """A configuration's measurement beside its prediction."""
     described = {"name": trial.name, "kind": "memory", "model": trial.model, "image_size": trial.image_size,
                  "batch_size": trial.batch_size, "precision": trial.precision,
-                 "witness": "CUDA allocator" if gpu else "CPU allocator's record"}  # fmt: skip
+                 "witness": "PyTorch's CUDA allocator" if gpu else "CPU allocator's record"}  # fmt: skip
     found = in_process(trial)
     if "failed" in found:
         return described | {"failed": found["failed"]}

@@ -64,9 +64,11 @@ def memory(results: Sequence[Result], link: Link) -> list[str]:
     texts = []
     for result in machines.of(results, "memory"):
         # There the models are others than those that people train, where none are named.
-        small = "" if result.gpu or "--models" in result.record["command"] else " of small models on a CPU"
-        what = f"Peak memory of a training step{small}"
-        texts.append(f"**{result.hardware}.** {what}, measured by {source(result, link)}")
+        small = " of small models" if "--tiny" in result.record["command"] else ""
+        pretended = result.record["machine"].get("pretended_card", False)
+        where = "" if result.gpu else " on a pretended card, under `tests/card/run.py`" if pretended else " on a CPU"
+        texts.append(f"**{result.hardware}.** Peak memory of a training step{small}{where}, measured by "
+                     f"{source(result, link)}")  # fmt: skip
         texts += accounts.peaks(result.rows)
     return texts + machines.missing(results, "memory")
 

@@ -81,7 +81,7 @@ def environment(folder: Path, others: Mapping[str, str] = os.environ) -> dict[st
     """The environment, of processes that see the card; `build` has filled the folder."""
     paths = {"PYTHONPATH": str(HERE), "LD_LIBRARY_PATH": str(folder)}
     joined = {name: os.pathsep.join(filter(None, [path, others.get(name)])) for name, path in paths.items()}
-    return {**others, **joined, "LD_PRELOAD": str(folder / RUNTIME)}
+    return {**others, **joined, "LD_PRELOAD": str(folder / RUNTIME), "FASTDDR_PRETENDED_CARD": "1"}
 
 
 if __name__ == "__main__":

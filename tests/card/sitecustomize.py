@@ -185,9 +185,11 @@ def operations() -> None:
 
     library = torch.library.Library("aten", "IMPL")
     operations.library = library  # type: ignore[attr-defined]  # they last as long as it
-    # What chooses a kernel of cuDNN's or cuBLAS's would end in one that is none.
     own = {"copy_": copy_, "cudnn_batch_norm": cudnn_batch_norm,
-           "cudnn_batch_norm_backward": cudnn_batch_norm_backward, "_fused_sdp_choice": lambda *_, **__: 0}  # fmt: skip
+           "cudnn_batch_norm_backward": cudnn_batch_norm_backward}  # fmt: skip
+    # Attention of plain operations: its fused kernels are of a card alone.
+    for kind in ("cudnn", "flash", "mem_efficient"):
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     for full in [*registered, "aten::convolution", "aten::convolution_backward"]:

@@ -368,3 +368,10 @@ def test_prepare_is_measured_as_if_for_the_first_time_in_every_round(
     assert before not in caches
     assert cache.folder() == before
     assert not any(folder.exists() for folder in caches)
+
+
+def test_figures_of_a_pretended_card_are_of_no_gpu(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDDR_PRETENDED_CARD", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = harness.machine()
+    assert (found["gpu"], found["pretended_card"]) == (None, True)

@@ -64,8 +64,9 @@ def memory(results: Sequence[Result], link: Link) -> list[str]:
     texts = []
     for result in machines.of(results, "memory"):
         # There the models are others than those that people train, where none are named.
-        small = " of small models" if "--tiny" in result.record["command"] else ""
-        pretended = result.record["machine"].get("pretended_card", False)
+        command, pretended = result.record["command"], result.record["machine"].get("pretended_card", False)
+        tiny = "--tiny" in command or not (result.gpu or pretended)
+        small = " of small models" if tiny and "--models" not in command else ""
         where = "" if result.gpu else " on a pretended card, under `tests/card/run.py`" if pretended else " on a CPU"
         texts.append(f"**{result.hardware}.** Peak memory of a training step{small}{where}, measured by "
                      f"{source(result, link)}")  # fmt: skip

@@ -19,7 +19,7 @@ class Plan:
     """
 
     vram: float | None = None
-    """The card's memory, in GiB; without --card too, that of this machine's first GPU."""
+    """The card's memory, in GiB; where --card is not given either, that of this machine's first GPU."""
     depth: int | None = None
     """Short for --convmixer.depth, --resnet.depth or --cnn.blocks."""
     card: str | None = None

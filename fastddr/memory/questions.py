@@ -64,7 +64,9 @@ def run(asked: Plan, flags: list[str]) -> int:
         device, vram = here
         card = next((one for one in cards.CARDS.values() if one.device == device), None)
     if vram is None:
-        raise UserError("fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME; there is no GPU here.")
+        raise UserError(
+            "fastddr plan needs the card's memory: --vram 8 (GiB), or --card NAME; PyTorch sees no GPU here."
+        )
     if asked.gpus < 1:
         raise UserError(f"--gpus {asked.gpus}: it must be above 0.")
     for flag, number in (("--vram", vram), ("--tbps", asked.tbps), ("--tflops", asked.tflops)):
@@ -128,8 +130,10 @@ def _here() -> tuple[str, float] | None:
             return pool.submit(_first_card).result()
     except (OSError, ImportError, BrokenProcessPool):  # no further process, or one that its driver ends
         return None  # what was measured of the card is a better answer than what is declared; it is not needed for one
-    except RuntimeError:  # this process has counted its cards, after which PyTorch refuses CUDA to its forks
-        return _first_card()
+    except RuntimeError as problem:
+        if "forked subprocess" not in str(problem):
+            return None  # a card that cannot be asked now
+        return _first_card()  # this process has counted its cards, after which PyTorch refuses CUDA to its forks
 
 
 def _first_card() -> tuple[str, float] | None:

@@ -3,8 +3,9 @@
     python tests/card/run.py pytest tests/gpu -m "gpu and not slow" -n 2 --dist worksteal
     CARD_GIB=6 CARD_COUNT=2 python tests/card/run.py accelerate launch fastddr/train.py --epochs 1
 
-Values, memory of the allocator and the order of calls are those of a card; its kernels, their speed and their scratch,
-cuDNN, DALI's graph on a GPU, NCCL and `torch.compile` are not there. `runtime.c` says what may be set. Needs Linux, a C
+Memory of the allocator and the order of calls are those of a card, values are the CPU's; kernels, their speed and their
+scratch, cuDNN, DALI's graph on a GPU, NCCL and `torch.compile` are not there. Tensors of different devices mix
+unnoticed, which `tests/fake_card.py` shows. `runtime.c` says what may be set. Needs Linux, a C
 compiler with binutils, and a PyTorch for CUDA 13.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,4 +91,7 @@ if __name__ == "__main__":
         sys.exit(f"{why}, so no card can be pretended here")
     with tempfile.TemporaryDirectory() as place:
         build(Path(place))
-        sys.exit(subprocess.run(sys.argv[1:], env=environment(Path(place)), check=False).returncode)
+        with subprocess.Popen(sys.argv[1:], env=environment(Path(place))) as command:
+            signal.signal(signal.SIGINT, lambda *_: None)  # the command has had it too, and ends by itself
+            code = command.wait()
+    sys.exit(code if code >= 0 else 128 - code)

@@ -3,7 +3,7 @@
  * caching allocator, streams, events, pinned memory, autograd's threads, its errors.
  *
  * Environment: CARD_GIB (8), CARD_COUNT (1), CARD_NAME, CARD_CAPABILITY (90). Functions of the runtime that are not here
- * are made by `build.py`; they succeed and do nothing.
+ * are made by `run.py`; they succeed and do nothing.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -27,7 +27,7 @@ struct properties {
     int major, minor;
     size_t texture, texture_pitch;
     int processors, integrated, maps_host;
-    int textures_surfaces[38];
+    int textures_surfaces[39];
     size_t surface;
     int concurrent, ecc, bus, pci_device, domain, tcc, engines, unified, bus_width, l2, l2_persisting, threads_processor;
     int priorities, l1_global, l1_local;
@@ -39,7 +39,6 @@ struct properties {
 };
 struct pointer { int type, device; void *on_device, *on_host; long reserved[8]; };
 struct block { char *begin; size_t size; int kind, card; struct block *next; };
-struct dim { unsigned x, y, z; };
 
 static __thread int card, last_error;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -55,6 +54,7 @@ static size_t total(void) { return (size_t)(atof(setting("CARD_GIB", "8")) * (1u
 static int cards(void) {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
     int count = atoi(setting("CARD_COUNT", "1")), seen = 1;
+    if (count > CARDS) count = CARDS;
     if (!visible) return count;
     if (!*visible || *visible == '-') return 0;
     for (; *visible; visible++) seen += *visible == ',';
@@ -94,7 +94,7 @@ int cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return take(poi
 int cudaFreeHost(void *pointer) { return give(pointer); }
 int cudaMemGetInfo(size_t *free_, size_t *all) {
     *all = total();
-    *free_ = *all - used[card] - CONTEXT;
+    *free_ = used[card] + CONTEXT < *all ? *all - used[card] - CONTEXT : 0;
     return SUCCESS;
 }
 int cudaPointerGetAttributes(struct pointer *found, const void *pointer) {

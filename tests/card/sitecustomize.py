@@ -136,7 +136,17 @@ def as_kernel(name: str, operation: Any) -> Callable[..., Any]:
             if one.shape != tensor.shape:  # an `out` that was empty
                 tensor.resize_(one.shape)
                 alias(tensor).copy_(one)
-        return sides.up(found, torch.device("cuda", torch.cuda.current_device()))
+        here = torch.device("cuda", torch.cuda.current_device())
+        return sides.up(found, next((tensor.device for _, tensor in sides.pairs.values()), here))
+
+    return kernel
+
+
+def absent(name: str) -> Callable[..., Any]:
+    """In place of a kernel that would do nothing, and leave memory as it was."""
+
+    def kernel(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"{name}: this card is pretended, and the CPU has no kernel for it")
 
     return kernel
 
@@ -190,12 +200,17 @@ def operations() -> None:
     # Attention of plain operations: its fused kernels are of a card alone.
     for kind in ("cudnn", "flash", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
+    torch.cuda._device_count_nvml = lambda: -1  # a real driver's count is not of this card
     has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     for full in [*registered, "aten::convolution", "aten::convolution_backward"]:
         name = full.removeprefix("aten::")
         base, _, overload = name.partition(".")
-        if name in own or base in NATIVE or not full.startswith("aten::") or not has(full, "CPU"):
+        if name in own or base in NATIVE or not full.startswith("aten::"):
+            continue
+        if not has(full, "CPU"):
+            if not base.startswith("_use_"):  # questions, which the host answers
+                library.impl(name, absent(name), "CUDA", allow_override=True)
             continue
         if "sparse" in name or "cudnn" in name:
             continue

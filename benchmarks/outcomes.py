@@ -63,8 +63,8 @@ def memory(results: Sequence[Result], link: Link) -> list[str]:
     """Measured peaks beside predicted ones."""
     texts = []
     for result in machines.of(results, "memory"):
-        # There the models are others than those that people train, where none are named.
         command, pretended = result.record["command"], result.record["machine"].get("pretended_card", False)
+        # On a CPU the models are others than those that people train, where none are named.
         tiny = "--tiny" in command or not (result.gpu or pretended)
         small = " of small models" if tiny and "--models" not in command else ""
         where = "" if result.gpu else " on a pretended card, under `tests/card/run.py`" if pretended else " on a CPU"

@@ -58,7 +58,8 @@ def run(asked: Plan, flags: list[str]) -> int:
         found, path = allowances.calibrate()
         sys.stdout.write(f"context {gib(found.context)}, workspaces {gib(found.workspaces)}; kept in {path}\n")
         return 0
-    card, here = None if asked.card is None else cards.known(asked.card), _here()
+    card = None if asked.card is None else cards.known(asked.card)
+    here = _here()
     vram = asked.vram if asked.vram is not None else None if card is None else card.memory
     if vram is None and here is not None:
         device, vram = here

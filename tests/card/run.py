@@ -5,8 +5,8 @@
 
 Memory of the allocator and the order of calls are those of a card, values are the CPU's; kernels, their speed and their
 scratch, cuDNN, DALI's graph on a GPU, NCCL and `torch.compile` are not there. Tensors of different devices mix
-unnoticed, which `tests/fake_card.py` shows. `runtime.c` says what may be set. Needs Linux, a C
-compiler with binutils, and a PyTorch for CUDA 13.
+unnoticed, which `tests/fake_card.py` shows. `runtime.c` says what may be set. Needs Linux, a C compiler with binutils,
+and a PyTorch for CUDA 13.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,13 +37,14 @@ def missing() -> str | None:
     for tool in ("cc", "nm"):
         if shutil.which(tool) is None:
             return f"there is no `{tool}`"
-    if not any(RUNTIME in symbol for symbol in _wanted("U")):
+    if not any(RUNTIME in symbol for symbol in _wanted()):
         return f"PyTorch is not built for {RUNTIME}"
     return None
 
 
-def _wanted(*kinds: str) -> set[str]:
-    """Symbols of these kinds in the libraries of PyTorch and torchvision."""
+@cache  # to read them takes seconds
+def _wanted() -> frozenset[str]:
+    """Symbols that the libraries of PyTorch and torchvision look for in others."""
     found: set[str] = set()
     for package in ("torch", "torchvision"):
         spec = find_spec(package)
@@ -51,13 +53,13 @@ def _wanted(*kinds: str) -> set[str]:
         for library in Path(spec.origin).parent.glob("**/*.so"):
             listed = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=False).stdout
             rows = (line.split() for line in listed.splitlines())
-            found.update(row[-1] for row in rows if len(row) >= 2 and row[-2] in kinds)
-    return found
+            found.update(row[-1] for row in rows if len(row) >= 2 and row[-2] == "U")
+    return frozenset(found)
 
 
 def build(folder: Path) -> None:
     """Compile the runtime and the driver into the folder."""
-    wanted = _wanted("U")
+    wanted = _wanted()
     source = (HERE / "runtime.c").read_text()
     called = {name.partition("@")[0] for name in wanted if name.endswith(f"@{RUNTIME}")}
     more = [f"long {name}(void) {{ return 0; }}" for name in sorted(called) if f"{name}(" not in source]

@@ -63,10 +63,10 @@ static int cards(void) {
 static int fails(int error) { return last_error = error; }
 
 static int take(void **pointer, size_t size, int kind) {
-    struct block *made = malloc(sizeof *made);
     *pointer = 0;
     if (kind == DEVICE && used[card] + size + CONTEXT > total()) return fails(OUT_OF_MEMORY);
     if (posix_memalign(pointer, 512, size ? size : 512)) return fails(OUT_OF_MEMORY);
+    struct block *made = malloc(sizeof *made);
     pthread_mutex_lock(&lock);
     *made = (struct block){*pointer, size, kind, card, blocks};
     blocks = made;

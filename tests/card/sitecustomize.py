@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.abc
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -43,7 +44,7 @@ class Finder(importlib.abc.MetaPathFinder):
             run(module)
             AFTER.pop(name)()
 
-        spec.loader.exec_module = both  # type: ignore[method-assign]
+        spec.loader.exec_module = both
         return spec
 
 
@@ -194,7 +195,7 @@ def operations() -> None:
     import torch
 
     library = torch.library.Library("aten", "IMPL")
-    operations.library = library  # type: ignore[attr-defined]  # they last as long as it
+    operations.library = library  # what is put into it lasts as long as it does
     own = {"copy_": copy_, "cudnn_batch_norm": cudnn_batch_norm,
            "cudnn_batch_norm_backward": cudnn_batch_norm_backward}  # fmt: skip
     # Attention of plain operations: its fused kernels are of a card alone.
@@ -268,11 +269,10 @@ def dali() -> None:
     init, outputs, run = Pipeline.__init__, Pipeline.outputs, Pipeline.run
 
     def on_the_cpu(self: Any, *args: Any, **kwargs: Any) -> None:
-        args_ = list(args)
-        self._card = args_[2] if len(args) > 2 else kwargs.get("device_id")
-        if len(args) > 2:
-            args_[2] = None
-        init(self, *args_, **kwargs | ({} if len(args) > 2 else {"device_id": None}))
+        given = inspect.signature(init).bind(self, *args, **kwargs)
+        self._card = given.arguments.get("device_id")
+        given.arguments["device_id"] = None
+        init(*given.args, **given.kwargs)
 
     def made(self: Any, found: Any) -> Any:
         return found if self._card is None else tuple(map(Made, found))

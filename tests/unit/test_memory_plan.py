@@ -295,16 +295,22 @@ def test_without_a_card_that_is_named_plan_is_of_the_one_that_is_here(
     assert "that may be used of 23.69 GiB" in capsys.readouterr().out
 
 
-def test_a_process_that_has_counted_its_cards_asks_for_them_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch then refuses CUDA to its forks."""
+@pytest.mark.parametrize(
+    ("problem", "found"),
+    [("Cannot re-initialize CUDA in forked subprocess.", ("NVIDIA X", 8.0)), ("CUDA error: out of memory", None)],
+)
+def test_a_process_that_has_counted_its_cards_asks_for_them_itself(
+    problem: str, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch then refuses CUDA to its forks. A card that cannot be asked is none."""
 
     class Refused(Future[Any]):
         def result(self, timeout: float | None = None) -> Any:
-            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+            raise RuntimeError(problem)
 
     monkeypatch.setattr(questions.ProcessPoolExecutor, "submit", lambda *_: Refused())
     monkeypatch.setattr(questions, "_first_card", lambda: ("NVIDIA X", 8.0))
-    assert questions._here() == ("NVIDIA X", 8.0)
+    assert questions._here() == found
 
 
 @pytest.mark.parametrize("seen", ["2", None])

@@ -71,6 +71,22 @@ def test_outcomes_do_not_part_what_belongs_together(load: Any) -> None:
     assert compare.identity(a) != compare.identity(a | {"epoch": 3130}), "what begins each epoch anew has another speed"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "pretended", "flags", "said"),
+    [
+        (None, False, "", "a training step of small models on a CPU,"),
+        (None, False, " --models cnn", "a training step on a CPU,"),
+        (None, True, "", "a training step on a pretended card, under"),
+        ("H200", False, "", "a training step, measured by"),
+        ("H200", False, " --tiny", "a training step of small models, measured by"),
+    ],
+)
+def test_a_table_of_peaks_says_where_and_of_what(load: Any, gpu: Any, pretended: bool, flags: str, said: str) -> None:
+    machine = MACHINE | {"gpu": gpu, "pretended_card": pretended}
+    found = result(load, "memory", [], machine=machine, command=f"python benchmarks/memory.py{flags}")
+    assert said in load("outcomes").memory([found], str)[0]
+
+
 # ----------------------------------------------------------------------------------------------------------- diagnosis
 
 

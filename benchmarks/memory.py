@@ -333,14 +333,16 @@ def row(trial: Trial, *, gpu: bool) -> dict[str, Any]:
     tape = estimated(traced(trial), compiled=trial.compiled)
     peak = tape.peak(trial.batch_size)
     spread = harness.spread([size / GIB for size in found["allocated"]])
-    described |= spread | {"unit": "GiB", "predicted_gib": peak.held / GIB}
+    replayed = replay(tape, trial.batch_size)
+    assert replayed is not None
+    # PyTorch counts as given out what was too little to cut off a block; the CPU's record has what was asked for.
+    predicted = replayed.peak if gpu else peak.held
+    described |= spread | {"unit": "GiB", "predicted_gib": predicted / GIB}
     if trial.compiled:
         described["estimated"] = True
-    described["error"] = peak.held / GIB / spread["median"] - 1
+    described["error"] = predicted / GIB / spread["median"] - 1
     described |= {f"{kind.replace(' ', '_')}_gib": peak.kinds[kind] / GIB for kind in KINDS if peak.kinds[kind]}
     if gpu:
-        replayed = replay(tape, trial.batch_size)
-        assert replayed is not None
         described |= {"reserved_gib": found["reserved"] / GIB,
                       "predicted_reserved_gib": replayed.most / GIB}  # fmt: skip
         if not os.environ.get("FASTDDR_PRETENDED_CARD"):  # whose context is made up

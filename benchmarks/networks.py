@@ -92,7 +92,8 @@ def _ours(name: str) -> tuple[str, dict[str, Any]]:
 
 def as_trained(name: str, image_size: int, device: torch.device) -> nn.Module:
     """As `build`, on a device, its maps in the order in which fastddr trains such a model there."""
-    network = build(name, image_size).to(device).to(memory_format=torch.channels_last)
+    # Laid out before it is moved, as training does: copies on the card would leave holes between its weights.
+    network = build(name, image_size).to(memory_format=torch.channels_last).to(device)
     config = Config()
     if _parts(name)[0] not in _PEERS:
         source, chosen = _ours(name)

@@ -45,6 +45,9 @@ class Allocator:
     most: int = 0
     """The most that was reserved at any time."""
     allocated: int = 0
+    """Bytes given out, as PyTorch counts them: with what was too little to cut off."""
+    peak: int = 0
+    """The most that was given out."""
     _free: dict[bool, list[tuple[int, int, int, _Piece]]] = field(default_factory=lambda: {True: [], False: []})
     _segments: int = 0
 
@@ -75,6 +78,7 @@ class Allocator:
             self._keep(tail)
         piece.free = False
         self.allocated += piece.size
+        self.peak = max(self.peak, self.allocated)
         return piece
 
     def free(self, piece: _Piece) -> None:
@@ -111,11 +115,16 @@ class Allocator:
 
 
 def replay(tape: Tape, batch: int, limit: int | None = None) -> Allocator | None:
-    """The allocator after the step of a tape with `batch` photographs at once; None where the limit is too small."""
+    """The allocator after the step of a tape with `batch` photographs at once; None where the limit is too small.
+
+    Its `peak` is the step's alone, and not that of what comes before it.
+    """
     allocator = Allocator(limit)
     sizes = tape.sizes(batch)
     taken: dict[int, _Piece] = {}
-    for event in tape.events:
+    for number, event in enumerate(tape.events):
+        if number == tape.begins:
+            allocator.peak = allocator.allocated
         if event > 0:
             piece = allocator.take(sizes[event - 1])
             if piece is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_a_bare_launch_trains_on_all_cards(cards: dict[str, str], tiny: Path, tm
     printed = said(*launch, *flags, env=cards | {"CARD_COUNT": "2"})
     assert "× 2 rank(s)" in printed
     assert status(tmp_path / "run")["state"] == "done"
+
+
+@pytest.mark.slow
+def test_the_predicted_peak_is_what_pytorchs_allocator_gives(cards: dict[str, str], tmp_path: Path) -> None:
+    """Of a network whose weights fill segments up to rests that are not cut off."""
+    out = tmp_path / "memory.json"
+    script = [sys.executable, ROOT / "benchmarks" / "memory.py", "--models", "resnet,depth=40", "--batch-sizes", "4"]
+    said(*script, "--image-sizes", "64", "--precisions", "bf16", "--recomputed", "False", "--out", out, env=cards)
+    (row,) = (row for row in json.loads(out.read_text())["rows"] if row["kind"] == "memory")
+    assert abs(row["error"]) < 0.003, row
+    assert row["predicted_reserved_gib"] == pytest.approx(row["reserved_gib"], rel=0.03)
 
 
 def test_plan_is_of_the_card_that_is_here(cards: dict[str, str]) -> None:

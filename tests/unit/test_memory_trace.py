@@ -339,7 +339,7 @@ def test_a_free_place_that_is_too_small_is_fragmentation() -> None:
     allocator.take(41 * MIB)
     assert allocator.reserved == (40 + 40 + 42) * MIB
     # What is left of a segment stays with its block where it is 1 MiB or less.
-    assert allocator.allocated == 82 * MIB
+    assert (allocator.allocated, allocator.peak) == (82 * MIB, 82 * MIB)
 
 
 def test_at_the_limit_whole_free_segments_go_back() -> None:
@@ -349,6 +349,22 @@ def test_at_the_limit_whole_free_segments_go_back() -> None:
     assert allocator.take(50 * MIB) is not None
     assert allocator.reserved == 90 * MIB
     assert allocator.take(20 * MIB) is None
+
+
+def test_the_peak_of_a_step_counts_what_was_not_cut_off_and_nothing_before_it() -> None:
+    tape = Tape(
+        kinds=["parameters", "optimizer", "activations"],
+        fixed=[60 * MIB - 5000, 100 * MIB, 0],
+        each=[0, 0, 20 * MIB],
+        events=[1, 2, -2, 3, -3],
+        begins=3,
+        flop={"fixed": 0, "each": 0},
+        moved={"fixed": 0, "each": 0},
+    )
+    for batch, peak, reserved in ((1, 60 + 20, 60 + 100), (6, 60 + 120, 60 + 100 + 120)):
+        allocator = replay(tape, batch)
+        assert allocator is not None
+        assert (allocator.peak, allocator.most) == (peak * MIB, reserved * MIB), batch
 
 
 @given(batch=st.integers(1, 200), name=st.sampled_from(sorted(SMALL)))

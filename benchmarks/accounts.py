@@ -240,7 +240,7 @@ def peaks(rows: Sequence[Row]) -> list[str]:
     if found:
         lines = [
             [row["name"], row["witness"], f"{number(1024 * row['median'])}", number(1024 * row["predicted_gib"]),
-             f"{100 * row['error']:+.1f} %"]
+             f"{100 * row['error']:+z.1f} %"]
             for row in found
         ]  # fmt: skip
         texts.append(table(["", "held against", "measured, MiB", "predicted, MiB", "error"], lines, left=2))
@@ -249,7 +249,7 @@ def peaks(rows: Sequence[Row]) -> list[str]:
         told = []
         for row in wrong:
             what, _, where = row["name"].partition(": ")  # `median error of the prediction`, `worst error: net 4`
-            told.append(f"{what.partition(' ')[0]} {number(row['median'])} %{f' ({where})' if where else ''}")
+            told.append(f"{what.partition(' ')[0]} {row['median']:.1f} %{f' ({where})' if where else ''}")
         texts.append(f"Error of the prediction over these {wrong[0]['configurations']}: {', '.join(told)}.")
     largest = [row for row in rows if row.get("kind") == "largest" and "failed" not in row]
     if largest:

@@ -7,10 +7,10 @@
                                                      # PyTorch's CUDA allocator without a GPU: see docs/memory.md
 
 On a GPU a trial is some steps of `fastddr.step.training_step`; measured are the most that PyTorch's allocator gave out
-and reserved, and what the driver says is used beyond that (the context). Predicted are the same step's tape and the
-replayed allocator, without any allowance. On a CPU the measured side is what PyTorch's CPU allocator was asked for
-(`torch.profiler` with `profile_memory`), the scratch of CPU kernels included: it rehearses the benchmark and says
-nothing of a GPU's workspaces.
+and reserved, and what the driver says is used beyond that (the context). Predicted is what the replayed allocator
+gives out and reserves for the same step's tape, counted as PyTorch counts, without any allowance. On a CPU the measured
+side is what PyTorch's CPU allocator was asked for (`torch.profiler` with `profile_memory`), the scratch of CPU kernels
+included: it rehearses the benchmark and says nothing of a GPU's workspaces. Predicted is the tape's sum there.
 
 `--cards` caps the allocator (`set_per_process_memory_fraction`) at a card's size less the context, with what libraries
 load into it in a first step, and finds by bisection the largest batch whose steps go through, and of the report's

@@ -64,10 +64,13 @@ static int fails(int error) { return last_error = error; }
 
 static int take(void **pointer, size_t size, int kind) {
     *pointer = 0;
-    if (kind == DEVICE && used[card] + size + CONTEXT > total()) return fails(OUT_OF_MEMORY);
-    if (posix_memalign(pointer, 512, size ? size : 512)) return fails(OUT_OF_MEMORY);
+    pthread_mutex_lock(&lock); /* from the question to the block: threads take memory side by side */
+    int full = kind == DEVICE && used[card] + size + CONTEXT > total();
+    if (full || posix_memalign(pointer, 512, size ? size : 512)) {
+        pthread_mutex_unlock(&lock);
+        return fails(OUT_OF_MEMORY);
+    }
     struct block *made = malloc(sizeof *made);
-    pthread_mutex_lock(&lock);
     *made = (struct block){*pointer, size, kind, card, blocks};
     blocks = made;
     if (kind == DEVICE) used[card] += size;
@@ -94,7 +97,10 @@ int cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return take(poi
 int cudaFreeHost(void *pointer) { return give(pointer); }
 int cudaMemGetInfo(size_t *free_, size_t *all) {
     *all = total();
-    *free_ = used[card] + CONTEXT < *all ? *all - used[card] - CONTEXT : 0;
+    pthread_mutex_lock(&lock);
+    size_t taken = used[card] + CONTEXT;
+    pthread_mutex_unlock(&lock);
+    *free_ = taken < *all ? *all - taken : 0;
     return SUCCESS;
 }
 int cudaPointerGetAttributes(struct pointer *found, const void *pointer) {
